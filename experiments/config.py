@@ -1,0 +1,101 @@
+"""The schema of a run, which is also the glossary of the project.
+
+Hydra composes `configs/` into these dataclasses; a key that is not here is a typo. Durations carry their
+unit: `"6ep"` is six passes over the training images, `"500it"` is five hundred steps. This module imports
+nothing heavy, so that a wrong command line fails before torch is loaded.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
+
+
+class ExperimentError(Exception):
+    """Something the user can put right; the message names it and says how. Shown without a traceback."""
+
+
+@dataclass
+class Data:
+    """Which images. `holdout` of the training images make choices; the test images are only reported."""
+
+    name: str = "cifar10"  # digits, cifar10, image_folder, imagenet
+    root: str | None = None  # folder of the data; None: the cache
+    cache: str = "${oc.env:NET2NET_CACHE,${oc.env:HOME}/.cache/net2net}"
+    size: int = 32  # side of the square images, pixels
+    holdout: float = 0.1  # share of the training images held out of training
+    pad: int = 4  # random crop: zero padding on each side, pixels
+    flip: bool = True  # random horizontal flip
+    workers: int = 0  # decoding processes, for image sets that do not fit in memory
+
+
+@dataclass
+class Schedule:
+    """How a network is trained. Every arm of a seed shares all of it but the rate."""
+
+    epochs: str = "6ep"  # length of each student's training
+    teacher_epochs: str | None = None  # length of the teacher's own training; None: as the students'
+    batch_size: int = 128
+    optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd
+    lr: float = 0.01  # initial rate of a network trained from scratch
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: str = "0it"  # linear warm-up from zero
+    decay: str = "linear"  # linear to zero, or constant
+    evaluate: str = "0.5ep"  # how often the holdout and test sets are evaluated
+
+
+@dataclass
+class Growth:
+    """How the student is filled from the teacher."""
+
+    noise: float = 0.0  # on incoming weights of copies, in units of each weight's own standard deviation
+    split: str = "uneven"  # equal, uneven: shares of the outgoing weights among the copies of a unit
+    calibrate: int = 1024  # training images that measure the statistics of new batch norms
+
+
+@dataclass
+class Config:
+    """One run of one experiment: a teacher, its students, the arms that fill them, one seed."""
+
+    experiment: str = "???"
+    claim: str = "???"  # one line: what the paper says, and where
+    seed: int = 0
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
+    teacher: dict[str, Any] = field(default_factory=dict)  # what the teacher changes in it
+    students: dict[str, Any] = field(default_factory=dict)  # name of each student -> what it changes in it
+    rates: dict[str, float] = field(
+        default_factory=lambda: {
+            "net2net": 0.1,
+            "random_pad": 0.1,
+            "random_init": 1.0,
+            "teacher_continued": 0.1,
+            "random_init_low_lr": 0.1,
+        }
+    )  # initial rate of each arm, as a multiple of schedule.lr
+    target: str = "random_init"  # the arm whose final holdout accuracy the others' steps are counted to
+    data: Data = field(default_factory=Data)
+    schedule: Schedule = field(default_factory=Schedule)
+    growth: Growth = field(default_factory=Growth)
+    scale: str = "???"
+    device: str = "auto"  # auto, cpu, cuda
+    precision: str = "auto"  # auto, float32, bfloat16
+    logger: str = "wandb"  # wandb, none
+    runs: str = "runs"  # where runs are written
+
+
+_DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it)$")
+
+
+def steps(duration: str, steps_per_epoch: int) -> int:
+    """The number of steps in `duration`, a number followed by `ep` (epochs) or `it` (steps).
+
+    Raises ExperimentError if it has another form.
+    """
+    match = _DURATION.match(str(duration).strip())
+    if match is None:
+        raise ExperimentError(f"The duration {duration!r} has no unit: write epochs as 5ep, steps as 500it.")
+    number, unit = match.groups()
+    return round(float(number) * (steps_per_epoch if unit == "ep" else 1))
