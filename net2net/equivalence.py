@@ -1,0 +1,84 @@
+"""How far a student is from its teacher: by the largest difference, never by a sum that could cancel."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TransferError
+from .units import run, tensors_in
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """The difference of two networks on some inputs.
+
+    `max_abs` is the largest |teacher - student| over all outputs, `max_relative` the same over the teacher's
+    largest |output|. `agree` of `examples` rows have the same largest entry (top-1). `mode` says how the networks ran.
+    """
+
+    max_abs: float
+    max_relative: float
+    agree: int
+    examples: int
+    mode: str
+
+    def __str__(self) -> str:
+        return (
+            f"max |difference| {self.max_abs:.2e}, relative {self.max_relative:.2e}, "
+            f"same top-1 on {self.agree} of {self.examples} ({self.mode} mode)"
+        )
+
+
+def equivalence(
+    teacher: nn.Module, student: nn.Module, inputs: Tensor | tuple[Tensor, ...], *, mode: str = "eval"
+) -> Equivalence:
+    """Measure |teacher - student| on `inputs` (one tensor, or a tuple for several arguments).
+
+    `mode` is "eval", or "train" to let batch norm use the batch's statistics (running statistics, modes and the random
+    state are put back). Dropout makes the train mode meaningless. Raises TransferError if the outputs
+    differ in shape.
+    """
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    if mode == "eval":
+        mine, theirs = run(student, arguments), run(teacher, arguments)
+    elif mode == "train":
+        mine, theirs = _run_training(student, arguments), _run_training(teacher, arguments)
+    else:
+        raise ValueError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
+    return compare(theirs, mine, mode)
+
+
+def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
+    """The difference of two results: tensors, or nested containers of tensors."""
+    pairs = list(zip(tensors_in(theirs), tensors_in(mine), strict=False))
+    if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
+        shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
+        raise TransferError(f"The outputs differ in shape: the teacher's are {shapes[0]}, the student's {shapes[1]}.")
+    differences = [(a.double() - b.double()).abs().max().item() for a, b in pairs]
+    sizes = [a.double().abs().max().item() for a, _ in pairs]
+    if not all(map(_finite, differences)):  # max() of a NaN depends on the order: say it plainly
+        return Equivalence(float("nan"), float("nan"), 0, len(pairs[0][0]), mode)
+    worst = max(d / s if s else d for d, s in zip(differences, sizes, strict=True))
+    a, b = pairs[0]
+    agree = int((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum()) if a.dim() > 1 else 0
+    return Equivalence(max(differences), worst, agree, len(a) if a.dim() > 1 else 0, mode)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _run_training(model: nn.Module, arguments: tuple[Tensor, ...]) -> object:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            return model(*arguments)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
