@@ -1,0 +1,56 @@
+"""Networks by name: the paper's Inception, a residual network for CIFAR, and any torchvision classifier."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..config import ExperimentError
+from .inception import Inception
+from .resnet import ResNet
+
+OURS = {"inception": Inception, "resnet": ResNet}
+
+
+def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
+    """The network that `spec` describes: `name`, and the arguments of its constructor.
+
+    `classes` and `channels` come from the data set. Raises ExperimentError for an unknown name or argument, naming the
+    nearest that exists.
+    """
+    arguments = dict(spec)
+    name = arguments.pop("name", "inception")
+    if name in OURS:
+        constructor, arguments = OURS[name], arguments | {"classes": classes, "channels": channels}
+    else:
+        constructor, arguments = _torchvision(name), arguments | {"num_classes": classes}
+        if channels != 3:
+            raise ExperimentError(f"The torchvision network {name} reads 3 channels, the images have {channels}.")
+    accepted = inspect.signature(constructor).parameters
+    if all(p.kind is not p.VAR_KEYWORD for p in accepted.values()):
+        for key in arguments:
+            if key not in accepted:
+                raise ExperimentError(
+                    f"The network {name} has no argument {key!r}{nearest(key, accepted)}. It takes {', '.join(accepted)}."
+                )
+    try:
+        return constructor(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"The network {name} cannot be built with {arguments}: {error}.") from error
+
+
+def _torchvision(name: str) -> Any:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ExperimentError(f"There is no network {name!r}{nearest(name, [*OURS, *known])}.")
+    return models.get_model_builder(name)
+
+
+def nearest(word: str, words: Any) -> str:
+    """A hint at the most similar of `words`, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,135 @@
+"""The paper's Inception network (section 4.1): 3 convolutions, 11 modules, rectangular kernels.
+
+The paper gives its shape, not its channel counts: where it is silent the widths are those of the published
+Inception-BN (Ioffe and Szegedy 2015, figure 5). Open questions O1 to O4 in PAPER.md say what was chosen and why.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Every module: entry convolution, then the outputs of the forks: one convolution; a pair of 3; a convolution (whose width
+# is the third number) and a pair of 5. Widths of Inception-BN; module 4f repeats 4d, since the paper has 11 modules.
+MODULES = (
+    ("3a", 128, 96, 96, 64, 96),
+    ("3b", 128, 128, 96, 64, 96),
+    ("3c", 192, 320, 160, 64, 96),
+    ("4a", 160, 352, 96, 96, 128),
+    ("4b", 192, 320, 128, 96, 128),
+    ("4c", 256, 256, 160, 128, 160),
+    ("4d", 288, 192, 192, 160, 192),
+    ("4f", 288, 192, 192, 160, 192),
+    ("4e", 320, 576, 192, 192, 256),
+    ("5a", 352, 480, 320, 160, 224),
+    ("5b", 384, 480, 320, 192, 224),
+)
+STEM = (64, 64, 192)
+
+
+def conv(inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1) -> nn.Sequential:
+    """A full layer: convolution, batch norm, ReLU. The size is kept, or divided by `stride`."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def pair(inputs: int, outputs: int, size: int) -> list[nn.Module]:
+    """A vertical convolution, then a horizontal one, each a full layer."""
+    return [conv(inputs, outputs, (size, 1)), conv(outputs, outputs, (1, size))]
+
+
+class Module(nn.Module):
+    """One convolution, then three forks of one, two and three convolutions, concatenated.
+
+    `extra_pairs` more pairs follow every pair (paper 4.3); `pairs_on_top` pairs follow the concatenation (4.4).
+    """
+
+    def __init__(
+        self, inputs: int, entry: int, one: int, two: int, reduce: int, three: int, extra_pairs: int, pairs_on_top: int
+    ) -> None:
+        super().__init__()
+        self.outputs = one + two + three
+
+        def pairs(start: int, width: int, size: int) -> list[nn.Module]:
+            extra = [layer for _ in range(extra_pairs) for layer in pair(width, width, size)]
+            return [*pair(start, width, size), *extra]
+
+        self.entry = conv(inputs, entry, (1, 1))
+        self.one = conv(entry, one, (1, 1))
+        self.two = nn.Sequential(*pairs(entry, two, 3))
+        self.three = nn.Sequential(conv(entry, reduce, (1, 1)), *pairs(reduce, three, 5))
+        top = [layer for _ in range(pairs_on_top) for layer in pair(self.outputs, self.outputs, 3)]
+        self.top = nn.Sequential(*top)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map N x inputs x H x W to N x outputs x H x W."""
+        x = self.entry(x)
+        return self.top(torch.cat([self.one(x), self.two(x), self.three(x)], 1))
+
+
+class Inception(nn.Module):
+    """The paper's network for square images.
+
+    `width` multiplies the channels of every module, not of the stem (paper 4.2: sqrt(0.3); 4.4: sqrt(2)); `slim` multiplies
+    those of the whole network, for small machines. `stem` is the side of the images it is made for: 224
+    (ImageNet: the stem and its pools divide the side by 8), 32 (by 2) or 8 (by 1); two pools between modules halve it twice.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        channels: int = 3,
+        width: float = 1.0,
+        slim: float = 1.0,
+        extra_pairs: int = 0,
+        pairs_on_top: int = 0,
+        stem: int = 32,
+    ) -> None:
+        super().__init__()
+        if stem not in (224, 32, 8):
+            raise ValueError(f"the stem {stem} is none of 224, 32 and 8")
+        first, second, third = (max(1, round(slim * c)) for c in STEM)
+        self.stem = nn.Sequential(
+            conv(channels, first, (7, 7), 2) if stem == 224 else conv(channels, first, (3, 3)),
+            nn.MaxPool2d(3, 2, 1) if stem == 224 else nn.Identity(),
+            conv(first, second, (1, 1)),
+            conv(second, third, (3, 3)),
+            nn.Identity() if stem == 8 else nn.MaxPool2d(3, 2, 1),
+        )
+        modules, inputs = {}, third
+        for name, *widths in MODULES:
+            entry, one, two, reduce, three = (max(1, round(width * slim * c)) for c in widths)
+            modules[name] = Module(inputs, entry, one, two, reduce, three, extra_pairs, pairs_on_top)
+            inputs = modules[name].outputs
+        self.blocks = nn.ModuleDict(modules)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.fc = nn.Linear(inputs, classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if not extra_pairs and not pairs_on_top:
+            assert self.depth() == (25, 47), "the paper's network has 25 weight layers at its shortest, 47 at its longest"
+
+    def depth(self) -> tuple[int, int]:
+        """The convolutions on the shortest and on the longest path from the image to the classifier."""
+
+        def count(part: nn.Module) -> int:
+            return sum(isinstance(layer, nn.Conv2d) for layer in part.modules())
+
+        shortest = longest = count(self.stem)
+        for block in self.blocks.values():
+            assert isinstance(block, Module)
+            forks = [count(block.one), count(block.two), count(block.three)]
+            shortest += count(block.entry) + min(forks) + count(block.top)
+            longest += count(block.entry) + max(forks) + count(block.top)
+        return shortest, longest
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map N x channels x H x W images to N x classes logits."""
+        x = self.stem(x)
+        for name, block in self.blocks.items():
+            if name in ("4a", "5a"):
+                x = self.pool(x)
+            x = block(x)
+        return self.fc(x.mean((2, 3)))
