@@ -26,7 +26,9 @@ def check_identity(plan: Plan) -> None:
         for what, expected in (("stride", 1), ("groups", 1)):
             value = layer.options.get(what, expected)
             if any(v != expected for v in (value if isinstance(value, (tuple, list)) else [value])):
-                raise TransferError(f"The new layer {name} cannot be an identity: its {what} is {value}, not {expected}.")
+                raise TransferError(
+                    f"The new layer {name} cannot be an identity: its {what} is {value}, not {expected}."
+                )
         if any(k % 2 == 0 for k in kernel):
             raise TransferError(
                 f"The new layer {name} cannot be an identity: its kernel {tuple(kernel)} is even and has no centre."

@@ -182,9 +182,7 @@ class _Choice:
                 mine, other = self.pair(name)
                 pinned = [root for root in (mine if trace is self.student else other).tolist() if root in why]
                 if len(mine) > len(other) and pinned:
-                    raise TransferError(
-                        f"{name} cannot grow from {len(other)} to {len(mine)} units: {why[pinned[0]]}."
-                    )
+                    raise TransferError(f"{name} cannot grow from {len(other)} to {len(mine)} units: {why[pinned[0]]}.")
 
     def _assign(self, mine: Tensor, theirs: Tensor, name: str) -> None:
         clash = (self.g[mine] != NEW) & (self.g[mine] != theirs)

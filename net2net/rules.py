@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .units import Call, Labels, Layer, Trace, along, compact, spread, tensors_in
+from .units import Call, Labels, Layer, Trace, along, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
 
@@ -79,9 +79,7 @@ def pointwise(trace: Trace, call: Call) -> None:
 
 def _meet(trace: Trace, a: Tensor, b: Tensor) -> Tensor:
     """Unite labels that meet; the result gets labels of its own, so that a branch can be told from its stream."""
-    moving = tuple(
-        slice(None) if sa or sb else slice(0, 1) for sa, sb in zip(a.stride(), b.stride(), strict=True)
-    )
+    moving = tuple(slice(None) if sa or sb else slice(0, 1) for sa, sb in zip(a.stride(), b.stride(), strict=True))
     shape, a, b = a.shape, a[moving], b[moving]
     if torch.equal(a, b):
         return a.expand(shape)
@@ -163,9 +161,7 @@ def _mix(trace: Trace, call: Call, x: Tensor, weight: Tensor, dim: int, groups: 
         "dilation": call.arg(5, "dilation", 1),
         "groups": groups,
     }
-    trace.add(
-        Layer("mix", name, tensors, units, labels.sources, labels.via, options if "conv" in call.name else {})
-    )
+    trace.add(Layer("mix", name, tensors, units, labels.sources, labels.via, options if "conv" in call.name else {}))
     trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name})))
 
 

@@ -55,7 +55,9 @@ class Transfer:
     measured: Equivalence | None = None
 
     def __str__(self) -> str:
-        count = {how: sum(o.how == how for o in self.origins.values()) for how in ("shared", "identity", "silent", "fresh")}
+        count = {
+            how: sum(o.how == how for o in self.origins.values()) for how in ("shared", "identity", "silent", "fresh")
+        }
         wider = sum(any(axis.copies for axis in o.axes.values()) for o in self.origins.values())
         text = (
             f"{count['shared']} tensors from the teacher ({wider} of them wider), {count['identity']} of identities, "
@@ -238,9 +240,7 @@ def _is_bias(plan: Plan, name: str) -> bool:
     return any(layer.kind == "mix" and layer.tensors.get("bias") == name for layer in layers)
 
 
-def _gather(
-    source: Tensor, target: Tensor, axes: dict[int, Axis], generator: torch.Generator, split: str
-) -> Tensor:
+def _gather(source: Tensor, target: Tensor, axes: dict[int, Axis], generator: torch.Generator, split: str) -> Tensor:
     """The teacher's tensor, gathered along every axis of units and shared out along the one that reads.
 
     Entries that the teacher lacks are read with zero, or keep the student's own value where they are not read.

@@ -109,7 +109,9 @@ class Inception(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         if not extra_pairs and not pairs_on_top:
-            assert self.depth() == (25, 47), "the paper's network has 25 weight layers at its shortest, 47 at its longest"
+            assert self.depth() == (25, 47), (
+                "the paper's network has 25 weight layers at its shortest, 47 at its longest"
+            )
 
     def depth(self) -> tuple[int, int]:
         """The convolutions on the shortest and on the longest path from the image to the classifier."""

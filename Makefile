@@ -1,0 +1,64 @@
+# What a person or CI runs. `.venv` holds what requirements.lock pins and nothing else is installed anywhere:
+# a Python managed by the system stays as it is. The commands name `.venv/bin/python` and no script, so a moved
+# checkout keeps working.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint figures bench lock clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.installed ## make .venv from requirements.lock
+
+demo: .venv/.installed ## grow a small network on real images and draw its curves: experiment=quickstart
+	$(RUN) train.py experiment=quickstart
+
+test: lint ## lint, types and all tests
+	WANDB_MODE=disabled $(RUN) -m pytest
+
+lint: .venv/.installed ## style, format and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m basedpyright net2net experiments scripts train.py
+
+figures: .venv/.installed ## draw the figures and the table from results/curves
+	$(RUN) scripts/figures.py
+
+bench: .venv/.installed ## measure speed
+	$(RUN) scripts/bench.py
+
+# Pins that still satisfy pyproject.toml stay; LOCK_FLAGS=--upgrade takes the newest.
+lock: .venv/bin/uv ## bring requirements.lock in step with pyproject.toml
+	$(RUN) -m uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.11 --fork-strategy fewest \
+		--generate-hashes --custom-compile-command "make lock" $(LOCK_FLAGS) -o requirements.lock
+
+clean: ## remove the environment, builds and caches; runs and results stay
+	rm -rf .venv build net2net.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The lock pins uv too, with its hashes.
+.venv/bin/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "net2net needs Python 3.11 or newer: name one with make PYTHON=/path/to/python3." >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.txt
+	$(RUN) -m pip install -qq --require-hashes -r .venv/uv.txt
+
+# uv reads nothing of pip's settings, so the folders of wheels that pip knows are handed over (a missing one would
+# be an error). Compiling takes 10 s and spares 5 s at the first import, and at every import where Python may not
+# write bytecode. Where uv cannot reach its packages, pip installs the same pins with this machine's own settings.
+# --python keeps uv out of an activated environment. setuptools is pinned: no isolation needed to build our package.
+.venv/.installed: requirements.lock pyproject.toml | .venv/bin/uv
+	@set --; \
+	for folder in $${PIP_FIND_LINKS:-$$($(RUN) -m pip config get global.find-links 2>/dev/null)}; do \
+		if [ -d "$$folder" ]; then set -- "$$@" --find-links "$$folder"; fi; \
+	done; \
+	echo "installing requirements.lock into .venv"; \
+	$(RUN) -m uv pip sync -q --python $(RUN) --require-hashes --compile-bytecode \
+		"$$@" requirements.lock || \
+		{ echo "uv failed; trying pip" >&2; $(RUN) -m pip install -qq --require-hashes -r requirements.lock; }
+	$(RUN) -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch $@

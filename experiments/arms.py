@@ -1,0 +1,74 @@
+"""The arms: ways to fill one student. They share architecture, loop, schedule and data order; only the weights differ."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import net2net
+
+from .config import ARMS, Config, ExperimentError
+from .models import build, nearest
+from .randomness import derive_seed
+
+CONTINUED = "teacher_continued"  # the arm that has no student
+
+
+def check_arms(config: Config) -> None:
+    """Raise ExperimentError for an arm, a rate or a target that does not exist, naming the nearest that does."""
+    for what, names in (("arms", config.arms), ("rates", config.rates), ("target", [config.target])):
+        for name in names:
+            if name not in ARMS:
+                raise ExperimentError(
+                    f"{what}: there is no arm {name!r}{nearest(name, ARMS)}. There are {', '.join(ARMS)}."
+                )
+    if not config.arms:
+        raise ExperimentError("arms is empty: name at least one, as in arms=[net2net].")
+    if not config.students:
+        raise ExperimentError(f"The experiment {config.experiment} names no students.")
+
+
+def folders(config: Config) -> dict[str, tuple[str, str | None]]:
+    """The folder of each arm to run, with the arm and its student's name (None for the teacher continued)."""
+    result: dict[str, tuple[str, str | None]] = {}
+    for student in config.students:
+        for arm in config.arms:
+            if arm == CONTINUED:
+                result.setdefault(arm, (arm, None))
+            else:
+                result[arm if len(config.students) == 1 else f"{student}_{arm}"] = (arm, student)
+    return result
+
+
+def fresh(config: Config, student: str | None, classes: int, channels: int) -> nn.Module:
+    """A network as its constructor draws it: the teacher's (None) or a student's, the same for all arms of a seed."""
+    spec = config.model | (config.teacher if student is None else config.students[student])
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, "initialisation", student or "teacher"))
+        return build(spec, classes, channels)
+
+
+def fill(
+    arm: str, teacher: nn.Module, student: nn.Module, config: Config, images: Callable[[int], Tensor]
+) -> net2net.Transfer | None:
+    """Fill `student` in place as `arm` says; return the record of the transfer, None if nothing was transferred.
+
+    `images(n)` gives n training images, for the example and the calibration.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "growth"))
+    try:
+        if arm == "net2net":
+            return net2net.transfer(
+                teacher,
+                student,
+                images(2),
+                generator=generator,
+                noise=config.growth.noise,
+                split=config.growth.split,
+                calibrate=images(config.growth.calibrate) if config.growth.calibrate else None,
+            )
+        if arm == "random_pad":
+            return net2net.random_pad(teacher, student, images(2), generator=generator)
+    except net2net.TransferError as error:
+        raise ExperimentError(str(error)) from error
+    return None

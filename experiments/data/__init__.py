@@ -1,0 +1,13 @@
+"""Images: from a name and a folder to a training, a holdout and a test split.
+
+`sources.py` says what each name means; `tree.py` and `cifar.py` read the disk, `cache.py` keeps what was
+decoded; `splits.py` divides; `memory.py` and `streamed.py` give batches, and share `batching.py`.
+"""
+
+from experiments.data.batching import complete_batches
+from experiments.data.memory import Images
+from experiments.data.sources import load
+from experiments.data.splits import Splits
+from experiments.data.streamed import Folder
+
+__all__ = ["Folder", "Images", "Splits", "complete_batches", "load"]

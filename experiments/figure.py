@@ -1,0 +1,161 @@
+"""Draws an experiment's curves: accuracy over steps and over the compute spent. Imports no torch."""
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.report import Curves, flops_unit, load, ordered, split_arm, spread, teacher_flops, write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLE = Path(__file__).resolve().parents[1] / "scripts" / "paper.mplstyle"
+FORMATS = ("png", "svg")
+# Colours of Okabe and Ito: they stay apart for colour-blind readers. Line styles and markers stay apart in grey.
+LOOKS: dict[str, tuple[str, Any, str]] = {
+    "net2net": ("#0072b2", "-", "o"),
+    "random_pad": ("#e69f00", (0, (5, 1.5)), "s"),
+    "random_init": ("#d55e00", (0, (1, 1)), "^"),
+    "teacher_continued": ("#555555", (0, (5, 1.2, 1, 1.2)), "D"),
+    "random_init_low_lr": ("#cc79a7", (0, (5, 1.2, 1, 1.2, 1, 1.2)), "v"),
+}
+STUDENT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+TEACHER: dict[str, Any] = {"color": "black", "linewidth": 1.0, "linestyle": (0, (4, 3))}
+MARKERS = 7  # a curve carries about this many
+
+
+def looks(arms: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, line style and marker of each arm; with several students the colour tells the student."""
+    students = sorted({student for arm in arms if (student := split_arm(arm)[0]) is not None})
+    result: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        student, kind = split_arm(arm)
+        colour, line, marker = LOOKS.get(kind, ("#000000", "-", "x"))
+        if len(students) > 1 and student is not None:
+            colour = STUDENT_COLOURS[students.index(student) % len(STUDENT_COLOURS)]
+        # A second student's markers are hollow, for pages without colour.
+        hollow = student is not None and students.index(student) % 2 == 1
+        result[arm] = {
+            "color": colour,
+            "linestyle": line,
+            "marker": marker,
+            "markerfacecolor": "white" if hollow else colour,
+        }
+    return result
+
+
+def band(curves: Curves, arm: str, column: str) -> tuple[list[float], ...]:
+    """Steps, training FLOPs from the teacher's start, mean, minimum and maximum of `column`, in per cent.
+
+    Over the seeds of the arm, at the steps that all of them evaluated and have a value for. FLOPs are NaN
+    where an arm starts from a teacher that `curves` lacks.
+    """
+    seeds = curves[arm]
+    before = [math.nan if (f := teacher_flops(curves, arm, seed)) is None else f for seed in seeds]
+    by_step = [{point["step"]: point for point in curve} for curve in seeds.values()]
+    lines: tuple[list[float], ...] = ([], [], [], [], [])
+    for step in sorted(set.intersection(*(set(points) for points in by_step))):
+        values = [100 * points[step][column] for points in by_step]
+        if any(math.isnan(value) for value in values):
+            continue
+        total = [points[step]["flops"] + past for points, past in zip(by_step, before, strict=True)]
+        value = spread(values)
+        for line, number in zip(
+            lines, (step, math.fsum(total) / len(total), value.mean, value.low, value.high), strict=True
+        ):
+            line.append(number)
+    return lines
+
+
+def lower_limit(curves: Curves, column: str) -> float:
+    """Where an axis begins that shows how the arms end: all of their second halves fit, in per cent."""
+    late: list[float] = []
+    for arm, seeds in curves.items():
+        for curve in seeds.values():
+            points = curve[-1:] if arm == "teacher" else curve[len(curve) // 2 :]
+            late += [100 * point[column] for point in points if not math.isnan(point[column])]
+    return min(late) - 0.15 * (max(late) - min(late)) - 0.1 if late else 0.0
+
+
+def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Writes the figure of {arm: {seed: points}} to `path` + .png and .svg, and returns those paths.
+
+    Four panels: test and training accuracy over steps, the last of the test curves enlarged, and test
+    accuracy over training FLOPs, the teacher's included. The same curves give the same bytes under the same
+    matplotlib.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Given a file, rc_context also resets what a user's own matplotlibrc may have set.
+    with matplotlib.rc_context(fname=STYLE):
+        arms = [arm for arm in ordered(curves) if arm != "teacher"]
+        styles = looks(arms)
+        rows = math.ceil((len(arms) + 1) / 3)
+        figure = Figure(figsize=(6.6, 4.75 + 0.19 * rows))
+        axes = figure.subplots(2, 2)
+        over_steps, training, zoomed, over_flops = axes.flat
+        size, unit = flops_unit(max(max(band(curves, arm, "test_accuracy")[1], default=0) for arm in curves))
+
+        def panel(ax: "Axes", column: str, heading: str, flops: bool = False) -> None:
+            for place, arm in enumerate(arms if not flops else [*arms, "teacher"]):
+                if arm not in curves:
+                    continue
+                step, total, mean, low, high = band(curves, arm, column)
+                x = [value / size for value in total] if flops else step
+                if arm == "teacher":
+                    ax.plot(x, mean, **{**TEACHER, "linestyle": "-"}, label="_")
+                    continue
+                every = max(1, len(x) // MARKERS)
+                style = styles[arm]
+                # Each arm's markers begin elsewhere, so that curves that coincide are still told apart.
+                marks = (place % every, every)
+                ax.plot(x, mean, **style, markevery=marks, label=arm)
+                if len(curves[arm]) > 1:
+                    ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            if "teacher" in curves:
+                final = spread([100 * curve[-1][column] for curve in curves["teacher"].values()]).mean
+                ax.axhline(final, **TEACHER, label="teacher, final")
+            ax.set_title(heading, loc="left")
+            ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
+            ax.set_xlim(left=0)
+
+        panel(over_steps, "test_accuracy", "(a) test")
+        panel(training, "train_accuracy", "(b) training")
+        panel(zoomed, "test_accuracy", "(c) test, enlarged")
+        zoomed.set_ylim(bottom=lower_limit(curves, "test_accuracy"))
+        panel(over_flops, "test_accuracy", "(d) test, by compute", flops=True)
+        for ax in (over_steps, zoomed):
+            ax.set_ylabel("accuracy (%)")
+        figure.suptitle(f"{title}: {seeds_phrase(curves)}", fontsize=10)
+        handles, labels = over_steps.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+
+        written: list[Path] = []
+        for suffix in formats:
+            # Dates and versions in the file would make every drawing a change.
+            metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
+            image = io.BytesIO()
+            figure.savefig(image, format=suffix, metadata=metadata)
+            written.append(path.with_name(f"{path.name}.{suffix}"))
+            write(written[-1], image.getvalue())
+    return written
+
+
+def seeds_phrase(curves: Curves) -> str:
+    """How many seeds the curves are over, and what the band is."""
+    counts = sorted({len(seeds) for seeds in curves.values()})
+    if counts == [1]:
+        return "one seed"
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    return f"mean over seeds ({n}), band from lowest to highest"
+
+
+def draw_runs(experiment_dir: Path) -> Path:
+    """Draws the finished arms under `runs/<experiment>` into its `figure.png` and returns that path.
+
+    Raises ExperimentError if there is no finished arm.
+    """
+    curves, _ = load(experiment_dir)
+    return draw(curves, experiment_dir.name, experiment_dir / "figure", formats=("png",))[0]

@@ -1,0 +1,31 @@
+"""Optimizer and schedule of the learning rate."""
+
+from torch import nn, optim
+
+from .config import ExperimentError, Schedule
+
+
+def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
+    """The optimizer of a run; weight decay spares what has one dimension (batch norm, biases).
+
+    RMSProp is the paper's (section 2); its decay and epsilon are not printed there, so they are those that
+    Inception was published with (Szegedy et al. 2015b: decay 0.9, epsilon 1.0) but for epsilon: PAPER.md, O6.
+    """
+    groups = [
+        {"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in network.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if schedule.optimizer == "rmsprop":
+        return optim.RMSprop(groups, lr=schedule.lr, alpha=0.9, eps=1e-3, momentum=schedule.momentum)
+    if schedule.optimizer == "sgd":
+        return optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=schedule.momentum > 0)
+    raise ExperimentError(f"The optimizer {schedule.optimizer!r} is unknown: it is rmsprop or sgd.")
+
+
+def rate_at(step: int, total: int, warmup: int, decay: str) -> float:
+    """The learning rate of a step as a share of the initial one: warm-up from zero, then linear decay to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if decay == "constant":
+        return 1.0
+    return (total - step) / max(1, total - warmup)

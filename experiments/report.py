@@ -1,0 +1,311 @@
+"""Numbers from finished runs: reads curves, computes one table row per arm. Imports neither torch nor matplotlib.
+
+A curve is a list of points, one an evaluation; curves are kept as {arm: {seed: curve}}, where the arm is
+spelled as its folder is (`net2net`, or `wider_net2net` where an experiment has several students).
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.config import ARMS, ExperimentError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Point = dict[str, float]  # column of curve.csv -> value; NaN where the cell is empty
+Curves = dict[str, dict[int, list[Point]]]
+Manifests = dict[str, dict[int, dict[str, Any]]]
+
+COLUMNS = (
+    *("step", "epoch", "examples", "seconds", "flops"),
+    *("train_loss", "train_accuracy", "holdout_loss", "holdout_accuracy", "test_loss", "test_accuracy"),
+)
+STARTS_FROM_TEACHER = ("net2net", "random_pad", "teacher_continued")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The mean of some numbers, one a seed, and the smallest and largest of them."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm over its seeds. Accuracies are in 0..1, FLOPs are those of training."""
+
+    arm: str
+    n: int  # seeds
+    start: Spread  # test accuracy at the first evaluation
+    final: Spread  # test accuracy at the last evaluation
+    target: Spread | None  # holdout accuracy that `steps` are counted to; None: no such arm in any seed
+    steps: Spread | None  # over the seeds that reach the target; None: none does, or there is no target
+    reached: int  # seeds that reach it
+    flops: Spread  # this arm alone
+    flops_total: Spread | None  # with the teacher's, for arms that start from it; None: no teacher there
+
+
+def split_arm(label: str) -> tuple[str | None, str]:
+    """(student, arm) of a folder's name: `wider_net2net` is ("wider", "net2net"), `net2net` (None, "net2net")."""
+    for arm in ("teacher", *ARMS):
+        if label == arm:
+            return None, arm
+        if label.endswith(f"_{arm}"):
+            return label.removesuffix(f"_{arm}"), arm
+    return None, label
+
+
+def ordered(labels: Iterable[str]) -> list[str]:
+    """The labels in reading order: teacher, each student's arms together, arms without a student."""
+
+    def key(label: str) -> tuple[bool, bool, str, int, str]:
+        student, arm = split_arm(label)
+        place = ARMS.index(arm) if arm in ARMS else len(ARMS)
+        return arm != "teacher", student is None, student or "", place, label
+
+    return sorted(labels, key=key)
+
+
+def parse_curve(data: bytes, name: str | Path) -> list[Point]:
+    """The points of a curve's CSV; `name` is what messages call it.
+
+    Raises ExperimentError if a column is missing, a cell is no number or there is no point.
+    """
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise ExperimentError(f"The curve {name} has no column {missing[0]}: run its arm again.")
+    try:
+        points = [{c: float(row[c]) if row[c] else math.nan for c in COLUMNS} for row in reader]
+    except ValueError as error:
+        raise ExperimentError(f"The curve {name} has a cell that is no number ({error}): run its arm again.") from None
+    if not points:
+        raise ExperimentError(f"The curve {name} has no rows: run its arm again.")
+    return points
+
+
+def read_arm(path: Path) -> list[Point]:
+    """The points of a curve, given its CSV or the folder that holds `curve.csv`; errors as `parse_curve`."""
+    file = path / "curve.csv" if path.is_dir() else path
+    if not file.is_file():
+        raise ExperimentError(f"There is no curve {file}: run its arm first.")
+    return parse_curve(file.read_bytes(), file)
+
+
+def read_complete(curve: Path, manifest: Path) -> tuple[bytes, dict[str, Any]] | None:
+    """The bytes of a finished arm's curve and its manifest; None while the arm is unfinished.
+
+    Raises ExperimentError if the manifest is no JSON object or the curve is not the one it was written for.
+    """
+    try:
+        record = json.loads(manifest.read_bytes())
+        data = curve.read_bytes()
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        record, data = None, b""
+    if not isinstance(record, dict):
+        raise ExperimentError(f"The manifest {manifest} is not a JSON object: remove its arm and run it again.")
+    if record.get("complete") is not True:
+        return None
+    if hashlib.sha256(data).hexdigest() != record.get("curve_sha256"):
+        raise ExperimentError(
+            f"The curve {curve} does not match curve_sha256 in its manifest: remove its arm and run it again."
+        )
+    return data, record
+
+
+def arm_files(directory: Path) -> list[tuple[int, str, Path, Path]]:
+    """(seed, arm, curve, manifest) of every arm under an experiment's folder, finished or not, in reading order.
+
+    Understands both layouts: seed<k>/<arm>/curve.csv of `runs`, seed<k>/<arm>.csv of `results/curves`.
+    """
+    found: list[tuple[int, str, Path, Path]] = []
+    for folder in directory.glob("seed*"):
+        match = re.fullmatch(r"seed(\d+)", folder.name)
+        if match is None or not folder.is_dir():
+            continue
+        entries = {p.name: (p / "curve.csv", p / "manifest.json") for p in folder.iterdir() if p.is_dir()}
+        entries |= {p.stem: (p, p.with_suffix(".json")) for p in folder.glob("*.csv")}
+        found += [(int(match[1]), arm, *entries[arm]) for arm in ordered(entries) if not arm.startswith(".")]
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def load(directory: Path) -> tuple[Curves, Manifests]:
+    """Curves and manifests of the finished arms under an experiment's folder; errors as `read_complete`."""
+    curves: Curves = {}
+    manifests: Manifests = {}
+    for seed, arm, curve, manifest in arm_files(directory):
+        complete = read_complete(curve, manifest)
+        if complete is not None:
+            curves.setdefault(arm, {})[seed] = parse_curve(complete[0], curve)
+            manifests.setdefault(arm, {})[seed] = complete[1]
+    if not curves:
+        raise ExperimentError(f"There is no finished arm under {directory}: run the experiment first.")
+    return {arm: curves[arm] for arm in ordered(curves)}, {arm: manifests[arm] for arm in ordered(manifests)}
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The mean, smallest and largest of at least one number."""
+    return Spread(math.fsum(values) / len(values), min(values), max(values))
+
+
+def teacher_flops(curves: Curves, arm: str, seed: int) -> float | None:
+    """Training FLOPs spent before `arm` began: its teacher's, zero for a fresh start; None: teacher unknown."""
+    if split_arm(arm)[1] not in STARTS_FROM_TEACHER:
+        return 0.0
+    teacher = curves.get("teacher", {}).get(seed)
+    return teacher[-1]["flops"] if teacher else None
+
+
+def target_accuracy(curves: Curves, arm: str, seed: int, target_arm: str) -> float | None:
+    """The holdout accuracy that `arm` is to reach: the final one of the target arm of its student and seed.
+
+    Where there is no such arm, the teacher's of that seed; None without either. The teacher's own
+    aim is the target arm of a sole student; with several students it has none.
+    """
+    student, kind = split_arm(arm)
+    same = curves.get(target_arm if student is None else f"{student}_{target_arm}", {}).get(seed)
+    if same is None and kind != "teacher":
+        same = curves.get("teacher", {}).get(seed)
+    return same[-1]["holdout_accuracy"] if same else None
+
+
+def steps_to(curve: list[Point], target: float) -> float | None:
+    """The first evaluated step whose holdout accuracy is at least `target`; None if there is none."""
+    return next((point["step"] for point in curve if point["holdout_accuracy"] >= target), None)
+
+
+def summarise(curves: Curves, target_arm: str) -> list[Row]:
+    """One row an arm, in reading order; every statistic is over the seeds that the arm has."""
+    rows: list[Row] = []
+    for arm in ordered(curves):
+        seeds = curves[arm]
+        targets = {seed: target_accuracy(curves, arm, seed, target_arm) for seed in seeds}
+        aims = {seed: target for seed, target in targets.items() if target is not None}
+        steps = [s for seed, target in aims.items() if (s := steps_to(seeds[seed], target)) is not None]
+        before = [teacher_flops(curves, arm, seed) for seed in seeds]
+        own = [curve[-1]["flops"] for curve in seeds.values()]
+        total = [mine + theirs for mine, theirs in zip(own, before, strict=True) if theirs is not None]
+        rows.append(
+            Row(
+                arm=arm,
+                n=len(seeds),
+                start=spread([curve[0]["test_accuracy"] for curve in seeds.values()]),
+                final=spread([curve[-1]["test_accuracy"] for curve in seeds.values()]),
+                target=spread(list(aims.values())) if aims else None,
+                steps=spread(steps) if steps else None,
+                reached=len(steps),
+                flops=spread(own),
+                # A mean over some of the seeds would not be comparable with the column beside it.
+                flops_total=spread(total) if len(total) == len(own) else None,
+            )
+        )
+    return rows
+
+
+def agreement(manifests: dict[int, dict[str, Any]]) -> str:
+    """How far an arm's students compute the teacher's function at step 0, over its seeds; "" if not measured."""
+    measured = [record["step0"] for record in manifests.values() if record.get("step0")]
+    if not measured:
+        return ""
+    agree, total = (sum(int(m[key]) for m in measured) for key in ("agree", "of"))
+    errors = [float(m["max_relative_error"]) for m in measured if m.get("max_relative_error") is not None]
+    return f"{agree} of {total}" + (f" (error {max(errors):.1e})" if errors else "")
+
+
+def target_arm(manifests: Manifests) -> str:
+    """The arm that the configuration counts steps to."""
+    return next(iter(next(iter(manifests.values())).values()))["config"]["target"]
+
+
+def flops_unit(largest: float) -> tuple[float, str]:
+    """The SI unit in which `largest` is a number from 1 up: (FLOPs in one of it, its name)."""
+    units = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+    return next(((size, name) for size, name in units if largest >= size), (1.0, "FLOP"))
+
+
+def percent(value: Spread) -> str:
+    """`91.20 (90.80–91.50)`: mean and range over seeds; the mean alone where they coincide. Per cent."""
+    mean, low, high = (f"{100 * x:.2f}" for x in (value.mean, value.low, value.high))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def steps_cell(row: Row) -> str:
+    """Mean steps to the target; says how many of the seeds it is over if not all; `never`; `–` without target."""
+    if row.target is None:
+        return "–"
+    if row.steps is None:
+        return "never"
+    return f"{row.steps.mean:.0f}" + ("" if row.reached == row.n else f" ({row.reached} of {row.n} seeds)")
+
+
+def cost_cell(flops: Spread | None, size: float) -> str:
+    """Mean training FLOPs in units of `size`."""
+    return "–" if flops is None else f"{flops.mean / size:.3g}"
+
+
+def cells(rows: list[Row], manifests: Manifests) -> tuple[list[str], list[list[str]]]:
+    """The whole table as text: its heads, and a line of cells an arm."""
+    size, unit = flops_unit(max((row.flops_total or row.flops).high for row in rows))
+    columns: dict[str, Callable[[Row], str]] = {
+        "arm": lambda row: row.arm,
+        "n": lambda row: str(row.n),
+        "test accuracy at step 0 (%)": lambda row: percent(row.start),
+        "final test accuracy (%)": lambda row: percent(row.final),
+        "target: holdout accuracy (%)": lambda row: percent(row.target) if row.target else "–",
+        "steps to target": steps_cell,
+        f"{unit}, own": lambda row: cost_cell(row.flops, size),
+        f"{unit}, with teacher's": lambda row: cost_cell(row.flops_total, size),
+        "top-1 as teacher's at step 0": lambda row: agreement(manifests.get(row.arm, {})) or "–",
+    }
+    return list(columns), [[text(row) for text in columns.values()] for row in rows]
+
+
+def table(experiment_dir: Path) -> "Table":
+    """The table of the finished arms under `runs/<experiment>`, for a terminal of 80 columns; errors as `load`."""
+    from rich import box
+    from rich.table import Table
+
+    curves, manifests = load(experiment_dir)
+    target = target_arm(manifests)
+    rows = summarise(curves, target)
+    size, unit = flops_unit(max((row.flops_total or row.flops).high for row in rows))
+    agreements = {arm: agreement(records) for arm, records in manifests.items()}
+    notes = [f"steps to target: until the holdout accuracy that {target} ends with"]
+    notes += [f"{arm}, step 0: top-1 as teacher's on {text}" for arm, text in agreements.items() if text]
+    result = Table(
+        title=f"{experiment_dir.name}, test accuracy (%)",
+        caption="\n".join(notes),
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    result.add_column("arm", no_wrap=True)
+    for head in ("n", "step 0", "final", "steps\nto target", f"{unit}\nown", f"{unit}, with\nteacher's"):
+        result.add_column(head, justify="right", overflow="fold")
+    for row in rows:
+        costs = (cost_cell(row.flops, size), cost_cell(row.flops_total, size))
+        result.add_row(row.arm, str(row.n), f"{100 * row.start.mean:.2f}", percent(row.final), steps_cell(row), *costs)
+    return result
+
+
+def write(path: Path, data: bytes) -> None:
+    """`path` holds `data`; a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(data)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""Copies finished runs into the results that are committed: python scripts/collect.py [experiment ...].
+
+Each finished arm's curve and manifest go from runs/<experiment>/seed<k>/<arm>/ to
+results/curves/<experiment>/seed<k>/<arm>.csv and .json. Unfinished arms are skipped, a curve that differs
+from what its manifest was written for is refused, nothing is deleted. Safe while runs go on.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.config import ExperimentError
+from experiments.report import arm_files, parse_curve, read_complete, write
+
+# An absolute path inside a longer text; not the slashes of a URL, of `a/b` or of `~/a`.
+_PATH = re.compile(r"(?<![\w.~/-])/(?!/)[^\s'\"`,;:=()\[\]{}]+")
+
+
+def last_component(path: str) -> str:
+    """`cifar10` for `/data/cifar10/`."""
+    return Path(path).name or path
+
+
+def without_folders(value: Any) -> Any:
+    """`value` with every absolute path in it, at any depth, replaced by the path's last component.
+
+    Where data and programs lie on one machine means nothing on another, may name its user, and would make
+    two equal runs differ; the last component still tells which data set or program it was.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("/"):  # a setting that is a path is one to its end, blanks included
+        return last_component(value)
+    return _PATH.sub(lambda match: last_component(match[0]), value)
+
+
+def without_folders_in_words(command: str) -> str:
+    """A command line with the same done to each of its words, and to what follows a word's `=`, blanks and all."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # no shell quoting: nothing tells a blank in a path from one between words
+        return _PATH.sub(lambda match: last_component(match[0]), command)
+    short: list[str] = []
+    for word in words:
+        key, equals, setting = ("", "", word) if word.startswith("/") else word.rpartition("=")
+        short.append(key + equals + without_folders(setting))
+    return shlex.join(short)
+
+
+def portable(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without machine paths; nothing else is taken from it."""
+
+    command = manifest.get("command")
+    result = without_folders(manifest)
+    return result | {"command": without_folders_in_words(command)} if isinstance(command, str) else result
+
+
+def copy(curve: Path, manifest: Path, target: Path) -> str | None:
+    """The arm's files lie beside each other as `target` + .csv and .json; a phrase on it, None if it is unfinished.
+
+    Raises ExperimentError if the curve and its manifest do not belong together.
+    """
+    complete = read_complete(curve, manifest)
+    if complete is None:
+        return None
+    data, record = complete
+    points = parse_curve(data, curve)
+    files = {
+        target.with_name(f"{target.name}.csv"): data,
+        target.with_name(f"{target.name}.json"): (json.dumps(portable(record), indent=2) + "\n").encode(),
+    }
+    changed = [path for path, new in files.items() if not path.is_file() or path.read_bytes() != new]
+    for path in changed:
+        write(path, files[path])
+    accuracy = f"{len(points)} points, final test accuracy {100 * points[-1]['test_accuracy']:.2f} %"
+    return accuracy + ("" if changed else " (unchanged)")
+
+
+def experiments_in(runs: Path, names: list[str]) -> list[Path]:
+    """The experiments' folders, all of them if none is named; raises ExperimentError if one is not there."""
+    if not runs.is_dir():
+        raise ExperimentError(f"There is no folder {runs}: run an experiment first, or give its place with --runs.")
+    there = {folder.name: folder for folder in sorted(runs.iterdir()) if folder.is_dir()}
+    for name in names:
+        if name not in there:
+            known = ", ".join(there) or "none"
+            raise ExperimentError(f"There is no experiment {name} in {runs}: name one of those there ({known}).")
+    return [there[name] for name in names or there]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Collects, prints a line an arm and a total; returns 1 if a curve was refused or nothing could be read."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("experiment", nargs="*", help="all of them if none is named")
+    options = parser.parse_args(arguments)
+    collected = skipped = refused = 0
+    try:
+        folders = experiments_in(options.runs, options.experiment)
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for folder in folders:
+        for seed, arm, curve, manifest in arm_files(folder):
+            name = f"{folder.name}/seed{seed}/{arm}"
+            try:
+                copied = copy(curve, manifest, options.results / "curves" / name)
+            except ExperimentError as error:
+                refused += 1
+                print(f"{name}: refused. {error}", file=sys.stderr)
+                continue
+            collected, skipped = collected + (copied is not None), skipped + (copied is None)
+            print(f"{name}: {copied or 'skipped, unfinished'}")
+    print(f"{collected} collected, {skipped} skipped, {refused} refused")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,674 @@
+"""The data room: what a split gives, that its randomness has no state, what it says of unsound data."""
+
+import io
+import itertools
+import os
+import pickle
+import tarfile
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import partial
+from hashlib import md5
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+
+from experiments.config import Data, ExperimentError
+from experiments.data import Folder, Images, complete_batches, load
+from experiments.data.cifar import cifar10
+from experiments.data.memory import crop_and_flip, statistics
+from experiments.data.splits import divide
+from experiments.data.tree import centre
+from experiments.randomness import derive_seed, generator
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "data"
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_tree(root: Path, counts: dict[str, dict[str, int]], side: int = 12, suffix: str = "png") -> Path:
+    """ROOT/part/class/0.png ...: real picture files of random pixels; returns ROOT."""
+    seeds = itertools.count()
+    for part, classes in counts.items():
+        for name, count in classes.items():
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(pixels(side, side, 3, seed=next(seeds))).save(folder / f"{number}.{suffix}")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "tree", {"train": {"cat": 20, "dog": 10}, "test": {"cat": 3, "dog": 2}})
+
+
+@pytest.fixture
+def config(tmp_path: Path, root: Path) -> Data:
+    return Data(
+        name="image_folder", root=str(root), cache=str(tmp_path / "cache"), size=12, pad=2, holdout=0.2
+    )
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Data:
+    root = write_tree(
+        tmp_path / "net", {"train": {"n01": 10, "n02": 8}, "val": {"n01": 3, "n02": 2}}, side=20
+    )
+    return Data(name="imagenet", root=str(root), cache=str(tmp_path / "cache"), size=16, pad=0, holdout=0.2)
+
+
+def digits(tmp_path: Path, **changes: object) -> Data:
+    return Data(**{"name": "digits", "size": 8, "pad": 1, "flip": False, "cache": str(tmp_path), **changes})
+
+
+def same(first, second) -> bool:
+    """Whether two iterators of batches give the same images and labels, bit for bit."""
+    pairs = list(itertools.zip_longest(first, second))
+    return len(pairs) > 0 and all(
+        a is not None and b is not None and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        for a, b in pairs
+    )
+
+
+# Randomness
+
+
+def test_seed_depends_on_every_part_and_their_order():
+    seeds = {
+        derive_seed(*parts) for parts in [(0,), (1,), ("0",), (0, 0), (0, "a", 1), (1, "a", 0), (0, "b", 1)]
+    }
+    assert len(seeds) == 7
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "order", 3) == 386106667988085106  # the same on every machine and in every version
+
+
+def test_generators_of_one_name_give_one_stream():
+    draws = [torch.rand(4, generator=generator(*parts)) for parts in [(0, "a"), (0, "a"), (0, "b")]]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+# Images in memory
+
+
+def test_crop_and_flip_agrees_with_the_naive_loop():
+    images, pad = torch.from_numpy(pixels(6, 3, 5, 7)), 2
+    fill = torch.tensor([7, 8, 9], dtype=torch.uint8)
+    rows, columns = torch.tensor([0, 4, 2, 1, 3, 2]), torch.tensor([4, 0, 2, 3, 1, 2])
+    mirror = torch.tensor([True, False, False, True, True, True])
+    naive = torch.empty_like(images)
+    for i, c, y, x in itertools.product(range(6), range(3), range(5), range(7)):
+        source_y = int(rows[i]) + y - pad
+        source_x = int(columns[i]) + (6 - x if mirror[i] else x) - pad
+        inside = 0 <= source_y < 5 and 0 <= source_x < 7
+        naive[i, c, y, x] = images[i, c, source_y, source_x] if inside else fill[c]
+    assert torch.equal(crop_and_flip(images, rows, columns, mirror, pad, fill), naive)
+
+
+def test_padding_is_zero_after_normalisation():
+    images = torch.from_numpy(pixels(64, 3, 4, 4))
+    mean, std = statistics(images)
+    batch, _ = next(Images(images, torch.zeros(64).long(), mean, std, pad=4).batches(64, 0, 0))
+    # Half a grey level around zero is taken by the padding and by few other pixels.
+    limit = torch.tensor([0.5 / 255 / s + 1e-6 for s in std]).view(-1, 1, 1)
+    assert (batch.abs() <= limit).float().mean() > 0.5
+
+
+def test_statistics_are_those_of_the_pixels():
+    images = torch.from_numpy(pixels(10, 3, 4, 4))
+    mean, std = statistics(images)
+    scaled = images.double() / 255
+    assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), abs=1e-12)
+    assert std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+    assert statistics(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8))[1] == (1 / 255,)
+
+
+def test_training_images_are_normalised_float32(config: Data):
+    splits = load(config)
+    everything = list(splits.train.ordered(7))
+    images = torch.cat([batch for batch, _ in everything])
+    assert images.dtype == torch.float32
+    assert everything[0][1].dtype == torch.int64
+    assert [len(labels) for _, labels in everything] == [7, 7, 7, 3]
+    assert torch.allclose(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(images.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+
+
+def test_every_image_comes_at_most_once_and_the_incomplete_batch_is_dropped():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    split = Images(images, torch.arange(10), (0.0,), (1 / 255,))
+    batches = list(split.batches(4, 0, 0, augment=False))
+    assert [len(labels) for _, labels in batches] == [4, 4]
+    seen = torch.cat([labels for _, labels in batches])
+    assert len(set(seen.tolist())) == 8
+    assert torch.equal(
+        torch.cat([batch for batch, _ in batches]).flatten(), seen.float()
+    )  # labels follow images
+
+
+def test_augmentation_moves_and_mirrors_within_its_bounds():
+    images = torch.zeros(200, 1, 9, 9, dtype=torch.uint8)
+    images[:, 0, 4, 3] = 255  # left of the centre: mirrored, it is right of it
+    split = Images(images, torch.arange(200), (0.0,), (1.0,))
+    ((batch, _),) = split.batches(200, 0, 0, pad=1, flip=True)
+    _, _, rows, columns = batch.nonzero().unbind(1)
+    assert set(rows.tolist()) == {3, 4, 5}
+    assert set(columns.tolist()) == {2, 3, 4, 5, 6}
+    mirrored = (columns > 4).float().mean()  # a third of the mirrored ones lies at column 4
+    assert 0.2 < mirrored < 0.5
+    ((still, _),) = split.batches(200, 0, 0, pad=1, flip=False)
+    assert set(still.nonzero()[:, 3].tolist()) == {2, 3, 4}
+    # Every image shows the same point, so batches and epochs differ by what was drawn for them.
+    first, second = (images for images, _ in split.batches(100, 0, 0, pad=1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, next(split.batches(100, 1, 0, pad=1))[0])
+
+
+def test_pad_and_flip_default_to_the_configuration(config: Data):
+    train = load(config).train
+    assert same(train.batches(8, 0, 0), train.batches(8, 0, 0, pad=2, flip=True))
+    assert not same(train.batches(8, 0, 0), train.batches(8, 0, 0, pad=0, flip=False))
+    assert same(train.batches(8, 0, 0, augment=False), train.batches(8, 0, 0, pad=0, flip=False))
+
+
+@pytest.mark.parametrize("name", ["config", "stream"])
+def test_a_resumed_epoch_goes_on_as_it_would_have(name: str, request: pytest.FixtureRequest):
+    train = load(request.getfixturevalue(name)).train
+    whole = list(train.batches(4, epoch=1, seed=0))
+    assert len(whole) >= 3
+    for start in range(len(whole)):
+        assert same(train.batches(4, epoch=1, seed=0, start=start), whole[start:])
+    assert list(train.batches(4, epoch=1, seed=0, start=len(whole))) == []
+
+
+@pytest.mark.parametrize("name", ["config", "stream"])
+def test_arms_of_a_seed_share_the_stream_and_nothing_else_disturbs_it(
+    name: str, request: pytest.FixtureRequest
+):
+    settings = request.getfixturevalue(name)
+    first, second = load(settings).train, load(settings).train
+    torch.manual_seed(1)
+    expected = list(first.batches(4, epoch=0, seed=0))
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    assert same(second.batches(4, epoch=0, seed=0), expected)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nor does it disturb the global stream
+    for epoch, seed in [(1, 0), (0, 1)]:
+        assert not same(second.batches(4, epoch=epoch, seed=seed), expected)
+
+
+@pytest.mark.parametrize("name", ["config", "stream"])
+def test_a_batch_larger_than_the_split_is_refused_at_the_call(name: str, request: pytest.FixtureRequest):
+    train = load(request.getfixturevalue(name)).train
+    with pytest.raises(
+        ExperimentError, match=rf"schedule.batch_size is 100.* only {len(train)} images: lower it"
+    ):
+        train.batches(100, 0, 0)
+    assert complete_batches(10, 5) == 2
+    with pytest.raises(ExperimentError, match=r"schedule.batch_size is 11,"):
+        complete_batches(10, 11)
+
+
+# The holdout
+
+
+def test_the_holdout_has_its_share_of_each_class_and_nothing_of_training(config: Data):
+    splits = load(config)
+    assert torch.bincount(splits.holdout.labels).tolist() == [4, 2]
+    assert torch.bincount(splits.train.labels).tolist() == [16, 8]
+    held, kept = (
+        {image.numpy().tobytes() for image in part.images} for part in (splits.holdout, splits.train)
+    )
+    assert len(held) == 6
+    assert len(kept) == 24
+    assert not held & kept
+
+
+def test_the_holdout_belongs_to_the_data_and_not_to_the_run(config: Data):
+    first, again, other = load(config), load(config), load(config, seed_split=1)
+    assert torch.equal(first.holdout.images, again.holdout.images)
+    assert not torch.equal(first.holdout.images, other.holdout.images)
+
+
+def test_division_keeps_one_of_each_class_on_either_side():
+    kept, held = divide(torch.tensor([0, 1, 1, 2, 2, 2]), 0.01, generator(0))
+    assert torch.tensor([0, 1, 1, 2, 2, 2])[held].tolist() == [1, 2]
+    assert sorted(kept.tolist() + held.tolist()) == list(range(6))
+    kept, _ = divide(torch.tensor([0, 0, 1, 1]), 0.99, generator(0))
+    assert len(kept) == 2
+    with pytest.raises(ExperimentError, match=r"No class has two training images.*: add images"):
+        divide(torch.tensor([0, 1, 2]), 0.1, generator(0))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 2.0])
+def test_a_holdout_that_is_no_share_is_refused(config: Data, share: float):
+    config.holdout = share
+    with pytest.raises(ExperimentError, match=rf"data.holdout is {share}: choose a share between 0 and 1"):
+        load(config)
+
+
+# Sources
+
+
+def test_digits(tmp_path: Path):
+    splits = load(digits(tmp_path))
+    assert (len(splits.train), len(splits.holdout), len(splits.test)) == (1295, 143, 359)
+    assert splits.train.images.shape[1:] == (1, 8, 8)
+    assert int(splits.train.images.max()) == 255
+    assert (splits.classes, len(splits.mean), len(splits.std)) == (10, 1, 1)
+    assert splits.description == "scikit-learn digits, 1,438 train / 359 test"
+    counts = torch.bincount(splits.test.labels)
+    assert counts.min() >= 34
+    assert counts.max() <= 37
+    assert torch.equal(
+        splits.test.images, load(digits(tmp_path), seed_split=1).test.images
+    )  # the test is fixed
+
+
+@pytest.mark.parametrize(("name", "size"), [("digits", 8), ("cifar10", 32)])
+def test_a_set_of_one_size_refuses_another(tmp_path: Path, name: str, size: int):
+    with pytest.raises(
+        ExperimentError, match=rf"data={name} has images of {size} pixels: set data.size={size}"
+    ):
+        load(Data(name=name, size=64, cache=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("cifar", "cifar10"), ("imagefolder", "image_folder"), ("image_net", "imagenet")]
+)
+def test_an_unknown_name_is_answered_by_the_nearest(typed: str, meant: str):
+    with pytest.raises(
+        ExperimentError, match=rf"did you mean {meant}\? There are digits, cifar10, image_folder"
+    ):
+        load(Data(name=typed))
+
+
+def test_splits_move_as_one(config: Data, stream: Data):
+    meta = load(config).to("meta")
+    assert all(part.images.is_meta and part.labels.is_meta for part in (meta.train, meta.holdout, meta.test))
+    moved = load(stream).to("cpu")
+    assert isinstance(moved.train, Folder)
+    assert moved.train.device == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_same_batches(config: Data, stream: Data):
+    for settings in (config, stream):
+        splits = load(settings)
+        for here, there in [
+            (splits.train.batches(4, 0, 0), splits.to("cuda").train.batches(4, 0, 0)),
+            (splits.test.ordered(4), splits.to("cuda").test.ordered(4)),
+        ]:
+            for (images, labels), (moved_images, moved_labels) in zip(here, there, strict=True):
+                assert moved_images.is_cuda
+                assert torch.allclose(images, moved_images.cpu(), atol=1e-5)
+                assert torch.equal(labels, moved_labels.cpu())
+
+
+# Trees of pictures
+
+
+def test_an_image_folder_is_read_as_it_lies(config: Data, root: Path):
+    (root / "train" / "cat" / "._0.png").write_bytes(b"what another system leaves")
+    (root / "train" / "notes.txt").write_text("no picture")
+    (root / "train" / ".hidden").mkdir()
+    splits = load(config)
+    assert splits.classes == 2
+    assert splits.description == "image folder tree, 30 train / 5 test"
+    assert splits.test.labels.tolist() == [0, 0, 0, 1, 1]
+    with Image.open(root / "test" / "dog" / "1.png") as picture:
+        assert torch.equal(splits.test.images[4], torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def test_val_stands_in_for_test(config: Data, root: Path):
+    os.rename(root / "test", root / "val")
+    assert len(load(config).test) == 5
+
+
+def test_grey_and_jpeg_pictures_of_any_shape_become_squares(config: Data, root: Path):
+    Image.fromarray(pixels(40, 30)).save(root / "test" / "cat" / "0.jpeg")
+    splits = load(config)
+    assert splits.test.images.shape == (6, 3, 12, 12)
+    assert torch.equal(splits.test.images[0, 0], splits.test.images[0, 1])  # grey
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "size"), [((31, 45), 18, 16), ((45, 31), 9, 8), ((12, 50), 12, 12)]
+)
+def test_the_centre_is_that_of_torchvision(shape: tuple[int, int], side: int, size: int):
+    image = Image.fromarray(pixels(*shape, 3))
+    expected = v2.Compose([v2.Resize(side), v2.CenterCrop(size)])(image)
+    assert np.array_equal(np.array(centre(image, side, size)), np.array(expected))
+    square = Image.fromarray(pixels(size, size, 3))
+    assert centre(square, size, size) is square
+
+
+def test_a_tree_is_decoded_once(config: Data, monkeypatch: pytest.MonkeyPatch):
+    first = load(config)
+    monkeypatch.setattr("experiments.data.cache.picture", lambda file: pytest.fail(f"{file} decoded again"))
+    assert torch.equal(load(config).test.images, first.test.images)
+
+
+def test_a_changed_tree_or_size_is_decoded_anew(config: Data, root: Path):
+    before = load(config)
+    Image.fromarray(pixels(12, 12, 3, seed=99)).save(root / "test" / "cat" / "0.png")
+    os.utime(root / "test" / "cat" / "0.png", ns=(1, 1))
+    after = load(config)
+    assert not torch.equal(after.test.images[0], before.test.images[0])
+    assert torch.equal(after.test.images[1:], before.test.images[1:])
+    config.size = 6
+    assert load(config).test.images.shape == (5, 3, 6, 6)
+    assert len(list(Path(config.cache).iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "another"])
+def test_a_damaged_cache_is_made_again(config: Data, damage: str):
+    before = load(config)
+    (file,) = Path(config.cache).iterdir()
+    content = bytearray(file.read_bytes())
+    if damage == "another":
+        np.savez(file, train=pixels(1, 3, 12, 12), test=pixels(1, 3, 12, 12))
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    assert torch.equal(load(config).train.images, before.train.images)
+    assert file.read_bytes() != b""
+    assert [entry.name for entry in Path(config.cache).iterdir()] == [file.name]
+
+
+def test_nothing_half_written_stays(config: Data, monkeypatch: pytest.MonkeyPatch):
+    def full(stream: io.BufferedWriter, **arrays: np.ndarray) -> None:
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("experiments.data.cache.np.savez", full)
+    with pytest.raises(
+        ExperimentError, match=r"npz cannot be written \(No space left on device\): make room"
+    ):
+        load(config)
+    assert list(Path(config.cache).iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(config: Data, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    config.cache = str(tmp_path / "file" / "cache")
+    with pytest.raises(
+        ExperimentError, match=r"file/cache cannot be written .*: set data.cache, or .*NET2NET_CACHE"
+    ):
+        load(config)
+
+
+def test_a_tree_larger_than_memory_is_refused_before_decoding(config: Data):
+    config.size = 2**20
+    with pytest.raises(
+        ExperimentError, match=r"GiB in memory .*: lower data.size, or stream it with data=imagenet"
+    ):
+        load(config)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("damage", ["truncated", "no picture"])
+def test_an_unreadable_picture_is_named(config: Data, root: Path, suffix: str, damage: str):
+    file = root / "train" / "dog" / f"broken.{suffix}"
+    Image.fromarray(pixels(60, 60, 3)).save(file)
+    file.write_bytes(file.read_bytes()[:800] if damage == "truncated" else b"no picture")
+    with pytest.raises(
+        ExperimentError, match=rf"The image .*dog/broken.{suffix} cannot be read \(.*: replace it"
+    ):
+        load(config)
+    assert list(Path(config.cache).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "halves"), [("image_folder", "train/ and test/ or val/"), ("imagenet", "val/")]
+)
+def test_a_root_that_is_not_there_is_named(tmp_path: Path, name: str, halves: str):
+    settings = Data(name=name, cache=str(tmp_path / "cache"))
+    with pytest.raises(
+        ExperimentError, match=rf"data.root is not set: data={name} needs data.root=FOLDER.*{halves}"
+    ):
+        load(settings)
+    settings.root = str(tmp_path / "nowhere")
+    with pytest.raises(ExperimentError, match=rf"data.root=.*nowhere is not a folder: set it to .*{halves}"):
+        load(settings)
+
+
+def test_a_root_without_its_parts_is_named(tmp_path: Path, config: Data):
+    config.root = str(tmp_path / "bare")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ExperimentError, match=r"bare needs train/ and test/ or val/.* but holds nothing"):
+        load(config)
+    write_tree(tmp_path / "bare", {"train": {"cat": 1}})
+    with pytest.raises(ExperimentError, match=r"bare needs train/ and test/ or val/.* but holds train\."):
+        load(config)
+    (tmp_path / "bare" / "test").mkdir()
+    with pytest.raises(
+        ExperimentError, match=r"bare/test has no class folders: put the pictures .*bare/test/CLASS"
+    ):
+        load(config)
+
+
+def test_a_class_without_images_is_named(config: Data, root: Path):
+    for part in ("train", "test"):
+        (root / part / "eel").mkdir()
+        (root / part / "eel" / "notes.txt").write_text("no picture")
+    with pytest.raises(
+        ExperimentError, match=r"class folder .*train/eel has no images \(.jpg.*: add some, or remove"
+    ):
+        load(config)
+
+
+def test_classes_that_differ_are_named(config: Data, root: Path):
+    os.rename(root / "test" / "dog", root / "test" / "wolf")
+    with pytest.raises(
+        ExperimentError, match=r"differ \(dog is only in train/; wolf is only in test/\): make them"
+    ):
+        load(config)
+
+
+# Pictures streamed from disk
+
+
+def test_streamed_splits(stream: Data):
+    splits = load(stream)
+    assert (len(splits.train), len(splits.holdout), len(splits.test), splits.classes) == (14, 4, 5, 2)
+    assert splits.description == "ImageNet tree net, 2 classes, 18 train / 5 test"
+    assert splits.mean == (0.485, 0.456, 0.406)
+    assert torch.bincount(splits.holdout.labels).tolist() == [2, 2]
+    assert not set(splits.holdout.files.tolist()) & set(splits.train.files.tolist())
+    batches = list(splits.test.ordered(2))
+    assert [tuple(images.shape) for images, _ in batches] == [(2, 3, 16, 16), (2, 3, 16, 16), (1, 3, 16, 16)]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_streamed_test_pictures_are_the_usual_centre(stream: Data):
+    splits = load(stream)
+    usual = v2.Compose([v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()])
+    with Image.open(os.fsdecode(splits.test.files[0])) as picture:
+        scaled = usual(picture).double() / 255
+    expected = (scaled - torch.tensor(splits.mean).view(3, 1, 1)) / torch.tensor(splits.std).view(3, 1, 1)
+    images, _ = next(splits.test.ordered(1))
+    assert torch.allclose(images[0].double(), expected, atol=1e-5)
+
+
+def test_worker_processes_change_nothing(stream: Data):
+    alone = load(stream).train
+    stream.workers = 2
+    assert same(load(stream).train.batches(4, 0, 0), alone.batches(4, 0, 0))
+    assert not same(alone.batches(4, 0, 0), alone.batches(4, 0, 0, augment=False))
+
+
+def test_workers_ignore_the_signals_of_preemption(stream: Data, monkeypatch: pytest.MonkeyPatch):
+    def ignored(file: str) -> Image.Image:
+        (mask,) = (
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn")
+        )
+        return Image.new(
+            "RGB", (20, 20), (int(mask.split()[1], 16) >> 11 & 0b1001,) * 3
+        )  # USR2 is 12, TERM 15
+
+    monkeypatch.setattr("experiments.data.streamed.picture", ignored)
+    stream.workers = 1
+    splits = load(stream)
+    images, _ = next(splits.test.ordered(1))
+    assert (images[0, 0] * splits.std[0] + splits.mean[0]).mul(255).round().unique().tolist() == [0b1001]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_streamed_picture_is_named_in_one_sentence(stream: Data, workers: int):
+    file = Path(str(stream.root), "val", "n02", "0.png")
+    file.write_bytes(file.read_bytes()[:200])
+    stream.workers = workers
+    with pytest.raises(
+        ExperimentError, match=rf"^The image {file} cannot be read \(.*\): replace it, or delete it\.$"
+    ):
+        list(load(stream).test.ordered(2))
+
+
+# CIFAR-10
+
+
+class OldArray:
+    """Pickles as the official files do: by NumPy 1 under Python 2, whose types say align=0."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __reduce__(self):
+        rebuild, (cls, shape, code), (version, shape, _, fortran, raw) = self.array.__reduce__()
+        return rebuild, (cls, shape, code), (version, self.array.shape, OldType(), fortran, raw)
+
+
+class OldType:
+    def __reduce__(self):
+        return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address at which this machine serves `tmp_path`."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: str) -> Path:
+    """A tiny archive in the official format, which torchvision takes for the official one; its path."""
+    contents: dict[str, bytes] = {}
+    for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
+        entry = {
+            "data": OldArray(pixels(20, 3072, seed=number)),
+            "labels": [label % 10 for label in range(20)],
+        }
+        contents[name] = pickle.dumps(entry, protocol=2)
+    contents["batches.meta"] = pickle.dumps({"label_names": list("abcdefghij")}, protocol=2)
+    path = tmp_path / "there" / CIFAR10.filename
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    sums = {name: md5(content).hexdigest() for name, content in contents.items()}
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[name, sums[name]] for name in ("data_batch_1", "data_batch_2")]
+    )
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", f"{served}/there/{CIFAR10.filename}")
+    return path
+
+
+def test_cifar10_is_downloaded_once_and_read(tmp_path: Path, archive: Path):
+    settings = Data(name="cifar10", cache=str(tmp_path / "cache"))
+    splits = load(settings)
+    archive.unlink()
+    assert torch.equal(load(settings).train.images, splits.train.images)
+    assert (len(splits.train), len(splits.holdout), len(splits.test), splits.classes) == (30, 10, 20, 10)
+    assert splits.description == "CIFAR-10 (official archive)"
+    assert np.array_equal(splits.test.images.numpy(), pixels(20, 3072, seed=2).reshape(20, 3, 32, 32))
+    assert splits.test.labels.tolist() == [label % 10 for label in range(20)]
+    assert [entry.name for entry in (tmp_path / "cache" / "cifar10").iterdir()] == [CIFAR10.base_folder]
+
+
+def test_an_archive_that_lies_in_the_root_is_used(archive: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing-listens-here")
+    assert len(load(Data(name="cifar10", root=str(archive.parent))).test) == 20
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/nothing-listens-here", "http://cifar.invalid/", None])
+def test_without_a_network_cifar10_says_what_to_do(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, url: str | None
+):
+    if url is None:
+        archive.unlink()  # the server answers, but has it no more
+    else:
+        monkeypatch.setattr(CIFAR10, "url", url)
+    settings = Data(name="cifar10", cache=str(tmp_path / "cache"))
+    message = r"CIFAR-10 is not in .*cache/cifar10 and cannot .*: copy cifar-10-python.tar.gz there, or .*"
+    with pytest.raises(ExperimentError, match=message + r"data=image_folder data.root=FOLDER\.$"):
+        load(settings)
+    assert list((tmp_path / "cache" / "cifar10").iterdir()) == []
+
+
+def test_a_damaged_archive_is_named(archive: Path):
+    archive.write_bytes(archive.read_bytes()[:-10])
+    with pytest.raises(
+        ExperimentError, match=r"tar.gz is not the official archive \(its checksum differs\): delete"
+    ):
+        load(Data(name="cifar10", root=str(archive.parent)))
+
+
+def test_a_damaged_download_is_not_kept(tmp_path: Path, archive: Path):
+    archive.write_bytes(archive.read_bytes()[:-10])
+    with pytest.raises(ExperimentError, match=r"cannot be downloaded from .* \(File not found or corrupted"):
+        cifar10(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["data_batch_2", "batches.meta"])
+def test_damaged_cifar10_files_are_named(archive: Path, file: str):
+    settings = Data(name="cifar10", root=str(archive.parent))
+    load(settings)
+    (archive.parent / CIFAR10.base_folder / file).write_bytes(b"damaged")
+    with pytest.raises(ExperimentError, match=r"cifar-10-batches-py is incomplete or damaged: delete it"):
+        load(settings)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_configurations_fit_the_schema_and_say_what_differs(file: Path):
+    assert file.read_text().startswith("# ")
+    changes = OmegaConf.load(file)
+    merged = OmegaConf.merge(OmegaConf.structured(Data), changes)  # a key that is not in the schema raises
+    assert merged.name == file.stem
+    defaults = {field.name: field.default for field in fields(Data)}
+    assert [key for key in changes if key != "name" and changes[key] == defaults[key]] == []
+
+
+def test_there_is_a_configuration_for_every_source():
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == {"digits", "cifar10", "image_folder", "imagenet"}

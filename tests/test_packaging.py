@@ -1,0 +1,140 @@
+"""The files that install the project agree with each other and name nothing of any machine."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+LOCK = (ROOT / "requirements.lock").read_text()
+INSTALLERS = (
+    "pyproject.toml",
+    "requirements.lock",
+    "environment.yml",
+    "Makefile",
+    ".ci/run",
+    "CITATION.cff",
+    "CHANGELOG.md",
+)
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Package -> version, of every package that `lock` pins and gives a hash for."""
+    pinned = re.findall(r"^([\w.-]+)==([^ ;]+)[^\n]*\\\n +--hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in pinned}
+
+
+def direct_dependencies() -> list[Requirement]:
+    """What pyproject.toml asks for, in all extras, the package itself left out."""
+    project = PYPROJECT["project"]
+    texts = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    return [r for r in map(Requirement, texts) if r.name != project["name"]]
+
+
+def test_a_pin_counts_only_with_its_hash() -> None:
+    hashed = "a-b==1.0 ; sys_platform == 'linux' \\\n    --hash=sha256:" + "0" * 64 + "\n"
+    assert pins(hashed + "bare==2.0\n") == {"a-b": "1.0"}
+
+
+def test_everything_in_the_lock_has_a_hash() -> None:
+    assert set(pins(LOCK)) == {canonicalize_name(n) for n in re.findall(r"^([\w.-]+)==", LOCK, re.MULTILINE)}
+    for line in LOCK.splitlines():
+        assert re.match(r"#|    #|    --hash=sha256:|[\w.-]+==", line), f"{line!r} pins nothing"
+
+
+@pytest.mark.parametrize("requirement", direct_dependencies(), ids=lambda r: r.name)
+def test_direct_dependency_is_pinned(requirement: Requirement) -> None:
+    assert requirement.name in pins(LOCK), f"{requirement.name} is not in requirements.lock: run make lock"
+    assert requirement.specifier.contains(pins(LOCK)[requirement.name], prereleases=True)
+
+
+def test_lock_obeys_the_constraints() -> None:
+    for constraint in map(Requirement, PYPROJECT["tool"]["uv"]["constraint-dependencies"]):
+        assert constraint.specifier.contains(pins(LOCK)[constraint.name]), f"{constraint}: run make lock"
+
+
+def test_conda_environment_is_the_lock() -> None:
+    python, pip, from_pip = ENVIRONMENT["dependencies"]
+    assert ENVIRONMENT["name"] == PYPROJECT["project"]["name"]
+    assert ENVIRONMENT["channels"] == ["conda-forge"]
+    assert pip == "pip"
+    # `-e .` cannot stand here: pip refuses it beside hashes.
+    assert from_pip == {"pip": ["-r requirements.lock"]}
+    name, minor = python.split("=")
+    assert name == "python"
+    assert minor in SpecifierSet(PYPROJECT["project"]["requires-python"])
+    assert minor == PYPROJECT["tool"]["basedpyright"]["pythonVersion"]
+    assert f"py{minor.replace('.', '')}" == PYPROJECT["tool"]["ruff"]["target-version"]
+    assert f"--python-version {minor} " in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("name", INSTALLERS)
+def test_names_no_host_and_no_machine_path(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert not re.search(r"\w+://|--(extra-)?index-url|/(home|root|Users|opt|mnt)/", text)
+
+
+def test_ci_is_executable() -> None:
+    assert os.access(ROOT / ".ci/run", os.X_OK), "chmod +x .ci/run"
+
+
+def test_version_is_the_same_everywhere() -> None:
+    number = PYPROJECT["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == number
+    assert f"\n## {number}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_make_lists_its_targets() -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    # MAKEFLAGS of an outer `make test` would change what the inner one prints.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    done = subprocess.run([make], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == phony.split()
+
+
+def test_wheel_holds_net2net_alone_and_asks_for_torch_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    # A copy, because a build leaves folders behind; with the neighbours, because they must stay out.
+    for folder in ("net2net", "experiments", "scripts", "configs", "tests"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE", "train.py"):
+        shutil.copy(ROOT / file, source)
+
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path]
+    wheel_of = [sys.executable, "-m", "pip", "wheel", *options, source]
+    done = subprocess.run(wheel_of, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = archive.namelist()
+        (metadata,) = (f for f in files if f.endswith(".dist-info/METADATA"))
+        header = Parser().parsestr(archive.read(metadata).decode())
+    number = PYPROJECT["project"]["version"]
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "net2net").rglob("*.py")}
+    assert modules <= set(files)
+    assert {f.split("/")[0] for f in files} == {"net2net", f"net2net-{number}.dist-info"}
+    assert f"net2net-{number}.dist-info/licenses/LICENSE" in files
+    assert header["Version"] == number
+    required = [Requirement(r) for r in header.get_all("Requires-Dist", [])]
+    assert [r.name for r in required if r.marker is None] == ["torch"]
+    assert set(header.get_all("Provides-Extra", [])) == {"experiments", "dev"}
