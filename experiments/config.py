@@ -38,7 +38,7 @@ class Schedule:
     teacher_epochs: str | None = None  # length of the teacher's own training; None: as the students'
     batch_size: int = 128
     optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd
-    lr: float = 0.01  # initial rate of a network trained from scratch
+    lr: float = 0.001  # initial rate of a network trained from scratch
     momentum: float = 0.9
     weight_decay: float = 0.0
     warmup: str = "0it"  # linear warm-up from zero

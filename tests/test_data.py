@@ -55,16 +55,12 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, root: Path) -> Data:
-    return Data(
-        name="image_folder", root=str(root), cache=str(tmp_path / "cache"), size=12, pad=2, holdout=0.2
-    )
+    return Data(name="image_folder", root=str(root), cache=str(tmp_path / "cache"), size=12, pad=2, holdout=0.2)
 
 
 @pytest.fixture
 def stream(tmp_path: Path) -> Data:
-    root = write_tree(
-        tmp_path / "net", {"train": {"n01": 10, "n02": 8}, "val": {"n01": 3, "n02": 2}}, side=20
-    )
+    root = write_tree(tmp_path / "net", {"train": {"n01": 10, "n02": 8}, "val": {"n01": 3, "n02": 2}}, side=20)
     return Data(name="imagenet", root=str(root), cache=str(tmp_path / "cache"), size=16, pad=0, holdout=0.2)
 
 
@@ -76,8 +72,7 @@ def same(first, second) -> bool:
     """Whether two iterators of batches give the same images and labels, bit for bit."""
     pairs = list(itertools.zip_longest(first, second))
     return len(pairs) > 0 and all(
-        a is not None and b is not None and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-        for a, b in pairs
+        a is not None and b is not None and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs
     )
 
 
@@ -85,9 +80,7 @@ def same(first, second) -> bool:
 
 
 def test_seed_depends_on_every_part_and_their_order():
-    seeds = {
-        derive_seed(*parts) for parts in [(0,), (1,), ("0",), (0, 0), (0, "a", 1), (1, "a", 0), (0, "b", 1)]
-    }
+    seeds = {derive_seed(*parts) for parts in [(0,), (1,), ("0",), (0, 0), (0, "a", 1), (1, "a", 0), (0, "b", 1)]}
     assert len(seeds) == 7
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(0, "order", 3) == 386106667988085106  # the same on every machine and in every version
@@ -152,9 +145,7 @@ def test_every_image_comes_at_most_once_and_the_incomplete_batch_is_dropped():
     assert [len(labels) for _, labels in batches] == [4, 4]
     seen = torch.cat([labels for _, labels in batches])
     assert len(set(seen.tolist())) == 8
-    assert torch.equal(
-        torch.cat([batch for batch, _ in batches]).flatten(), seen.float()
-    )  # labels follow images
+    assert torch.equal(torch.cat([batch for batch, _ in batches]).flatten(), seen.float())  # labels follow images
 
 
 def test_augmentation_moves_and_mirrors_within_its_bounds():
@@ -169,10 +160,11 @@ def test_augmentation_moves_and_mirrors_within_its_bounds():
     assert 0.2 < mirrored < 0.5
     ((still, _),) = split.batches(200, 0, 0, pad=1, flip=False)
     assert set(still.nonzero()[:, 3].tolist()) == {2, 3, 4}
-    # Every image shows the same point, so batches and epochs differ by what was drawn for them.
+    # Every image shows the same point, so batches, epochs and seeds differ by what was drawn for them.
     first, second = (images for images, _ in split.batches(100, 0, 0, pad=1))
     assert not torch.equal(first, second)
     assert not torch.equal(first, next(split.batches(100, 1, 0, pad=1))[0])
+    assert not torch.equal(first, next(split.batches(100, 0, 1, pad=1))[0])
 
 
 def test_pad_and_flip_default_to_the_configuration(config: Data):
@@ -193,9 +185,7 @@ def test_a_resumed_epoch_goes_on_as_it_would_have(name: str, request: pytest.Fix
 
 
 @pytest.mark.parametrize("name", ["config", "stream"])
-def test_arms_of_a_seed_share_the_stream_and_nothing_else_disturbs_it(
-    name: str, request: pytest.FixtureRequest
-):
+def test_arms_of_a_seed_share_the_stream_and_nothing_else_disturbs_it(name: str, request: pytest.FixtureRequest):
     settings = request.getfixturevalue(name)
     first, second = load(settings).train, load(settings).train
     torch.manual_seed(1)
@@ -206,14 +196,14 @@ def test_arms_of_a_seed_share_the_stream_and_nothing_else_disturbs_it(
     assert torch.equal(torch.random.get_rng_state(), before)  # nor does it disturb the global stream
     for epoch, seed in [(1, 0), (0, 1)]:
         assert not same(second.batches(4, epoch=epoch, seed=seed), expected)
+        plain, other = (second.batches(4, e, s, augment=False) for e, s in [(0, 0), (epoch, seed)])
+        assert not same(plain, other)  # the order alone
 
 
 @pytest.mark.parametrize("name", ["config", "stream"])
 def test_a_batch_larger_than_the_split_is_refused_at_the_call(name: str, request: pytest.FixtureRequest):
     train = load(request.getfixturevalue(name)).train
-    with pytest.raises(
-        ExperimentError, match=rf"schedule.batch_size is 100.* only {len(train)} images: lower it"
-    ):
+    with pytest.raises(ExperimentError, match=rf"schedule.batch_size is 100.* only {len(train)} images: lower it"):
         train.batches(100, 0, 0)
     assert complete_batches(10, 5) == 2
     with pytest.raises(ExperimentError, match=r"schedule.batch_size is 11,"):
@@ -227,9 +217,7 @@ def test_the_holdout_has_its_share_of_each_class_and_nothing_of_training(config:
     splits = load(config)
     assert torch.bincount(splits.holdout.labels).tolist() == [4, 2]
     assert torch.bincount(splits.train.labels).tolist() == [16, 8]
-    held, kept = (
-        {image.numpy().tobytes() for image in part.images} for part in (splits.holdout, splits.train)
-    )
+    held, kept = ({image.numpy().tobytes() for image in part.images} for part in (splits.holdout, splits.train))
     assert len(held) == 6
     assert len(kept) == 24
     assert not held & kept
@@ -271,16 +259,12 @@ def test_digits(tmp_path: Path):
     counts = torch.bincount(splits.test.labels)
     assert counts.min() >= 34
     assert counts.max() <= 37
-    assert torch.equal(
-        splits.test.images, load(digits(tmp_path), seed_split=1).test.images
-    )  # the test is fixed
+    assert torch.equal(splits.test.images, load(digits(tmp_path), seed_split=1).test.images)  # the test is fixed
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", 8), ("cifar10", 32)])
 def test_a_set_of_one_size_refuses_another(tmp_path: Path, name: str, size: int):
-    with pytest.raises(
-        ExperimentError, match=rf"data={name} has images of {size} pixels: set data.size={size}"
-    ):
+    with pytest.raises(ExperimentError, match=rf"data={name} has images of {size} pixels: set data.size={size}"):
         load(Data(name=name, size=64, cache=str(tmp_path)))
 
 
@@ -288,9 +272,7 @@ def test_a_set_of_one_size_refuses_another(tmp_path: Path, name: str, size: int)
     ("typed", "meant"), [("cifar", "cifar10"), ("imagefolder", "image_folder"), ("image_net", "imagenet")]
 )
 def test_an_unknown_name_is_answered_by_the_nearest(typed: str, meant: str):
-    with pytest.raises(
-        ExperimentError, match=rf"did you mean {meant}\? There are digits, cifar10, image_folder"
-    ):
+    with pytest.raises(ExperimentError, match=rf"did you mean {meant}\? There are digits, cifar10, image_folder"):
         load(Data(name=typed))
 
 
@@ -343,9 +325,7 @@ def test_grey_and_jpeg_pictures_of_any_shape_become_squares(config: Data, root: 
     assert torch.equal(splits.test.images[0, 0], splits.test.images[0, 1])  # grey
 
 
-@pytest.mark.parametrize(
-    ("shape", "side", "size"), [((31, 45), 18, 16), ((45, 31), 9, 8), ((12, 50), 12, 12)]
-)
+@pytest.mark.parametrize(("shape", "side", "size"), [((31, 45), 18, 16), ((45, 31), 9, 8), ((12, 50), 12, 12)])
 def test_the_centre_is_that_of_torchvision(shape: tuple[int, int], side: int, size: int):
     image = Image.fromarray(pixels(*shape, 3))
     expected = v2.Compose([v2.Resize(side), v2.CenterCrop(size)])(image)
@@ -395,9 +375,7 @@ def test_nothing_half_written_stays(config: Data, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("experiments.data.cache.np.savez", full)
-    with pytest.raises(
-        ExperimentError, match=r"npz cannot be written \(No space left on device\): make room"
-    ):
+    with pytest.raises(ExperimentError, match=r"npz cannot be written \(No space left on device\): make room"):
         load(config)
     assert list(Path(config.cache).iterdir()) == []
 
@@ -405,17 +383,13 @@ def test_nothing_half_written_stays(config: Data, monkeypatch: pytest.MonkeyPatc
 def test_a_cache_that_cannot_be_written_is_named(config: Data, tmp_path: Path):
     (tmp_path / "file").write_text("")
     config.cache = str(tmp_path / "file" / "cache")
-    with pytest.raises(
-        ExperimentError, match=r"file/cache cannot be written .*: set data.cache, or .*NET2NET_CACHE"
-    ):
+    with pytest.raises(ExperimentError, match=r"file/cache cannot be written .*: set data.cache, or .*NET2NET_CACHE"):
         load(config)
 
 
 def test_a_tree_larger_than_memory_is_refused_before_decoding(config: Data):
     config.size = 2**20
-    with pytest.raises(
-        ExperimentError, match=r"GiB in memory .*: lower data.size, or stream it with data=imagenet"
-    ):
+    with pytest.raises(ExperimentError, match=r"GiB in memory .*: lower data.size, or stream it with data=imagenet"):
         load(config)
 
 
@@ -425,21 +399,15 @@ def test_an_unreadable_picture_is_named(config: Data, root: Path, suffix: str, d
     file = root / "train" / "dog" / f"broken.{suffix}"
     Image.fromarray(pixels(60, 60, 3)).save(file)
     file.write_bytes(file.read_bytes()[:800] if damage == "truncated" else b"no picture")
-    with pytest.raises(
-        ExperimentError, match=rf"The image .*dog/broken.{suffix} cannot be read \(.*: replace it"
-    ):
+    with pytest.raises(ExperimentError, match=rf"The image .*dog/broken.{suffix} cannot be read \(.*: replace it"):
         load(config)
     assert list(Path(config.cache).iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "halves"), [("image_folder", "train/ and test/ or val/"), ("imagenet", "val/")]
-)
+@pytest.mark.parametrize(("name", "halves"), [("image_folder", "train/ and test/ or val/"), ("imagenet", "val/")])
 def test_a_root_that_is_not_there_is_named(tmp_path: Path, name: str, halves: str):
     settings = Data(name=name, cache=str(tmp_path / "cache"))
-    with pytest.raises(
-        ExperimentError, match=rf"data.root is not set: data={name} needs data.root=FOLDER.*{halves}"
-    ):
+    with pytest.raises(ExperimentError, match=rf"data.root is not set: data={name} needs data.root=FOLDER.*{halves}"):
         load(settings)
     settings.root = str(tmp_path / "nowhere")
     with pytest.raises(ExperimentError, match=rf"data.root=.*nowhere is not a folder: set it to .*{halves}"):
@@ -455,9 +423,7 @@ def test_a_root_without_its_parts_is_named(tmp_path: Path, config: Data):
     with pytest.raises(ExperimentError, match=r"bare needs train/ and test/ or val/.* but holds train\."):
         load(config)
     (tmp_path / "bare" / "test").mkdir()
-    with pytest.raises(
-        ExperimentError, match=r"bare/test has no class folders: put the pictures .*bare/test/CLASS"
-    ):
+    with pytest.raises(ExperimentError, match=r"bare/test has no class folders: put the pictures .*bare/test/CLASS"):
         load(config)
 
 
@@ -465,17 +431,13 @@ def test_a_class_without_images_is_named(config: Data, root: Path):
     for part in ("train", "test"):
         (root / part / "eel").mkdir()
         (root / part / "eel" / "notes.txt").write_text("no picture")
-    with pytest.raises(
-        ExperimentError, match=r"class folder .*train/eel has no images \(.jpg.*: add some, or remove"
-    ):
+    with pytest.raises(ExperimentError, match=r"class folder .*train/eel has no images \(.jpg.*: add some, or remove"):
         load(config)
 
 
 def test_classes_that_differ_are_named(config: Data, root: Path):
     os.rename(root / "test" / "dog", root / "test" / "wolf")
-    with pytest.raises(
-        ExperimentError, match=r"differ \(dog is only in train/; wolf is only in test/\): make them"
-    ):
+    with pytest.raises(ExperimentError, match=r"differ \(dog is only in train/; wolf is only in test/\): make them"):
         load(config)
 
 
@@ -504,6 +466,13 @@ def test_streamed_test_pictures_are_the_usual_centre(stream: Data):
     assert torch.allclose(images[0].double(), expected, atol=1e-5)
 
 
+def test_streamed_pictures_are_changed_each_in_its_own_way(stream: Data, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("experiments.data.streamed.picture", lambda file: Image.fromarray(pixels(20, 20, 3)))
+    train = load(stream).train
+    draws = [image for epoch, seed in [(0, 0), (1, 0), (0, 1)] for image in next(train.batches(4, epoch, seed))[0]]
+    assert len({image.numpy().tobytes() for image in draws}) == 12
+
+
 def test_worker_processes_change_nothing(stream: Data):
     alone = load(stream).train
     stream.workers = 2
@@ -513,12 +482,8 @@ def test_worker_processes_change_nothing(stream: Data):
 
 def test_workers_ignore_the_signals_of_preemption(stream: Data, monkeypatch: pytest.MonkeyPatch):
     def ignored(file: str) -> Image.Image:
-        (mask,) = (
-            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn")
-        )
-        return Image.new(
-            "RGB", (20, 20), (int(mask.split()[1], 16) >> 11 & 0b1001,) * 3
-        )  # USR2 is 12, TERM 15
+        (mask,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn"))
+        return Image.new("RGB", (20, 20), (int(mask.split()[1], 16) >> 11 & 0b1001,) * 3)  # USR2 is 12, TERM 15
 
     monkeypatch.setattr("experiments.data.streamed.picture", ignored)
     stream.workers = 1
@@ -532,9 +497,7 @@ def test_an_unreadable_streamed_picture_is_named_in_one_sentence(stream: Data, w
     file = Path(str(stream.root), "val", "n02", "0.png")
     file.write_bytes(file.read_bytes()[:200])
     stream.workers = workers
-    with pytest.raises(
-        ExperimentError, match=rf"^The image {file} cannot be read \(.*\): replace it, or delete it\.$"
-    ):
+    with pytest.raises(ExperimentError, match=rf"^The image {file} cannot be read \(.*\): replace it, or delete it\.$"):
         list(load(stream).test.ordered(2))
 
 
@@ -591,9 +554,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: str) -> Pat
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     sums = {name: md5(content).hexdigest() for name, content in contents.items()}
-    monkeypatch.setattr(
-        CIFAR10, "train_list", [[name, sums[name]] for name in ("data_batch_1", "data_batch_2")]
-    )
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in ("data_batch_1", "data_batch_2")])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(path.read_bytes()).hexdigest())
@@ -635,9 +596,7 @@ def test_without_a_network_cifar10_says_what_to_do(
 
 def test_a_damaged_archive_is_named(archive: Path):
     archive.write_bytes(archive.read_bytes()[:-10])
-    with pytest.raises(
-        ExperimentError, match=r"tar.gz is not the official archive \(its checksum differs\): delete"
-    ):
+    with pytest.raises(ExperimentError, match=r"tar.gz is not the official archive \(its checksum differs\): delete"):
         load(Data(name="cifar10", root=str(archive.parent)))
 
 
