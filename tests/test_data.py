@@ -4,6 +4,8 @@ import io
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -492,6 +494,19 @@ def test_workers_ignore_the_signals_of_preemption(stream: Data, monkeypatch: pyt
     assert (images[0, 0] * splits.std[0] + splits.mean[0]).mul(255).round().unique().tolist() == [0b1001]
 
 
+def test_a_run_that_ends_within_an_epoch_leaves_no_worker_and_no_noise(stream: Data):
+    stream.workers = 1
+    code = f"""
+from experiments.config import Data
+from experiments.data import load
+batches = load(Data(**{vars(stream)!r})).test.ordered(2)
+next(batches)  # two more are to come
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=CONFIGS.parents[1], timeout=60, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_streamed_picture_is_named_in_one_sentence(stream: Data, workers: int):
     file = Path(str(stream.root), "val", "n02", "0.png")
@@ -502,22 +517,6 @@ def test_an_unreadable_streamed_picture_is_named_in_one_sentence(stream: Data, w
 
 
 # CIFAR-10
-
-
-class OldArray:
-    """Pickles as the official files do: by NumPy 1 under Python 2, whose types say align=0."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __reduce__(self):
-        rebuild, (cls, shape, code), (version, shape, _, fortran, raw) = self.array.__reduce__()
-        return rebuild, (cls, shape, code), (version, self.array.shape, OldType(), fortran, raw)
-
-
-class OldType:
-    def __reduce__(self):
-        return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -541,7 +540,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: str) -> Pat
     contents: dict[str, bytes] = {}
     for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
         entry = {
-            "data": OldArray(pixels(20, 3072, seed=number)),
+            "data": pixels(20, 3072, seed=number),
             "labels": [label % 10 for label in range(20)],
         }
         contents[name] = pickle.dumps(entry, protocol=2)

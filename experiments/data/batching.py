@@ -30,9 +30,7 @@ def epoch_order(images: int, batch_size: int, epoch: int, seed: int) -> Tensor:
     return order[: batches * batch_size].view(batches, batch_size)
 
 
-def normaliser(
-    mean: Sequence[float], std: Sequence[float], device: torch.device
-) -> Callable[[Tensor], Tensor]:
+def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function from uint8 NCHW on `device` to float32 (pixel / 255 - mean) / std, a channel at a time."""
     centre = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
     scale = 1 / (torch.tensor(std, device=device).view(-1, 1, 1) * 255)

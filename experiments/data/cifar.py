@@ -3,7 +3,6 @@
 import os
 import socket
 import tempfile
-import warnings
 from http.client import HTTPException
 from pathlib import Path
 
@@ -29,10 +28,7 @@ def cifar10(folder: Path) -> dict[str, tuple[NDArray[np.uint8], list[int]]]:
     parts: dict[str, tuple[NDArray[np.uint8], list[int]]] = {}
     for name in ("train", "test"):
         try:
-            with warnings.catch_warnings():
-                # The files were written by NumPy 1 under Python 2; NumPy 2.4 warns of how they spell a type.
-                warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-                part = CIFAR10(folder, train=name == "train")
+            part = CIFAR10(folder, train=name == "train")
         except RuntimeError as error:
             raise ExperimentError(
                 f"{files} is incomplete or damaged: delete it, and it is downloaded again."

@@ -77,9 +77,7 @@ class Images:
             yield normalise(self.images[chosen]), self.labels[chosen]
 
 
-def crop_and_flip(
-    images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor, pad: int, fill: Tensor
-) -> Tensor:
+def crop_and_flip(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor, pad: int, fill: Tensor) -> Tensor:
     """Pads uint8 images NCHW on each side, cuts the window of the old size at (rows, columns), mirrors it.
 
     `rows`, `columns` (int64, 0 .. 2 * pad) and `mirror` (bool) have one entry an image; `fill` (uint8) one a

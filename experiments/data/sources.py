@@ -45,9 +45,7 @@ def _digits(config: Data, seed_split: int) -> Splits:
     labels = torch.from_numpy(targets).long()
     train, test = divide(labels, 0.2, generator("digits", "test"))
     description = f"scikit-learn digits, {len(train):,} train / {len(test):,} test"
-    return _in_memory(
-        config, seed_split, images[train], labels[train], images[test], labels[test], description
-    )
+    return _in_memory(config, seed_split, images[train], labels[train], images[test], labels[test], description)
 
 
 def _cifar10(config: Data, seed_split: int) -> Splits:
@@ -56,9 +54,7 @@ def _cifar10(config: Data, seed_split: int) -> Splits:
     (train, train_labels), (test, test_labels) = (
         (torch.from_numpy(images), torch.tensor(labels)) for images, labels in (parts["train"], parts["test"])
     )
-    return _in_memory(
-        config, seed_split, train, train_labels, test, test_labels, "CIFAR-10 (official archive)"
-    )
+    return _in_memory(config, seed_split, train, train_labels, test, test_labels, "CIFAR-10 (official archive)")
 
 
 def _image_folder(config: Data, seed_split: int) -> Splits:
@@ -83,9 +79,7 @@ def _imagenet(config: Data, seed_split: int) -> Splits:
     return Splits(
         train=folder(files[kept.numpy()], labels[kept]),
         holdout=folder(files[held.numpy()], labels[held]),
-        test=folder(
-            np.array([os.fsencode(file) for file in found.test.files]), torch.tensor(found.test.labels)
-        ),
+        test=folder(np.array([os.fsencode(file) for file in found.test.files]), torch.tensor(found.test.labels)),
         classes=len(found.classes),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,

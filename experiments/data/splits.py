@@ -24,9 +24,7 @@ class Splits:
 
     def to(self, device: torch.device | str) -> "Splits":
         """The same splits, giving batches on `device`."""
-        return replace(
-            self, train=self.train.to(device), holdout=self.holdout.to(device), test=self.test.to(device)
-        )
+        return replace(self, train=self.train.to(device), holdout=self.holdout.to(device), test=self.test.to(device))
 
 
 def divide(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Images that do not fit in memory: files, decoded and augmented by worker processes."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +26,7 @@ Decode = Callable[[str, int], Tensor]  # a file and its index -> uint8 (3, size,
 class Folder:
     """A split on disk: picture files and their int64 labels; batches come out on `device`."""
 
-    files: NDArray[
-        np.bytes_
-    ]  # one buffer: a list of strings would be copied into every worker, count by count
+    files: NDArray[np.bytes_]  # one buffer: a list of strings would be copied into every worker, count by count
     labels: Tensor
     mean: tuple[float, ...]  # of each channel, in 0..1
     std: tuple[float, ...]
@@ -138,3 +138,13 @@ def _ignore_preemption(_worker: int) -> None:
     # job a second time, and one that dies of the signal takes the parent's last checkpoint with it.
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # after the imports above, and so before multiprocessing's own, which would wait for ever
+def _end_workers() -> None:
+    """Ends the workers of an epoch that was not finished, as multiprocessing does by the signal they ignore."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler takes their end for a failure
+    for child in children:
+        child.kill()

@@ -38,17 +38,13 @@ def find_tree(root: str | None, data: str, tests: tuple[str, ...]) -> Tree:
     """
     halves = f"train/ and {' or '.join(f'{test}/' for test in tests)}"
     if root is None:
-        raise ExperimentError(
-            f"data.root is not set: data={data} needs data.root=FOLDER with {halves} in it."
-        )
+        raise ExperimentError(f"data.root is not set: data={data} needs data.root=FOLDER with {halves} in it.")
     if not os.path.isdir(root):
         raise ExperimentError(f"data.root={root} is not a folder: set it to a folder with {halves} in it.")
     folders = [Path(root, test) for test in tests if Path(root, test).is_dir()]
     if not folders or not Path(root, "train").is_dir():
         inside = ", ".join(sorted(os.listdir(root))[:5]) or "nothing"
-        raise ExperimentError(
-            f"data.root={root} needs {halves}, each with a folder per class, but holds {inside}."
-        )
+        raise ExperimentError(f"data.root={root} needs {halves}, each with a folder per class, but holds {inside}.")
     train_classes, test_classes = _classes(Path(root, "train")), _classes(folders[0])
     if train_classes != test_classes:
         lone = sorted(set(train_classes) ^ set(test_classes))
@@ -64,9 +60,7 @@ def find_tree(root: str | None, data: str, tests: tuple[str, ...]) -> Tree:
 def _classes(folder: Path) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     if not names:
-        raise ExperimentError(
-            f"{folder} has no class folders: put the pictures of each class in {folder}/CLASS/."
-        )
+        raise ExperimentError(f"{folder} has no class folders: put the pictures of each class in {folder}/CLASS/.")
     return names
 
 
@@ -78,9 +72,7 @@ def _part(folder: Path, classes: list[str]) -> Part:
         for directory, subfolders, names in os.walk(folder / name, followlinks=True):
             subfolders[:] = [subfolder for subfolder in subfolders if subfolder[0] != "."]
             found += [
-                os.path.join(directory, file)
-                for file in names
-                if file[0] != "." and file.lower().endswith(SUFFIXES)
+                os.path.join(directory, file) for file in names if file[0] != "." and file.lower().endswith(SUFFIXES)
             ]
         if not found:
             raise ExperimentError(
@@ -100,9 +92,7 @@ def picture(file: str) -> "Image.Image":
         with Image.open(file) as opened:
             return opened.convert("RGB")
     except Exception as error:  # whatever a damaged file makes its decoder raise
-        raise ExperimentError(
-            f"The image {file} cannot be read ({error}): replace it, or delete it."
-        ) from error
+        raise ExperimentError(f"The image {file} cannot be read ({error}): replace it, or delete it.") from error
 
 
 def centre(image: "Image.Image", side: int, size: int) -> "Image.Image":
