@@ -1,4 +1,4 @@
-"""The arms: ways to fill one student. They share architecture, loop, schedule and data order; only the weights differ."""
+"""The arms: ways to fill one student. They share network, loop, schedule and data order; only the weights differ."""
 
 from collections.abc import Callable
 
@@ -7,25 +7,11 @@ from torch import Tensor, nn
 
 import net2net
 
-from .config import ARMS, Config, ExperimentError
-from .models import build, nearest
+from .config import Config, ExperimentError
+from .models import build
 from .randomness import derive_seed
 
 CONTINUED = "teacher_continued"  # the arm that has no student
-
-
-def check_arms(config: Config) -> None:
-    """Raise ExperimentError for an arm, a rate or a target that does not exist, naming the nearest that does."""
-    for what, names in (("arms", config.arms), ("rates", config.rates), ("target", [config.target])):
-        for name in names:
-            if name not in ARMS:
-                raise ExperimentError(
-                    f"{what}: there is no arm {name!r}{nearest(name, ARMS)}. There are {', '.join(ARMS)}."
-                )
-    if not config.arms:
-        raise ExperimentError("arms is empty: name at least one, as in arms=[net2net].")
-    if not config.students:
-        raise ExperimentError(f"The experiment {config.experiment} names no students.")
 
 
 def folders(config: Config) -> dict[str, tuple[str, str | None]]:

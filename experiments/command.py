@@ -6,19 +6,20 @@ Nothing here imports torch: a typo, `--help` and `--cfg job` answer before it is
 import os
 import re
 import sys
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config import Config, ExperimentError
+from .config import Config, ExperimentError, check, flatten, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FREE = ("model", "inception", "teacher", "students", "rates")  # their keys are not in the schema
 
 
 def main(arguments: list[str]) -> int:
@@ -29,19 +30,33 @@ def main(arguments: list[str]) -> int:
         print(listing())
         return 2 if arguments else 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, to be said in a sentence
+    # Hydra reads sys.argv, and wants its own options before the settings.
+    sys.argv[1:] = sorted(arguments, key=lambda a: "=" in a and not a.startswith("-"))
     register()
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        if sentence not in said:
+            print(f"\nError: {sentence}", file=sys.stderr)
+        said.add(sentence)
+
+    def job(composed: DictConfig) -> None:
+        try:
+            run(composed)
+        except (ExperimentError, OmegaConfBaseException) as error:
+            say(explain(error))
+            # A launcher has to know what became of its jobs. A single run would only be told once more, by Hydra.
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
+
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run)()
-    except ExperimentError as error:
-        print(f"\nError: {error}", file=sys.stderr)
-        return 1
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"\nError: {explain(error)}", file=sys.stderr)
-        return 1
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    except (ExperimentError, HydraException, OmegaConfBaseException) as error:
+        say(explain(error))
     except KeyboardInterrupt as stop:
         print(f"\nInterrupted. {stop}{'. ' if str(stop) else ''}Run the same command again to go on.", file=sys.stderr)
         return 130
-    return 0
+    return 1 if said else 0
 
 
 def register() -> None:
@@ -52,8 +67,12 @@ def register() -> None:
 
 def run(composed: DictConfig) -> None:
     """Run one composed configuration."""
+    for key in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
+        if key.partition(".")[0] not in FREE and key not in _keys():  # added with +
+            raise ExperimentError(_no_setting(key))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    check(config)
     from rich.console import Console
 
     console = Console()
@@ -77,31 +96,40 @@ def listing() -> str:
     """The experiments, each with its claim."""
     lines = ["Experiments (python train.py experiment=NAME):", ""]
     for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
-        claim = OmegaConf.load(path)["claim"]
-        lines += [f"  {path.stem:<18} {claim}"]
+        lines += [f"  {path.stem:<18} {OmegaConf.select(OmegaConf.load(path), 'claim')}"]
     scales = ", ".join(sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml")))
     return "\n".join([*lines, "", f"Scales: {scales}. Every setting: python train.py experiment=NAME --cfg job"])
 
 
 def explain(error: Exception) -> str:
-    """A composition error in a sentence, with the nearest valid key or option."""
+    """An error in a sentence, with the nearest valid key or option."""
     text = str(error).strip()
+    if isinstance(error, ExperimentError):
+        return text
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} is no setting: write KEY=VALUE, and quote what has brackets: 'KEY=\"a(b)\"'."
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, option = match.groups()
-        options = [path.stem for path in (CONFIGS / group).glob("*.yaml")]
-        return f"there is no {group}={option}{_hint(option, options)}. There are: {', '.join(sorted(options))}."
-    match = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in|full_key: (\S+)", text)
-    if match:
-        key = next(group for group in match.groups() if group)
-        keys = _keys()
-        if key not in keys:
-            return f"there is no setting {key!r}{_hint(key, keys)}. `--cfg job` shows them all."
+        options = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        return f"there is no {group}={option}{nearest(option, options)}. There are: {', '.join(options)}."
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        key, _, values = match[1].partition("=")
+        return f"{key} has several values: write a list, {key}=[{values}], or add -m to run one after the other."
+    match = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text)
+    if match and (key := next(group for group in match.groups() if group)) not in _keys():
+        return _no_setting(key)
+    if match := re.search(r"Error merging override (.*)", text):
+        return f"{match[1]}: {str(error.__cause__).splitlines()[0].rstrip('.')}."
     return " ".join(line.strip() for line in text.splitlines() if line.strip() and "reference_type" not in line)
 
 
-def _hint(word: str, words: Iterable[str]) -> str:
-    close = get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _no_setting(key: str) -> str:
+    if key.partition(".")[0] in FREE:
+        return f"{key!r} is not set, so it cannot be changed: to give a network one more argument, write +{key}=VALUE."
+    keys = _keys()
+    same = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = f"; did you mean {same[0]!r}?" if same else nearest(key, keys)
+    return f"there is no setting {key!r}{hint}. `--cfg job` shows them all."
 
 
 def _keys() -> list[str]:

@@ -2,8 +2,9 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 import net2net
 
-from . import arms, figure, flops, ledger, mirror, progress, report
+from . import arms, figure, files, flops, ledger, mirror, progress, report
 from .config import Config, ExperimentError, steps
-from .data import Splits, load
+from .data import Splits, complete_batches, load
 from .device import describe, pick_device, pick_precision
 from .optimizers import make_optimizer
 from .stages import is_complete
@@ -58,22 +59,32 @@ class Run:
         )
         return next(iter(batches))[0]
 
-    def job(self, name: str, network: nn.Module, rate: float) -> Job:
+    def job(self, name: str, student: str | None, rate: float) -> Job:
         """The training run of one stage."""
-        schedule = self.config.schedule
-        epochs = schedule.teacher_epochs if name == TEACHER and schedule.teacher_epochs else schedule.epochs
-        channels = self.images(1).shape[1]
-        cost = flops.count(network, channels, self.config.data.size)[1]
         return Job(
             self.folder / name,
             self.config,
             self.splits,
             self.device,
             self.precision,
-            rate * schedule.lr,
-            epochs,
-            cost,
+            rate * self.config.schedule.lr,
+            self.epochs(name),
+            self.costs[student][1],
         )
+
+    def epochs(self, name: str) -> str:
+        """How long a stage trains."""
+        schedule = self.config.schedule
+        return (schedule.teacher_epochs if name == TEACHER else None) or schedule.epochs
+
+    @cached_property
+    def costs(self) -> dict[str | None, tuple[int, int]]:
+        """FLOPs an image, of a forward pass and of a training step, of the teacher (None) and each student."""
+        images, _ = next(self.splits.test.ordered(1))
+        return {
+            student: flops.count(self.fresh(student), images.shape[1], self.config.data.size)
+            for student in (None, *self.config.students)
+        }
 
 
 def compare(config: Config, console: Console) -> Path:
@@ -81,13 +92,14 @@ def compare(config: Config, console: Console) -> Path:
 
     Raises ExperimentError for what the user can put right, before anything is trained wherever that can be known.
     """
-    arms.check_arms(config)
-    mirror.check(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    files.writable(Path(config.runs), "set runs to one that can")
     run = Run(config, load(config.data).to(device), device, precision, console)
     stages = arms.folders(config)
     networks = {None: run.fresh(None)} | {student: run.fresh(student) for student in config.students}
+    _check_lengths(run)
+    _ = run.costs  # which a network that cannot read the images has not
     _check_growth(run, networks)
     if {arm for arm, _ in stages.values()} & set(report.STARTS_FROM_TEACHER):
         stages = {TEACHER: (TEACHER, None)} | stages
@@ -106,13 +118,22 @@ def compare(config: Config, console: Console) -> Path:
     return figure.draw_runs(run.experiment)
 
 
+def _check_lengths(run: Run) -> None:
+    """Refuse a duration that rounds to no step at all."""
+    schedule = run.config.schedule
+    per_epoch = complete_batches(len(run.splits.train), schedule.batch_size)
+    for key in ("epochs", "teacher_epochs", "evaluate"):
+        duration = getattr(schedule, key)
+        if duration is not None and steps(duration, per_epoch) < 1:
+            raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
+
+
 def _check_growth(run: Run, networks: dict[str | None, nn.Module]) -> None:
     """Refuse a student that its teacher cannot be carried into before the teacher is trained."""
     for student in run.config.students:
-        if set(run.config.arms) & {"net2net", "random_pad"}:
-            trial = copy.deepcopy(networks[student]).to(run.device)
-            teacher = copy.deepcopy(networks[None]).to(run.device)
-            arms.fill("net2net", teacher, trial, run.config, run.images)
+        for arm in [arm for arm in ("net2net", "random_pad") if arm in run.config.arms][:1]:
+            teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
+            arms.fill(arm, teacher, trial, run.config, run.images)
 
 
 def _settings(run: Run, arm: str, student: str | None) -> dict[str, Any]:
@@ -192,7 +213,7 @@ def _train(
     run: Run, name: str, arm: str, student: str | None, network: nn.Module, rate: float, facts: dict[str, Any]
 ) -> None:
     """Train one stage and write its manifest: first as incomplete, so that a folder always says what it holds."""
-    job = run.job(name, network, rate)
+    job = run.job(name, student, rate)
     began = ledger.read_manifest(job.folder)
     manifest: dict[str, Any] = {
         "experiment": run.config.experiment,
@@ -206,7 +227,7 @@ def _train(
         "hardware": describe(run.device),
         "precision": str(run.precision).removeprefix("torch."),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "forward_flops": flops.count(network, run.images(1).shape[1], run.config.data.size)[0],
+        "forward_flops": run.costs[student][0],
         "train_flops_per_image": job.flops,
         "teacher": TEACHER if arm in report.STARTS_FROM_TEACHER else None,
         "complete": False,
@@ -218,7 +239,7 @@ def _train(
     first = 0 if began is None else _steps_done(job.folder)
     with (
         progress.follow(run.console, name, job.total, first, run.config.schedule.batch_size) as follower,
-        mirror.mirror(run.config, name, manifest, job.folder) as log,
+        mirror.mirror(run.config, name, manifest, run.console) as log,
     ):
         try:
             train(network, job, _Both(follower, log))
@@ -238,18 +259,21 @@ class _Both:
     """The terminal and the mirror are told of the same rows."""
 
     follower: progress.Follower
-    log: Callable[[dict[str, float]], None]
+    log: mirror.Log
 
     def advance(self, step: int, loss: float) -> None:
         self.follower.advance(step, loss)
 
-    def row(self, row: dict[str, float]) -> None:
+    def row(self, row: Mapping[str, float]) -> None:
         self.follower.row(row)
         self.log(row)
 
 
 def _announce(
-    run: Run, networks: dict[str | None, nn.Module], stages: dict[str, tuple[str, str | None]], todo: list[str]
+    run: Run,
+    networks: dict[str | None, nn.Module],
+    stages: dict[str, tuple[str, str | None]],
+    todo: list[str],
 ) -> None:
     """Say what will be done, how large it is and how long it will take, before anything is trained."""
     config = run.config
@@ -267,32 +291,25 @@ def _announce(
     ):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
     seconds = {}
-    channels = run.images(1).shape[1]
     for student, network in networks.items():
-        forward, _ = flops.count(network, channels, config.data.size)
-        own = config.schedule.teacher_epochs or config.schedule.epochs
         table.add_row(
             student or TEACHER,
             f"{sum(p.numel() for p in network.parameters()):,}",
-            f"{forward / 1e6:,.1f} M",
-            own if student is None else config.schedule.epochs,
+            f"{run.costs[student][0] / 1e6:,.1f} M",
+            run.epochs(TEACHER if student is None else student),
         )
         seconds[student] = _seconds_a_step(run, network) if todo else 0.0
     run.console.print(table)
     say(f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if todo:
         per_epoch = len(run.splits.train) // config.schedule.batch_size
-        total = 0.0
-        for name in todo:
-            schedule = config.schedule
-            epochs = schedule.teacher_epochs if name == TEACHER and schedule.teacher_epochs else schedule.epochs
-            total += seconds[stages[name][1]] * steps(epochs, per_epoch)
-        say(f"to do     {', '.join(todo)}: about {_duration(total)} of training, by the speed of a few steps")
+        total = sum(seconds[stages[name][1]] * steps(run.epochs(name), per_epoch) for name in todo)
+        say(f"to do     {', '.join(todo)}: about {progress.duration(total)} of training, by the speed of a few steps")
 
 
 def _seconds_a_step(run: Run, network: nn.Module) -> float:
     """The time of a training step, measured on a copy of the network."""
-    trial = copy.deepcopy(network).to(run.device, memory_format=torch.channels_last)
+    trial = copy.deepcopy(network).to(run.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(trial, run.config.schedule)
     batch_size = run.config.schedule.batch_size
     images, labels = next(
@@ -306,9 +323,3 @@ def _seconds_a_step(run: Run, network: nn.Module) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return min(times[1:])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

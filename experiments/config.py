@@ -5,11 +5,18 @@ unit: `"6ep"` is six passes over the training images, `"500it"` is five hundred 
 nothing heavy, so that a wrong command line fails before torch is loaded.
 """
 
+import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
+OPTIMIZERS = ("rmsprop", "sgd")
+DECAYS = ("linear", "constant")
+SPLITS = ("equal", "uneven")
+LOGGERS = ("wandb", "none")
 
 
 class ExperimentError(Exception):
@@ -64,6 +71,7 @@ class Config:
     seed: int = 0
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
+    inception: dict[str, Any] = field(default_factory=dict)  # what the scale makes of the paper's network
     teacher: dict[str, Any] = field(default_factory=dict)  # what the teacher changes in it
     students: dict[str, Any] = field(default_factory=dict)  # name of each student -> what it changes in it
     rates: dict[str, float] = field(
@@ -99,3 +107,79 @@ def steps(duration: str, steps_per_epoch: int) -> int:
         raise ExperimentError(f"The duration {duration!r} has no unit: write epochs as 5ep, steps as 500it.")
     number, unit = match.groups()
     return round(float(number) * (steps_per_epoch if unit == "ep" else 1))
+
+
+def check(config: Config) -> None:
+    """Raise ExperimentError for a value that no run can have: before torch and the images are loaded."""
+    if not config.arms:
+        raise ExperimentError("arms is empty: name at least one, as in arms=[net2net].")
+    if not config.students:
+        raise ExperimentError(f"The experiment {config.experiment} names no students.")
+    for name, spec in config.students.items():
+        if not isinstance(spec, Mapping):
+            raise ExperimentError(f"students.{name}={spec} is no network: write what it changes, as in {{width: 1.0}}.")
+    _check_words(config)
+    _check_numbers(config)
+    for key in ("epochs", "teacher_epochs", "evaluate", "warmup"):
+        duration = getattr(config.schedule, key)
+        if duration is not None and steps(duration, 10**9) < (key != "warmup"):
+            raise ExperimentError(f"schedule.{key} is {duration}: it has to be longer than nothing.")
+
+
+def _check_words(config: Config) -> None:
+    words = [
+        *(("arms", arm, ARMS) for arm in config.arms),
+        *(("rates", arm, ARMS) for arm in config.rates),
+        ("target", config.target, ARMS),
+        ("schedule.optimizer", config.schedule.optimizer, OPTIMIZERS),
+        ("schedule.decay", config.schedule.decay, DECAYS),
+        ("growth.split", config.growth.split, SPLITS),
+        ("logger", config.logger, LOGGERS),
+    ]
+    for key, word, known in words:
+        if word not in known:
+            raise ExperimentError(f"{key}: there is no {word!r}{nearest(word, known)}. There are {', '.join(known)}.")
+    for arm in config.arms:
+        if arm not in config.rates:
+            raise ExperimentError(f"The arm {arm} has no rate: set rates.{arm}, a multiple of schedule.lr.")
+
+
+def _check_numbers(config: Config) -> None:
+    schedule, data, growth = config.schedule, config.data, config.growth
+    above_zero = {"schedule.lr": schedule.lr} | {f"rates.{arm}": rate for arm, rate in config.rates.items()}
+    for key, number in above_zero.items():
+        if not 0 < number < math.inf:
+            raise ExperimentError(f"{key} is {number}: it has to be above 0.")
+    smallest = {
+        "seed": (config.seed, 0),
+        "schedule.batch_size": (schedule.batch_size, 2),  # batch norm needs two
+        "schedule.momentum": (schedule.momentum, 0),
+        "schedule.weight_decay": (schedule.weight_decay, 0),
+        "data.size": (data.size, 1),
+        "data.pad": (data.pad, 0),
+        "data.workers": (data.workers, 0),
+        "growth.noise": (growth.noise, 0),
+        "growth.calibrate": (growth.calibrate, 0),
+    }
+    for key, (number, least) in smallest.items():
+        if not least <= number < math.inf:
+            raise ExperimentError(f"{key} is {number}: it has to be {least} or more.")
+    if schedule.momentum >= 1:
+        raise ExperimentError(f"schedule.momentum is {schedule.momentum}: it has to be below 1.")
+    if not 0 < data.holdout < 1:
+        raise ExperimentError(f"data.holdout is {data.holdout}: choose a share between 0 and 1, for instance 0.1.")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint at the most similar of `words`, or nothing."""
+    close = get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        result |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return result

@@ -14,10 +14,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ExperimentError(f"The device {name!r} is unknown: use auto, cpu or cuda.") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ExperimentError(f"The device {name!r} is unknown: use auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExperimentError("device=cuda was asked for, but torch finds no GPU: use device=cpu scale=cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ExperimentError(
+            f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, from 0 on."
+        )
     return device
 
 

@@ -5,14 +5,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.report import Curves, flops_unit, load, ordered, split_arm, spread, teacher_flops, write
+from experiments.files import write
+from experiments.report import Curves, flops_unit, load, ordered, split_arm, spread, teacher_flops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLE = Path(__file__).resolve().parents[1] / "scripts" / "paper.mplstyle"
 FORMATS = ("png", "svg")
-# Colours of Okabe and Ito: they stay apart for colour-blind readers. Line styles and markers stay apart in grey.
+# Colours of Okabe and Ito: colour-blind readers tell them apart. In grey, line styles and markers do.
 LOOKS: dict[str, tuple[str, Any, str]] = {
     "net2net": ("#0072b2", "-", "o"),
     "random_pad": ("#e69f00", (0, (5, 1.5)), "s"),
@@ -68,14 +69,17 @@ def band(curves: Curves, arm: str, column: str) -> tuple[list[float], ...]:
     return lines
 
 
-def lower_limit(curves: Curves, column: str) -> float:
-    """Where an axis begins that shows how the arms end: all of their second halves fit, in per cent."""
+def late_limits(curves: Curves, column: str) -> tuple[float, float]:
+    """The ends of an axis that shows how the arms end: all of their second halves fit, in per cent."""
     late: list[float] = []
     for arm, seeds in curves.items():
         for curve in seeds.values():
             points = curve[-1:] if arm == "teacher" else curve[len(curve) // 2 :]
             late += [100 * point[column] for point in points if not math.isnan(point[column])]
-    return min(late) - 0.15 * (max(late) - min(late)) - 0.1 if late else 0.0
+    if not late:
+        return 0.0, 100.0
+    margin = 0.08 * (max(late) - min(late)) + 0.1
+    return min(late) - margin, max(late) + margin
 
 
 def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
@@ -92,7 +96,7 @@ def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORM
     with matplotlib.rc_context(fname=STYLE):
         arms = [arm for arm in ordered(curves) if arm != "teacher"]
         styles = looks(arms)
-        rows = math.ceil((len(arms) + 1) / 3)
+        rows = math.ceil((len(arms) + 2) / 3)
         figure = Figure(figsize=(6.6, 4.75 + 0.19 * rows))
         axes = figure.subplots(2, 2)
         over_steps, training, zoomed, over_flops = axes.flat
@@ -105,9 +109,9 @@ def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORM
                 step, total, mean, low, high = band(curves, arm, column)
                 x = [value / size for value in total] if flops else step
                 if arm == "teacher":
-                    ax.plot(x, mean, **{**TEACHER, "linestyle": "-"}, label="_")
+                    ax.plot(x, mean, **{**TEACHER, "linestyle": "-"}, label="teacher")
                     continue
-                every = max(1, len(x) // MARKERS)
+                every = math.ceil(len(x) / MARKERS) or 1
                 style = styles[arm]
                 # Each arm's markers begin elsewhere, so that curves that coincide are still told apart.
                 marks = (place % every, every)
@@ -116,7 +120,7 @@ def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORM
                     ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
             if "teacher" in curves:
                 final = spread([100 * curve[-1][column] for curve in curves["teacher"].values()]).mean
-                ax.axhline(final, **TEACHER, label="teacher, final")
+                ax.axhline(final, **TEACHER, label="teacher at its end")
             ax.set_title(heading, loc="left")
             ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
             ax.set_xlim(left=0)
@@ -124,12 +128,12 @@ def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORM
         panel(over_steps, "test_accuracy", "(a) test")
         panel(training, "train_accuracy", "(b) training")
         panel(zoomed, "test_accuracy", "(c) test, enlarged")
-        zoomed.set_ylim(bottom=lower_limit(curves, "test_accuracy"))
+        zoomed.set_ylim(late_limits(curves, "test_accuracy"))
         panel(over_flops, "test_accuracy", "(d) test, by compute", flops=True)
         for ax in (over_steps, zoomed):
             ax.set_ylabel("accuracy (%)")
         figure.suptitle(f"{title}: {seeds_phrase(curves)}", fontsize=10)
-        handles, labels = over_steps.get_legend_handles_labels()
+        handles, labels = over_flops.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
         written: list[Path] = []

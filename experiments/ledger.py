@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import platform
 import subprocess
 import sys
@@ -17,41 +16,8 @@ from typing import Any
 import torch
 
 from .config import ExperimentError
-
-COLUMNS = (
-    "step",
-    "epoch",
-    "examples",
-    "seconds",
-    "flops",
-    "train_loss",
-    "train_accuracy",
-    "holdout_loss",
-    "holdout_accuracy",
-    "test_loss",
-    "test_accuracy",
-)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written: under a temporary name, to the disk, then renamed.
-
-    Raises ExperimentError if the disk refuses it; what stood under the name before is still there.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ExperimentError(
-            f"{path} cannot be written: {error.strerror}. What was written before is complete; "
-            "make room or choose another folder with runs=..., and run the same command again."
-        ) from error
+from .files import write
+from .report import COLUMNS
 
 
 def write_curve(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -78,9 +44,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        manifest = json.loads(path.read_text())
+        if not {"settings", "complete"} <= set(manifest):
+            raise ValueError("settings or complete is missing")
+    except (OSError, ValueError, TypeError) as error:
         raise ExperimentError(f"{path} is no manifest ({error}): delete {folder} to run this stage anew.") from error
+    return manifest
 
 
 def checksum(path: Path) -> str:
@@ -100,7 +69,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     path = folder / "checkpoint.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged file makes its reader raise
         raise ExperimentError(
             f"The checkpoint {path} cannot be read ({type(error).__name__}): delete {folder} to run this stage anew."
         ) from error

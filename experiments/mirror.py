@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import Config, ExperimentError
+from rich.console import Console
+
+from .config import Config
 
 Log = Callable[[Mapping[str, float]], None]
-LOGGERS = ("wandb", "none")
 
 
 def mode() -> str:
@@ -29,12 +30,6 @@ def _logged_in() -> bool:
         return False
 
 
-def check(config: Config) -> None:
-    """Raise ExperimentError for a logger that does not exist."""
-    if config.logger not in LOGGERS:
-        raise ExperimentError(f"The logger {config.logger!r} is unknown: it is {' or '.join(LOGGERS)}.")
-
-
 def note(config: Config) -> str:
     """One line for the terminal: where the mirror is, how to look at it and how to upload it."""
     if config.logger == "none" or mode() == "disabled":
@@ -48,20 +43,43 @@ def note(config: Config) -> str:
 
 
 @contextmanager
-def mirror(config: Config, name: str, manifest: Mapping[str, Any], folder: Path) -> Iterator[Log]:
-    """A function that mirrors rows of the curve, grouped by experiment with the arm as job type; open while the block runs.
+def mirror(config: Config, name: str, manifest: Mapping[str, Any], console: Console) -> Iterator[Log]:
+    """A function that mirrors rows of the curve, grouped by experiment with the arm as job type, while the block runs.
 
-    Rows that were mirrored before an interruption are not repeated: every row carries its step.
+    Rows that were mirrored before an interruption are not repeated: every row carries its step. Whatever goes wrong
+    in W&B is said once, and the run goes on without it.
     """
     if config.logger == "none" or mode() == "disabled":
         yield lambda row: None
         return
+    lost = False
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        nonlocal lost
+        if lost:
+            return None
+        try:
+            return action()
+        except Exception as error:  # whatever a service makes its client raise
+            lost = True
+            text = f"W&B fails ({type(error).__name__}: {error}). {name} goes on without it; its curve is on disk."
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    run = attempt(lambda: _start(config, name, manifest))
+    try:
+        yield lambda row: attempt(
+            lambda: run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+        )
+    finally:
+        attempt(lambda: run.finish())
+
+
+def _start(config: Config, name: str, manifest: Mapping[str, Any]) -> Any:
     import wandb
 
     Path(config.runs).mkdir(parents=True, exist_ok=True)
-    settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
     identity = f"{config.experiment}-seed{config.seed}-{name}"
-    run = wandb.init(
+    return wandb.init(
         project="net2net",
         id=identity,
         name=identity,
@@ -71,13 +89,5 @@ def mirror(config: Config, name: str, manifest: Mapping[str, Any], folder: Path)
         mode=mode(),  # type: ignore[arg-type]
         dir=config.runs,
         config={key: manifest[key] for key in ("settings", "parameters", "forward_flops", "commit", "hardware")},
-        settings=settings,
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
     )
-
-    def log(row: Mapping[str, float]) -> None:
-        run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
-
-    try:
-        yield log
-    finally:
-        run.finish()

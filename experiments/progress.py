@@ -50,7 +50,8 @@ class _Bar:
         self.bar, self.task, self.rate, self.accuracy = bar, task, _Rate(batch_size, first), ""
 
     def advance(self, step: int, loss: float) -> None:
-        text = f"loss {loss:.3f}  {self.accuracy}  {self.rate(step):,.0f} images/s"
+        shown = f"loss {loss:.3f}  " if loss == loss else ""  # not looked at yet
+        text = f"{shown}{self.accuracy}  {self.rate(step):,.0f} images/s"
         self.bar.update(self.task, completed=step, text=text)
 
     def row(self, row: Mapping[str, float]) -> None:
@@ -60,25 +61,27 @@ class _Bar:
 
 class _Lines:
     def __init__(self, console: Console, name: str, total: int, batch_size: int, first: int) -> None:
-        self.console, self.name, self.total, self.rate, self.step = (
-            console,
-            name,
-            total,
-            _Rate(batch_size, first),
-            first,
-        )
+        self.console, self.name, self.total = console, name, total
+        self.rate = _Rate(batch_size, first)
 
     def advance(self, step: int, loss: float) -> None:
-        self.step = step
+        pass
 
     def row(self, row: Mapping[str, float]) -> None:
         rate = self.rate(int(row["step"]))
         left = (self.total - row["step"]) * self.rate.batch_size / rate if rate else 0.0
         loss = f"loss {row['train_loss']:.3f}  " if "train_loss" in row else ""
-        speed = f"  {rate:,.0f} images/s  {left:,.0f} s left" if rate else ""
+        speed = f"  {rate:,.0f} images/s  {duration(left)} left" if rate else ""
         self.console.print(
             f"{self.name:<22} step {int(row['step']):>6}/{self.total}  {loss}"
             f"holdout {row['holdout_accuracy']:.2%}  test {row['test_accuracy']:.2%}{speed}",
             soft_wrap=True,
             highlight=False,
         )
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Numbers from finished runs: reads curves, computes one table row per arm. Imports neither torch nor matplotlib.
+"""Numbers from finished runs: reads curves, computes a table row per arm. No torch, no matplotlib.
 
 A curve is a list of points, one an evaluation; curves are kept as {arm: {seed: curve}}, where the arm is
 spelled as its folder is (`net2net`, or `wider_net2net` where an experiment has several students).
@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ Point = dict[str, float]  # column of curve.csv -> value; NaN where the cell is 
 Curves = dict[str, dict[int, list[Point]]]
 Manifests = dict[str, dict[int, dict[str, Any]]]
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     *("step", "epoch", "examples", "seconds", "flops"),
     *("train_loss", "train_accuracy", "holdout_loss", "holdout_accuracy", "test_loss", "test_accuracy"),
 )
@@ -57,7 +56,7 @@ class Row:
 
 
 def split_arm(label: str) -> tuple[str | None, str]:
-    """(student, arm) of a folder's name: `wider_net2net` is ("wider", "net2net"), `net2net` (None, "net2net")."""
+    """(student, arm) of a folder's name: `wider_net2net` is ("wider", "net2net"); `net2net` has no student."""
     for arm in ("teacher", *ARMS):
         if label == arm:
             return None, arm
@@ -127,7 +126,7 @@ def read_complete(curve: Path, manifest: Path) -> tuple[bytes, dict[str, Any]] |
 
 
 def arm_files(directory: Path) -> list[tuple[int, str, Path, Path]]:
-    """(seed, arm, curve, manifest) of every arm under an experiment's folder, finished or not, in reading order.
+    """(seed, arm, curve, manifest) of each arm under an experiment's folder, finished or not, in reading order.
 
     Understands both layouts: seed<k>/<arm>/curve.csv of `runs`, seed<k>/<arm>.csv of `results/curves`.
     """
@@ -162,7 +161,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def teacher_flops(curves: Curves, arm: str, seed: int) -> float | None:
-    """Training FLOPs spent before `arm` began: its teacher's, zero for a fresh start; None: teacher unknown."""
+    """Training FLOPs before `arm` began: its teacher's, zero for a fresh start; None if there is no teacher."""
     if split_arm(arm)[1] not in STARTS_FROM_TEACHER:
         return 0.0
     teacher = curves.get("teacher", {}).get(seed)
@@ -216,7 +215,7 @@ def summarise(curves: Curves, target_arm: str) -> list[Row]:
 
 
 def agreement(manifests: dict[int, dict[str, Any]]) -> str:
-    """How far an arm's students compute the teacher's function at step 0, over its seeds; "" if not measured."""
+    """How far an arm computes the teacher's function at step 0, in float64, over its seeds; "" if not measured."""
     measured = [record["step0"] for record in manifests.values() if record.get("step0")]
     if not measured:
         return ""
@@ -243,12 +242,12 @@ def percent(value: Spread) -> str:
 
 
 def steps_cell(row: Row) -> str:
-    """Mean steps to the target; says how many of the seeds it is over if not all; `never`; `–` without target."""
+    """Mean steps to the target, and over how many of the seeds if not all; `never`; `–` without target."""
     if row.target is None:
         return "–"
     if row.steps is None:
         return "never"
-    return f"{row.steps.mean:.0f}" + ("" if row.reached == row.n else f" ({row.reached} of {row.n} seeds)")
+    return f"{row.steps.mean:.0f}" + ("" if row.reached == row.n else f" ({row.reached} of {row.n})")
 
 
 def cost_cell(flops: Spread | None, size: float) -> str:
@@ -274,7 +273,7 @@ def cells(rows: list[Row], manifests: Manifests) -> tuple[list[str], list[list[s
 
 
 def table(experiment_dir: Path) -> "Table":
-    """The table of the finished arms under `runs/<experiment>`, for a terminal of 80 columns; errors as `load`."""
+    """The table of the finished arms under `runs/<experiment>`, for 80 columns; errors as `load`."""
     from rich import box
     from rich.table import Table
 
@@ -284,7 +283,8 @@ def table(experiment_dir: Path) -> "Table":
     size, unit = flops_unit(max((row.flops_total or row.flops).high for row in rows))
     agreements = {arm: agreement(records) for arm, records in manifests.items()}
     notes = [f"steps to target: until the holdout accuracy that {target} ends with"]
-    notes += [f"{arm}, step 0: top-1 as teacher's on {text}" for arm, text in agreements.items() if text]
+    notes += ["total: with the teacher's, for arms that start from it"]
+    notes += [f"{arm}, step 0, float64: top-1 as teacher's {text}" for arm, text in agreements.items() if text]
     result = Table(
         title=f"{experiment_dir.name}, test accuracy (%)",
         caption="\n".join(notes),
@@ -292,20 +292,10 @@ def table(experiment_dir: Path) -> "Table":
         padding=(0, 1, 0, 0),
     )
     result.add_column("arm", no_wrap=True)
-    for head in ("n", "step 0", "final", "steps\nto target", f"{unit}\nown", f"{unit}, with\nteacher's"):
+    for head in ("n", "step 0", "final", "steps\nto target", f"{unit}\nown", f"{unit}\ntotal"):
         result.add_column(head, justify="right", overflow="fold")
     for row in rows:
+        start, steps = f"{100 * row.start.mean:.2f}", steps_cell(row).replace(" (", "\n(")
         costs = (cost_cell(row.flops, size), cost_cell(row.flops_total, size))
-        result.add_row(row.arm, str(row.n), f"{100 * row.start.mean:.2f}", percent(row.final), steps_cell(row), *costs)
+        result.add_row(row.arm, str(row.n), start, percent(row.final), steps, *costs)
     return result
-
-
-def write(path: Path, data: bytes) -> None:
-    """`path` holds `data`; a reader sees the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(data)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ledger
-from .config import ExperimentError
+from .config import ExperimentError, flatten
 
 
 def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -32,12 +32,3 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
             "Delete that folder to run it anew, or write elsewhere with runs=FOLDER."
         )
     return bool(manifest["complete"])
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        result |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return result

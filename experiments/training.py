@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from . import ledger
 from .config import Config, ExperimentError, steps
-from .data import Splits
+from .data import Splits, complete_batches
 from .device import autocast
 from .optimizers import make_optimizer, rate_at
 from .progress import Follower
+from .randomness import derive_seed
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Job:
     @property
     def per_epoch(self) -> int:
         """Steps in one pass over the training images."""
-        return len(self.splits.train) // self.config.schedule.batch_size
+        return complete_batches(len(self.splits.train), self.config.schedule.batch_size)
 
     @property
     def total(self) -> int:
@@ -51,17 +52,19 @@ class Interrupted(Exception):
 def train(network: nn.Module, job: Job, follower: Follower) -> list[dict[str, float]]:
     """Train `network` in place and return its curve, one row an evaluation, the first at step 0.
 
-    The curve and a checkpoint are written at every evaluation. A run whose folder has a checkpoint goes on from there; data
-    order and augmentation depend on seed and step alone, so an interrupted run sees what it would have seen.
+    The curve and a checkpoint are written at every evaluation. A run whose folder has a checkpoint goes on from there;
+    data order, augmentation and dropout depend on seed and step alone, so it sees what it would have seen.
     Raises ExperimentError at a loss that is not finite (the last checkpoint stays), Interrupted after Ctrl-C.
     """
     schedule, device = job.config.schedule, job.device
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(network, schedule)
     warmup, every = (steps(d, job.per_epoch) for d in (schedule.warmup, schedule.evaluate))
     state = _resume(network, optimizer, job)
     rows, first, meter = state["rows"], state["step"], _Meter(device, state["meter"])
-    if not rows:
+    if rows:
+        ledger.write_curve(job.folder, rows)  # the checkpoint may be one evaluation ahead of it
+    else:
         rows.append(_row(job, 0, 0.0, None, None) | evaluate_all(network, job))
         _save(network, optimizer, job, 0, rows, 0.0)
     follower.row(rows[-1])
@@ -70,6 +73,7 @@ def train(network: nn.Module, job: Job, follower: Follower) -> list[dict[str, fl
         for step, (images, labels) in zip(range(first, job.total), _batches(job, first), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = job.rate * rate_at(step, job.total, warmup, schedule.decay)
+            torch.manual_seed(derive_seed(job.config.seed, "dropout", step))
             logits, loss = learn(network, optimizer, images, labels, device, job.precision)
             meter.add(step, loss, logits, labels)
             follower.advance(step + 1, meter.shown)
@@ -81,7 +85,7 @@ def train(network: nn.Module, job: Job, follower: Follower) -> list[dict[str, fl
                 started += time.perf_counter() - pause  # evaluation is not counted as training
                 follower.row(rows[-1])
                 _save(network, optimizer, job, step + 1, rows, rows[-1]["seconds"])
-            if stop() and not last:
+            if stop():
                 meter.check()
                 _save(network, optimizer, job, step + 1, rows, time.perf_counter() - started, meter.state())
                 raise Interrupted(f"{job.folder.name} stopped at step {step + 1} of {job.total}")
@@ -89,12 +93,15 @@ def train(network: nn.Module, job: Job, follower: Follower) -> list[dict[str, fl
 
 
 def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> dict[str, Any]:
-    """The state that the folder's checkpoint holds, loaded into network and optimizer; the initial state without one."""
+    """What the folder's checkpoint holds, loaded into network and optimizer; the initial state without one."""
     if not (job.folder / "checkpoint.pt").exists():
         return {"step": 0, "rows": [], "seconds": 0.0, "meter": None}
     state = ledger.load_checkpoint(job.folder)
     load_network(network, state, job.folder)
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(_foreign(job.folder)) from error
     return state
 
 
@@ -102,10 +109,12 @@ def load_network(network: nn.Module, state: Mapping[str, Any], folder: Path) -> 
     """Load the network of a checkpoint; ExperimentError if it is another network's."""
     try:
         network.load_state_dict(state["network"])
-    except RuntimeError as error:
-        raise ExperimentError(
-            f"The checkpoint in {folder} is another network's: delete {folder} to run this stage anew."
-        ) from error
+    except (RuntimeError, TypeError) as error:
+        raise ExperimentError(_foreign(folder)) from error
+
+
+def _foreign(folder: Path) -> str:
+    return f"The checkpoint in {folder} is another network's: delete {folder} to run this stage anew."
 
 
 def learn(
@@ -128,16 +137,17 @@ def learn(
 
 
 @torch.no_grad()
-def evaluate(
-    network: nn.Module, batches: Iterator, device: torch.device, precision: torch.dtype
-) -> tuple[float, float]:
-    """Mean loss and accuracy of the network, in eval mode, over all batches."""
+def evaluate(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """Mean loss and accuracy of the network, in eval mode, over all batches.
+
+    In float32 whatever the precision of training: bfloat16 rounds a teacher and the student that computes the same
+    function differently, and their accuracies would differ by some images.
+    """
     network.eval()
     loss = torch.zeros((), dtype=torch.float64)
     right = seen = 0
     for images, labels in batches:
-        with autocast(device, precision):
-            logits = network(images.contiguous(memory_format=torch.channels_last)).float()
+        logits = network(images.contiguous(memory_format=torch.channels_last))
         loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
         right += int((logits.argmax(1) == labels).sum())
         seen += len(labels)
@@ -149,7 +159,7 @@ def evaluate_all(network: nn.Module, job: Job) -> dict[str, float]:
     row = {}
     for name in ("holdout", "test"):
         batches = getattr(job.splits, name).ordered(4 * job.config.schedule.batch_size)
-        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, batches, job.device, job.precision)
+        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, batches)
     return row
 
 
@@ -201,10 +211,7 @@ class _Meter:
             self.shown = float(self.pending[-1])
             if not bool(finite.all()):
                 step = self.since + int((~finite).int().argmax()) + 1
-                raise ExperimentError(
-                    f"The loss is not finite at step {step}; the last good checkpoint is kept. "
-                    "Try a lower schedule.lr, or a longer schedule.warmup."
-                )
+                raise ExperimentError(_not_finite("The loss is", step))
         self.pending = []
 
     def take(self) -> tuple[float | None, float | None]:
@@ -220,6 +227,13 @@ class _Meter:
     def state(self) -> dict[str, float]:
         """What a new meter needs to go on counting after an interruption."""
         return {"loss": float(self.loss), "right": float(self.right), "batches": self.batches, "images": self.images}
+
+
+def _not_finite(what: str, step: int) -> str:
+    return (
+        f"{what} not finite at step {step}; the last good checkpoint is kept. "
+        "Try a lower schedule.lr, or a longer schedule.warmup."
+    )
 
 
 def _row(job: Job, step: int, seconds: float, loss: float | None, accuracy: float | None) -> dict[str, float]:
@@ -251,6 +265,8 @@ def _save(
         "seconds": spent,
         "meter": meter,
     }
+    if not all(bool(t.isfinite().all()) for t in network.state_dict().values()):
+        raise ExperimentError(_not_finite("A weight is", step))  # the next loss would not be
     ledger.save_checkpoint(job.folder, state)
     ledger.write_curve(job.folder, rows)
 

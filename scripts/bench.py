@@ -88,7 +88,7 @@ def main() -> None:
     plain, loop = (statistics.median(values) for values in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     print(f"{describe(device)}, {str(precision).removeprefix('torch.')}, Inception x {slim}, batch {batch_size}")
-    print(f"bare loop {plain:,.0f} images/s, real loop {loop:,.0f} images/s, ratio {ratio:.3f} (median of {len(pairs)})")
+    print(f"bare {plain:,.0f} images/s, real loop {loop:,.0f} images/s, ratio {ratio:.3f} (median of {len(pairs)})")
 
 
 if __name__ == "__main__":

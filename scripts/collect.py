@@ -16,7 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.config import ExperimentError
-from experiments.report import arm_files, parse_curve, read_complete, write
+from experiments.files import write
+from experiments.report import arm_files, parse_curve, read_complete
 
 # An absolute path inside a longer text; not the slashes of a URL, of `a/b` or of `~/a`.
 _PATH = re.compile(r"(?<![\w.~/-])/(?!/)[^\s'\"`,;:=()\[\]{}]+")
@@ -45,29 +46,29 @@ def without_folders(value: Any) -> Any:
 
 
 def without_folders_in_words(command: str) -> str:
-    """A command line with the same done to each of its words, and to what follows a word's `=`, blanks and all."""
+    """A command line with the same done to each of its words, and to what follows a word's first `=`."""
     try:
         words = shlex.split(command)
     except ValueError:  # no shell quoting: nothing tells a blank in a path from one between words
         return _PATH.sub(lambda match: last_component(match[0]), command)
     short: list[str] = []
     for word in words:
-        key, equals, setting = ("", "", word) if word.startswith("/") else word.rpartition("=")
-        short.append(key + equals + without_folders(setting))
+        setting = word if word.startswith("/") or "=" not in word else word.split("=", 1)[1]
+        short.append(word.removesuffix(setting) + without_folders(setting))
     return shlex.join(short)
 
 
 def portable(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest without machine paths; nothing else is taken from it."""
-
     command = manifest.get("command")
     result = without_folders(manifest)
     return result | {"command": without_folders_in_words(command)} if isinstance(command, str) else result
 
 
 def copy(curve: Path, manifest: Path, target: Path) -> str | None:
-    """The arm's files lie beside each other as `target` + .csv and .json; a phrase on it, None if it is unfinished.
+    """The arm's files lie beside each other as `target` + .csv and .json; returns a phrase on the curve.
 
+    None, and nothing is written, if the arm is unfinished.
     Raises ExperimentError if the curve and its manifest do not belong together.
     """
     complete = read_complete(curve, manifest)
@@ -99,7 +100,7 @@ def experiments_in(runs: Path, names: list[str]) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Collects, prints a line an arm and a total; returns 1 if a curve was refused or nothing could be read."""
+    """Collects, prints a line an arm and a total; returns 1 if something was refused or is not there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))

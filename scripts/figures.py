@@ -1,7 +1,8 @@
 """Draws the committed curves and writes the tables: python scripts/figures.py [--results results].
 
 From results/curves alone, offline: results/figures/<experiment>.png and .svg, results/README.md, and the
-block between the results markers of the README.md beside the results. The same curves give the same bytes.
+block between the results markers of the README.md beside the results; from results/trials, the block between the
+trials markers of the PAPER.md there. The same curves give the same bytes.
 """
 
 import argparse
@@ -13,11 +14,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import report
-from experiments.config import ARMS, ExperimentError
+from experiments.config import ARMS, ExperimentError, flatten
 from experiments.figure import draw
+from experiments.files import write
 
 COMMAND = "python scripts/figures.py"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Settings that may differ between seeds of one experiment without making their mean meaningless.
 _PER_RUN = {"seed", "arms", "claim", "device", "logger", "runs", "data.root", "data.cache", "data.workers"}
 
@@ -30,17 +31,10 @@ def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.size": 32} for {"data": {"size": 32}}."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
-
-
 def mixed_settings(records: list[dict[str, Any]]) -> list[str]:
     """`schedule.lr (0.01, 0.02)` for each setting that should be the same in all curves and is not."""
-    settings = [flat(record["config"]) for record in records]
+    # A precision of "auto" is another one on another device.
+    settings = [flatten(record["config"]) | {"precision": record["precision"]} for record in records]
     result: list[str] = []
     for key in dict.fromkeys(key for one in settings for key in one):
         values = distinct(one.get(key) for one in settings)
@@ -54,12 +48,10 @@ def distinct(values: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(str(value) for value in values))
 
 
-def data_phrase(config: dict[str, Any]) -> str:
+def data_phrase(record: dict[str, Any]) -> str:
     """What the images are and what is done to them."""
-    data = config["data"]
-    root = data.get("root") or data["name"]
-    name = data["name"] if root == data["name"] else f"{data['name']} ({root})"
-    parts = [f"{name}, {data['size']} × {data['size']} pixels"]
+    data = record["config"]["data"]
+    parts = [record["data"], f"{data['size']} × {data['size']} pixels"]
     parts.append(f"{100 * data['holdout']:g} % of the training images held out to make choices")
     parts.append(f"random crop after {data['pad']} pixels of padding" if data["pad"] else "no random crop")
     parts.append("random flip" if data["flip"] else "no flip")
@@ -88,14 +80,14 @@ def section(name: str, curves: report.Curves, manifests: report.Manifests) -> st
     config = records[0]["config"]
     seeds = sorted({seed for arm in curves.values() for seed in arm})
     versions = [", ".join(f"{k} {v}" for k, v in sorted(record["versions"].items())) for record in records]
-    hardware = [f"{record['device']}: {record['hardware']}" for record in records]
+    hardware = [f"{record['device']}: {record['hardware']}, {record['precision']}" for record in records]
     commits = [
         str(record["commit"])[:10] + (" with uncommitted changes" if record["dirty"] else "") for record in records
     ]
     facts = {
         "Claim": config["claim"],
         "Command": command_phrase(records),
-        "Data": data_phrase(config),
+        "Data": "; ".join(distinct(data_phrase(record) for record in records)),
         "Schedule": schedule_phrase(config),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
         "Hardware": "; ".join(distinct(hardware)),
@@ -128,10 +120,11 @@ finished runs with the manifest of each.
 
 Numbers are means over seeds; in brackets, and as bands in the figures, the lowest and highest seed. Steps to
 target: the first evaluated step at which an arm's holdout accuracy is at least the target's, the final
-holdout accuracy of the target arm of the same student and seed, or the teacher's where there is none. FLOPs
-are those of training; "with teacher's" adds what the teacher cost to the arms that start from it. Top-1 as
-teacher's: on how many images the student's first choice is the teacher's before it is trained, over all
-seeds, and the largest relative error of its outputs."""
+holdout accuracy of the target arm of the same student and seed, or the teacher's where there is none; where
+some seeds alone reach it, the mean is over those, as said in brackets. FLOPs are those of training; "with
+teacher's" adds what the teacher cost to the arms that start from it. Top-1 as teacher's: on how many test
+images the student's first choice is the teacher's before it is trained, over all seeds, and the largest
+relative error of its outputs, both computed in float64."""
     return "\n\n".join([intro, *(section(name, *loaded) for name, loaded in results.items())]) + "\n"
 
 
@@ -168,24 +161,43 @@ def summary(results: Results) -> str:
     )
 
 
-def fill_block(readme: Path, text: str) -> bool:
-    """The block between the results markers of `readme` is `text`; False if there is no such file or block.
+def trials(folder: Path) -> str:
+    """The table of rate trials: one run each, made to choose the optimizer's defaults; best first."""
+    lines: list[tuple[float, list[str]]] = []
+    for trial in sorted(folder.glob("*/curves/*")):
+        curves, manifests = report.load(trial)
+        for arm, seeds in curves.items():
+            for seed, points in seeds.items():
+                record, last = manifests[arm][seed], points[-1]
+                schedule = record["config"]["schedule"]
+                setting = f"{schedule['optimizer']}, {schedule['lr']:g}"
+                score = last["holdout_accuracy"]
+                facts = [setting, f"`{arm}` of {trial.name}", schedule["epochs"], str(seed), f"{100 * score:.2f}"]
+                lines.append((-score, facts))
+    heads = ["optimizer, initial rate", "run", "length", "seed", "holdout accuracy (%)"]
+    ranked = [facts for _, facts in sorted(lines)]
+    return f"{markdown_table(heads, ranked)}\n\nOne run each. Generated by `{COMMAND}` from `results/trials`."
+
+
+def fill_block(readme: Path, name: str, text: str) -> bool:
+    """The block between the markers `name` of `readme` is `text`; False if there is no such file or block.
 
     Raises ExperimentError if the markers are not one pair in order.
     """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if BEGIN not in old and END not in old:
+    if begin not in old and end not in old:
         return False
-    before, _, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end or old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise ExperimentError(f"The results markers in {readme} are no pair: write {BEGIN} once, then {END} once.")
-    report.write(readme, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
+    before, _, rest = old.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found or old.count(begin) != 1 or old.count(end) != 1:
+        raise ExperimentError(f"The {name} markers in {readme} are no pair: write {begin} once, then {end} once.")
+    write(readme, f"{before}{begin}\n{text}\n{end}{after}".encode())
     return True
 
 
 def read_results(folder: Path) -> Results:
-    """Every experiment under results/curves; raises ExperimentError if there is none or a curve was changed."""
+    """Every experiment under results/curves; raises ExperimentError if none is or a curve was changed."""
     found = sorted(path for path in (folder / "curves").glob("*") if path.is_dir())
     if not found:
         raise ExperimentError(f"There are no curves under {folder / 'curves'}: run python scripts/collect.py first.")
@@ -202,11 +214,12 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (curves, _) in results.items():
             for path in draw(curves, name, folder / "figures" / name):
                 print(path)
-        report.write(folder / "README.md", results_readme(results).encode())
+        write(folder / "README.md", results_readme(results).encode())
         print(folder / "README.md")
-        readme = folder.resolve().parent / "README.md"
-        if fill_block(readme, summary(results)):
-            print(f"{readme.name}, between its results markers")
+        blocks = {"README.md": ("results", summary(results)), "PAPER.md": ("trials", trials(folder / "trials"))}
+        for page, (name, text) in blocks.items():
+            if fill_block(folder.resolve().parent / page, name, text):
+                print(f"{page}, between its {name} markers")
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 1

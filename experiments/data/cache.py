@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +10,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments import files
 from experiments.config import ExperimentError
 from experiments.data.tree import Tree, centre, picture
 
@@ -19,15 +19,7 @@ _log = logging.getLogger(__name__)
 
 def writable(folder: str | Path) -> Path:
     """The folder, which exists and can be written. Raises ExperimentError if that cannot be brought about."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return Path(folder)
-    except OSError as error:
-        raise ExperimentError(
-            f"The folder {folder} cannot be written ({error.strerror}): set data.cache, or the variable"
-            f" NET2NET_CACHE, to a folder that can."
-        ) from error
+    return files.writable(Path(folder), "set data.cache, or the variable NET2NET_CACHE, to a folder that can")
 
 
 def decoded(tree: Tree, root: str, size: int, cache: str) -> dict[str, NDArray[np.uint8]]:

@@ -1,13 +1,12 @@
 """Networks by name: the paper's Inception, a residual network for CIFAR, and any torchvision classifier."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from ..config import ExperimentError
+from ..config import ExperimentError, nearest
 from .inception import Inception
 from .resnet import ResNet
 
@@ -33,7 +32,8 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
         for key in arguments:
             if key not in accepted:
                 raise ExperimentError(
-                    f"The network {name} has no argument {key!r}{nearest(key, accepted)}. It takes {', '.join(accepted)}."
+                    f"The network {name} has no argument {key!r}{nearest(key, accepted)}. "
+                    f"It takes {', '.join(accepted)}."
                 )
     try:
         return constructor(**arguments)
@@ -48,9 +48,3 @@ def _torchvision(name: str) -> Any:
     if name not in known:
         raise ExperimentError(f"There is no network {name!r}{nearest(name, [*OURS, *known])}.")
     return models.get_model_builder(name)
-
-
-def nearest(word: str, words: Any) -> str:
-    """A hint at the most similar of `words`, or nothing."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -7,8 +7,8 @@ Inception-BN (Ioffe and Szegedy 2015, figure 5). Open questions O1 to O4 in PAPE
 import torch
 from torch import Tensor, nn
 
-# Every module: entry convolution, then the outputs of the forks: one convolution; a pair of 3; a convolution (whose width
-# is the third number) and a pair of 5. Widths of Inception-BN; module 4f repeats 4d, since the paper has 11 modules.
+# Every module: entry convolution, then the outputs of the forks: one convolution; a pair of 3; a convolution (whose
+# width is the third number) and a pair of 5. Widths of Inception-BN; 4f repeats 4d, since the paper has 11 modules.
 MODULES = (
     ("3a", 128, 96, 96, 64, 96),
     ("3b", 128, 128, 96, 64, 96),
@@ -71,9 +71,10 @@ class Module(nn.Module):
 class Inception(nn.Module):
     """The paper's network for square images.
 
-    `width` multiplies the channels of every module, not of the stem (paper 4.2: sqrt(0.3); 4.4: sqrt(2)); `slim` multiplies
-    those of the whole network, for small machines. `stem` is the side of the images it is made for: 224
-    (ImageNet: the stem and its pools divide the side by 8), 32 (by 2) or 8 (by 1); two pools between modules halve it twice.
+    `width` multiplies the channels of every module, not of the stem (paper 4.2: sqrt(0.3); 4.4: sqrt(2)); `slim`
+    multiplies those of the whole network, for small machines. `stem` is the side of the images it is made for: 224
+    (ImageNet: the stem and its pools divide the side by 8), 32 (by 2) or 8 (by 1); two pools between modules halve it
+    twice.
     """
 
     def __init__(

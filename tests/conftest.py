@@ -1,0 +1,73 @@
+"""What several test files share: the smallest experiments that still are experiments."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments import command
+from experiments.config import Config
+
+# The digits, a network of 3,000 weights, thirty steps: two seconds an arm.
+TINY = (
+    "experiment=quickstart",
+    "model.slim=0.03",
+    "schedule.epochs=30it",
+    "schedule.evaluate=10it",
+    "growth.calibrate=64",
+    "device=cpu",
+    "precision=float32",
+    "logger=none",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums in a fixed order, and no fight over the cores."""
+    torch.set_num_threads(1)
+
+
+def composed(*overrides: str) -> Config:
+    """The configuration that the command line with these settings has."""
+    command.register()
+    with initialize_config_dir(str(command.CONFIGS), version_base="1.3"):
+        config = OmegaConf.to_object(compose("train", list(overrides)))
+    assert isinstance(config, Config)
+    return config
+
+
+@pytest.fixture(name="composed")
+def composed_fixture() -> Callable[..., Config]:
+    """`composed` as a fixture."""
+    return composed
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Config]:
+    """The smallest experiment, which writes under tmp_path/runs; more settings may be given."""
+    return lambda *overrides: composed(*TINY, f"runs={tmp_path}/runs", *overrides)
+
+
+@pytest.fixture
+def train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command line of the smallest experiment, in this process and in an empty folder; gives the exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    return lambda *arguments: command.main([*TINY, "runs=runs", *arguments])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one seed of the smallest experiment, with all of its arms. Not to be changed."""
+    runs = tmp_path_factory.mktemp("finished") / "runs"
+    argv = sys.argv
+    sys.argv = ["train.py"]
+    try:
+        assert command.main([*TINY, f"runs={runs}"]) == 0
+    finally:
+        sys.argv = argv
+    return runs / "quickstart" / "seed0"

@@ -1,0 +1,199 @@
+"""The command line: what is wrong with it is said in one sentence, at once, and nothing is left behind."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import command
+from experiments.config import Config, ExperimentError, check, steps
+
+ROOT = Path(__file__).parents[1]
+Main = Callable[..., int]
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence on stderr, which has to be all that is there."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("experiment=quikstart", "there is no experiment=quikstart; did you mean 'quickstart'?"),
+        ("scale=cp", "there is no scale=cp; did you mean 'cpu'?"),
+        ("data=digit", "there is no data=digit; did you mean 'digits'?"),
+        ("seeed=1", "there is no setting 'seeed'; did you mean 'seed'?"),
+        ("schedule.epoch=3ep", "there is no setting 'schedule.epoch'; did you mean 'schedule.epochs'?"),
+        ("lr=1", "there is no setting 'lr'; did you mean 'schedule.lr'?"),
+        ("+seeed=1", "there is no setting 'seeed'; did you mean 'seed'?"),
+        ("+data.sise=8", "there is no setting 'data.sise'; did you mean 'data.size'?"),
+        ("model.widht=2", "to give a network one more argument, write +model.widht=VALUE"),
+        ("+model.widht=2", "The network inception has no argument 'widht'; did you mean 'width'?"),
+        ("model.name=inceptin", "There is no network 'inceptin'; did you mean 'inception'?"),
+        ("model.name=resnet2", "There is no network 'resnet2'; did you mean 'resnet"),
+        ("model.stem=7", "the stem 7 is none of 224, 32 and 8"),
+        ("arms=[net2ne]", "arms: there is no 'net2ne'; did you mean 'net2net'?"),
+        ("+rates.net2ne=1", "rates: there is no 'net2ne'; did you mean 'net2net'?"),
+        ("target=random", "target: there is no 'random'; did you mean 'random_"),
+        ("logger=wandbb", "logger: there is no 'wandbb'; did you mean 'wandb'?"),
+        ("schedule.optimizer=rmspropp", "schedule.optimizer: there is no 'rmspropp'; did you mean 'rmsprop'?"),
+        ("schedule.decay=cosine", "schedule.decay: there is no 'cosine'"),
+        ("growth.split=even", "growth.split: there is no 'even'; did you mean 'uneven'?"),
+        ("precision=float16", "The precision 'float16' is unknown: use auto, float32 or bfloat16."),
+        ("device=gpu", "The device 'gpu' is unknown: use auto, cpu or cuda."),
+        ("device=mps", "The device 'mps' is unknown: use auto, cpu or cuda."),
+        ("data.name=digit", "data.name=digit is unknown: did you mean digits?"),
+        ("schedule.epochs=3", "The duration '3' has no unit: write epochs as 5ep, steps as 500it."),
+        ("schedule.warmup=1epoch", "The duration '1epoch' has no unit"),
+        ("schedule.epochs=0ep", "schedule.epochs is 0ep"),
+        ("schedule.epochs=0.001ep", "schedule.epochs is 0.001ep, less than a step: an epoch has 40 steps."),
+        ("schedule.evaluate=0.001ep", "schedule.evaluate is 0.001ep, less than a step"),
+        ("schedule.batch_size=5000", "the training split has only"),
+        ("seed=x", "seed=x: Value 'x' of type 'str' could not be converted to Integer."),
+        ("data.size=8.5", "data.size=8.5: Value '8.5'"),
+        ("data.size=9", "set data.size=8"),
+        ("arms=net2net", "arms=net2net: "),
+        ("arms=net2net,random_init", "write a list, arms=[net2net,random_init], or add -m"),
+        ("schedule=3", "schedule=3: "),
+        ("students.wider=3", "students.wider=3 is no network"),
+        ("seed", "'seed' is no setting: write KEY=VALUE"),
+        ("foo[", "'foo[' is no setting: write KEY=VALUE"),
+        (
+            "teacher.width=2",
+            "The student is smaller than its teacher: blocks.3a.entry.0.weight has 4 units, the teacher's 8",
+        ),
+    ],
+)
+def test_a_wrong_word_is_answered_in_one_sentence(
+    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: str, said: str
+) -> None:
+    assert train_py(typed) == 1
+    assert said in error_of(capsys)
+    assert list(tmp_path.rglob("*.*")) == []  # nothing was trained, and no log was written
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "arms": ([], "arms is empty"),
+    "students": ({}, "names no students"),
+    "seed": (-1, "seed is -1: it has to be 0 or more."),
+    "rates": ({"random_init": 1.0}, "The arm net2net has no rate: set rates.net2net"),
+    "rates.net2net": (0.0, "rates.net2net is 0.0: it has to be above 0."),
+    "schedule.lr": (-0.1, "schedule.lr is -0.1: it has to be above 0."),
+    "schedule.batch_size": (0, "schedule.batch_size is 0: it has to be 2 or more."),
+    "schedule.momentum": (1.0, "schedule.momentum is 1.0: it has to be below 1."),
+    "schedule.weight_decay": (float("nan"), "schedule.weight_decay is nan"),
+    "schedule.teacher_epochs": ("0it", "schedule.teacher_epochs is 0it"),
+    "schedule.evaluate": ("0it", "schedule.evaluate is 0it"),
+    "schedule.warmup": ("-1it", "The duration '-1it'"),
+    "growth.noise": (-1.0, "growth.noise is -1.0"),
+    "growth.calibrate": (-1, "growth.calibrate is -1"),
+    "data.holdout": (1.0, "data.holdout is 1.0: choose a share between 0 and 1"),
+    "data.pad": (-1, "data.pad is -1"),
+    "data.size": (0, "data.size is 0"),
+    "data.workers": (-1, "data.workers is -1"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_value_that_no_run_can_have_is_refused(key: str) -> None:
+    config = Config(experiment="any", students={"wider": {}})
+    check(config)  # the defaults are sound
+    value, said = WRONG[key]
+    node, _, last = key.rpartition(".")
+    parent = getattr(config, node) if node else config
+    if is_dataclass(parent):
+        setattr(parent, last, value)
+    else:
+        parent[last] = value
+    with pytest.raises(ExperimentError) as error:
+        check(config)
+    assert said in str(error.value)
+
+
+def test_a_wrong_value_is_refused_before_the_images_are_loaded(
+    train_py: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.compare.load", lambda config: pytest.fail("loaded"))
+    for typed in ("schedule.decay=cosine", "rates.net2net=0", "precision=half", "device=gpu", "arms=[]"):
+        assert train_py(typed) == 1
+        error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("duration", "expected"), [("6ep", 60), ("0.5ep", 5), ("500it", 500), (" 2.ep", 20), ("0it", 0)]
+)
+def test_durations(duration: str, expected: int) -> None:
+    assert steps(duration, 10) == expected
+
+
+def test_a_wrong_command_is_answered_without_torch() -> None:
+    program = (
+        "import sys; from experiments.command import main; main(['experiment=quickstart', sys.argv[1]]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for typed in ("seeed=1", "schedule.lr=0"):
+        done = subprocess.run([sys.executable, "-c", program, typed], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "Error: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_arguments_the_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([]) == 0
+    out = capsys.readouterr().out
+    for path in (ROOT / "configs/experiment").glob("*.yaml"):
+        assert path.stem in out
+    assert "Section 4.2" in out and "Scales: cpu, gpu, imagenet." in out
+
+
+def test_without_an_experiment_the_command_is_repeated_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["seed=1"]) == 2
+    assert "python train.py experiment=quickstart seed=1" in capsys.readouterr().out
+
+
+def test_cfg_job_shows_the_configuration(train_py: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_py("--cfg", "job") == 0
+    out = capsys.readouterr().out
+    assert "slim: 0.03" in out and "net2net: 0.1" in out
+
+
+def test_of_several_runs_one_may_fail_and_the_others_go_on(
+    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = ["arms=[random_init]", "target=random_init", "schedule.epochs=2it", "schedule.evaluate=2it"]
+    assert train_py("-m", *fast, "seed=-1,3") == 1
+    assert capsys.readouterr().err.count("Error: seed is -1") == 1
+    assert (tmp_path / "runs/quickstart/seed3/random_init/curve.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_run_says_what_it_does_and_leaves_one_folder(
+    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = ["arms=[random_init]", "schedule.epochs=2it", "schedule.evaluate=2it"]
+    assert train_py(*fast) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "to do     random_init: about" in out
+    assert "figure    runs/quickstart/figure.png" in out
+    assert "not mirrored to W&B" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_an_interruption_says_how_to_go_on(
+    train_py: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.compare.load", stop)
+    assert train_py() == 130
+    assert capsys.readouterr().err == "\nInterrupted. Run the same command again to go on.\n"

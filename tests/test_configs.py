@@ -1,0 +1,109 @@
+"""Every configuration composes, says what it claims, and describes networks that the transfer can carry."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import arms, command
+from experiments.config import Config, check
+from experiments.models import build
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
+SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
+
+
+def header(experiment: str) -> str:
+    lines = (ROOT / f"configs/experiment/{experiment}.yaml").read_text().splitlines()
+    return "\n".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+
+
+def test_there_are_experiments_and_scales() -> None:
+    assert {"quickstart", "wider_inception", "deeper_inception", "design_space"} <= set(EXPERIMENTS)
+    assert {"cpu", "gpu", "imagenet"} <= set(SCALES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_at_every_scale(composed: Callable[..., Config], experiment: str, scale: str) -> None:
+    config = composed(f"experiment={experiment}", f"scale={scale}")
+    check(config)
+    assert config.experiment == experiment
+    assert config.claim and "\n" not in config.claim
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_header_states_claim_command_and_what_to_expect(composed: Callable[..., Config], experiment: str) -> None:
+    text = header(experiment)
+    for word in ("Claim", "Command", "Expected"):
+        assert re.search(rf"^{word} ", text, re.M), f"{experiment} has no {word}"
+    line = re.search(r"^Command +python train\.py (.+)$", text, re.M)
+    assert line
+    assert composed(*line[1].split()).experiment == experiment
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_open_questions_are_in_the_paper_notes(experiment: str) -> None:
+    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "PAPER.md").read_text(), re.M))
+    assert known
+    assert set(re.findall(r"\bO\d+\b", header(experiment))) <= known
+
+
+def test_code_that_names_an_open_question_names_one_that_exists() -> None:
+    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "PAPER.md").read_text(), re.M))
+    for path in sorted([*ROOT.glob("experiments/**/*.py"), *ROOT.glob("net2net/*.py")]):
+        assert set(re.findall(r"\bO\d+\b", path.read_text())) <= known, path
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_student_is_larger_than_its_teacher(composed: Callable[..., Config], experiment: str, scale: str) -> None:
+    config = composed(f"experiment={experiment}", f"scale={scale}")
+    with torch.device("meta"):
+        sizes = [
+            sum(p.numel() for p in build(config.model | spec, 10, 3).parameters())
+            for spec in (config.teacher, *config.students.values())
+        ]
+    assert sizes[0] < min(sizes[1:])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "scale"), [*((experiment, "cpu") for experiment in EXPERIMENTS), ("wider_inception", "imagenet")]
+)
+def test_every_student_can_be_filled_from_its_teacher(
+    composed: Callable[..., Config], experiment: str, scale: str
+) -> None:
+    config = composed(f"experiment={experiment}", f"scale={scale}", "model.slim=0.03", "growth.calibrate=8")
+    size = min(config.data.size, 64)  # smaller pictures than ImageNet's do as well
+    teacher = arms.fresh(config, None, 10, 3)
+
+    def images(count: int) -> torch.Tensor:
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    for student in config.students:
+        for arm in ("net2net", "random_pad"):
+            record = arms.fill(arm, teacher, arms.fresh(config, student, 10, 3), config, images)
+            assert record is not None
+            if arm == "net2net":
+                assert record.measured is not None and record.measured.max_relative < 1e-4
+
+
+def test_the_quickstart_is_the_same_on_every_machine(
+    composed: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for scale in ("cpu", "gpu"):
+        monkeypatch.setattr(command, "default_scale", lambda scale=scale: scale)
+        found.append(composed("experiment=quickstart"))
+    assert found[0] == found[1]
+
+
+def test_the_scale_follows_the_machine_unless_it_is_named(
+    composed: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "default_scale", lambda: "gpu")
+    assert composed("experiment=wider_inception").scale == "gpu"
+    assert composed("experiment=wider_inception", "scale=cpu").scale == "cpu"

@@ -1,0 +1,155 @@
+"""What a run leaves on disk is whole, or not there; what is not whole is refused by name."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import files, ledger
+from experiments.config import ExperimentError
+from experiments.report import COLUMNS, load
+
+STATE: dict[str, Any] = {"network": {"w": torch.ones(3)}, "optimizer": {}, "step": 1, "rows": [], "meter": None}
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    files.write(tmp_path / "a", b"before")
+    monkeypatch.setattr(files.os, call, full)
+    with pytest.raises(ExperimentError, match=r"a cannot be written \(No space left on device\): make room"):
+        files.write(tmp_path / "a", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        files.write(tmp_path / "a", b"after")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExperimentError, match="cannot be written"):
+        files.write(tmp_path / "file" / "a", b"")
+    with pytest.raises(ExperimentError, match=r"The folder .*file cannot be written \(.*\): choose another\."):
+        files.writable(tmp_path / "file", "choose another")
+
+
+def test_writing_makes_the_folder_and_writable_leaves_nothing(tmp_path: Path) -> None:
+    files.write(tmp_path / "new" / "a", b"1")
+    files.write(tmp_path / "new" / "a", b"2")
+    assert (tmp_path / "new" / "a").read_bytes() == b"2"
+    assert list(files.writable(tmp_path / "other", "").iterdir()) == []
+
+
+def test_a_curve_has_the_columns_in_their_order(tmp_path: Path) -> None:
+    rows = [{"step": 0, "test_accuracy": 1 / 3, "flops": 123456789012}, {"step": 5, "seconds": 2.0}]
+    ledger.write_curve(tmp_path, rows)
+    lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert lines[0] == (
+        "step,epoch,examples,seconds,flops,train_loss,train_accuracy,"
+        "holdout_loss,holdout_accuracy,test_loss,test_accuracy"
+    )
+    assert lines[0].split(",") == list(COLUMNS)
+    assert lines[1:] == ["0,,,,123456789012,,,,,,0.333333", "5,,,2,,,,,,,"]
+
+
+def test_a_manifest_comes_back(tmp_path: Path) -> None:
+    assert ledger.read_manifest(tmp_path) is None
+    manifest = {"settings": {"seed": 0}, "complete": False, "step0": {"agree": 3}}
+    ledger.write_manifest(tmp_path, manifest)
+    assert ledger.read_manifest(tmp_path) == manifest
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"{}", b'{"complete": true}', b"\xff\xfe\x00"])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ExperimentError, match=r"manifest\.json is no manifest \(.*\): delete .* to run this stage"):
+        ledger.read_manifest(tmp_path)
+
+
+def test_a_checkpoint_comes_back_and_executes_nothing(tmp_path: Path) -> None:
+    ledger.save_checkpoint(tmp_path, STATE)
+    state = ledger.load_checkpoint(tmp_path)
+    assert torch.equal(state["network"]["w"], torch.ones(3)) and state["step"] == 1
+    torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "code"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "checkpoint.pt"
+    ledger.save_checkpoint(tmp_path, STATE)
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "code":
+        torch.save(STATE | {"network": Path("x")}, path)  # a class: to load it would be to run it
+    else:
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"no checkpoint"}[damage])
+    with pytest.raises(ExperimentError, match=r"checkpoint\.pt cannot be read \(\w+\): delete "):
+        ledger.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("foreign", [{"weights": 1}, [1, 2], torch.ones(2)])
+def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path, foreign: object) -> None:
+    torch.save(foreign, tmp_path / "checkpoint.pt")
+    with pytest.raises(ExperimentError, match="is not a checkpoint of this project: delete "):
+        ledger.load_checkpoint(tmp_path)
+
+
+def test_provenance_names_commit_versions_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger.sys, "argv", ["/somewhere/train.py", "experiment=quickstart", "seed=1"])
+    found = ledger.provenance()
+    assert found["command"] == "python train.py experiment=quickstart seed=1"
+    assert {"python", "torch"} <= set(found["versions"])
+    assert isinstance(found["commit"], str) and isinstance(found["dirty"], bool)
+
+
+ARMS = ["teacher", "net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"]
+
+
+def test_a_finished_run_has_three_files_an_arm_and_nothing_else(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == sorted(ARMS)
+    for arm in ARMS:
+        assert sorted(path.name for path in (finished / arm).iterdir()) == [
+            "checkpoint.pt",
+            "curve.csv",
+            "manifest.json",
+        ]
+    assert load(finished.parent)[0].keys() == set(ARMS)  # which checks every curve against its manifest
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_manifest_of_a_finished_arm(finished: Path, arm: str) -> None:
+    manifest = json.loads((finished / arm / "manifest.json").read_text())
+    assert manifest["complete"] is True
+    assert manifest["experiment"] == "quickstart" and manifest["arm"] == arm and manifest["seed"] == 0
+    assert manifest["student"] == (None if arm in ("teacher", "teacher_continued") else "wider")
+    assert manifest["teacher"] == ("teacher" if arm in ("net2net", "random_pad", "teacher_continued") else None)
+    assert manifest["config"]["model"]["slim"] == 0.03 and manifest["config"]["schedule"]["epochs"] == "30it"
+    curve = (finished / arm / "curve.csv").read_bytes()
+    assert manifest["curve_sha256"] == hashlib.sha256(curve).hexdigest()
+    assert manifest["device"] == "cpu" and manifest["precision"] == "float32" and manifest["hardware"]
+    assert set(manifest) >= {"commit", "dirty", "versions", "command", "data"}
+    state = ledger.load_checkpoint(finished / arm)
+    weights = [v for k, v in state["network"].items() if not k.endswith(("running_mean", "running_var", "tracked"))]
+    assert manifest["parameters"] == sum(v.numel() for v in weights)
+    assert 2.9 < manifest["train_flops_per_image"] / manifest["forward_flops"] <= 3
+    assert state["step"] == 30
+    assert ("step0" in manifest) == (arm == "net2net")
+    last = curve.decode().splitlines()[-1].split(",")
+    assert int(last[4]) == 30 * 32 * manifest["train_flops_per_image"]

@@ -1,0 +1,185 @@
+"""Stages: what is done is skipped, what was interrupted goes on, what was made otherwise is refused."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import ledger, training
+from experiments.config import ExperimentError
+from experiments.stages import is_complete
+
+Main = Callable[..., int]
+# One arm that needs the teacher: two stages of two seconds.
+FAST = ("arms=[net2net]", "target=net2net", "schedule.epochs=8it", "schedule.evaluate=4it")
+STAGES = ("teacher", "net2net")
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A finished run in tmp_path/runs, which is that of `train_py`."""
+    shutil.copytree(finished.parents[1], tmp_path / "runs")
+    return tmp_path / "runs/quickstart/seed0"
+
+
+def never(*_: object) -> None:
+    pytest.fail("a step was trained")
+
+
+def rows(folder: Path) -> list[list[str]]:
+    """The cells of a curve but for the seconds."""
+    lines = (folder / "curve.csv").read_text().splitlines()
+    return [[cell for place, cell in enumerate(line.split(",")) if place != 3] for line in lines]
+
+
+def test_a_finished_run_is_skipped(
+    train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    monkeypatch.setattr(training, "learn", never)
+    assert train_py() == 0
+    out = capsys.readouterr().out
+    assert out.count("complete, skipped") == 6
+    assert "to do" not in out
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_an_arm_that_is_missing_is_run_alone(train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = rows(copied / "random_pad")
+    shutil.rmtree(copied / "random_pad")
+    assert train_py() == 0
+    assert "to do     random_pad: about" in capsys.readouterr().out
+    assert rows(copied / "random_pad") == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("schedule.batch_size=16", "  schedule.batch_size: 32 there, 16 now"),
+        ("rates.net2net=0.5", "  rate: 0.1 there, 0.5 now"),
+        ("teacher.width=0.6", "  network.width: 0.5477 there, 0.6 now"),
+        ("+model.extra_pairs=1", "  network.extra_pairs: absent there, 1 now"),
+        ("growth.split=equal", "  growth.split: uneven there, equal now"),
+        ("precision=bfloat16", "  precision: float32 there, bfloat16 now"),
+        ("data.pad=2", "  data.pad: 1 there, 2 now"),
+    ],
+)
+def test_a_run_made_with_other_settings_is_refused_with_the_difference(
+    train_py: Main,
+    copied: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(training, "learn", never)
+    assert train_py(typed) == 1
+    err = capsys.readouterr().err
+    assert "holds a run made with other settings" in err and said in err
+    assert "Delete that folder to run it anew, or write elsewhere with runs=FOLDER." in err
+
+
+@pytest.mark.parametrize("typed", ["target=random_pad", "data.workers=2", "arms=[net2net]"])
+def test_what_changes_no_curve_may_change(
+    train_py: Main, copied: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    monkeypatch.setattr(training, "learn", never)
+    assert train_py(typed) == 0
+
+
+def test_an_interrupted_experiment_goes_on_to_the_same_curves(
+    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_py(*FAST, "runs=whole") == 0
+    capsys.readouterr()
+    learn = training.learn
+    for step in (3, 9):  # in all: the second Ctrl-C comes in the last-but-one step of another stage
+        done = 0
+
+        def learn_and_stop(*arguments: object, step: int = step) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal done
+            done += 1
+            if done == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return learn(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(training, "learn", learn_and_stop)
+        assert train_py(*FAST) == 130
+        assert "Run the same command again to go on." in capsys.readouterr().err
+    monkeypatch.setattr(training, "learn", learn)
+    manifest = json.loads((tmp_path / "runs/quickstart/seed0/net2net/manifest.json").read_text())
+    assert manifest["complete"] is False
+    assert train_py(*FAST) == 0
+    for stage in STAGES:
+        whole, resumed = (tmp_path / runs / "quickstart/seed0" / stage for runs in ("whole", "runs"))
+        assert rows(whole) == rows(resumed)
+        a, b = (ledger.load_checkpoint(folder)["network"] for folder in (whole, resumed))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        records = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, resumed)]
+        assert records[0].get("step0") == records[1].get("step0")
+        assert records[1]["complete"] is True
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(
+    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = ("arms=[random_init]", "schedule.epochs=4it", "schedule.evaluate=2it")
+    write, written = ledger.write, 0
+
+    def full(path: Path, content: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written > 3:
+            raise ExperimentError(f"{path} cannot be written (No space left on device): make room.")
+        write(path, content)
+
+    monkeypatch.setattr(ledger, "write", full)
+    assert train_py(*fast) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(ledger, "write", write)
+    assert train_py(*fast) == 0
+    assert len(rows(tmp_path / "runs/quickstart/seed0/random_init")) == 4
+
+
+def test_what_is_not_a_run_is_refused(copied: Path) -> None:
+    folder = copied / "net2net"
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ExperimentError, match=r"net2net holds a checkpoint but no manifest.*: delete the folder"):
+        is_complete(folder, {})
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ExperimentError, match="is no manifest"):
+        is_complete(folder, {})
+    assert is_complete(copied / "absent", {}) is False
+
+
+def test_a_checkpoint_of_another_network_is_refused(
+    train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copied / "net2net")  # so that the teacher is loaded
+    shutil.copy(copied / "random_init" / "checkpoint.pt", copied / "teacher" / "checkpoint.pt")
+    assert train_py() == 1
+    assert "is another network's: delete runs/quickstart/seed0/teacher" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(
+    train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copied / "net2net")
+    checkpoint = copied / "teacher" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert train_py() == 1
+    assert "The checkpoint runs/quickstart/seed0/teacher/checkpoint.pt cannot be read" in capsys.readouterr().err
+
+
+def test_a_stage_begun_is_not_complete(tmp_path: Path) -> None:
+    ledger.write_manifest(tmp_path, {"settings": {"seed": 0}, "complete": False})
+    assert is_complete(tmp_path, {"seed": 0}) is False
+    ledger.write_manifest(tmp_path, {"settings": {"seed": 0}, "complete": True})
+    assert is_complete(tmp_path, {"seed": 0}) is True
+    with pytest.raises(ExperimentError, match="seed: 0 there, 1 now"):
+        is_complete(tmp_path, {"seed": 1})
