@@ -70,10 +70,14 @@ def band(curves: Curves, arm: str, column: str) -> tuple[list[float], ...]:
 
 
 def late_limits(curves: Curves, column: str) -> tuple[float, float]:
-    """The ends of an axis that shows how the arms end: all of their second halves fit, in per cent."""
+    """The ends of an axis that shows how the arms end, in per cent: the second halves of those that end well fit.
+
+    An arm that ends far below the best (by more than 15 points) would press the others together, and may leave the panel.
+    """
     late: list[float] = []
+    ends = {arm: max(100 * curve[-1][column] for curve in seeds.values()) for arm, seeds in curves.items()}
     for arm, seeds in curves.items():
-        for curve in seeds.values():
+        for curve in seeds.values() if ends[arm] > max(ends.values()) - 15 else ():
             points = curve[-1:] if arm == "teacher" else curve[len(curve) // 2 :]
             late += [100 * point[column] for point in points if not math.isnan(point[column])]
     if not late:

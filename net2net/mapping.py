@@ -75,8 +75,8 @@ def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, s
     if lost := set(teacher.tensors) - set(found.values()):
         first = next(name for name in teacher.tensors if name in lost)
         raise TransferError(
-            f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
-            "every layer of its teacher. If it only goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
+            f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps every "
+            "layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
         )
     return found
 
@@ -235,12 +235,16 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None]) -> dict
         return found
 
     identity: set[str] = set()
+    order = {name: position for position, name in enumerate(student.layers)}
 
     def demand(reader: Layer, needed: set[str]) -> None:
-        for name in reader.sources & mixers - identity:
-            if origin(name) & needed:
+        """Make identities of the layers that hand on what `reader` needs: each need is met once, by the earliest."""
+        for name in sorted(reader.sources & mixers, key=lambda name: (name not in identity, order[name])):
+            met = origin(name) & needed
+            needed = needed - met
+            if met and name not in identity:
                 identity.add(name)
-                demand(new[name], needed)
+                demand(new[name], met)
 
     readers = [layer for layer in student.layers.values() if layer.name not in new]
     for reader in readers:

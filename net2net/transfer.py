@@ -79,17 +79,17 @@ def transfer(
 ) -> Transfer:
     """Fill `student` in place so that it computes the function of `teacher`; return where everything came from.
 
-    Afterwards the two agree in eval mode up to rounding (if `noise` is 0), whatever the student held before; the teacher
-    is untouched. `example` is an input of both networks (a tuple for several arguments). Every layer of the teacher
+    Afterwards the two agree in eval mode up to rounding (if `noise` is 0), whatever the student held before; the
+    teacher is untouched. `example` is an input of both networks (a tuple for several arguments). Every layer of the teacher
     needs a counterpart of the same name in the student, at least as wide; `rename` maps student names to teacher
     names where they differ (a function, or a dict of prefixes; "" marks a layer that the teacher lacks).
 
     `generator` (CPU; None: seed 0) draws the units to copy and the shares. `split` shares the outgoing
     weights of a unit among its copies: "equal" (the paper's), or "uneven": positive shares drawn anew for every reading
-    unit, which tells copies apart without changing the function, under any optimizer. `noise` is the standard deviation
-    of Gaussian noise added to the incoming weights of all but the first copy, in units of the tensor's own standard
-    deviation (section 3.3; it changes the function). `calibrate`, one batch of inputs or several, measures the statistics
-    of new batch norms (section 3.4): without it they are exact in eval mode only.
+    unit, which tells copies apart without changing the function, under any optimizer. `noise` is the standard
+    deviation of Gaussian noise added to the incoming weights of all but the first copy, in units of the tensor's own
+    standard deviation (section 3.3; it changes the function). `calibrate`, one batch of inputs or several, measures
+    the statistics of new batch norms (section 3.4): without it they are exact in eval mode only.
 
     Raises TransferError, before the student is changed, if it is smaller than its teacher anywhere or if units would
     grow that an operation pins; and, with the student filled but unusable, if the result on `example` differs
@@ -168,13 +168,13 @@ def _origin(plan: Plan, name: str) -> Origin:
             axes[dim] = _match(units, plan.teacher_of[units], source, reads)
             if lost := len(source) - len(_distinct(axes[dim].index)):
                 raise TransferError(
-                    f"{name} has no counterpart of {lost} of the {len(source)} units that the teacher's has on axis {dim}: "
-                    "the student must carry every unit of its teacher to every layer that reads it."
+                    f"{name} has no counterpart of {lost} of the {len(source)} units that the teacher's has on axis "
+                    f"{dim}: the student must carry every unit of its teacher to every layer that reads it."
                 )
         elif mine.shape[dim] != other.shape[dim] or (units is None) != (source is None):
             raise TransferError(
-                f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does not carry "
-                "units that the forward pass can follow in both: such axes, and kernels, keep their size."
+                f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does not "
+                "carry units that the forward pass can follow in both: such axes, and kernels, keep their size."
             )
     return Origin("shared", theirs, axes)
 
@@ -305,7 +305,7 @@ def _refuse_if_different(measured: Equivalence, plan: Plan) -> None:
         new = sorted(plan.identity) or ["none"]
         raise TransferError(
             f"The filled student does not compute its teacher's function: on the example they differ by "
-            f"{measured.max_relative:.1e} relative, more than {tolerance:.1e}. The two forward passes do something different "
-            f"with the same units: an activation behind a new layer that is not idempotent, or another layout. "
+            f"{measured.max_relative:.1e} relative, more than {tolerance:.1e}. The two forward passes do something "
+            f"different with the same units: an activation behind a new layer that is not idempotent, or another layout. "
             f"Layers that pass units through: {', '.join(new[:8])}."
         )

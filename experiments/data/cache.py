@@ -10,16 +10,12 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments import files
 from experiments.config import ExperimentError
 from experiments.data.tree import Tree, centre, picture
+from experiments.files import writable
 
+ELSEWHERE = "set data.cache, or the variable NET2NET_CACHE, to a folder that can"
 _log = logging.getLogger(__name__)
-
-
-def writable(folder: str | Path) -> Path:
-    """The folder, which exists and can be written. Raises ExperimentError if that cannot be brought about."""
-    return files.writable(Path(folder), "set data.cache, or the variable NET2NET_CACHE, to a folder that can")
 
 
 def decoded(tree: Tree, root: str, size: int, cache: str) -> dict[str, NDArray[np.uint8]]:
@@ -40,7 +36,7 @@ def decoded(tree: Tree, root: str, size: int, cache: str) -> dict[str, NDArray[n
         pass
     except Exception as error:  # whatever a damaged archive makes its reader raise
         _log.warning("%s is damaged (%s) and is made again", file, error)
-    writable(cache)
+    writable(Path(cache), ELSEWHERE)
     _log.info("Decoding %d pictures of %s into %s, once", sum(map(len, parts.values())), root, file)
     arrays = {name: _decode(files, size) for name, files in parts.items()}
     _store(file, arrays)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.config import ExperimentError
-from experiments.data.cache import writable
+from experiments.data.cache import ELSEWHERE
+from experiments.files import writable
 
 PATIENCE = 20.0  # seconds without an answer before the network counts as absent
 
@@ -42,7 +43,7 @@ def _fetch(folder: Path) -> None:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, extract_archive
 
-    archive = writable(folder) / CIFAR10.filename
+    archive = writable(Path(folder), ELSEWHERE) / CIFAR10.filename
     if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
         raise ExperimentError(f"{archive} is not the official archive (its checksum differs): delete it.")
     patience = socket.getdefaulttimeout()
