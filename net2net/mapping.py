@@ -59,26 +59,28 @@ def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, s
     `rename` is a function of the student's name, or a dict from student prefixes (whole dotted parts) to
     teacher prefixes, the longest that fits; a prefix that maps to "" marks a layer that the teacher lacks.
     """
-    if callable(rename):
-        convert = rename
-    else:
-        prefixes = sorted((rename or {}).items(), key=lambda item: -len(item[0]))
-
-        def convert(name: str) -> str | None:
-            for mine, theirs in prefixes:
-                if name == mine or name.startswith(mine + "."):
-                    return theirs + name[len(mine) :] if theirs else None
-            return name
-
+    convert = rename if callable(rename) else _by_prefix(rename or {})
     names = {name: convert(name) for name in student.tensors}
     found = {name: theirs if theirs in teacher.tensors else None for name, theirs in names.items()}
     if lost := set(teacher.tensors) - set(found.values()):
         first = next(name for name in teacher.tensors if name in lost)
         raise TransferError(
-            f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps every "
-            "layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
+            f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
+            "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
         )
     return found
+
+
+def _by_prefix(rename: Mapping[str, str]) -> Callable[[str], str | None]:
+    prefixes = sorted(rename.items(), key=lambda item: -len(item[0]))
+
+    def convert(name: str) -> str | None:
+        for mine, theirs in prefixes:
+            if name == mine or name.startswith(mine + "."):
+                return theirs + name[len(mine) :] if theirs else None
+        return name
+
+    return convert
 
 
 def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Generator) -> Plan:

@@ -172,21 +172,25 @@ def movement(trace: Trace, call: Call) -> None:
     """Apply the function itself to the labels."""
     operands = tensors_in(call.args[0])
     known = [labels for x in operands if (labels := trace.labels(x))]
-    sources, via = _join(trace, known)
-    if len(known) < len(operands) or any(labels.units is None for labels in known):
-        if any(labels.units is not None for labels in known):
-            return _give_up(trace, call, f"{call.name} in {call.module} joins it to values that are not followed")
-        moved = [None] * len(tensors_in(call.out))
-    else:
-        units = [labels.units for labels in known]
-        first = units if isinstance(call.args[0], (list, tuple)) else units[0]
-        func = torch.reshape if _plain(call.name) in ("view", "reshape") else call.func
-        rest = call.args[1:]
-        if func is torch.reshape:  # a view of expanded labels would need a copy; sizes may come one by one
-            rest = (rest if isinstance(rest[0], int) else tuple(rest[0]),)
-        moved = tensors_in(func(first, *rest, **call.kwargs))
-    for out, units in zip(tensors_in(call.out), moved, strict=True):
-        trace.label(out, Labels(units, sources, via))
+    units = [labels.units for labels in known if labels.units is not None]
+    moved: list[Tensor] | list[None] = [None] * len(tensors_in(call.out))
+    if len(units) == len(operands):
+        moved = _move(call, units)
+    elif units:
+        return _give_up(trace, call, f"{call.name} in {call.module} joins it to values that are not followed")
+    for out, labels in zip(tensors_in(call.out), moved, strict=True):
+        trace.label(out, Labels(labels, *_join(trace, known)))
+
+
+def _move(call: Call, units: list[Tensor]) -> list[Tensor]:
+    if _plain(call.name) in (
+        "view",
+        "reshape",
+    ):  # a view of expanded labels would need a copy
+        assert isinstance(call.out, Tensor)
+        return [units[0].reshape(call.out.shape)]
+    first = units if isinstance(call.args[0], (list, tuple)) else units[0]
+    return tensors_in(call.func(first, *call.args[1:], **call.kwargs))
 
 
 def channelwise(trace: Trace, call: Call) -> None:

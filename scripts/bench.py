@@ -83,7 +83,8 @@ def main() -> None:
             rows = train(network, job, Quiet())
         return rows[-1]["examples"] / rows[-1]["seconds"]
 
-    bare(), real()
+    bare()
+    real()
     pairs = [(bare(), real()) for _ in range(options.rounds)]
     plain, loop = (statistics.median(values) for values in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)

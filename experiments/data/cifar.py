@@ -43,7 +43,7 @@ def _fetch(folder: Path) -> None:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, extract_archive
 
-    archive = writable(Path(folder), ELSEWHERE) / CIFAR10.filename
+    archive = writable(folder, ELSEWHERE) / CIFAR10.filename
     if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
         raise ExperimentError(f"{archive} is not the official archive (its checksum differs): delete it.")
     patience = socket.getdefaulttimeout()
