@@ -72,7 +72,7 @@ def band(curves: Curves, arm: str, column: str) -> tuple[list[float], ...]:
 def late_limits(curves: Curves, column: str) -> tuple[float, float]:
     """The ends of an axis that shows how the arms end, in per cent: the second halves of those that end well fit.
 
-    An arm that ends far below the best (by more than 15 points) would press the others together, and may leave the panel.
+    An arm that ends far below the best (by more than 15 points) would press the others together.
     """
     late: list[float] = []
     ends = {arm: max(100 * curve[-1][column] for curve in seeds.values()) for arm, seeds in curves.items()}

@@ -178,6 +178,8 @@ def movement(trace: Trace, call: Call) -> None:
         moved = _move(call, units)
     elif units:
         return _give_up(trace, call, f"{call.name} in {call.module} joins it to values that are not followed")
+    if any(new is not None and new.shape != out.shape for new, out in zip(moved, tensors_in(call.out), strict=True)):
+        return _give_up(trace, call, f"{call.name} in {call.module} changes what an element is")
     for out, labels in zip(tensors_in(call.out), moved, strict=True):
         trace.label(out, Labels(labels, *_join(trace, known)))
 
@@ -187,8 +189,8 @@ def _move(call: Call, units: list[Tensor]) -> list[Tensor]:
         "view",
         "reshape",
     ):  # a view of expanded labels would need a copy
-        assert isinstance(call.out, Tensor)
-        return [units[0].reshape(call.out.shape)]
+        same = isinstance(call.out, Tensor) and call.out.numel() == units[0].numel()  # a view as another dtype is not
+        return [units[0].reshape(call.out.shape) if same else units[0]]
     first = units if isinstance(call.args[0], (list, tuple)) else units[0]
     return tensors_in(call.func(first, *call.args[1:], **call.kwargs))
 

@@ -81,8 +81,8 @@ def transfer(
 
     Afterwards the two agree in eval mode up to rounding (if `noise` is 0), whatever the student held before; the
     teacher is untouched. `example` is an input of both networks (a tuple for several arguments). Every layer of the
-    teacher needs a counterpart of the same name in the student, at least as wide; `rename` maps student names to teacher
-    names where they differ (a function, or a dict of prefixes; "" marks a layer that the teacher lacks).
+    teacher needs a counterpart of the same name in the student, at least as wide; `rename` maps student names to
+    teacher names where they differ (a function, or a dict of prefixes; "" marks a layer that the teacher lacks).
 
     `generator` (CPU; None: seed 0) draws the units to copy and the shares. `split` shares the outgoing
     weights of a unit among its copies: "equal" (the paper's), or "uneven": positive shares drawn anew for every reading
@@ -306,6 +306,6 @@ def _refuse_if_different(measured: Equivalence, plan: Plan) -> None:
         raise TransferError(
             f"The filled student does not compute its teacher's function: on the example they differ by "
             f"{measured.max_relative:.1e} relative, more than {tolerance:.1e}. The two forward passes do something "
-            "different with the same units: an activation behind a new layer that is not idempotent, or another layout. "
+            "different with the same units: an activation behind a new layer that is not idempotent, another layout. "
             f"Layers that pass units through: {', '.join(new[:8])}."
         )
