@@ -214,6 +214,11 @@ def summarise(curves: Curves, target_arm: str) -> list[Row]:
     return rows
 
 
+def target_source(curves: Curves, target_arm: str) -> str:
+    """Whose final holdout accuracy the steps are counted to: the target arm, or the teacher where it was not run."""
+    return target_arm if any(split_arm(arm)[1] == target_arm for arm in curves) else "teacher"
+
+
 def agreement(manifests: dict[int, dict[str, Any]]) -> str:
     """How far an arm computes the teacher's function at step 0, in float64, over its seeds; "" if not measured."""
     measured = [record["step0"] for record in manifests.values() if record.get("step0")]
@@ -282,7 +287,7 @@ def table(experiment_dir: Path) -> "Table":
     rows = summarise(curves, target)
     size, unit = flops_unit(max((row.flops_total or row.flops).high for row in rows))
     agreements = {arm: agreement(records) for arm, records in manifests.items()}
-    notes = [f"steps to target: until the holdout accuracy that {target} ends with"]
+    notes = [f"steps to target: until the holdout accuracy that {target_source(curves, target)} ends with"]
     notes += ["total: with the teacher's, for arms that start from it"]
     notes += [f"{arm}, step 0, float64: top-1 as teacher's {text}" for arm, text in agreements.items() if text]
     result = Table(

@@ -104,7 +104,7 @@ def section(name: str, curves: report.Curves, manifests: report.Manifests) -> st
             "\n".join(f"- **{fact}:** {text}" for fact, text in facts.items()),
             f"![Accuracy of each arm over training steps and over compute: {name}](figures/{name}.png)",
             f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
-            f"The target is the final holdout accuracy of `{config['target']}`.",
+            f"The target is the final holdout accuracy of `{report.target_source(curves, config['target'])}`.",
             markdown_table(heads, [[f"`{line[0]}`", *line[1:]] for line in lines]),
         ]
     )
