@@ -11,6 +11,8 @@ from .inception import Inception
 from .resnet import ResNet
 
 OURS = {"inception": Inception, "resnet": ResNet}
+# Auxiliary classifiers need a loss of their own, which the arms do not have; unsaid, torchvision builds them.
+PLAIN = {"aux_logits": False, "init_weights": True}
 
 
 def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
@@ -24,7 +26,8 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
     if name in OURS:
         constructor, arguments = OURS[name], arguments | {"classes": classes, "channels": channels}
     else:
-        constructor, arguments = _torchvision(name), arguments | {"num_classes": classes}
+        plain = PLAIN if name in ("googlenet", "inception_v3") else {}
+        constructor, arguments = _torchvision(name), plain | arguments | {"num_classes": classes}
         if channels != 3:
             raise ExperimentError(f"The torchvision network {name} reads 3 channels, the images have {channels}.")
     accepted = inspect.signature(constructor).parameters
