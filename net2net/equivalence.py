@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
-from .units import run, tensors_in
+from .units import forward, run, tensors_in
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,22 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
         raise TransferError(f"The outputs differ in shape: the teacher's are {shapes[0]}, the student's {shapes[1]}.")
-    differences = [(a.double() - b.double()).abs().max().item() for a, b in pairs]
-    sizes = [a.double().abs().max().item() for a, _ in pairs]
-    if not all(map(_finite, differences)):  # max() of a NaN depends on the order: say it plainly
-        return Equivalence(float("nan"), float("nan"), 0, len(pairs[0][0]), mode)
-    worst = max(d / s if s else d for d, s in zip(differences, sizes, strict=True))
+    if not all(a.numel() for a, _ in pairs):
+        raise TransferError("An output of the networks is empty: there is nothing to compare.")
+    pairs = [(_precise(a), _precise(b)) for a, b in pairs]
+    differences = [(a - b).abs().max().item() for a, b in pairs]
+    sizes = [a.abs().max().item() for a, _ in pairs]
     a, b = pairs[0]
-    agree = int((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum()) if a.dim() > 1 else 0
-    return Equivalence(max(differences), worst, agree, len(a) if a.dim() > 1 else 0, mode)
+    examples = len(a) if a.dim() > 1 and not a.is_complex() else 0
+    if not all(map(_finite, differences)):  # max() of a NaN depends on the order: say it plainly
+        return Equivalence(float("nan"), float("nan"), 0, examples, mode)
+    worst = max(d / s if s else d for d, s in zip(differences, sizes, strict=True))
+    agree = int((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum()) if examples else 0
+    return Equivalence(max(differences), worst, agree, examples, mode)
+
+
+def _precise(value: Tensor) -> Tensor:
+    return value.to(torch.complex128 if value.is_complex() else torch.double)
 
 
 def _finite(value: float) -> bool:
@@ -76,7 +84,7 @@ def _run_training(model: nn.Module, arguments: tuple[Tensor, ...]) -> object:
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
-            return model(*arguments)
+            return forward(model, arguments)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import TransferError
 from .mapping import NEW, Plan
@@ -91,10 +92,11 @@ def restore_scale(student: nn.Module, plan: Plan) -> None:
                 role["bias"].copy_(role["mean"])
 
 
-def calibrate(student: nn.Module, plan: Plan, batches: Tensor | Iterable[Tensor]) -> None:
+def calibrate(student: nn.Module, plan: Plan, batches: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> None:
     """Measure the statistics of every new batch norm on `batches`, then restore the scale of those that pass units on.
 
-    `batches` is one batch of inputs or an iterable of them; statistics are averaged over batches. The paper
+    `batches` is one batch of inputs or an iterable of them (each a tuple for several arguments); statistics
+    are averaged over batches. The paper
     (section 3.4) needs these forward passes to undo the new layer's normalisation.
     """
     new = [n for n in (*plan.identity, *plan.silent, *plan.fresh) if plan.student.layers[n].kind == "norm"]
@@ -103,10 +105,13 @@ def calibrate(student: nn.Module, plan: Plan, batches: Tensor | Iterable[Tensor]
         for name in new
         if "mean" in plan.student.layers[name].tensors
     }
+    for norm in passes_on:
+        if not isinstance(norm, _BatchNorm):
+            raise TransferError(f"The new batch norm in {type(norm).__name__} is no module: it cannot be calibrated.")
     if passes_on:
         with _measuring(passes_on):
             for batch in [batches] if isinstance(batches, Tensor) else batches:
-                run(student, (batch,))
+                run(student, batch if isinstance(batch, tuple) else (batch,))
         restore_scale(student, plan)
 
 

@@ -56,18 +56,22 @@ def _axis(trace: Trace, name: str, dim: int) -> Tensor | None:
 def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, str | None]:
     """The teacher's name of every student tensor, None where the teacher has no such tensor.
 
+    Normalisations without tensors go by their modules' names, and are among the keys.
     `rename` is a function of the student's name, or a dict from student prefixes (whole dotted parts) to
     teacher prefixes, the longest that fits; a prefix that maps to "" marks a layer that the teacher lacks.
     """
     convert = rename if callable(rename) else _by_prefix(rename or {})
     names = {name: convert(name) for name in student.tensors}
-    found = {name: theirs if theirs in teacher.tensors else None for name, theirs in names.items()}
+    found = {name: teacher.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
     if lost := set(teacher.tensors) - set(found.values()):
         first = next(name for name in teacher.tensors if name in lost)
         raise TransferError(
             f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
             "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
         )
+    for name in [layer.name for layer in student.layers.values() if layer.kind == "norm" and not layer.tensors]:
+        theirs = convert(name)
+        found[name] = theirs if theirs in teacher.layers else None
     return found
 
 
@@ -92,14 +96,18 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
     names = teacher_names(student, teacher, rename)
     choice = _Choice(teacher, student, names, generator)
     shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
-    for layer in shared:
+    for layer in sorted(shared, key=lambda layer: student.tensors[layer.name].shape[0]):  # parts before their sum
         choice.keep(layer.name)
+    roles = _roles(teacher, student, names)
+    passing = [layer for layer in student.layers.values() if layer.name in roles["identity"] and layer.kind == "mix"]
+    for layer in passing:
+        choice.leave(layer.name)
     for layer in shared:
         choice.copy(layer.name)
-    roles = _roles(teacher, student, names)
-    for layer in student.layers.values():
-        if layer.name in roles["identity"] and layer.kind == "mix":
-            choice.pass_through(layer)
+    for layer in passing:
+        choice.pass_through(layer)
+    for layer in shared:
+        choice.check(layer.name)
     choice.check_pins()
     return Plan(
         teacher,
@@ -121,6 +129,7 @@ class _Choice:
         self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
         self.teacher_roots, self.roots = teacher.roots(), student.roots()
         self.g = torch.full((len(self.roots),), NEW)
+        self.narrowest = torch.full((len(self.roots),), len(self.roots))  # of the layers that a unit is in, the width
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """The units that a layer which both networks have produces: student's roots, teacher's roots."""
@@ -138,22 +147,41 @@ class _Choice:
         return self.roots[mine], self.teacher_roots[other]
 
     def keep(self, name: str) -> None:
-        """g(j) = j for the first n units of a layer."""
+        """g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
         mine, theirs = self.pair(name)
-        self._assign(mine[: len(theirs)], theirs, name)
+        self.leave(name)
+        free = _in_order(mine[self.g[mine] == NEW])
+        missing = _in_order(theirs[~torch.isin(theirs, self.g[mine])])
+        if len(free) < len(missing):
+            raise TransferError(
+                f"The student joins units of {name} with units that the teacher keeps apart, "
+                "so no mapping of units serves both."
+            )
+        self.g[free[: len(missing)]] = missing
+
+    def leave(self, name: str) -> None:
+        """Leave the units of this layer to it, rather than to a wider layer that it is a part of."""
+        mine = self.roots[self.student.axes[name][0]]
+        self.narrowest[mine] = self.narrowest[mine].clamp(max=len(mine))
 
     def copy(self, name: str) -> None:
-        """g(j) drawn uniformly from the n units, with replacement, for the others."""
+        """g(j) drawn uniformly from the n units, with replacement, for the others.
+
+        Units that a narrower layer shares (a part of a concatenation that meets this layer) are left to that one.
+        """
         mine, theirs = self.pair(name)
-        self._draw(mine, theirs)
-        self._consistent(mine, theirs, name)
+        self._draw(mine[self.narrowest[mine] == len(mine)], theirs)
+
+    def check(self, name: str) -> None:
+        """Every unit of a layer copies one of the same layer of the teacher."""
+        self._consistent(*self.pair(name), name)
 
     def pass_through(self, layer: Layer) -> None:
         """The units of a layer that the teacher lacks are those that it reads, in the same order, then copies."""
         if layer.reads is None:
             raise TransferError(
-                f"The new layer {layer.name} would have to pass the network's input through, "
-                "which is not followed unit by unit."
+                f"The new layer {layer.name} would have to pass on the network's input, or the result of an operation "
+                "without a rule, which is not followed unit by unit."
             )
         mine = self.roots[self.student.axes[layer.name][0]]
         read = self.g[self.roots[layer.reads]]
@@ -186,15 +214,6 @@ class _Choice:
                 if len(mine) > len(other) and pinned:
                     raise TransferError(f"{name} cannot grow from {len(other)} to {len(mine)} units: {why[pinned[0]]}.")
 
-    def _assign(self, mine: Tensor, theirs: Tensor, name: str) -> None:
-        clash = (self.g[mine] != NEW) & (self.g[mine] != theirs)
-        self.g[mine] = theirs
-        if bool(clash.any()) or not torch.equal(self.g[mine], theirs):
-            raise TransferError(
-                f"The student joins units of {name} with units that the teacher keeps apart, "
-                "so no mapping of units serves both."
-            )
-
     def _draw(self, mine: Tensor, theirs: Tensor) -> None:
         free = _in_order(mine[self.g[mine] == NEW])
         self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
@@ -222,7 +241,7 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None]) -> dict
     new = {
         layer.name: layer
         for layer in student.layers.values()
-        if layer.kind != "output" and not any(names.get(t) for t in layer.tensors.values())
+        if layer.kind != "output" and not any(names[t] for t in layer.tensors.values() or [layer.name])
     }
     mixers = {name for name, layer in new.items() if layer.kind == "mix"}
 
@@ -283,4 +302,4 @@ def _layer_name(layer: Layer, names: dict[str, str | None]) -> str:
     for name in layer.tensors.values():
         if (theirs := names[name]) is not None:
             return theirs if layer.kind == "mix" else theirs.rpartition(".")[0]
-    return layer.name
+    return names.get(layer.name) or layer.name

@@ -18,6 +18,8 @@ def apply(trace: Trace, call: Call) -> None:
     """Label the result of `call`, if it has one that the pass follows."""
     outputs = tensors_in(call.out)
     met = [labels for x in tensors_in([*call.args, *call.kwargs.values()]) if (labels := trace.labels(x))]
+    if met and call.name == "__setitem__":
+        return _give_up(trace, call, f"{call.module or 'the network'} writes into a part of it")
     if not outputs or not met or call.name in _SILENT:
         return
     RULES.get(_plain(call.name), _unknown)(trace, call)
@@ -41,7 +43,7 @@ def _give_up(trace: Trace, call: Call, why: str) -> None:
     met = [labels for x in tensors_in([*call.args, *call.kwargs.values()]) if (labels := trace.labels(x))]
     for labels in met:
         trace.pin(labels.units, why)
-    for out in tensors_in(call.out):
+    for out in tensors_in(call.args[0] if call.name == "__setitem__" else call.out):
         trace.label(out, Labels(None, *_join(trace, met)))
 
 
@@ -185,10 +187,8 @@ def movement(trace: Trace, call: Call) -> None:
 
 
 def _move(call: Call, units: list[Tensor]) -> list[Tensor]:
-    if _plain(call.name) in (
-        "view",
-        "reshape",
-    ):  # a view of expanded labels would need a copy
+    units = [labels.detach() for labels in units]  # objects of their own, which an in-place form may reshape
+    if _plain(call.name) in ("view", "reshape"):  # a view of expanded labels would need a copy
         same = isinstance(call.out, Tensor) and call.out.numel() == units[0].numel()  # a view as another dtype is not
         return [units[0].reshape(call.out.shape) if same else units[0]]
     first = units if isinstance(call.args[0], (list, tuple)) else units[0]
@@ -214,7 +214,7 @@ def reduction(trace: Trace, call: Call) -> None:
     """A mean or sum over positions keeps the units; one over units mixes them, and pins them."""
     labels = trace.labels(call.args[0])
     assert labels is not None
-    dims = call.arg(1, "dim")
+    dims = call.arg(1, "dim", call.kwargs.get("axis"))
     if labels.units is None or dims is None:
         return _give_up(trace, call, f"{call.name} in {call.module} mixes units")
     dims = sorted({d % labels.units.dim() for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
@@ -227,10 +227,12 @@ def reduction(trace: Trace, call: Call) -> None:
     trace.label(call.out, Labels(units.reshape(call.out.shape), labels.sources, labels.via))
 
 
-_SILENT = {"__get__", "__set__", "size", "dim", "numel", "is_floating_point", "requires_grad_"}
+_SILENT = {"__set__", "size", "dim", "numel", "is_floating_point", "requires_grad_"}
 _OPERATORS = {"iadd": "add", "radd": "add", "isub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div"} | {
+    "rsub": "sub",
     "truediv": "div",
     "getitem": "index",
+    "get": "attribute",  # x.mT, x.data: an attribute that is a tensor has labels, too
     "multiply": "mul",
 }
 _POINTWISE = """
@@ -241,7 +243,7 @@ _POINTWISE = """
 """
 _MOVEMENT = """
     view reshape flatten unflatten permute transpose swapaxes movedim t squeeze unsqueeze cat concat stack chunk split
-    unbind index narrow select flip roll expand channel_shuffle
+    unbind index attribute narrow select flip roll expand channel_shuffle
 """
 _POOLS = "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool"
 

@@ -75,7 +75,7 @@ def transfer(
     noise: float = 0.0,
     split: str = "equal",
     rename: Rename = None,
-    calibrate: Tensor | Iterable[Tensor] | None = None,
+    calibrate: Tensor | Iterable[Tensor | tuple[Tensor, ...]] | None = None,
 ) -> Transfer:
     """Fill `student` in place so that it computes the function of `teacher`; return where everything came from.
 
@@ -90,6 +90,8 @@ def transfer(
     deviation of Gaussian noise added to the incoming weights of all but the first copy, in units of the tensor's own
     standard deviation (section 3.3; it changes the function). `calibrate`, one batch of inputs or several, measures
     the statistics of new batch norms (section 3.4): without it they are exact in eval mode only.
+
+    The check is on `example`: a teacher whose output does not depend on its features (a head of zeros) proves nothing.
 
     Raises TransferError, before the student is changed, if it is smaller than its teacher anywhere or if units would
     grow that an operation pins; and, with the student filled but unusable, if the result on `example` differs
@@ -161,8 +163,14 @@ def _origin(plan: Plan, name: str) -> Origin:
     if mine.dim() != other.dim():
         raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
     axes = {}
-    for dim in range(mine.dim()):
-        units, source = plan.student_units(name, dim), plan.teacher_units(theirs, dim)
+    both = [(plan.student_units(name, dim), plan.teacher_units(theirs, dim)) for dim in range(mine.dim())]
+    for dim, (units, source) in enumerate(both):
+        if (units is None) != (source is None):
+            raise TransferError(
+                f"The forward pass of one network only follows units along axis {dim} of {name}: the teacher and the "
+                "student use it differently, or one of them not at all."
+            )
+    for dim, (units, source) in enumerate(both):
         if units is not None and source is not None:
             reads = plan.student.read_axis.get(name) == dim
             axes[dim] = _match(units, plan.teacher_of[units], source, reads)
@@ -171,10 +179,10 @@ def _origin(plan: Plan, name: str) -> Origin:
                     f"{name} has no counterpart of {lost} of the {len(source)} units that the teacher's has on axis "
                     f"{dim}: the student must carry every unit of its teacher to every layer that reads it."
                 )
-        elif mine.shape[dim] != other.shape[dim] or (units is None) != (source is None):
+        elif mine.shape[dim] != other.shape[dim]:
             raise TransferError(
                 f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does not "
-                "carry units that the forward pass can follow in both: such axes, and kernels, keep their size."
+                "carry units that the forward pass can follow: such axes, and kernels, keep their size."
             )
     return Origin("shared", theirs, axes)
 
@@ -246,7 +254,8 @@ def _gather(source: Tensor, target: Tensor, axes: dict[int, Axis], generator: to
     Entries that the teacher lacks are read with zero, or keep the student's own value where they are not read.
     """
     pad = split == "pad"
-    value = source.to(target.device, torch.promote_types(target.dtype, torch.float32))
+    exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
+    value = source.to(target.device, exact)
     fresh = torch.zeros((), dtype=torch.bool, device=target.device)
     for dim, axis in axes.items():
         index = axis.index.to(target.device)
@@ -300,7 +309,7 @@ def _add_noise(plan: Plan, origins: dict[str, Origin], generator: torch.Generato
 
 def _refuse_if_different(measured: Equivalence, plan: Plan) -> None:
     floating = [t for t in (*plan.student.tensors.values(), *plan.teacher.tensors.values()) if t.is_floating_point()]
-    tolerance = max(torch.finfo(t.dtype).eps for t in floating) ** 0.5
+    tolerance = max((torch.finfo(t.dtype).eps for t in floating), default=torch.finfo(torch.float32).eps) ** 0.5
     if not measured.max_relative <= tolerance:
         new = sorted(plan.identity) or ["none"]
         raise TransferError(

@@ -83,6 +83,8 @@ class Trace:
         self.output: Any = None
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
+        every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self.first_names = {name: self._names[id(tensor)] for name, tensor in every}  # of a tied tensor, too
         self._edges: list[Tensor] = []  # 2 x k: labels that are one unit
         self._count = 0
 
@@ -161,7 +163,7 @@ class Trace:
                 layer.kind,
                 layer.name,
                 layer.tensors,
-                first.reads,
+                layer.reads if first.reads is None else first.reads,
                 first.sources | layer.sources,
                 first.via | layer.via,
                 layer.options,
@@ -170,7 +172,7 @@ class Trace:
 
 def compact(units: Tensor) -> Tensor:
     """The same labels without the axes along which they are merely repeated in memory."""
-    return units[tuple(0 if stride == 0 else slice(None) for stride in units.stride())]
+    return units[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in units.stride())]
 
 
 def along(units: Tensor | None, dim: int) -> Tensor | None:
@@ -210,25 +212,42 @@ class _Mode(TorchFunctionMode):
         self.trace, self.apply, self.modules = trace, apply, [""]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
+        if not args:  # the rules find the first argument by its position
+            args = tuple(kwargs.pop(key) for key in ("input", "tensors", "self") if key in kwargs)
         name = getattr(func, "__name__", str(func))
         self.apply(self.trace, Call(name, func, args, kwargs, out, self.modules[-1]))
         return out
 
 
+def forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """The network's output on a copy of `inputs`, on which it may work in place; TransferError if it fails."""
+    try:
+        return model(*(x.clone() for x in inputs))
+    except TransferError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise TransferError(f"The forward pass of {type(model).__name__} on inputs {shapes} fails: {error}") from error
+
+
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """The network's output in eval mode, without gradients; the network is left as it was."""
     with _inference(model):
-        return model(*inputs)
+        return forward(model, inputs)
 
 
 def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
 
-    The network is left as it was. The output's units are pinned: a network's result keeps its width.
+    The network is left as it was. The output's units are pinned: a network's result keeps its width. Raises
+    TransferError if the forward pass fails.
     """
     from .rules import apply
+
+    if not all(isinstance(x, Tensor) for x in inputs):
+        raise TransferError("The example is a tensor, or a tuple of tensors for several arguments.")
 
     result = Trace(model)
     mode = _Mode(result, apply)
@@ -242,7 +261,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
             for x in inputs:
                 result.label(x, Labels(None, frozenset({"input"})))
             with mode:
-                result.output = model(*inputs)
+                result.output = forward(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

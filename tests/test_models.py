@@ -71,3 +71,58 @@ def test_what_does_not_exist_is_named(spec: dict, message: str) -> None:
 def test_torchvision_needs_colour() -> None:
     with pytest.raises(ExperimentError, match="reads 3 channels, the images have 1"):
         build({"name": "resnet18"}, 10, 1)
+
+
+def inception(**changes) -> nn.Module:
+    return build({"name": "inception"} | changes, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "depth"),
+    [
+        ({"extra_pairs": 2}, (25, 91)),
+        ({"pairs_on_top": 4}, (113, 135)),
+        ({"extra_pairs": 1, "pairs_on_top": 1}, (47, 91)),
+    ],
+)
+def test_deeper_networks_are_as_deep_as_they_say(changes: dict, depth: tuple[int, int]) -> None:
+    assert inception(slim=0.05, **changes).depth() == depth
+
+
+def test_deeper_networks_have_every_name_of_the_standard_one() -> None:
+    """What `transfer` needs: the same names, the same shapes."""
+    standard = {name: p.shape for name, p in inception(slim=0.05).state_dict().items()}
+    for changes in ({"extra_pairs": 2}, {"pairs_on_top": 4}):
+        deeper = inception(slim=0.05, **changes).state_dict()
+        assert all(deeper[name].shape == shape for name, shape in standard.items())
+        assert len(deeper) > len(standard)
+
+
+def test_the_numbers_of_parameters() -> None:
+    """A change of the architecture changes these, and then the experiments have to run again."""
+    counts = {
+        "inception": sum(p.numel() for p in inception().parameters()),
+        "resnet": sum(p.numel() for p in build({"name": "resnet"}, 10, 3).parameters()),
+    }
+    assert counts == {"inception": 8_956_426, "resnet": 272_474}
+
+
+@pytest.mark.parametrize(("stem", "side", "last"), [(224, 224, 7), (32, 32, 4), (8, 8, 2)])
+def test_the_stem_suits_its_images(stem: int, side: int, last: int) -> None:
+    network = inception(slim=0.03, stem=stem).eval()
+    seen = []
+    network.blocks["5b"].register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, side, side)).shape == (2, 10)
+    assert seen[0][2:] == (last, last)
+
+
+@pytest.mark.parametrize(("blocks", "depth"), [(1, 8), (3, 20), (5, 32)])
+def test_resnet_has_the_depth_of_its_paper(blocks: int, depth: int) -> None:
+    network = build({"name": "resnet", "blocks": blocks, "width": 0.25, "inner": 3}, 7, 1).eval()
+    shortcuts = sum(isinstance(m, nn.Conv2d) for name, m in network.named_modules() if "shortcut" in name)
+    weights = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in network.modules())
+    assert weights - shortcuts == depth and shortcuts == 2
+    assert network.stages[2][0].conv1.out_channels == 3 * 16
+    with torch.no_grad():
+        assert network(torch.zeros(2, 1, 16, 20)).shape == (2, 7)

@@ -133,12 +133,8 @@ def test_a_different_layout_in_the_student_is_refused() -> None:
 def test_halves_of_one_layer_that_gate_each_other_stay_together() -> None:
     """A gate unites unit j with unit j + half: the first n of the student are not the first n of the teacher."""
     teacher, student = Net(4, 3, 2, halves), Net(8, 3, 4, halves)
-    try:
-        net2net.transfer(teacher, student, torch.randn(2, 3, 4, 5))
-    except net2net.TransferError as error:
-        assert "first.weight" in str(error)
-    else:
-        assert net2net.equivalence(teacher, student, torch.randn(5, 3, 4, 5)).max_relative <= 1e-12
+    net2net.transfer(teacher, student, torch.randn(2, 3, 4, 5))
+    assert net2net.equivalence(teacher, student, torch.randn(5, 3, 4, 5)).max_relative <= 1e-12
 
 
 class Shared(nn.Module):

@@ -1,0 +1,134 @@
+"""The measure itself: the largest difference, in both modes, and nothing that could hide one."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from networks import Net, chain, randomise, state, unchanged
+from torch import Tensor, nn
+
+from net2net import Equivalence, TransferError, equivalence
+
+
+def fixed(value) -> Net:
+    """A network whose output is `value`, whatever it reads."""
+    return Net({}, lambda net, x: value)
+
+
+INPUT = torch.zeros(2, 3)
+
+
+def test_the_largest_difference_is_reported_and_nothing_cancels() -> None:
+    """Faults 3 and 19: a sum of signed differences is zero here."""
+    theirs, mine = torch.tensor([[1.0, -4.0], [0.0, 2.0]]), torch.tensor([[2.0, -5.0], [1.0, 1.0]])
+    measured = equivalence(fixed(theirs), fixed(mine), INPUT)
+    assert (theirs - mine).sum() == 0
+    assert measured == Equivalence(max_abs=1.0, max_relative=0.25, agree=1, examples=2, mode="eval")
+    assert str(measured) == "max |difference| 1.00e+00, relative 2.50e-01, same top-1 on 1 of 2 (eval mode)"
+
+
+def test_the_difference_is_relative_to_the_teacher() -> None:
+    small, large = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 3.0]])
+    assert equivalence(fixed(small), fixed(large), INPUT).max_relative == 2.0
+    assert equivalence(fixed(large), fixed(small), INPUT).max_relative == pytest.approx(2 / 3)
+    assert equivalence(fixed(0 * small), fixed(small), INPUT).max_relative == 1.0  # nothing to be relative to
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_is_not_finite_is_no_small_difference(bad: float, at: int) -> None:
+    value = torch.ones(1, 3)
+    broken = value.clone()
+    broken[0, at] = bad
+    for pair in ((value, broken), (broken, value), (broken, broken)):
+        measured = equivalence(*map(fixed, pair), INPUT)
+        assert math.isnan(measured.max_relative) and measured.agree == 0
+        assert not measured.max_relative <= 1e9
+
+
+def test_the_worst_output_of_several_counts() -> None:
+    @dataclass
+    class Outputs:
+        logits: Tensor
+        others: dict
+
+    a = torch.ones(2, 2)
+    outputs = Outputs(a, {"aux": (100 * a, [a, 3])}), Outputs(a, {"aux": (100 * a, [a + 0.5, 3])})
+    assert equivalence(*map(fixed, outputs), INPUT).max_relative == 0.5
+    assert equivalence(fixed((a, a * 1e6)), fixed((a + 0.5, a * 1e6)), INPUT).max_relative == 0.5
+
+
+def test_whole_numbers_scalars_and_complex_numbers_are_compared_exactly() -> None:
+    large = torch.tensor([[2**24, 0]])
+    assert equivalence(fixed(large), fixed(large + 1), INPUT).max_abs == 1
+    scalar = equivalence(fixed(torch.tensor(2.0)), fixed(torch.tensor(1.0)), INPUT)
+    assert (scalar.max_relative, scalar.examples) == (0.5, 0)
+    a, b = torch.tensor([[1 + 1j]]), torch.tensor([[1 + 2j]])
+    assert equivalence(fixed(a), fixed(b), INPUT).max_abs == 1
+    half = torch.full((1, 1), 60000.0, dtype=torch.float16)
+    assert equivalence(fixed(half), fixed(-half), INPUT).max_abs == 120000  # beyond what float16 holds
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "message"),
+    [
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 1),
+            r"differ in shape: the teacher's are \[\(2, 3\)\], the student's \[\(2, 1\)\]",
+        ),
+        (torch.zeros(2), (torch.zeros(2), torch.zeros(1)), r"the student's \[\(2,\), \(1,\)\]"),
+        (None, None, "differ in shape"),
+        (torch.zeros(0, 3), torch.zeros(0, 3), "empty: there is nothing to compare"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_refused(theirs, mine, message: str) -> None:
+    with pytest.raises(TransferError, match=message):
+        equivalence(fixed(theirs), fixed(mine), INPUT)
+
+
+def test_the_mode_is_the_one_asked_for() -> None:
+    network = nn.BatchNorm1d(2, momentum=0.5)
+    other = nn.BatchNorm1d(2, momentum=0.5)
+    with torch.no_grad():
+        other.running_mean.fill_(3.0)
+    x = torch.randn(8, 2)
+    assert equivalence(network, other, x, mode="train").max_relative == 0
+    assert equivalence(network, other, x).max_relative > 0.1
+    assert equivalence(network, other, x, mode="train").mode == "train"
+    with pytest.raises(ValueError, match="mode 'test' is unknown: it is 'eval' or 'train'"):
+        equivalence(network, other, x, mode="test")
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_networks_inputs_and_random_state_are_left_as_they_were(mode: str) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = randomise(chain(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.dropout(x.mul_(2), 0.5, self.training))
+
+    teacher, student = Noisy(), Noisy()
+    student.load_state_dict(teacher.state_dict())
+    teacher.train(), teacher.inner.norm0.eval(), student.eval()
+    modes = [m.training for net in (teacher, student) for m in net.modules()]
+    before, x, random = state(teacher), torch.randn(4, 3, 6, 8), torch.get_rng_state()
+    copy = x.clone()
+    assert equivalence(teacher, student, x, mode=mode).max_relative == 0  # the same draws for both
+    assert unchanged(teacher, before) and unchanged(student, before)
+    assert modes == [m.training for net in (teacher, student) for m in net.modules()]
+    assert torch.equal(x, copy) and torch.equal(random, torch.get_rng_state())
+
+
+def test_a_network_that_fails_is_named_with_what_it_was_given() -> None:
+    with pytest.raises(TransferError, match=r"forward pass of Linear on inputs \(2, 3\) fails"):
+        equivalence(nn.Linear(4, 2), nn.Linear(4, 2), INPUT)
+
+
+def test_several_arguments() -> None:
+    networks = [nn.Bilinear(3, 2, 4) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    assert equivalence(*networks, (torch.randn(5, 3), torch.randn(5, 2))).agree == 5

@@ -1,0 +1,124 @@
+"""The baseline, as carefully as the method: the teacher's corner, the student's own random weights everywhere else."""
+
+import pytest
+import torch
+from networks import chain, mlp, randomise, state, unchanged
+from torch import Tensor, nn
+
+from experiments.models import build
+from net2net import Transfer, TransferError, equivalence, random_pad, transfer
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, 6, 8)
+
+
+def small(**changes: float) -> nn.Module:
+    return build({"name": "inception", "slim": 0.04, "stem": 8} | changes, 10, 3)
+
+
+PAIRS = {
+    "wider": (lambda: chain(3, 4), lambda: chain(8, 13)),
+    "deeper": (lambda: chain(3, 4), lambda: chain(3, 4, new=1)),
+    "both": (lambda: chain(3, 4), lambda: chain(8, 13, new=1)),
+    "inception": (lambda: small(width=0.5477), lambda: small(extra_pairs=1)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_entry_is_the_teachers_or_the_students_own(name: str) -> None:
+    """Entry by entry: the corner of the first copies is the teacher's, all else is as the constructor drew it."""
+    make_teacher, make_student = PAIRS[name]
+    teacher, student = randomise(make_teacher(), 1), randomise(make_student(), 2)
+    before, theirs = state(student), state(teacher)
+    record = random_pad(teacher, student, images())
+    corners = 0
+    for key, tensor in student.state_dict().items():
+        origin, expected = record.origins[key], before[key].clone()
+        if origin.teacher is not None:
+            source = theirs[origin.teacher]
+            for dim in range(source.dim()):
+                axis = origin.axes.get(dim)
+                index = torch.arange(source.shape[dim]) if axis is None else axis.index[axis.first]
+                assert torch.equal(index.sort().values, torch.arange(source.shape[dim]))  # every entry, once
+                source = source.index_select(dim, index)
+            where = torch.ones(tensor.shape, dtype=torch.bool)
+            for dim, axis in origin.axes.items():
+                where &= axis.first.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+            expected[where] = source.flatten() if source.dim() else source
+            corners += int(where.numel() > where.sum())
+        assert torch.equal(tensor, expected), key
+    assert (corners > 0) == (name != "deeper")
+
+
+def test_it_is_not_the_method() -> None:
+    """Fault 11: a "random" baseline that was the identity. It must not preserve, wider or deeper."""
+    for make_teacher, make_student in PAIRS.values():
+        teacher, student = randomise(make_teacher(), 1), randomise(make_student(), 2)
+        random_pad(teacher, student, images())
+        assert equivalence(teacher, student, images()).max_relative > 1e-3
+        transfer(teacher, student, images())
+        assert equivalence(teacher, student, images()).max_relative <= 1e-12
+
+
+def test_with_nothing_to_pad_it_is_a_copy() -> None:
+    teacher, student = randomise(chain(3, 4), 1), randomise(chain(3, 4), 2)
+    random_pad(teacher, student, images())
+    assert unchanged(student, state(teacher))
+
+
+def test_the_units_that_are_kept_are_those_of_the_method() -> None:
+    """Both arms start from the same map, so that they differ by what is written and by nothing else."""
+    teacher, padded, grown = randomise(chain(3, 4), 1), chain(8, 13), chain(8, 13)
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    pad = random_pad(teacher, padded, images(), generator=generators[0])
+    grow = transfer(teacher, grown, images(), generator=generators[1])
+    assert pad.origins.keys() == grow.origins.keys()
+    for name, origin in pad.origins.items():
+        for dim, axis in origin.axes.items():
+            assert torch.equal(axis.index, grow.origins[name].axes[dim].index)
+
+
+def test_new_weights_have_the_students_scale() -> None:
+    """Padding is as random as random initialisation: not zero, not a copy, not rescaled."""
+    teacher, student = mlp(50, 60, 10), mlp(50, 200, 10)
+    random_pad(teacher, student, torch.randn(2, 50))
+    new = student[0].weight[60:].detach()
+    assert new.std().item() == pytest.approx(1 / (3 * 50) ** 0.5, rel=0.05)
+    assert torch.cdist(new, teacher[0].weight.detach()).min() > 0.1
+    assert student[2].weight[:, 60:].std().item() == pytest.approx(1 / (3 * 200) ** 0.5, rel=0.05)
+
+
+def test_teacher_modes_and_random_state_are_untouched() -> None:
+    teacher, student = randomise(chain(3, 4), 1), chain(8, 9, new=1)
+    teacher.norm0.train(), student.train()
+    before, modes = state(teacher), [m.training for net in (teacher, student) for m in net.modules()]
+    x, random = images(), torch.get_rng_state()
+    record = random_pad(teacher, student, x)
+    assert unchanged(teacher, before) and torch.equal(random, torch.get_rng_state())
+    assert modes == [m.training for net in (teacher, student) for m in net.modules()]
+    assert isinstance(record, Transfer) and record.measured is None and record.split == "pad"
+    assert "tensors from the teacher" in str(record)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (lambda: chain(2, 4), r"conv0\.weight has 2 units, the teacher's 3, 1 too few"),
+        (lambda: chain(5), r"no counterpart of the teacher's conv1\.weight"),
+    ],
+)
+def test_it_refuses_what_the_method_refuses(student, message: str) -> None:
+    student = student()
+    before = state(student)
+    with pytest.raises(TransferError, match=message):
+        random_pad(chain(3, 4), student, images())
+    assert unchanged(student, before)
