@@ -96,6 +96,8 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
     names = teacher_names(student, teacher, rename)
     choice = _Choice(teacher, student, names, generator)
     shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
+    for layer in shared:
+        choice.pair(layer.name)  # refuses the first that is too small, in the order of the forward pass
     for layer in sorted(shared, key=lambda layer: student.tensors[layer.name].shape[0]):  # parts before their sum
         choice.keep(layer.name)
     roles = _roles(teacher, student, names)
