@@ -128,7 +128,7 @@ def _no_setting(key: str) -> str:
         return f"{key!r} is not set, so it cannot be changed: to give a network one more argument, write +{key}=VALUE."
     keys = _keys()
     same = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = f"; did you mean {same[0]!r}?" if same else nearest(key, keys)
+    hint = f" (did you mean {same[0]!r}?)" if same else nearest(key, keys)
     return f"there is no setting {key!r}{hint}. `--cfg job` shows them all."
 
 

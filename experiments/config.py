@@ -173,7 +173,7 @@ def _check_numbers(config: Config) -> None:
 def nearest(word: str, words: Iterable[str]) -> str:
     """A hint at the most similar of `words`, or nothing."""
     close = get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

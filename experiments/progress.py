@@ -42,7 +42,7 @@ class _Rate:
         self.batch_size, self.first, self.started = batch_size, first, time.perf_counter()
 
     def __call__(self, step: int) -> float:
-        return (step - self.first) * self.batch_size / max(1e-9, time.perf_counter() - self.started)
+        return max(0, step - self.first) * self.batch_size / max(1e-9, time.perf_counter() - self.started)
 
 
 class _Bar:

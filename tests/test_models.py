@@ -57,8 +57,8 @@ def test_torchvision_by_name_gives_logits_in_both_modes(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "resnet81"}, "no network 'resnet81'; did you mean 'resnet18'"),
-        ({"name": "inception", "wdth": 2}, "no argument 'wdth'; did you mean 'width'"),
+        ({"name": "resnet81"}, r"no network 'resnet81' \(did you mean 'resnet18'"),
+        ({"name": "inception", "wdth": 2}, r"no argument 'wdth' \(did you mean 'width'"),
         ({"name": "inception", "stem": 31}, "the stem 31 is none of"),
         ({"name": "resnet18", "wdth": 2}, "cannot be built"),
     ],
