@@ -5,6 +5,19 @@ Chen, Goodfellow and Shlens, "Net2Net: Accelerating learning via knowledge trans
 
 from .equivalence import Equivalence, equivalence
 from .errors import TransferError
-from .transfer import Axis, Origin, Transfer, random_pad, transfer
+from .record import Axis, Origin, Transfer, load_record, save_record
+from .transfer import random_pad, replay, transfer
 
-__all__ = ["Axis", "Equivalence", "Origin", "Transfer", "TransferError", "equivalence", "random_pad", "transfer"]
+__all__ = [
+    "Axis",
+    "Equivalence",
+    "Origin",
+    "Transfer",
+    "TransferError",
+    "equivalence",
+    "load_record",
+    "random_pad",
+    "replay",
+    "save_record",
+    "transfer",
+]

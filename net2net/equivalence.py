@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
-from .units import forward, run, tensors_in
+from .units import Example, Inputs, run, tensors_in, unwrap
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,18 @@ class Equivalence:
 
 
 def equivalence(
-    teacher: nn.Module, student: nn.Module, inputs: Tensor | tuple[Tensor, ...], *, mode: str = "eval"
+    teacher: nn.Module, student: nn.Module, inputs: Example, *, mode: str = "eval"
 ) -> Equivalence:
-    """Measure |teacher - student| on `inputs` (one tensor, or a tuple for several arguments).
+    """Measure |teacher - student| on `inputs` (a tensor, a tuple of arguments or a dict of keyword arguments).
 
     `mode` is "eval", or "train" to let batch norm use the batch's statistics (running statistics, modes and the random
     state are put back). Dropout makes the train mode meaningless. Raises TransferError if the outputs
     differ in shape.
     """
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    if mode == "eval":
-        mine, theirs = run(student, arguments), run(teacher, arguments)
-    elif mode == "train":
-        mine, theirs = _run_training(student, arguments), _run_training(teacher, arguments)
-    else:
+    if mode not in ("eval", "train"):
         raise ValueError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
+    teacher, student, arguments = unwrap(teacher), unwrap(student), Inputs.of(inputs)
+    mine, theirs = (run(model, arguments, training=mode == "train") for model in (student, teacher))
     return compare(theirs, mine, mode)
 
 
@@ -75,18 +72,3 @@ def _precise(value: Tensor) -> Tensor:
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _run_training(model: nn.Module, arguments: tuple[Tensor, ...]) -> object:
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            return forward(model, arguments)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])

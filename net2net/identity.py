@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import TransferError
-from .mapping import NEW, Plan
-from .units import Layer, run
+from .filling import fill_new
+from .mapping import Plan
+from .record import Origin
+from .units import Example, Inputs, Layer, run
 
 
 def check_identity(plan: Plan) -> None:
@@ -17,19 +19,25 @@ def check_identity(plan: Plan) -> None:
     for name in plan.identity:
         layer = plan.student.layers[name]
         if layer.kind == "norm":
+            if layer.options.get("across"):
+                raise TransferError(
+                    f"The new norm {name} stands in the way of units that the teacher passes on, and takes their mean "
+                    "away: no weight brings it back. Put it into a branch of its own."
+                )
             if "weight" not in layer.tensors or "mean" not in layer.tensors:
                 raise TransferError(
                     f"The new batch norm {name} cannot undo its own normalisation: "
                     "it has no affine parameters or no running statistics."
                 )
             continue
+        if layer.kind == "scale" and "taps" not in layer.tensors:
+            continue
         kernel = plan.student.tensors[name].shape[2:]
-        for what, expected in (("stride", 1), ("groups", 1)):
-            value = layer.options.get(what, expected)
-            if any(v != expected for v in (value if isinstance(value, (tuple, list)) else [value])):
-                raise TransferError(
-                    f"The new layer {name} cannot be an identity: its {what} is {value}, not {expected}."
-                )
+        if layer.options.get("transposed"):
+            raise TransferError(f"The new layer {name} cannot be an identity: it is a transposed convolution.")
+        stride = layer.options.get("stride", 1)
+        if any(s != 1 for s in (stride if isinstance(stride, (tuple, list)) else [stride])):
+            raise TransferError(f"The new layer {name} cannot be an identity: its stride is {stride}, not 1.")
         if any(k % 2 == 0 for k in kernel):
             raise TransferError(
                 f"The new layer {name} cannot be an identity: its kernel {tuple(kernel)} is even and has no centre."
@@ -50,30 +58,28 @@ def _keeps_size(layer: Layer, kernel: tuple[int, ...]) -> bool:
     return all(2 * p == d * (k - 1) for p, d, k in zip(paddings, dilations, kernel, strict=True))
 
 
-def identity_weight(plan: Plan, name: str) -> Tensor:
-    """The weight of a new layer that hands its units on, before shares: one at the centre tap where the unit read
-    is the unit produced, zero elsewhere; units that the teacher lacks are read with zero.
-
-    Shape and dtype of the student's own weight.
-    """
-    weight = torch.zeros_like(plan.student.tensors[name])
-    produced, read = plan.student_units(name, 0), plan.student_units(name, 1)
-    assert produced is not None and read is not None
-    produced, read = plan.teacher_of[produced], plan.teacher_of[read]
-    same = (produced[:, None] == read[None, :]) & (read[None, :] != NEW)
-    centre = tuple(k // 2 for k in weight.shape[2:])
-    weight[(slice(None), slice(None), *centre)] = same.to(weight)
-    return weight
-
-
-@torch.no_grad()
-def silence(student: nn.Module, plan: Plan) -> None:
-    """The last scale of every silent branch is zero: whatever the branch computes, it adds nothing."""
-    tensors = dict(student.named_parameters())
+def origins(plan: Plan) -> dict[str, Origin]:
+    """What the tensors hold of every layer that the teacher lacks (section 3.4), but for the weights of identities."""
+    made = {}
     for name in plan.silent:
-        for role in ("weight", "bias"):
-            if role in plan.student.layers[name].tensors:
-                tensors[plan.student.layers[name].tensors[role]].zero_()
+        for role, tensor in plan.student.layers[name].tensors.items():
+            if role in ("weight", "bias"):
+                made[tensor] = Origin("silent", fill="zero")
+    for name in plan.identity:
+        layer = plan.student.layers[name]
+        for role, tensor in layer.tensors.items():
+            if layer.kind == "norm" and role in ("weight", "bias"):
+                statistic = "var" if role == "weight" else "mean"
+                of = (layer.tensors[statistic], float(layer.options["eps"]))
+                made[tensor] = Origin("identity", fill={"weight": "deviation", "bias": "mean"}[role], of=of)
+            elif layer.kind == "norm" or role == "weight":
+                made[tensor] = Origin("identity")
+            else:
+                made[tensor] = Origin("identity", fill=_NEUTRAL[role])
+    return made
+
+
+_NEUTRAL = {"bias": "zero", "shift": "zero", "factor": "one", "slope": "one", "taps": "tap", "amount": "zero"}
 
 
 @torch.no_grad()
@@ -83,16 +89,12 @@ def restore_scale(student: nn.Module, plan: Plan) -> None:
     Exact in eval mode, whatever the statistics are; in train mode as close as they are to the batch's (section 3.4).
     """
     tensors = dict(student.named_parameters()) | dict(student.named_buffers())
-    for name in plan.identity:
-        layer = plan.student.layers[name]
-        if layer.kind == "norm":
-            role = {role: tensors[tensor] for role, tensor in layer.tensors.items()}
-            role["weight"].copy_((role["var"].double() + layer.options["eps"]).sqrt())
-            if "bias" in role:
-                role["bias"].copy_(role["mean"])
+    for name, origin in origins(plan).items():
+        if origin.fill in ("deviation", "mean"):
+            fill_new(tensors[name], origin, tensors)
 
 
-def calibrate(student: nn.Module, plan: Plan, batches: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+def calibrate(student: nn.Module, plan: Plan, batches: Tensor | Iterable[Example]) -> None:
     """Measure the statistics of every new batch norm on `batches`, then restore the scale of those that pass units on.
 
     `batches` is one batch of inputs or an iterable of them (each a tuple for several arguments); statistics
@@ -110,8 +112,8 @@ def calibrate(student: nn.Module, plan: Plan, batches: Tensor | Iterable[Tensor 
             raise TransferError(f"The new batch norm in {type(norm).__name__} is no module: it cannot be calibrated.")
     if passes_on:
         with _measuring(passes_on):
-            for batch in [batches] if isinstance(batches, Tensor) else batches:
-                run(student, batch if isinstance(batch, tuple) else (batch,))
+            for batch in [batches] if isinstance(batches, (Tensor, dict)) else batches:
+                run(student, Inputs.of(batch))
         restore_scale(student, plan)
 
 

@@ -1,31 +1,37 @@
 """g: which teacher unit each student unit copies, and what becomes of the layers that the teacher lacks.
 
 The paper's Algorithm 1 keeps one mapping a layer consistent by hand. Here units that meet anywhere in the network
-are one unit (`Trace.roots`), so one array from student units to teacher units is consistent by construction.
+are one unit (`Trace.find`), so one array from student units to teacher units is consistent by construction. Units that
+belong to others (to a group, a head) are chosen after those, inside what those copy; units of one layer that
+different layers read (the halves of a shuffle) are chosen apart.
 """
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import TransferError
-from .units import Layer, Trace
+from .units import Layer, Norm, Trace
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
 
-NEW = -1  # a student unit that no teacher unit corresponds to
+NEW = -1  # a student unit that no teacher unit corresponds to: fresh, and read with zero weights
+ZERO = -2  # one that is zero wherever it goes: padding of an RMS norm
+MEAN = -3  # and below: one that holds the mean of the teacher's units `Plan.means[MEAN - g]`: padding of a layer norm
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a student is filled: decided before a single weight is written.
 
-    `teacher_of` maps each student unit (its root label) to the teacher unit (root) that it copies, or to `NEW`.
-    `names` maps each student tensor to its teacher's counterpart, or to None. `identity`, `silent` and `fresh` name
-    the student's layers that the teacher lacks: those that pass their units through, those that end a branch
-    which must add nothing, and those that are read with zero weights only.
+    `teacher_of` maps each student unit (its root label) to the teacher unit (root) that it copies, or to `NEW`, `ZERO`,
+    `MEAN`. `names` maps each student tensor to its teacher's counterpart, or to None. `identity`, `silent` and
+    `fresh` name the student's layers that the teacher lacks: those that pass their units through, those that end a
+    branch which must add nothing, and those that are read with zero weights only. `rescaled` gives, for norms that see
+    padding, the factor of their mean square.
     """
 
     teacher: Trace
@@ -33,10 +39,12 @@ class Plan:
     teacher_roots: Tensor
     student_roots: Tensor
     teacher_of: Tensor
+    means: list[Tensor]
     names: dict[str, str | None]
     identity: frozenset[str]
     silent: frozenset[str]
     fresh: frozenset[str]
+    rescaled: dict[str, tuple[Norm, float]]
 
     def student_units(self, name: str, dim: int) -> Tensor | None:
         """For each entry of a student tensor's axis its unit; None if not followed."""
@@ -51,6 +59,9 @@ class Plan:
 
 def _axis(trace: Trace, name: str, dim: int) -> Tensor | None:
     return trace.axes[name][dim] if name in trace.axes else None
+
+
+# -- names --------------------------------------------------------------------------------------------------------
 
 
 def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, str | None]:
@@ -70,7 +81,8 @@ def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, s
             "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
         )
     for name in [layer.name for layer in student.layers.values() if layer.kind == "norm" and not layer.tensors]:
-        theirs = convert(name)
+        module, _, rest = name.partition("|")
+        theirs = f"{convert(module)}|{rest}"
         found[name] = theirs if theirs in teacher.layers else None
     return found
 
@@ -87,6 +99,33 @@ def _by_prefix(rename: Mapping[str, str]) -> Callable[[str], str | None]:
     return convert
 
 
+def _keys(names: dict[str, str | None]) -> Callable[[str], str | None]:
+    """The teacher's key of what the student calls by a key: a tensor's or a module's name, then what it is."""
+    modules = {}
+    for mine, theirs in names.items():
+        while mine and theirs is not None:
+            mine, _, a = mine.rpartition(".")
+            theirs, _, b = theirs.rpartition(".")
+            if a != b and modules.get(mine, theirs) != theirs:
+                break
+            modules.setdefault(mine, theirs)
+
+    def convert(key: str) -> str | None:
+        if " in " in key:
+            both = [convert(part) for part in key.split(" in ")]
+            return None if None in both else " in ".join(both)  # type: ignore[arg-type]
+        head, bar, rest = key.partition("|")
+        if head in names:
+            theirs = names[head]
+            return None if theirs is None else theirs + bar + rest
+        return modules.get(head, head) + bar + rest
+
+    return convert
+
+
+# -- the plan -----------------------------------------------------------------------------------------------------
+
+
 def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Generator) -> Plan:
     """Decide which teacher unit every student unit copies (paper, section 3.3) and what each new layer becomes.
 
@@ -94,22 +133,26 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
     operation pins; the message names the layer, and by how much or why.
     """
     names = teacher_names(student, teacher, rename)
+    roles = _roles(teacher, student, names)
+    _unite_passed(student, roles["identity"])
     choice = _Choice(teacher, student, names, generator)
     shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
     for layer in shared:
         choice.pair(layer.name)  # refuses the first that is too small, in the order of the forward pass
-    for layer in sorted(shared, key=lambda layer: student.tensors[layer.name].shape[0]):  # parts before their sum
-        choice.keep(layer.name)
-    roles = _roles(teacher, student, names)
     passing = [layer for layer in student.layers.values() if layer.name in roles["identity"] and layer.kind == "mix"]
-    for layer in passing:
-        choice.leave(layer.name)
-    for layer in shared:
-        choice.copy(layer.name)
+    families = choice.families(shared)
+    for level in sorted({family.level for family in families}):
+        now = sorted((f for f in families if f.level == level), key=lambda f: len(f.mine))  # parts before their sum
+        for family in now:
+            choice.keep(family)
+        for layer in passing:
+            choice.leave(choice.roots[layer.produces])
+        for family in now:
+            choice.copy(family)
     for layer in passing:
         choice.pass_through(layer)
-    for layer in shared:
-        choice.check(layer.name)
+    for family in families:
+        choice.check(family)
     choice.check_pins()
     return Plan(
         teacher,
@@ -117,9 +160,21 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
         choice.teacher_roots,
         choice.roots,
         choice.g,
+        choice.means,
         names,
         **{role: frozenset(layers) for role, layers in roles.items()},
+        rescaled=choice.check_norms(),
     )
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Units that came into being together in both networks: the student's roots, the teacher's, and their depth."""
+
+    name: str
+    mine: Tensor
+    theirs: Tensor
+    level: int
 
 
 class _Choice:
@@ -129,16 +184,72 @@ class _Choice:
         self, teacher: Trace, student: Trace, names: dict[str, str | None], generator: torch.Generator
     ) -> None:
         self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
+        self.key = _keys(names)
+        _close(teacher, {})
+        _close(student, {})
         self.teacher_roots, self.roots = teacher.roots(), student.roots()
         self.g = torch.full((len(self.roots),), NEW)
         self.narrowest = torch.full((len(self.roots),), len(self.roots))  # of the layers that a unit is in, the width
+        self.means: list[Tensor] = []
+        self.owners, self.teacher_owners = self._owners()
+        self.readers, self.teacher_readers = self._readers()
+        self.norm_kinds = self._norm_kinds()
+
+    # -- what a unit's copy must agree in ---------------------------------------------------------------------
+
+    def _owners(self) -> tuple[dict[int, dict[str, int]], dict[int, dict[str, int]]]:
+        """For every unit the units that it belongs to, by relations that both networks have, in the teacher's names."""
+        mine: dict[int, dict[str, int]] = defaultdict(dict)
+        theirs: dict[int, dict[str, int]] = defaultdict(dict)
+        for key, (children, parents) in self.student.relations.items():
+            other = self.key(key)
+            if other is None or other not in self.teacher.relations:
+                continue
+            for child, parent in zip(self.roots[children].tolist(), self.roots[parents].tolist(), strict=True):
+                if child != parent:
+                    mine[child][other] = parent
+            for child, parent in zip(*(self.teacher_roots[x].tolist() for x in self.teacher.relations[other]), strict=True):
+                if child != parent:
+                    theirs[child][other] = parent
+        return mine, theirs
+
+    def _readers(self) -> tuple[Tensor, Tensor]:
+        """For every unit a number that says which tensors of both networks it is an entry of."""
+        generator = torch.Generator().manual_seed(0)
+        mine, theirs = torch.zeros_like(self.roots), torch.zeros_like(self.teacher_roots)
+        for name, other in self.names.items():
+            if other is None or name not in self.student.axes or other not in self.teacher.axes:
+                continue
+            for a, b in zip(self.student.axes[name], self.teacher.axes[other], strict=False):
+                if a is not None and b is not None:
+                    number = int(torch.randint(2**62, (), generator=generator))
+                    mine[torch.unique(self.roots[a])] += number
+                    theirs[torch.unique(self.teacher_roots[b])] += number
+        return mine, theirs
+
+    def _norm_kinds(self) -> dict[int, set[str]]:
+        """For every unit of the student the kinds of the norms across units that see it, if the teacher has them."""
+        kinds: dict[int, set[str]] = defaultdict(set)
+        for norm in self.student.norms:
+            if self._counterpart(norm) is not None:
+                for root in torch.unique(self.roots[norm.units]).tolist():
+                    kinds[root].add(norm.kind if norm.padded else "even")
+        return kinds
+
+    def _counterpart(self, norm: Norm) -> Norm | None:
+        key = self.key(norm.key)
+        if any(self.names[tensor] is None for tensor in norm.tensors.values()):
+            return None
+        return next((other for other in self.teacher.norms if other.key == key), None)
+
+    # -- families ---------------------------------------------------------------------------------------------
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """The units that a layer which both networks have produces: student's roots, teacher's roots."""
         theirs = self.names[name]
         assert theirs is not None
-        mine = _axis(self.student, name, 0)
-        other = _axis(self.teacher, theirs, 0)
+        mine = self.student.layers[name].produces
+        other = self.teacher.layers[theirs].produces if theirs in self.teacher.layers else None
         if mine is None or other is None:
             raise TransferError(f"The forward pass uses {name} differently in the teacher and in the student.")
         if len(mine) < len(other):
@@ -148,44 +259,102 @@ class _Choice:
             )
         return self.roots[mine], self.teacher_roots[other]
 
-    def keep(self, name: str) -> None:
-        """g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
-        mine, theirs = self.pair(name)
-        self.leave(name)
-        free = _in_order(mine[self.g[mine] == NEW])
-        missing = _in_order(theirs[~torch.isin(theirs, self.g[mine])])
-        if len(free) < len(missing):
-            raise TransferError(
-                f"The student joins units of {name} with units that the teacher keeps apart, "
-                "so no mapping of units serves both."
-            )
-        self.g[free[: len(missing)]] = missing
+    def families(self, shared: Iterable[Layer]) -> list[_Family]:
+        """Every family that both networks have."""
+        pairs = {layer.name: self.pair(layer.name) for layer in shared}
+        for key, labels in self.student.families.items():
+            other = self.key(key)
+            if other is not None and other in self.teacher.families:
+                pairs[key] = (self.roots[labels], self.teacher_roots[self.teacher.families[other]])
+        return [_Family(name, *both, self._level(both[0])) for name, both in pairs.items()]
 
-    def leave(self, name: str) -> None:
+    def _level(self, mine: Tensor) -> int:
+        if not self.owners:
+            return 0
+        return max((self._depth(unit, ()) for unit in set(mine.tolist()) & self.owners.keys()), default=0)
+
+    def _depth(self, unit: int, below: tuple[int, ...]) -> int:
+        owners = {owner for owner in self.owners.get(unit, {}).values() if owner not in below and owner != unit}
+        return max((1 + self._depth(owner, (*below, unit)) for owner in owners), default=0)
+
+    def _buckets(self, family: _Family) -> list[tuple[Tensor, Tensor]]:
+        """The family in parts: the student's units that belong to the same and are read by the same, and those of the
+        teacher that they may copy."""
+        mine, theirs = family.mine, family.theirs
+        both = [torch.unique(side[units]).tolist() for side, units in ((self.readers, mine), (self.teacher_readers, theirs))]
+        apart = len(both[1]) > 1 and set(both[0]) <= set(both[1])
+        owned = not self.teacher_owners.keys().isdisjoint(theirs.tolist())
+        if not apart and not owned:
+            return [(mine, theirs)]
+        among: dict[Hashable, list[int]] = defaultdict(list)
+        for unit in dict.fromkeys(theirs.tolist()):
+            among[_frozen(self.teacher_owners.get(unit, {}), self.teacher_readers[unit] if apart else 0)].append(unit)
+        parts: dict[Hashable, list[int]] = defaultdict(list)
+        copied = {}
+        for unit in dict.fromkeys(mine.tolist()):
+            owners, readers = self.owners.get(unit, {}), self.readers[unit] if apart else 0
+            part = _frozen(owners, readers)
+            parts[part].append(unit)
+            copied[part] = _frozen({key: int(self.g[owner]) for key, owner in owners.items()}, readers)
+        return [
+            (torch.tensor(units, dtype=torch.long), torch.tensor(among.get(copied[part], []), dtype=torch.long))
+            for part, units in parts.items()
+        ]
+
+    # -- choosing ---------------------------------------------------------------------------------------------
+
+    def keep(self, family: _Family) -> None:
+        """g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
+        self.leave(family.mine)
+        for mine, theirs in self._buckets(family):
+            free = _in_order(mine[self.g[mine] == NEW])
+            missing = _in_order(theirs[~torch.isin(theirs, self.g[mine])])
+            if len(free) < len(missing):
+                raise TransferError(
+                    f"The student joins units of {_said(family.name)} with units that the teacher keeps apart, "
+                    "so no mapping of units serves both."
+                )
+            self.g[free[: len(missing)]] = missing
+
+    def leave(self, mine: Tensor) -> None:
         """Leave the units of this layer to it, rather than to a wider layer that it is a part of."""
-        mine = self.roots[self.student.axes[name][0]]
         self.narrowest[mine] = self.narrowest[mine].clamp(max=len(mine))
 
-    def copy(self, name: str) -> None:
+    def copy(self, family: _Family) -> None:
         """g(j) drawn uniformly from the n units, with replacement, for the others.
 
         Units that a narrower layer shares (a part of a concatenation that meets this layer) are left to that one.
         """
-        mine, theirs = self.pair(name)
-        self._draw(mine[self.narrowest[mine] == len(mine)], theirs)
+        for mine, theirs in self._buckets(family):
+            self._draw(mine[self.narrowest[mine] == len(family.mine)], mine, theirs)
 
-    def check(self, name: str) -> None:
-        """Every unit of a layer copies one of the same layer of the teacher."""
-        self._consistent(*self.pair(name), name)
+    def _draw(self, mine: Tensor, among: Tensor, theirs: Tensor) -> None:
+        """Give each free unit of `mine` a teacher's unit: drawn; in equal numbers, or padding, where a norm asks for it."""
+        free, theirs = _in_order(mine[self.g[mine] == NEW]), _in_order(theirs)
+        if not len(free) or not len(theirs):
+            return
+        kinds = set().union(*(self.norm_kinds.get(unit, set()) for unit in free.tolist()))
+        among = _in_order(among)
+        if not kinds:
+            self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
+        elif len(among) % len(theirs) == 0:
+            each = len(among) // len(theirs)
+            left = each - (self.g[among][:, None] == theirs[None, :]).sum(0)
+            pool = theirs.repeat_interleave(left.clamp(min=0))
+            self.g[free] = pool[torch.randperm(len(pool), generator=self.generator)][: len(free)]
+        elif kinds == {"rms"}:
+            self.g[free] = ZERO
+        elif kinds == {"layer"}:
+            self.means.append(theirs)
+            self.g[free] = MEAN - (len(self.means) - 1)
+        else:
+            self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
 
     def pass_through(self, layer: Layer) -> None:
         """The units of a layer that the teacher lacks are those that it reads, in the same order, then copies."""
         if layer.reads is None:
-            raise TransferError(
-                f"The new layer {layer.name} would have to pass on the network's input, or the result of an operation "
-                "without a rule, which is not followed unit by unit."
-            )
-        mine = self.roots[self.student.axes[layer.name][0]]
+            raise TransferError(f"The new layer {layer.name} would have to pass on what is not followed unit by unit.")
+        mine = self.roots[layer.produces]
         read = self.g[self.roots[layer.reads]]
         read = read[read != NEW]
         distinct = _in_order(read)
@@ -197,14 +366,28 @@ class _Choice:
         first = read if len(mine) >= len(read) else distinct
         free = self.g[mine[: len(first)]] == NEW
         self.g[mine[: len(first)][free]] = first[free]
-        self._draw(mine, distinct)
+        self._draw(mine, mine, distinct)
         self._consistent(mine, distinct, layer.name)
+
+    # -- checking ---------------------------------------------------------------------------------------------
+
+    def check(self, family: _Family) -> None:
+        """Every unit copies one of the same family of the teacher, and belongs to a copy of what that belongs to."""
+        self._consistent(family.mine, family.theirs, family.name)
+        for unit in set(family.mine.tolist()) & self.owners.keys():
+            theirs = self.teacher_owners.get(int(self.g[unit]), {})
+            for key, owner in self.owners[unit].items():
+                if key in theirs and int(self.g[unit]) >= 0 and int(self.g[owner]) != theirs[key]:
+                    raise TransferError(
+                        f"Units of {_said(family.name)} would be copied into another group or head than the one that "
+                        "they belong to: no mapping of units serves all groupings of the student."
+                    )
 
     def check_pins(self) -> None:
         """No pinned unit may be copied."""
         for trace, roots in ((self.student, self.roots), (self.teacher, self.teacher_roots)):
             why = {}
-            for units, reason in trace.pins:
+            for units, reason in trace.pinned:
                 for root in roots[units].tolist():
                     why.setdefault(root, reason)
             for name, theirs in self.names.items():
@@ -216,21 +399,112 @@ class _Choice:
                 if len(mine) > len(other) and pinned:
                     raise TransferError(f"{name} cannot grow from {len(other)} to {len(mine)} units: {why[pinned[0]]}.")
 
-    def _draw(self, mine: Tensor, theirs: Tensor) -> None:
-        free = _in_order(mine[self.g[mine] == NEW])
-        self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
+    def check_norms(self) -> dict[str, tuple[Norm, float]]:
+        """Every norm across units sees all units of the teacher's equally often, or with padding that it can undo."""
+        rescaled = {}
+        for norm in self.student.norms:
+            other = self._counterpart(norm)
+            if other is None:
+                continue
+            factors = {self._factor(norm, other, group) for group in self.g[self.roots[norm.units]]}
+            if len(factors) > 1:
+                raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
+            if (factor := factors.pop()) != 1.0:
+                rescaled[norm.key] = (norm, factor)
+        return rescaled
+
+    def _factor(self, norm: Norm, other: Norm, group: Tensor) -> float:
+        """By what the mean square of the norm's input is smaller than the teacher's."""
+        for theirs in self.teacher_roots[other.units]:
+            wanted, times = torch.unique(theirs, return_counts=True)
+            if int(torch.isin(group, wanted).sum()) == 0:
+                continue
+            seen = (group[:, None] == wanted[None, :]).sum(0) / times
+            padding = group[~torch.isin(group, wanted)]
+            fits = padding == ZERO if norm.kind == "rms" else torch.isin(padding, self._means_of(wanted))
+            if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(fits.all()):
+                return 1.0 - len(padding) / len(group)
+            raise TransferError(
+                f"The norm {norm.module or 'in the network'} has {len(group)} units and its teacher {len(theirs)}: it takes the mean over all "
+                "units, which stays what it is only if each is copied equally often"
+                + (", or if means can be added to them, which the layers before it cannot do." if norm.kind == "layer" else ".")
+            )
+        raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
+
+    def _means_of(self, units: Tensor) -> Tensor:
+        """The codes of the means over exactly these units."""
+        found = [MEAN - k for k, mean in enumerate(self.means) if torch.equal(torch.sort(mean).values, units)]
+        return torch.tensor(found, dtype=torch.long)
 
     def _consistent(self, mine: Tensor, theirs: Tensor, name: str) -> None:
-        if not bool(torch.isin(self.g[mine], theirs).all()):
+        if not bool((torch.isin(self.g[mine], theirs) | (self.g[mine] < 0)).all()):
             raise TransferError(
-                f"Units of {name} meet units of another layer that copy another teacher unit; "
+                f"Units of {_said(name)} meet units of another layer that copy another teacher unit; "
                 "the teacher joins these layers differently."
             )
+
+
+def _frozen(owners: dict[str, int], readers: Tensor | int) -> Hashable:
+    return frozenset(owners.items()), int(readers)
+
+
+def _said(key: str) -> str:
+    """A key as a reader of an error knows it."""
+    return key.split("|")[0] or "the network"
 
 
 def _in_order(values: Tensor) -> Tensor:
     """The distinct values in the order in which they first occur."""
     return torch.tensor(list(dict.fromkeys(values.tolist())), dtype=torch.long)
+
+
+def _close(trace: Trace, done: dict) -> None:
+    """A unit belongs to one unit in every relation: where labels of one unit belong to several, those are one.
+
+    Two relations over the same units are compared: groups that coincide are one group, smaller groups belong to the
+    larger ones around them.
+    """
+    while True:
+        merged = False
+        for children, parents in trace.relations.values():
+            a, b = trace.find(children), trace.find(parents)
+            order = torch.argsort(a, stable=True)
+            same = (a[order][1:] == a[order][:-1]) & (b[order][1:] != b[order][:-1])
+            if bool(same.any()):
+                trace.unite(b[order][1:][same], b[order][:-1][same])
+                merged = True
+        if not merged and not _nest(trace):
+            return
+
+
+def _nest(trace: Trace) -> bool:
+    """Relate the owners of one unit to each other where one decides the other; whether labels were joined."""
+    of: dict[int, dict[str, int]] = defaultdict(dict)
+    for key, (children, parents) in list(trace.relations.items()):
+        if " in " in key:
+            continue
+        for child, parent in zip(trace.find(children).tolist(), trace.find(parents).tolist(), strict=True):
+            of[child][key] = parent
+    together: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
+    for owners in of.values():
+        keys = sorted(owners)
+        for i, a in enumerate(keys):
+            for b in keys[i + 1 :]:
+                together[a, b].add((owners[a], owners[b]))
+    for (a, b), pairs in together.items():
+        pairs = {(x, y) for x, y in pairs if x != y}
+        lefts, rights = {x for x, _ in pairs}, {y for _, y in pairs}
+        if not pairs or (len(lefts) < len(pairs) and len(rights) < len(pairs)):
+            continue
+        x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
+        if len(lefts) == len(rights) == len(pairs):
+            trace.unite(x, y)
+            return True
+        if len(lefts) == len(pairs):
+            trace.relate(f"{a} in {b}", x, y)
+        else:
+            trace.relate(f"{b} in {a}", y, x)
+    return False
 
 
 def _roles(teacher: Trace, student: Trace, names: dict[str, str | None]) -> dict[str, set[str]]:
@@ -288,14 +562,24 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None]) -> dict
         root
         for layer in student.layers.values()
         if layer.kind == "mix" and (layer.name not in new or layer.name in identity)
-        for root in roots[student.axes[layer.name][0]].tolist()
+        for root in roots[layer.produces].tolist()
     }
     silent = set()
     for name in mixers - identity:
-        if carried & set(roots[student.axes[name][0]].tolist()):
+        if carried & set(roots[new[name].produces].tolist()):
             norms = [n for n, layer in new.items() if layer.kind == "norm" and layer.sources == {name}]
             silent.add(norms[-1] if norms and "weight" in new[norms[-1]].tensors else name)
     return {"identity": identity, "silent": silent, "fresh": set(new) - identity - silent}
+
+
+def _unite_passed(student: Trace, identity: set[str]) -> None:
+    """A new layer that passes on units which move as a whole (the network's input) passes each entry on for itself."""
+    for name in identity:
+        layer = student.layers[name]
+        if layer.kind == "mix" and layer.reads is not None and layer.produces is not None:
+            read = student.find(layer.reads)
+            if len(torch.unique(read)) < len(read) == len(layer.produces):
+                student.unite(layer.produces, layer.reads)
 
 
 def _layer_name(layer: Layer, names: dict[str, str | None]) -> str:
@@ -303,5 +587,5 @@ def _layer_name(layer: Layer, names: dict[str, str | None]) -> str:
         return layer.name
     for name in layer.tensors.values():
         if (theirs := names[name]) is not None:
-            return theirs if layer.kind == "mix" else theirs.rpartition(".")[0]
+            return theirs if layer.kind in ("mix", "scale") else theirs.rpartition(".")[0]
     return names.get(layer.name) or layer.name

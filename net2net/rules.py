@@ -4,25 +4,28 @@ A rule reads the labels of a call's arguments and labels its result. A function 
 meets: they keep their width, and an attempt to grow them is refused with the function's name.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .units import Call, Labels, Layer, Trace, along, spread, tensors_in
+from .units import Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
 
 
 def apply(trace: Trace, call: Call) -> None:
     """Label the result of `call`, if it has one that the pass follows."""
-    outputs = tensors_in(call.out)
-    met = [labels for x in tensors_in([*call.args, *call.kwargs.values()]) if (labels := trace.labels(x))]
-    if met and call.name == "__setitem__":
-        return _give_up(trace, call, f"{call.module or 'the network'} writes into a part of it")
-    if not outputs or not met or call.name in _SILENT:
+    name = _plain(call.name)
+    if name in _SILENT or not any(trace.follows(x) for x in tensors_in([*call.args, *call.kwargs.values()])):
         return
-    RULES.get(_plain(call.name), _unknown)(trace, call)
+    if call.name == "__setitem__":
+        return assignment(trace, call)
+    if tensors_in(call.out):
+        RULES.get(name, unknown)(trace, call)
 
 
 def _plain(name: str) -> str:
@@ -31,24 +34,33 @@ def _plain(name: str) -> str:
     return _OPERATORS.get(name, name)
 
 
-def _join(trace: Trace, operands: list[Labels]) -> tuple[frozenset[str], frozenset[str]]:
-    return (
-        frozenset().union(*(labels.sources for labels in operands)),
-        frozenset().union(*(labels.via for labels in operands)),
-    )
+def _operands(trace: Trace, call: Call) -> list[Labels]:
+    """The labels of every argument that is followed."""
+    return [labels for x in tensors_in([*call.args, *call.kwargs.values()]) if (labels := trace.labels(x))]
 
 
-def _give_up(trace: Trace, call: Call, why: str) -> None:
-    """Pin every unit that meets in `call` and follow none of them further."""
-    met = [labels for x in tensors_in([*call.args, *call.kwargs.values()]) if (labels := trace.labels(x))]
+def _origin(operands: Sequence[Labels]) -> dict[str, frozenset[str]]:
+    return {
+        "sources": frozenset().union(*(labels.sources for labels in operands)),
+        "via": frozenset().union(*(labels.via for labels in operands)),
+    }
+
+
+def give_up(trace: Trace, call: Call, why: str) -> None:
+    """Pin every unit that meets in `call` and follow none of them further: the result is one thing, of fixed size."""
+    met = _operands(trace, call)
     for labels in met:
         trace.pin(labels.units, why)
-    for out in tensors_in(call.args[0] if call.name == "__setitem__" else call.out):
-        trace.label(out, Labels(None, *_join(trace, met)))
+    key = trace.key(call.name, call.module)
+    for position, out in enumerate(tensors_in(call.args[0] if call.name == "__setitem__" else call.out)):
+        units = trace.fresh(1, f"{key}|{position}").expand(out.shape)
+        trace.pin(units, why)
+        trace.label(out, Labels(units, **_origin(met)))
 
 
-def _unknown(trace: Trace, call: Call) -> None:
-    _give_up(trace, call, f"{call.name} in {call.module or 'the network'} has no rule for units")
+def unknown(trace: Trace, call: Call) -> None:
+    """A function without a rule."""
+    give_up(trace, call, f"{call} has no rule for units")
 
 
 # -- one entry a unit ---------------------------------------------------------------------------------------------
@@ -56,115 +68,353 @@ def _unknown(trace: Trace, call: Call) -> None:
 
 def pointwise(trace: Trace, call: Call) -> None:
     """Every element on its own: the result carries its operands' units; units that meet are one unit."""
-    operands = [x for x in (*call.args[:2], call.kwargs.get("other")) if isinstance(x, Tensor)]
-    followed = [(x, labels) for x in operands if (labels := trace.labels(x)) is not None]
-    constants = [x for x in operands if trace.labels(x) is None and x.numel() > 1]
-    if len(followed) == 1 and not constants:
-        (x, labels), out = followed[0], call.out
-        if labels.units is None or x.shape == out.shape:
-            trace.label(out, labels)
+    join(trace, call, [x for x in tensors_in([*call.args, *call.kwargs.values()]) if x is not call.kwargs.get("out")])
+
+
+def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
+    """Label an elementwise result of `operands`, which may be activations, parameters and constants."""
+    out = tensors_in(call.out)[0]
+    if any(x.dim() > out.dim() for x in operands) or out.dim() and out.shape != _broadcast(operands):
+        return give_up(trace, call, f"{call} changes what an element is")
+    activations = [x for x in operands if hasattr(x, "_net2net_labels")]
+    others = [x for x in operands if not hasattr(x, "_net2net_labels") and x.numel() > 1]
+    if not activations:  # parameters alone
+        parameters = [x for x in others if trace.follows(x)]
+        if not parameters:
             return
-    sources, via = _join(trace, [labels for _, labels in followed])
-    known = [labels.units for _, labels in followed if labels.units is not None]
-    if constants or len(known) < len(followed):
-        what = "a constant of its own width" if constants else "values that are not followed"
-        for units in known:
-            trace.pin(units, f"{call.name} in {call.module or 'the network'} joins it to {what}")
-    if not known or any(units.dim() > call.out.dim() for units in known):
-        trace.label(call.out, Labels(None, sources, via))
-        return
-    a, *others = (units.broadcast_to(call.out.shape) for units in known)
-    for b in others:
-        a = _meet(trace, a, b)
-    trace.label(call.out, Labels(a, sources, via))
+        if len(parameters) == len(operands) == 1 and _scaled(call) and (view := trace.positions(parameters[0])):
+            return trace.view(out, view[0], view[1], view[2] * _gain(call))
+        activations, others = parameters[:1], [x for x in others if x is not parameters[0]]
+    met = [labels for x in activations if (labels := trace.labels(x))]
+    passed: set[str] = set()
+    first, *rest = (labels.units.broadcast_to(out.shape) for labels in met)
+    for units in rest:
+        first = trace.meet(first, units, call)
+    for x in others:
+        varying = [dim for dim, size in enumerate(trace.tight(first).shape) if size > 1]
+        shape = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
+        shared = [dim for dim in varying if shape[dim] > 1]
+        if not shared:
+            continue
+        if (labels := trace.labels(x)) is not None:
+            first = trace.meet(first, labels.units.broadcast_to(out.shape), call)
+            met.append(labels)
+            passed |= _record_scale(trace, call, x, met)
+        else:
+            why = f"{call} joins it to a constant of its own width"
+            first = trace.bundle(first, shared, why).expand(out.shape)
+    name = _plain(call.name)
+    gain = met[0].gain * _gain(call) if name in _LINEAR and len(met) == 1 else 1.0
+    scaled = name in ("mul", "div") and len(met) > 1
+    linear = name in (_LINEAR | {"add", "sub"}) and not scaled and all(labels.linear for labels in met)
+    linear = linear and len(met) == len([x for x in operands if x.numel() > 1])
+    centred = len(met) == len(operands) == 1 and met[0].centred and name in _KEEP_ZERO
+    origin = _origin(met)
+    trace.label(out, Labels(first, origin["sources"], origin["via"] | passed, gain, linear, centred))
 
 
-def _meet(trace: Trace, a: Tensor, b: Tensor) -> Tensor:
-    """Unite labels that meet; the result gets labels of its own, so that a branch can be told from its stream."""
-    moving = tuple(slice(None) if sa or sb else slice(0, 1) for sa, sb in zip(a.stride(), b.stride(), strict=True))
-    shape, a, b = a.shape, a[moving], b[moving]
-    if torch.equal(a, b):
-        return a.expand(shape)
-    base = int(torch.maximum(a.max(), b.max())) + 1
-    pairs, inverse = torch.unique(a * base + b, return_inverse=True)
-    joined = trace.fresh(len(pairs))
-    trace.unite(pairs // base, joined)
-    trace.unite(pairs % base, joined)
-    return joined[inverse].expand(shape)
+def _broadcast(operands: Sequence[Tensor]) -> torch.Size | None:
+    try:
+        return torch.broadcast_shapes(*(x.shape for x in operands))
+    except RuntimeError:
+        return None
+
+
+def _scaled(call: Call) -> bool:
+    return _plain(call.name) in _LINEAR
+
+
+def _gain(call: Call) -> float:
+    """The plain number that the call multiplies by, else 1."""
+    name, factor = _plain(call.name), 1.0
+    for value in (*call.args[:2], call.kwargs.get("other")):
+        if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and not hasattr(value, "_net2net_labels"):
+            value = value.item()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+            factor = value
+    if name == "div":
+        return 1 / factor if not call.name.startswith("__r") else 1.0
+    return factor if name == "mul" else 1.0
+
+
+def _record_scale(trace: Trace, call: Call, x: Tensor, met: Sequence[Labels]) -> set[str]:
+    """A parameter with one entry a unit, as layer scale, which a student may have alone: its name, if it is one."""
+    name, role = trace.name_of(x), _SCALES.get(_plain(call.name))
+    if name is None or role is None:
+        return set()
+    trace.add(Layer("scale", name, {role: name}, None, met[0].sources, met[0].via))
+    return {name}
+
+
+def prelu(trace: Trace, call: Call) -> None:
+    """One slope for all units, or one a unit along axis 1."""
+    x, weight = call.args[0], call.arg(1, "weight")
+    units = trace.labels(x)
+    slopes = trace.labels(weight)
+    if units is None:
+        return give_up(trace, call, f"{call} acts on a parameter")
+    first = units.units
+    if slopes is not None:
+        dim = 1 if x.dim() > 1 else 0
+        first = trace.meet(first, spread(slopes.units, dim, x.shape), call)
+    if (name := trace.name_of(weight)) is not None:
+        trace.add(Layer("scale", name, {"slope": name}, None, units.sources, units.via))
+        units = replace(units, via=units.via | {name})
+    trace.label(call.out, Labels(first, units.sources, units.via, centred=units.centred))
+
+
+def assignment(trace: Trace, call: Call) -> None:
+    """A part of an activation is overwritten: by units of another, or by constants where these do not tell units apart."""
+    x, index, value = call.args
+    labels, new = trace.labels(x), trace.labels(value)
+    if any(trace.follows(i) for i in tensors_in([index])):
+        return give_up(trace, call, f"{call} writes where the values say")
+    met = [known for known in (labels, new) if known is not None]
+    units = _constant(trace, call, x.shape) if labels is None else labels.units
+    value_units = None if new is None else new.units
+    if value_units is None:
+        part = units[index]
+        if isinstance(value, Tensor) and value.numel() > 1:
+            return give_up(trace, call, f"{call.module or 'the network'} writes constants into a part of it")
+        if torch.equal(torch.unique(trace.find(part)), torch.unique(trace.find(units))):
+            return  # a number at some positions of every unit
+        value_units = _constant(trace, call, part.shape)
+    units = units.clone()
+    units[index] = value_units
+    trace.label(x, Labels(units, **_origin(met)))
+
+
+def _constant(trace: Trace, call: Call, shape: Sequence[int]) -> Tensor:
+    """Labels of a tensor of constants: of one width in both networks."""
+    return trace.fresh(1, trace.key(f"constant {call.name}", call.module)).expand(tuple(shape))
+
+
+# -- normalisation ------------------------------------------------------------------------------------------------
 
 
 def batch_norm(trace: Trace, call: Call) -> None:
-    """Statistics and affine parameters have one entry a unit; the units go on as they are."""
-    x = call.args[0]
-    labels = trace.labels(x)
-    assert labels is not None
-    units = along(labels.units, 1)
-    if labels.units is not None and units is None:
-        return _give_up(trace, call, f"the batch norm {call.module} meets several units in one channel")
-    roles = {
-        "mean": call.arg(1, "running_mean"),
-        "var": call.arg(2, "running_var"),
-        "weight": call.arg(3, "weight"),
-        "bias": call.arg(4, "bias"),
-    }
+    """Statistics and affine parameters have one entry a unit; the units go on as they are. Instance norm likewise."""
+    labels = trace.labels(call.args[0])
+    if labels is None or not hasattr(call.args[0], "_net2net_labels"):
+        return give_up(trace, call, f"{call} normalises a parameter")
+    units = trace.line(labels.units, 1, f"{call} has one entry for them")
+    positions = {"mean": 1, "var": 2, "weight": 3, "bias": 4}
+    keys = {"mean": "running_mean", "var": "running_var", "weight": "weight", "bias": "bias"}
+    roles = {role: call.arg(position, keys[role]) for role, position in positions.items()}
     tensors = {role: name for role, tensor in roles.items() if (name := trace.name_of(tensor)) is not None}
-    if units is not None:
-        for name in tensors.values():
-            trace.axis(name, 0, units)
-    name = next(iter(tensors.values())).rpartition(".")[0] if tensors else call.module
+    for name in tensors.values():
+        trace.axis(name, 0, units)
+    name = next(iter(tensors.values())).rpartition(".")[0] if tensors else trace.key("norm", call.module)
     options = {"eps": call.arg(7, "eps", 1e-5)}
     trace.add(Layer("norm", name, tensors, units, labels.sources, labels.via, options))
-    trace.label(call.out, Labels(labels.units, labels.sources, labels.via | {name}))
+    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via | {name}))
+
+
+def layer_norm(trace: Trace, call: Call) -> None:
+    """Normalises across units: all must be seen equally often, or means (layer norm), zeros (RMS norm) added."""
+    rms = _plain(call.name) == "rms_norm"
+    shape = call.arg(1, "normalized_shape")
+    labels = trace.labels(call.args[0])
+    if labels is None or not hasattr(call.args[0], "_net2net_labels"):
+        return give_up(trace, call, f"{call} normalises a parameter")
+    units = labels.units.reshape(*labels.units.shape[: labels.units.dim() - len(shape)], -1)
+    line = trace.line(units, -1, f"{call} has one entry for them")
+    roles = {"weight": call.arg(2, "weight")} | ({} if rms else {"bias": call.arg(3, "bias")})
+    tensors = {}
+    for role, tensor in roles.items():
+        if tensor is not None and (entries := trace.labels(tensor)) is not None:
+            trace.unite(entries.units.reshape(-1), line)
+            if (name := trace.name_of(tensor)) is not None:
+                tensors[role] = name
+    eps = call.arg(3 if rms else 4, "eps", None if rms else 1e-5)
+    if eps is None:
+        eps = torch.finfo(call.args[0].dtype).eps
+    _cross(trace, call, labels, line.reshape(1, -1), tensors, eps, "rms" if rms else "layer")
+
+
+def group_norm(trace: Trace, call: Call) -> None:
+    """Layer norm inside every group of channels."""
+    groups = call.arg(1, "num_groups")
+    labels = trace.labels(call.args[0])
+    if labels is None or not hasattr(call.args[0], "_net2net_labels"):
+        return give_up(trace, call, f"{call} normalises a parameter")
+    line = trace.line(labels.units, 1, f"{call} has one entry for them")
+    roles = {"weight": call.arg(2, "weight"), "bias": call.arg(3, "bias")}
+    tensors = {role: name for role, tensor in roles.items() if (name := trace.name_of(tensor)) is not None}
+    for name in tensors.values():
+        trace.axis(name, 0, line)
+    units = line.reshape(groups, -1)
+    if groups > 1:
+        key = trace.key("groups", call.module)
+        trace.relate(key, units, trace.fresh(groups, key)[:, None].expand_as(units))
+    _cross(trace, call, labels, units, tensors, call.arg(4, "eps", 1e-5), "layer")
+
+
+def _cross(
+    trace: Trace, call: Call, labels: Labels, units: Tensor, tensors: dict[str, str], eps: float, kind: str
+) -> None:
+    key = trace.key("norm", call.module)
+    name = next(iter(tensors.values())).rpartition(".")[0] if tensors else key
+    padded = kind == "rms" or labels.linear
+    trace.norms.append(Norm(key, kind, units, tensors, eps, call.module, padded))
+    trace.add(Layer("norm", name, tensors, units.reshape(-1), labels.sources, labels.via, {"across": True}))
+    trace.label(call.out, Labels(labels.units, labels.sources, labels.via | {name}, centred=True))
 
 
 # -- layers that read units and produce new ones ----------------------------------------------------------------
 
 
 def convolution(trace: Trace, call: Call) -> None:
-    """The output axis is a row of new units, the input axis reads; a depthwise filter's output is its input unit."""
+    """The output axis is a row of new units, the input axis reads; in groups each group for itself."""
     x, weight = call.args[0], call.arg(1, "weight")
-    _mix(trace, call, x, weight, x.dim() - weight.dim() + 1, groups=call.arg(6, "groups", 1))
+    transposed = "transpose" in call.name
+    at = (3, 4, 6, 7) if transposed else (3, 4, 6, 5)
+    stride, padding, groups, dilation = (
+        call.arg(position, name, 0 if name == "padding" else 1)
+        for position, name in zip(at, ("stride", "padding", "groups", "dilation"), strict=True)
+    )
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "transposed": transposed, "groups": groups}
+    mix(trace, call, x, weight, x.dim() - weight.dim() + 1, (0, 1) if transposed else (1, 0), groups, options)
 
 
 def linear(trace: Trace, call: Call) -> None:
     """The output axis is a row of new units, the input axis reads."""
-    _mix(trace, call, call.args[0], call.arg(1, "weight"), -1, groups=1)
+    mix(trace, call, call.args[0], call.arg(1, "weight"), -1, (1, 0))
 
 
-def _mix(trace: Trace, call: Call, x: Tensor, weight: Tensor, dim: int, groups: int) -> None:
-    labels, name = trace.labels(x), trace.name_of(weight)
-    if labels is None or name is None:
-        return _give_up(trace, call, f"the weight of {call.name} in {call.module} is not a parameter of the network")
-    units = along(labels.units, dim)
-    if labels.units is not None and units is None:
-        return _give_up(trace, call, f"{name} reads several units in one channel")
-    bias = trace.name_of(call.arg(2, "bias"))
-    tensors = {"weight": name} | ({"bias": bias} if bias else {})
-    depthwise = groups > 1 and groups == x.shape[dim] == weight.shape[0]
-    if depthwise and units is not None:
-        for tensor in tensors.values():
-            trace.axis(tensor, 0, units)
-        trace.label(call.out, Labels(spread(units, dim, call.out.shape), labels.sources, labels.via | {name}))
+def mix(
+    trace: Trace,
+    call: Call,
+    x: Tensor,
+    weight: Tensor,
+    dim: int,
+    axes: tuple[int, int],
+    groups: int = 1,
+    options: dict | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """A layer whose weight reads axis `dim` of `x` with `axes[0]` and produces the same axis with `axes[1]`."""
+    found = trace.weight(weight)
+    if found is None:
+        return give_up(trace, call, f"the weight of {call} is not a parameter of the network")
+    name, options = found.name, options or {"groups": 1}
+    bias = call.arg(2, "bias") if bias is None and call.name != "matmul" else bias
+    tensors = {"weight": name}
+    if (bias_name := trace.name_of(bias)) is not None:
+        tensors["bias"] = bias_name
+    labels = trace.labels(x)
+    reads = None
+    if labels is not None:
+        reads = trace.line(labels.units, dim, f"{name} reads them with one weight")
+    (in_dim, in_taken), (out_dim, out_taken) = found.axes[axes[0]], found.axes[axes[1]]
+    if groups > 1 and reads is None:
+        return give_up(trace, call, f"{name} is grouped and reads what is not followed")
+    if groups > 1 and reads is not None:
+        if weight.shape[0] == groups and weight.shape[1] == 1:
+            return _depthwise(trace, call, labels, reads, dim, tensors, options)
+        produced = _grouped(trace, name, reads, groups, transposed=axes == (0, 1))
+    else:
+        if reads is not None:
+            trace.axis(name, in_dim, reads, in_taken)
+        produced = trace.axis(name, out_dim, None, out_taken)
+    trace.read_axis[name] = in_dim
+    if bias_name is not None:
+        trace.axis(bias_name, 0, produced)
+    elif bias is not None and (more := trace.labels(bias)) is not None:
+        trace.unite(more.units.reshape(-1), produced)
+    view = trace.positions(weight)
+    gain = (1.0 if labels is None else labels.gain) * (1.0 if view is None else view[2])
+    every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
+    origin = _origin([labels] if labels is not None else [])
+    centred = labels is not None and labels.centred
+    trace.add(Layer("mix", name, tensors, every[0], **origin, options=options, produces=every[1], gain=gain, centred=centred))
+    trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True))
+
+
+def _depthwise(
+    trace: Trace, call: Call, labels: Labels | None, reads: Tensor, dim: int, tensors: dict[str, str], options: dict
+) -> None:
+    """A filter for every unit: the unit goes on."""
+    assert labels is not None
+    for tensor in tensors.values():
+        trace.axis(tensor, 0, reads)
+    name = tensors["weight"]
+    roles = {"taps": name} | ({"shift": tensors["bias"]} if "bias" in tensors else {})
+    trace.add(Layer("scale", name, roles, reads, labels.sources, labels.via, options))
+    trace.label(call.out, Labels(spread(reads, dim, call.out.shape), labels.sources, labels.via | {name}))
+
+
+def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, transposed: bool) -> Tensor:
+    """Units read and produced inside one group belong to it; where a group reads one unit, they belong to that."""
+    if transposed:
+        trace.axis(name, 0, reads)
+        produced = trace.inside(name, groups)
+    else:
+        trace.inside(name, groups, reads)
+        produced = trace.axis(name, 0)
+    key = f"{name}|groups"
+    inputs, outputs = reads.reshape(groups, -1), produced.reshape(groups, -1)
+    if inputs.shape[1] == 1:
+        trace.relate(key, outputs, inputs.expand_as(outputs))
+    else:
+        owners = trace.families[key] if key in trace.families else trace.fresh(groups, key)
+        owners = [owners[:, None].expand_as(units).reshape(-1) for units in (inputs, outputs)]
+        trace.relate(key, torch.cat([reads, produced]), torch.cat(owners))
+    return produced
+
+
+def embedding(trace: Trace, call: Call) -> None:
+    """Every entry of the table is a row of units; the table's length is fixed."""
+    found = trace.weight(call.arg(1, "weight"))
+    if found is None or found.axes[0][0] != 0 or trace.follows(call.args[0]):
+        return give_up(trace, call, f"the table of {call} is not a parameter of the network")
+    name = found.name
+    produced = trace.axis(name, 1)
+    trace.add(Layer("mix", name, {"weight": name}, None, frozenset(), frozenset(), {"groups": 1}, produced))
+    trace.label(call.out, Labels(spread(produced, -1, call.out.shape), frozenset({name}), linear=True))
+
+
+# -- products that sum over an axis -------------------------------------------------------------------------------
+
+
+def matmul(trace: Trace, call: Call) -> None:
+    """A layer, if one factor is a parameter; else a contraction of two activations."""
+    a, b = call.args[0], call.arg(1, "other", call.kwargs.get("mat2"))
+    if not hasattr(b, "_net2net_labels") and trace.weight(b) is not None and b.dim() == 2:
+        return mix(trace, call, a, b, -1, (0, 1))
+    if not (a.dim() > 1 and b.dim() > 1) or not (trace.follows(a) or trace.follows(b)):
+        return give_up(trace, call, f"{call} multiplies vectors")
+    contract(trace, call, a, b, call.out.shape)
+
+
+def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int]) -> None:
+    """Sum over the last axis of `a` and the last but one of `b`: over positions, or over units that meet in pairs."""
+    left, right = trace.labels(a), trace.labels(b)
+    met = [labels for labels in (left, right) if labels is not None]
+    gain = math.prod(labels.gain for labels in met)
+    batch = tuple(shape[:-2])
+    if left is None or right is None:  # a constant matrix, of one size in both networks
+        labels, dim = (left, -1) if left is not None else (right, -2)
+        assert labels is not None
+        units = trace.bundle(labels.units, [labels.units.dim() + dim], f"{call} multiplies it with a constant")
+        trace.label(call.out, Labels(units.broadcast_to((*batch, *units.shape[-2:])).expand(tuple(shape)), **_origin(met)))
         return
-    if groups == 1:
-        if units is not None:
-            trace.axis(name, 1, units)
-        trace.read_axis[name] = 1
-    produced = trace.axis(name, 0)
-    assert produced is not None
-    if groups > 1:
-        for grouped in (units, produced):
-            trace.pin(grouped, f"the convolution {name} is grouped ({groups} groups)")
-    if bias:
-        trace.axis(bias, 0, produced)
-    options = {
-        "stride": call.arg(3, "stride", 1),
-        "padding": call.arg(4, "padding", 0),
-        "dilation": call.arg(5, "dilation", 1),
-        "groups": groups,
-    }
-    trace.add(Layer("mix", name, tensors, units, labels.sources, labels.via, options if "conv" in call.name else {}))
-    trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name})))
+    one, two = trace.tight(left.units), trace.tight(right.units)
+    inner = [one.shape[-1] > 1, two.shape[-2] > 1]
+    why = f"{call} sums products over them"
+    key = trace.key("contraction", call.module)
+    one = trace.bundle(one, [one.dim() - 1], why)
+    two = trace.bundle(two, [two.dim() - 2], why)
+    if any(inner):
+        apart, together = torch.broadcast_tensors(one, two)
+        trace.unite(apart, together, contraction=True)
+        if all(inner):
+            trace.contractions.append(Contraction(key, torch.unique(trace.tight(left.units))))
+        units = one.expand(*one.shape[:-1], two.shape[-1]) if one.dim() >= two.dim() else two
+        trace.label(call.out, Labels(units.expand(tuple(shape)), **_origin(met), gain=gain))
+        return
+    units = trace.meet(one.expand(tuple(shape)), two.expand(tuple(shape)), call)
+    trace.label(call.out, Labels(units, **_origin(met), gain=gain))
 
 
 # -- data movement: the labels move as the data do ----------------------------------------------------------------
@@ -173,86 +423,310 @@ def _mix(trace: Trace, call: Call, x: Tensor, weight: Tensor, dim: int, groups: 
 def movement(trace: Trace, call: Call) -> None:
     """Apply the function itself to the labels."""
     operands = tensors_in(call.args[0])
-    known = [labels for x in operands if (labels := trace.labels(x))]
-    units = [labels.units for labels in known if labels.units is not None]
-    moved: list[Tensor] | list[None] = [None] * len(tensors_in(call.out))
-    if len(units) == len(operands):
-        moved = _move(call, units)
-    elif units:
-        return _give_up(trace, call, f"{call.name} in {call.module} joins it to values that are not followed")
-    if any(new is not None and new.shape != out.shape for new, out in zip(moved, tensors_in(call.out), strict=True)):
-        return _give_up(trace, call, f"{call.name} in {call.module} changes what an element is")
-    for out, labels in zip(tensors_in(call.out), moved, strict=True):
-        trace.label(out, Labels(labels, *_join(trace, known)))
+    if any(trace.follows(x) for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
+        return give_up(trace, call, f"{call} moves it to where the values say")
+    if not any(hasattr(x, "_net2net_labels") for x in operands) and len(operands) == 1:
+        view = trace.positions(operands[0])
+        if view is not None and (moved := _move(call, [view[1]])) is not None:
+            for out, positions in zip(tensors_in(call.out), moved, strict=True):
+                trace.view(out, view[0], positions, view[2])
+        return
+    labels = [trace.labels(x) for x in operands]
+    known = [one for one in labels if one is not None]
+    if not known:
+        return
+    units = [_constant(trace, call, x.shape) if one is None else one.units for x, one in zip(operands, labels, strict=True)]
+    moved = _move(call, units)
+    if moved is None:
+        return give_up(trace, call, f"{call} changes what an element is")
+    gain = known[0].gain if len({one.gain for one in known}) == 1 else 1.0
+    flags = {flag: all(one is not None and getattr(one, flag) for one in labels) for flag in ("linear", "centred")}
+    for out, new in zip(tensors_in(call.out), moved, strict=True):
+        trace.label(out, Labels(new, **_origin(known), gain=gain, **flags))
 
 
-def _move(call: Call, units: list[Tensor]) -> list[Tensor]:
+def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
+    outs = tensors_in(call.out)
     units = [labels.detach() for labels in units]  # objects of their own, which an in-place form may reshape
     if _plain(call.name) in ("view", "reshape"):  # a view of expanded labels would need a copy
-        same = isinstance(call.out, Tensor) and call.out.numel() == units[0].numel()  # a view as another dtype is not
-        return [units[0].reshape(call.out.shape) if same else units[0]]
-    first = units if isinstance(call.args[0], (list, tuple)) else units[0]
-    return tensors_in(call.func(first, *call.args[1:], **call.kwargs))
+        same = len(outs) == 1 and outs[0].numel() == units[0].numel()  # a view as another dtype is not
+        return [units[0].reshape(outs[0].shape)] if same else None
+    args = [units if isinstance(call.args[0], (list, tuple)) else units[0], *call.args[1:]]
+    try:
+        moved = tensors_in(call.func(*args, **call.kwargs))
+    except (RuntimeError, NotImplementedError, IndexError, TypeError):  # it does not move integers, or a meta index
+        return None
+    fits = len(moved) == len(outs) and all(new.shape == out.shape for new, out in zip(moved, outs, strict=True))
+    return moved if fits and not any(new.is_floating_point() for new in moved) else None
 
 
 def channelwise(trace: Trace, call: Call) -> None:
-    """Pooling: positions are mixed, channels are not."""
+    """Pooling, interpolation: positions are mixed, channels are not."""
     labels = trace.labels(call.args[0])
-    assert labels is not None
-    out = tensors_in(call.out)[0]
-    spatial = int(_plain(call.name).partition("pool")[2][0])
+    if labels is None:
+        return give_up(trace, call, f"{call} acts on a parameter")
+    name, out = _plain(call.name), tensors_in(call.out)[0]
+    spatial = int(name.partition("pool")[2][0]) if "pool" in name else out.dim() - 2
     dim = out.dim() - spatial - 1
-    units = along(labels.units, dim)
-    if labels.units is not None and units is None:
-        return _give_up(trace, call, f"{call.name} in {call.module} mixes units")
+    units = trace.line(labels.units, dim, f"{call} mixes positions")
     for out in tensors_in(call.out):
-        units_out = None if units is None else spread(units, dim, out.shape)
-        trace.label(out, Labels(units_out, labels.sources, labels.via))
+        linear = labels.linear and "avg" in name
+        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, labels.gain, linear))
 
 
 def reduction(trace: Trace, call: Call) -> None:
-    """A mean or sum over positions keeps the units; one over units mixes them, and pins them."""
+    """A mean or sum over positions keeps the units; one over units makes one of them, which moves as a whole."""
     labels = trace.labels(call.args[0])
-    assert labels is not None
+    if labels is None:
+        return unknown(trace, call)
     dims = call.arg(1, "dim", call.kwargs.get("axis"))
-    if labels.units is None or dims is None:
-        return _give_up(trace, call, f"{call.name} in {call.module} mixes units")
-    dims = sorted({d % labels.units.dim() for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
-    units = labels.units
-    for d in dims:
-        first = units.narrow(d, 0, 1)
-        if units.stride(d) and not bool((units == first).all()):
-            return _give_up(trace, call, f"{call.name} in {call.module} mixes units")
-        units = first
-    trace.label(call.out, Labels(units.reshape(call.out.shape), labels.sources, labels.via))
+    if _plain(call.name) == "norm":
+        dims = call.arg(2, "dim")
+    rank = labels.units.dim()
+    dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
+    if any(trace.follows(x) for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
+        return pointwise(trace, call)  # the maximum of two
+    units = trace.bundle(labels.units, list(dims), f"{call} mixes them")
+    shape = [1 if d in dims else size for d, size in enumerate(labels.units.shape)]
+    linear = _plain(call.name) in ("mean", "sum")
+    for out in tensors_in(call.out):
+        units_out = units.expand(shape).reshape(out.shape)
+        gain = labels.gain if linear else 1.0
+        trace.label(out, Labels(units_out, labels.sources, labels.via, gain, linear and labels.linear))
 
 
-_SILENT = {"__set__", "size", "dim", "numel", "is_floating_point", "requires_grad_"}
-_OPERATORS = {"iadd": "add", "radd": "add", "isub": "sub", "imul": "mul", "rmul": "mul", "itruediv": "div"} | {
+def lengthwise(trace: Trace, call: Call) -> None:
+    """Softmax, sorting, cumulation along an axis: over positions they keep the units; units move as a whole."""
+    labels = trace.labels(call.args[0])
+    if labels is None:
+        return unknown(trace, call)
+    name = _plain(call.name)
+    default = {"normalize": 1, "sort": -1, "argsort": -1, "topk": -1}.get(name)
+    dim = call.arg(2 if name in ("normalize", "topk") else 1, "dim", call.kwargs.get("axis", default))
+    if dim is None or not isinstance(dim, int):
+        return give_up(trace, call, f"{call} mixes elements along an axis that is not named")
+    units = trace.bundle(labels.units, [dim], f"{call} mixes them")
+    if "softm" in call.name:
+        trace.gains[trace.key("softmax", call.module)] = (labels.gain, labels.sources, torch.unique(units))
+    for out in tensors_in(call.out):
+        trace.label(out, Labels(units.expand(out.shape), labels.sources, labels.via))
+
+
+def pad(trace: Trace, call: Call) -> None:
+    """Positions added to a map belong to its units; channels added are units of their own, which hold a constant."""
+    labels = trace.labels(call.args[0])
+    if labels is None:
+        return give_up(trace, call, f"{call} acts on a parameter")
+    units, amounts = labels.units, call.arg(1, "pad")
+    for k in range(len(amounts) // 2):
+        dim, (before, after) = units.dim() - 1 - k, amounts[2 * k : 2 * k + 2]
+        size = units.shape[dim] + before + after
+        if trace.tight(units).shape[dim] == 1:
+            units = units.narrow(dim, 0, 1).expand([size if d == dim else n for d, n in enumerate(units.shape)])
+            continue
+        if call.arg(2, "mode", "constant") != "constant" or before < 0 or after < 0:
+            return give_up(trace, call, f"{call} repeats or removes some of them")
+        parts = [units]
+        for position, count in ((0, before), (len(parts) + 1, after)):
+            if count:
+                new = trace.fresh(count, trace.key("padding", call.module))
+                shape = [count if d == dim else n for d, n in enumerate(units.shape)]
+                parts.insert(position, spread(new, dim, shape))
+        units = torch.cat(parts, dim)
+    trace.label(call.out, Labels(units, labels.sources, labels.via, labels.gain))
+
+
+def unfold(trace: Trace, call: Call) -> None:
+    """Patches of a map: every unit once for each place in the patch."""
+    labels = trace.labels(call.args[0])
+    if labels is None or labels.units.dim() != 4:
+        return unknown(trace, call)
+    units = trace.line(labels.units, 1, f"{call} mixes positions")
+    units = units.repeat_interleave(call.out.shape[1] // len(units))
+    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via, labels.gain))
+
+
+def fold(trace: Trace, call: Call) -> None:
+    """Patches summed into a map: the entries of one channel are one unit."""
+    labels = trace.labels(call.args[0])
+    if labels is None or labels.units.dim() != 3:
+        return unknown(trace, call)
+    units = trace.line(labels.units, 1, f"{call} mixes positions").reshape(call.out.shape[1], -1)
+    units = trace.bundle(units, [1], f"{call} sums over patches").reshape(-1)
+    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via, labels.gain))
+
+
+# -- functions that are other functions ---------------------------------------------------------------------------
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    logits = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        logits = logits + attn_mask
+    return logits.softmax(-1) @ value
+
+
+def _multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> object:
+    if static_k is not None or static_v is not None:
+        return NotImplemented
+    weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)  # type: ignore
+    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]  # type: ignore
+    for which, more in ((1, bias_k), (2, bias_v)):
+        if more is not None:
+            shape = (1, *projected[which].shape[1:-1], projected[which].shape[-1])
+            projected[which] = torch.cat([projected[which], more.reshape(-1).expand(shape)])
+    heads = [x.unflatten(-1, (num_heads, -1)).movedim(0, -2) for x in projected]  # (..., head, position, unit)
+    out = _attention(*heads)  # type: ignore[arg-type]
+    out = F.linear(out.movedim(-2, 0).flatten(-2), out_proj_weight, out_proj_bias)
+    if not need_weights:
+        return out, None
+    logits = (heads[0] @ heads[1].transpose(-2, -1)).softmax(-1)
+    return out, logits.mean(-3) if average_attn_weights else logits
+
+
+def _einsum(equation: object, *operands: Tensor) -> object:
+    """Two factors and one sum: a matrix product in other words."""
+    terms, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    a, _, b = terms.partition(",")
+    shared = set(a) & set(b)
+    batch, summed = [c for c in a if c in shared and c in result], [c for c in a if c in shared and c not in result]
+    rows, columns = [c for c in a if c not in shared], [c for c in b if c not in shared]
+    plain = len(operands) == 2 and "." not in terms and sorted(batch + rows + columns) == sorted(result) and result
+    if not plain or any(len(set(term)) < len(term) for term in (a, b, result)):
+        return NotImplemented
+    size = dict(zip(a, operands[0].shape, strict=True)) | dict(zip(b, operands[1].shape, strict=True))
+    left = operands[0].permute([a.index(c) for c in batch + rows + summed]).flatten(len(batch) + len(rows))
+    left = left.reshape(*left.shape[: len(batch)], math.prod(size[c] for c in rows), math.prod(size[c] for c in summed))
+    right = operands[1].permute([b.index(c) for c in batch + summed + columns])
+    right = right.reshape(*right.shape[: len(batch)], left.shape[-1], math.prod(size[c] for c in columns))
+    out = (left @ right).reshape([size[c] for c in batch + rows + columns])
+    return out.permute([(batch + rows + columns).index(c) for c in result])
+
+
+EXPANSIONS: dict[str, Callable] = {
+    "glu": _glu,
+    "scaled_dot_product_attention": _attention,
+    "multi_head_attention_forward": _multi_head_attention,
+    "einsum": _einsum,
+    "addmm": lambda bias, a, b, **_: a @ b + bias,
+    "baddbmm": lambda bias, a, b, **_: a @ b + bias,
+}
+
+_SILENT = set(
+    """
+    set size dim ndimension numel is_floating_point requires_grad is_contiguous stride storage_offset
+    shape device dtype ndim is_cuda layout new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like
+    empty_like full_like rand_like randn_like bernoulli item tolist len is_complex get_device element_size
+    is_nested has_names names grad is_sparse is_quantized data_ptr assert_async
+    """.split()
+)
+_OPERATORS = {
+    "iadd": "add",
+    "radd": "add",
+    "isub": "sub",
     "rsub": "sub",
+    "imul": "mul",
+    "rmul": "mul",
+    "multiply": "mul",
+    "itruediv": "div",
     "truediv": "div",
+    "rtruediv": "div",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "rpow": "pow",
     "getitem": "index",
     "get": "attribute",  # x.mT, x.data: an attribute that is a tensor has labels, too
-    "multiply": "mul",
+    "rmatmul": "matmul",
+    "bmm": "matmul",
+    "mm": "matmul",
 }
 _POINTWISE = """
     relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid softplus logsigmoid
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout clamp clamp_min clamp_max
-    add sub mul div neg abs exp log sqrt rsqrt square pow to float double half bfloat16 type detach clone contiguous
-    identity
+    softsign tanhshrink hardshrink softshrink threshold sign sin cos erf expm1 log1p reciprocal ceil floor round trunc
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
+    clamp clamp_min clamp_max clip maximum minimum where masked_fill lerp addcmul addcdiv copysign nan_to_num
+    add sub mul div neg abs exp log sqrt rsqrt square pow to float double half bfloat16 type type_as detach clone
+    contiguous identity requires_grad_ logaddexp fmod remainder floordiv eq ne lt le gt ge logical_not logical_and
+    logical_or and or invert isnan isinf isfinite int long bool blend
 """
 _MOVEMENT = """
-    view reshape flatten unflatten permute transpose swapaxes movedim t squeeze unsqueeze cat concat stack chunk split
-    unbind index attribute narrow select flip roll expand channel_shuffle
+    view reshape flatten unflatten permute transpose swapaxes movedim moveaxis t squeeze unsqueeze cat concat
+    concatenate stack chunk split split_with_sizes tensor_split unbind index attribute narrow select flip fliplr flipud
+    roll expand expand_as broadcast_to view_as reshape_as channel_shuffle native_channel_shuffle pixel_shuffle
+    pixel_unshuffle index_select repeat repeat_interleave tile gather take_along_dim swapdims adjoint rot90 diagonal
+    hsplit vsplit hstack vstack dstack ravel contiguous_format meshgrid
 """
 _POOLS = "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool"
+_LINEAR = frozenset("mul div neg to float double half bfloat16 dropout detach clone contiguous identity".split())
+_KEEP_ZERO = frozenset(
+    """relu relu6 leaky_relu elu selu celu gelu silu mish tanh hardtanh hardswish mul div neg abs dropout to float double
+    half bfloat16 detach clone contiguous identity""".split()
+)
+_SCALES = {"mul": "factor", "add": "shift", "sub": "shift"}
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE.split(), pointwise),
     **dict.fromkeys(_MOVEMENT.split(), movement),
     **dict.fromkeys((f"{pool}{d}d" for pool in _POOLS.split() for d in (1, 2, 3)), channelwise),
+    **dict.fromkeys((f"max_pool{d}d_with_indices" for d in (1, 2, 3)), channelwise),
+    **dict.fromkeys(("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), channelwise),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
-    **dict.fromkeys(("mean", "sum", "amax", "amin"), reduction),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
+    **dict.fromkeys("mean sum amax amin max min prod var std var_mean std_mean norm logsumexp all any argmax argmin".split(), reduction),
+    **dict.fromkeys("softmax log_softmax softmin cumsum cumprod sort argsort topk normalize".split(), lengthwise),
+    **dict.fromkeys(("batch_norm", "instance_norm"), batch_norm),
+    **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
+    "group_norm": group_norm,
     "linear": linear,
-    "batch_norm": batch_norm,
+    "embedding": embedding,
+    "matmul": matmul,
+    "prelu": prelu,
+    "pad": pad,
+    "unfold": unfold,
+    "fold": fold,
 }

@@ -1,7 +1,7 @@
 """Filling a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,88 +9,41 @@ from torch import Tensor, nn
 from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError
-from .mapping import NEW, Plan, Rename, plan
-from .units import run, trace
-
-SPLITS = ("equal", "uneven")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's, or is new (-1).
-
-    `first` marks the entries that are not copies of an earlier one. `reads` says that the axis reads units, so
-    that its entries are shared out among copies.
-    """
-
-    index: Tensor
-    first: Tensor
-    reads: bool
-
-    @property
-    def copies(self) -> int:
-        """How many entries repeat an earlier one."""
-        return int(((self.index != NEW) & ~self.first).sum())
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where one student tensor came from: `how` is shared, identity, silent or fresh."""
-
-    how: str
-    teacher: str | None = None
-    axes: dict[int, Axis] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """The record of a transfer: where every tensor of the student came from, and what was measured.
-
-    `measured` is the difference of the two networks on the example, before noise; None for `random_pad`.
-    """
-
-    origins: dict[str, Origin]
-    split: str
-    noise: float
-    measured: Equivalence | None = None
-
-    def __str__(self) -> str:
-        count = {
-            how: sum(o.how == how for o in self.origins.values()) for how in ("shared", "identity", "silent", "fresh")
-        }
-        wider = sum(any(axis.copies for axis in o.axes.values()) for o in self.origins.values())
-        text = (
-            f"{count['shared']} tensors from the teacher ({wider} of them wider), {count['identity']} of identities, "
-            f"{count['silent']} of silent branches, {count['fresh']} fresh"
-        )
-        return f"{text}; {self.measured}" if self.measured else text
+from .filling import SPLITS, add_noise, fill
+from .mapping import MEAN, NEW, ZERO, Plan, Rename, plan
+from .record import Axis, Origin, Transfer
+from .units import Example, Inputs, Layer, run, trace, unwrap
 
 
 def transfer(
     teacher: nn.Module,
     student: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Example,
     *,
     generator: torch.Generator | None = None,
     noise: float = 0.0,
     split: str = "equal",
     rename: Rename = None,
-    calibrate: Tensor | Iterable[Tensor | tuple[Tensor, ...]] | None = None,
+    calibrate: Tensor | Iterable[Example] | None = None,
 ) -> Transfer:
     """Fill `student` in place so that it computes the function of `teacher`; return where everything came from.
 
     Afterwards the two agree in eval mode up to rounding (if `noise` is 0), whatever the student held before; the
-    teacher is untouched. `example` is an input of both networks (a tuple for several arguments). Every layer of the
-    teacher needs a counterpart of the same name in the student, at least as wide; `rename` maps student names to
-    teacher names where they differ (a function, or a dict of prefixes; "" marks a layer that the teacher lacks).
+    teacher is untouched. `example` is an input of both networks: a tensor, a tuple of arguments, or a dict of keyword
+    arguments. Every layer of the teacher needs a counterpart of the same name in the student, at least as wide, with a
+    kernel at least as large; layers of an `nn.Sequential` that new ones have renumbered are found. `rename` maps
+    student names to teacher names where they differ otherwise (a function, or a dict of prefixes; "" marks a layer that
+    the teacher lacks).
 
     `generator` (CPU; None: seed 0) draws the units to copy and the shares. `split` shares the outgoing
-    weights of a unit among its copies: "equal" (the paper's), or "uneven": positive shares drawn anew for every reading
-    unit, which tells copies apart without changing the function, under any optimizer. `noise` is the standard
+    weights of a unit among its copies: "equal" (the paper's); "uneven": positive shares drawn anew for every reading
+    unit; or "paired": equal shares, and noise on the weights that the copies of a unit cancel among themselves. The
+    last two tell copies apart without changing the function, under any optimizer. `noise` is the standard
     deviation of Gaussian noise added to the incoming weights of all but the first copy, in units of the tensor's own
     standard deviation (section 3.3; it changes the function). `calibrate`, one batch of inputs or several, measures
     the statistics of new batch norms (section 3.4): without it they are exact in eval mode only.
 
+    The eps of a layer norm that sees padding (its width no multiple of the teacher's) changes in the student's module.
     The check is on `example`: a teacher whose output does not depend on its features (a head of zeros) proves nothing.
 
     Raises TransferError, before the student is changed, if it is smaller than its teacher anywhere or if units would
@@ -100,24 +53,24 @@ def transfer(
     if split not in SPLITS:
         raise TransferError(f"The split {split!r} is unknown: it is one of {', '.join(SPLITS)}.")
     generator = generator or torch.Generator().manual_seed(0)
-    arguments, prepared, origins = _prepare(teacher, student, example, rename, generator)
+    teacher, student = unwrap(teacher), unwrap(student)
+    inputs, prepared = _prepare(teacher, student, example, rename, generator)
     identity.check_identity(prepared)
-    _fill(prepared, origins, generator, split)
-    identity.silence(student, prepared)
-    identity.restore_scale(student, prepared)
+    record = _record(prepared, student, split, noise, generator)
+    fill(teacher, student, record)
     if calibrate is not None:
         identity.calibrate(student, prepared, calibrate)
-    measured = compare(prepared.teacher.output, run(student, arguments))
+    measured = compare(prepared.teacher.output, run(student, inputs))
     _refuse_if_different(measured, prepared)
     if noise:
-        _add_noise(prepared, origins, generator, noise)
-    return Transfer(origins, split, noise, measured)
+        add_noise(student, record, generator)
+    return replace(record, measured=measured)
 
 
 def random_pad(
     teacher: nn.Module,
     student: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Example,
     *,
     generator: torch.Generator | None = None,
     rename: Rename = None,
@@ -129,77 +82,280 @@ def random_pad(
     the teacher lacks included. Raises TransferError as `transfer` does.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    _, prepared, origins = _prepare(teacher, student, example, rename, generator)
-    _fill(prepared, origins, generator, "pad")
-    return Transfer(origins, "pad", 0.0)
+    teacher, student = unwrap(teacher), unwrap(student)
+    _, prepared = _prepare(teacher, student, example, rename, generator)
+    record = _record(prepared, student, "pad", 0.0, generator)
+    fill(teacher, student, record, pad=True)
+    return record
+
+
+def replay(record: Transfer, teacher: nn.Module, student: nn.Module) -> None:
+    """Fill `student` from `teacher` as `record` says: the same weights as the transfer that made it gave, before noise
+    and calibration. TransferError if the networks have not the tensors of the record."""
+    try:
+        fill(unwrap(teacher), unwrap(student), record, pad=record.split == "pad")
+    except (KeyError, RuntimeError, IndexError, AttributeError) as error:
+        raise TransferError(f"The record is of other networks than these: {error}") from error
 
 
 def _prepare(
-    teacher: nn.Module,
-    student: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
-    rename: Rename,
-    generator: torch.Generator,
-) -> tuple[tuple[Tensor, ...], Plan, dict[str, Origin]]:
+    teacher: nn.Module, student: nn.Module, example: Example, rename: Rename, generator: torch.Generator
+) -> tuple[Inputs, Plan]:
     """Trace both networks and decide everything that can be refused, before a weight is written."""
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
-    arguments = example if isinstance(example, tuple) else (example,)
-    prepared = plan(trace(teacher, arguments), trace(student, arguments), rename, generator)
-    origins = {name: _origin(prepared, name) for name in prepared.student.tensors}
-    return arguments, prepared, origins
+    inputs = Inputs.of(example)
+    return inputs, plan(trace(teacher, inputs), trace(student, inputs), rename, generator)
 
 
-def _origin(plan: Plan, name: str) -> Origin:
-    theirs = plan.names[name]
-    if theirs is None:
-        how = _role(plan, name)
-        read = plan.student_units(name, 1) if how == "identity" and plan.student.read_axis.get(name) == 1 else None
-        if read is None:
-            return Origin(how)
-        copied = plan.teacher_of[read]
-        return Origin(how, None, {1: _match(torch.arange(len(read)), copied, _distinct(copied), reads=True)})
-    mine, other = plan.student.tensors[name], plan.teacher.tensors[theirs]
-    if mine.dim() != other.dim():
-        raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
-    axes = {}
-    both = [(plan.student_units(name, dim), plan.teacher_units(theirs, dim)) for dim in range(mine.dim())]
-    for dim, (units, source) in enumerate(both):
-        if (units is None) != (source is None):
+# -- from the plan to the record ----------------------------------------------------------------------------------
+
+
+def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator: torch.Generator) -> Transfer:
+    builder = _Builder(plan)
+    origins = {name: builder.origin(name) for name in plan.student.tensors}
+    eps = {}
+    for norm, factor in plan.rescaled.values():
+        module = student.get_submodule(norm.module)
+        if "weight" not in norm.tensors or getattr(module, "eps", None) is None:
             raise TransferError(
-                f"The forward pass of one network only follows units along axis {dim} of {name}: the teacher and the "
-                "student use it differently, or one of them not at all."
+                f"The norm {norm.module} would see padding, which its weight and its eps undo: it lacks one of them."
             )
-    for dim, (units, source) in enumerate(both):
-        if units is not None and source is not None:
-            reads = plan.student.read_axis.get(name) == dim
-            axes[dim] = _match(units, plan.teacher_of[units], source, reads)
-            if lost := len(source) - len(_distinct(axes[dim].index)):
+        eps[norm.module] = norm.eps * factor
+        for role, name in norm.tensors.items():
+            origins[name] = builder.padded(origins[name], role, factor**0.5 if role == "weight" else 1.0)
+    return Transfer(origins, split, noise, eps, generator.get_state())
+
+
+class _Builder:
+    """Where every tensor of the student comes from, by the plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.new = identity.origins(plan)
+        student = plan.student
+        real = torch.unique(plan.student_roots)
+        copied = plan.teacher_of[real]
+        self.count = torch.zeros(len(plan.teacher_roots), dtype=torch.long)
+        self.count.index_add_(0, copied[copied >= 0], torch.ones_like(copied[copied >= 0]))
+        apart = student.roots_apart()
+        left = [c.left for c in student.contractions]
+        self.open = {int(r) for labels in left for r in plan.student_roots[labels].unique()}
+        self.left = torch.unique(apart[torch.cat(left)]) if left else torch.empty(0, dtype=torch.long)
+        self.apart = apart
+        self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in student.reasons]
+        self.gains = self._softmax_gains()
+
+    def _softmax_gains(self) -> dict[int, float]:
+        """For queries whose logits the student scales by another number than its teacher, by what to multiply them."""
+        gains = {}
+        for key, (gain, _, units) in self.plan.student.gains.items():
+            theirs = self.plan.teacher.gains.get(key)
+            if theirs is not None and theirs[0] != gain:
+                heads = set(self.plan.student_roots[units].tolist())
+                for contraction in self.plan.student.contractions:
+                    if heads & set(self.plan.student_roots[contraction.left].tolist()):
+                        gains |= dict.fromkeys(self.apart[contraction.left].tolist(), theirs[0] / gain)
+        return gains
+
+    def origin(self, name: str) -> Origin:
+        """Where the student's tensor `name` comes from."""
+        plan, theirs = self.plan, self.plan.names[name]
+        if theirs is None:
+            return self._new(name)
+        mine, other = plan.student.tensors[name], plan.teacher.tensors[theirs]
+        if mine.dim() != other.dim():
+            raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
+        if (name in plan.student.values) != (theirs in plan.teacher.values):
+            raise TransferError(f"The forward pass uses {name} differently in the teacher and in the student.")
+        layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
+        factor = 1.0
+        if layer and counterpart and layer.kind == "mix":
+            factor = counterpart.gain / layer.gain
+        if name in plan.student.values:
+            if name in plan.student.axes or theirs in plan.teacher.axes:
+                return self._whole(name, theirs, "a layer reads it, and another adds it up")
+            axis, rows = self._axis(name, plan.student.values[name], plan.teacher.values[theirs], 0, False)
+            return Origin("shared", theirs, {0: axis}, flat=True, factor=factor, rows=rows)
+        axes, rows = {}, None
+        for dim in range(mine.dim()):
+            labels = _entries(plan.student, name, dim), _entries(plan.teacher, theirs, dim)
+            if (labels[0] is None) != (labels[1] is None):
                 raise TransferError(
-                    f"{name} has no counterpart of {lost} of the {len(source)} units that the teacher's has on axis "
-                    f"{dim}: the student must carry every unit of its teacher to every layer that reads it."
+                    f"The forward pass of one network only follows units along axis {dim} of {name}: the teacher and "
+                    "the student use it differently, or one of them not at all."
                 )
-        elif mine.shape[dim] != other.shape[dim]:
+            if labels[0] is not None and labels[1] is not None:
+                reads = plan.student.read_axis.get(name) == dim
+                axes[dim], scaled = self._axis(name, *labels, dim, reads)
+                rows = scaled if dim == 0 else rows
+            elif dim > 1 and layer is not None and counterpart is not None and layer.options:
+                if (taps := _taps(layer, counterpart, mine.shape[dim], other.shape[dim], dim - 2)) is not None:
+                    axes[dim] = taps
+            elif mine.shape[dim] != other.shape[dim]:
+                raise TransferError(
+                    f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does not "
+                    "carry units that the forward pass can follow: such axes keep their size."
+                )
+        return Origin("shared", theirs, axes, factor=factor, rows=rows)
+
+    def _whole(self, name: str, theirs: str, why: str) -> Origin:
+        if self.plan.student.tensors[name].shape != self.plan.teacher.tensors[theirs].shape:
+            raise TransferError(f"{name} cannot grow: {why}.")
+        return Origin("shared", theirs)
+
+    def _new(self, name: str) -> Origin:
+        """What becomes of a tensor that the teacher lacks."""
+        plan = self.plan
+        layer = plan.student.layers.get(name)
+        if name in self.new and layer is not None and layer.kind == "mix" and name in plan.identity:
+            produced, read = (self._entries_of(units) for units in (layer.produces, layer.reads))
+            groups = plan.student.inner[name][1] if name in plan.student.inner else 1
+            return Origin("identity", axes={0: _axis(produced, False), 1: _axis(read, True, groups)}, fill="pass")
+        if name in self.new:
+            return self.new[name]
+        for layer in plan.student.layers.values():  # a bias that only the student has, on a layer of both
+            if name in (layer.tensors.get("bias"), layer.tensors.get("shift")) and layer.name not in plan.fresh:
+                return Origin("identity", fill="zero")
+        return Origin("fresh")
+
+    def _entries_of(self, units: Tensor) -> Tensor:
+        """For each label the entry of a teacher's unit that it stands for; -1 for units that the teacher lacks."""
+        roots = self.plan.student_roots[units]
+        copied = self.plan.teacher_of[roots]
+        return torch.where(copied >= 0, copied * len(roots) + _rank(roots), NEW)
+
+    def _axis(self, name: str, units: Tensor, source: Tensor, dim: int, reads: bool) -> tuple[Axis, Tensor | None]:
+        """One axis of a tensor that both networks have, and by what its entries are multiplied."""
+        plan = self.plan
+        roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
+        inner = plan.student.inner.get(name)
+        groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
+        if inner is not None and dim == 1:
+            index = self._inside(name, units, source, groups, reads)
+        else:
+            index = _matched(roots, plan.teacher_of[roots], theirs)
+            self._check_complete(name, index, len(source), dim)
+            self._check_closed(name, roots, index)
+        rows, share = None, None
+        if reads:
+            layer = plan.student.layers.get(name)
+            kept = layer is not None and layer.centred
+            index = torch.where(index >= 0, index, torch.where((index <= ZERO) & kept, NEW, ZERO))
+        else:
+            apart = self.apart[units]
+            queries = torch.isin(apart, self.left)
+            index = torch.where(queries & (index == NEW), ZERO, index)
+            if self.gains and bool(queries.any()):
+                rows = torch.tensor([self.gains.get(label, 1.0) for label in apart.tolist()], dtype=torch.double)
+            share = 1.0 / self.count[plan.teacher_of[roots].clamp(min=0)].clamp(min=1).double()
+        means = self._means(index, theirs)
+        return _axis(index, reads, groups, share, means), rows
+
+    def _means(self, index: Tensor, theirs: Tensor) -> tuple[Tensor, ...]:
+        """For every mean over units the teacher's entries that it is over."""
+        if not bool((index <= MEAN).any()):
+            return ()
+        return tuple(torch.isin(theirs, mean).nonzero().flatten() for mean in self.plan.means)
+
+    def _inside(self, name: str, units: Tensor, source: Tensor, groups: int, reads: bool) -> Tensor:
+        """The axis inside a group: for every student group its entries' places in the teacher's group that it copies."""
+        plan = self.plan
+        theirs = plan.teacher_roots[source].reshape(plan.teacher.inner[plan.names[name] or ""][1], -1)
+        rows = []
+        for mine in plan.student_roots[units].reshape(groups, -1):
+            copied = plan.teacher_of[mine]
+            owner = (torch.isin(theirs, copied)).any(1).nonzero().flatten()
+            if not len(owner):
+                raise TransferError(f"A group of {name} reads no units that a group of its teacher reads.")
+            index = _matched(mine, copied, theirs[owner[0]])
+            self._check_complete(name, index, theirs.shape[1], 1)
+            self._check_closed(name, mine, index)
+            rows.append(index)
+        return torch.cat(rows)
+
+    def _check_complete(self, name: str, index: Tensor, entries: int, dim: int) -> None:
+        if lost := entries - len(torch.unique(index[index >= 0])):
             raise TransferError(
-                f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does not "
-                "carry units that the forward pass can follow: such axes, and kernels, keep their size."
+                f"{name} has no counterpart of {lost} of the {entries} units that the teacher's has on axis {dim}: the "
+                "student must carry every unit of its teacher to every layer that reads it."
             )
-    return Origin("shared", theirs, axes)
+
+    def _check_closed(self, name: str, roots: Tensor, index: Tensor) -> None:
+        """A unit with several entries is copied with all of them; only queries and keys may have more than their
+        teacher's, which are zero."""
+        lost = (index == NEW) & (self.plan.teacher_of[roots] >= 0)
+        for root in roots[lost].tolist():
+            if root not in self.open:
+                why = next((f", as {why}" for units, why in self.why if root in units), "")
+                raise TransferError(
+                    f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more than "
+                    f"its teacher. They move as a whole{why}."
+                )
+
+    def padded(self, origin: Origin, role: str, factor: float) -> Origin:
+        """The affine tensor of a norm that sees padding: what the norm has centred is multiplied by anything."""
+        axes = {}
+        for dim, axis in origin.axes.items():
+            index = torch.where(axis.index <= ZERO, ZERO if role == "bias" else NEW, axis.index)
+            axes[dim] = replace(axis, index=index, means=())
+        return replace(origin, axes=axes, factor=origin.factor * factor)
 
 
-def _role(plan: Plan, name: str) -> str:
-    """What becomes of a tensor of the student that the teacher lacks."""
-    for how in ("identity", "silent"):
-        if any(name in plan.student.layers[layer].tensors.values() for layer in getattr(plan, how)):
-            return how
-    return "fresh"
+def _entries(trace, name: str, dim: int) -> Tensor | None:
+    """The labels of a tensor's axis; of one inside groups those of every group in turn."""
+    if name in trace.inner and dim == 1:
+        return trace.inner[name][0]
+    return trace.axes[name][dim] if name in trace.axes else None
 
 
-def _distinct(units: Tensor) -> Tensor:
-    return torch.unique(units[units != NEW])
+def _axis(
+    index: Tensor, reads: bool, groups: int = 1, share: Tensor | None = None, means: tuple[Tensor, ...] = ()
+) -> Axis:
+    """An axis with what follows from its index: which entries are first, and equal shares among those that read."""
+    keyed = index
+    if groups > 1:
+        keyed = index + torch.arange(groups).repeat_interleave(len(index) // groups) * (int(index.max()) + 2)
+        keyed = torch.where(index >= 0, keyed, index)
+    if reads:
+        _, inverse, counts = torch.unique(keyed, return_inverse=True, return_counts=True)
+        share = torch.where(index >= 0, 1.0 / counts[inverse].double(), 0.0)
+    assert share is not None or not reads
+    share = torch.ones(len(index), dtype=torch.double) if share is None else share
+    return Axis(index, (_rank(keyed) == 0) & (index >= 0), reads, share, groups, means)
 
 
-def _match(units: Tensor, copied: Tensor, source: Tensor, reads: bool) -> Axis:
+def _taps(layer: Layer, other: Layer, mine: int, theirs: int, dim: int) -> Axis | None:
+    """Where the teacher's kernel lies in a larger one: at the taps that look at the same places; None if all of it."""
+    options = [
+        {
+            what: value[dim] if isinstance(value := each.options.get(what, 1), (tuple, list)) else value
+            for what in ("stride", "dilation", "padding")
+        }
+        for each in (layer, other)
+    ]
+    same = mine == theirs and options[0] == options[1]
+    if same:
+        return None
+    places = []
+    for option, size in zip(options, (mine, theirs), strict=True):
+        spread, padding = option["dilation"], option["padding"]
+        padding = padding if not isinstance(padding, str) else (spread * (size - 1) // 2 if padding == "same" else 0)
+        places.append([tap * spread - padding for tap in range(size)])
+    lost = set(places[1]) - set(places[0])
+    if lost or options[0]["stride"] != options[1]["stride"]:
+        raise TransferError(
+            f"The kernel of {layer.name} ({mine} taps, padding {options[0]['padding']}, stride {options[0]['stride']}, "
+            f"dilation {options[0]['dilation']}) does not look at every place that the teacher's looks at ({theirs} taps, "
+            f"padding {options[1]['padding']}, stride {options[1]['stride']}, dilation {options[1]['dilation']}): a larger "
+            "kernel has the teacher's in its middle, and more padding."
+        )
+    where = {place: tap for tap, place in enumerate(places[1])}
+    index = torch.tensor([where.get(place, ZERO) for place in places[0]])
+    return _axis(index, True)
+
+
+def _matched(units: Tensor, copied: Tensor, source: Tensor) -> Tensor:
     """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies.
 
     A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself; both
@@ -211,9 +367,8 @@ def _match(units: Tensor, copied: Tensor, source: Tensor, reads: bool) -> Axis:
     key, source_key = copied * ranks + rank, source * ranks + source_rank
     order = torch.argsort(source_key)
     place = torch.searchsorted(source_key[order], key).clamp(max=len(source) - 1)
-    found = (source_key[order][place] == key) & (copied != NEW)
-    index = torch.where(found, order[place], NEW)
-    return Axis(index, (_rank(index) == 0) & found, reads)
+    found = (source_key[order][place] == key) & (copied >= 0)
+    return torch.where(found, order[place], torch.where(copied >= 0, NEW, copied))
 
 
 def _rank(values: Tensor) -> Tensor:
@@ -224,87 +379,6 @@ def _rank(values: Tensor) -> Tensor:
     rank = torch.empty_like(values)
     rank[order] = torch.arange(len(values)) - start
     return rank
-
-
-@torch.no_grad()
-def _fill(plan: Plan, origins: dict[str, Origin], generator: torch.Generator, split: str) -> None:
-    """Write every tensor that comes from the teacher; with the split "pad", only the teacher's own entries."""
-    pad = split == "pad"
-    for name, origin in origins.items():
-        target = plan.student.tensors[name]
-        if origin.how == "shared":
-            assert origin.teacher is not None
-            target.copy_(_gather(plan.teacher.tensors[origin.teacher], target, origin.axes, generator, split))
-        elif origin.how == "identity" and not pad and plan.student.layers.get(name):
-            weight = identity.identity_weight(plan, name)
-            axis = origin.axes[1]
-            target.copy_(weight * _shares(axis, weight, 1, generator, split))
-        elif origin.how == "identity" and not pad and _is_bias(plan, name):
-            target.zero_()
-
-
-def _is_bias(plan: Plan, name: str) -> bool:
-    layers = (plan.student.layers[layer] for layer in plan.identity)
-    return any(layer.kind == "mix" and layer.tensors.get("bias") == name for layer in layers)
-
-
-def _gather(source: Tensor, target: Tensor, axes: dict[int, Axis], generator: torch.Generator, split: str) -> Tensor:
-    """The teacher's tensor, gathered along every axis of units and shared out along the one that reads.
-
-    Entries that the teacher lacks are read with zero, or keep the student's own value where they are not read.
-    """
-    pad = split == "pad"
-    exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
-    value = source.to(target.device, exact)
-    fresh = torch.zeros((), dtype=torch.bool, device=target.device)
-    for dim, axis in axes.items():
-        index = axis.index.to(target.device)
-        value = value.index_select(dim, index.clamp(min=0))
-        shape = [-1 if d == dim else 1 for d in range(target.dim())]
-        missing = index == NEW
-        if pad:
-            missing = ~axis.first.to(target.device)
-        if axis.reads and not pad:
-            value = value * _shares(axis, value, dim, generator, split) * ~missing.reshape(shape)
-        else:
-            fresh = fresh | missing.reshape(shape)
-    return torch.where(fresh, target, value.to(target.dtype))
-
-
-def _shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str) -> Tensor:
-    """What part of the teacher's outgoing weight each copy takes: they sum to one over the copies of an entry.
-
-    Broadcasts against `value`. Uneven shares differ from one reading unit to the next: a factor common to all
-    readers of a copy would only scale its gradient, which RMSProp and Adam undo.
-    """
-    index = axis.index.clamp(min=0)
-    rows = 1 if split == "equal" else value.shape[0]
-    known = (axis.index != NEW).double()
-    part = torch.ones(1, len(index), dtype=torch.double)
-    if rows > 1:
-        part = 0.5 + torch.rand(rows, len(index), generator=generator, dtype=torch.double)
-    part = part * known
-    whole = torch.zeros(rows, int(index.max()) + 1, dtype=torch.double).index_add_(1, index, part)
-    share = part / whole[:, index].clamp(min=torch.finfo(torch.double).tiny)
-    shape = [1] * value.dim()
-    shape[0], shape[dim] = rows, len(index)
-    return share.reshape(shape).to(value)
-
-
-@torch.no_grad()
-def _add_noise(plan: Plan, origins: dict[str, Origin], generator: torch.Generator, noise: float) -> None:
-    """Gaussian noise on the incoming weights of every copy but the first (section 3.3)."""
-    for name, origin in origins.items():
-        layer = plan.student.layers.get(name)
-        if origin.how != "shared" or layer is None or layer.kind != "mix":
-            continue
-        axis, target = origin.axes[0], plan.student.tensors[name]
-        again = (~axis.first & (axis.index != NEW)).nonzero().flatten()
-        if len(again):
-            scale = noise * target.float().std()
-            drawn = torch.randn(len(again), *target.shape[1:], generator=generator, dtype=torch.double)
-            again = again.to(target.device)
-            target[again] += (scale * drawn.to(target.device)).to(target.dtype)
 
 
 def _refuse_if_different(measured: Equivalence, plan: Plan) -> None:

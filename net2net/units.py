@@ -4,12 +4,17 @@ The paper (section 3.3) describes, without building it, a pass "like shape infer
 operation how it moves units. This is that pass. Every activation carries a tensor of integer unit labels of its
 own shape (expanded views, so almost no memory): data movement is applied to the labels themselves, and what an
 operation does to units otherwise is one short rule (`rules.py`). Labels are numbers without meaning; two labels
-that meet in an elementwise operation are one unit, which `Trace.roots` resolves once the pass is over.
+that meet in an elementwise operation are one unit (`find`).
+
+A unit may have several entries in a tensor (a flattened map, the head of an attention): it is copied as a whole.
+Units may also belong to a larger unit (a channel to its group, a value to its head): `relate` says so, and a copy
+of the smaller one stays inside a copy of the larger one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,23 +28,33 @@ from .errors import TransferError
 class Labels:
     """What is known of an activation.
 
-    `units` has the activation's shape, or is None where nothing is known unit by unit (the network's input, the
-    output of an operation without a rule). `sources` names the layers whose outputs are summed or concatenated in it;
-    `via` names the normalisations that it has passed since.
+    `units` has the activation's shape. `sources` names the layers whose outputs are summed or concatenated in it;
+    `via` names the normalisations that it has passed since. `gain` is the product of the plain numbers that it was
+    multiplied by since a layer produced it. `linear` says that it is a plain sum of what layers produced, so that
+    one of its units can hold the mean of others. `centred` says that units which a norm saw as its mean, or as zero, are
+    zero here.
     """
 
-    units: Tensor | None
-    sources: frozenset[str]
+    units: Tensor
+    sources: frozenset[str] = frozenset()
     via: frozenset[str] = frozenset()
+    gain: float = 1.0
+    linear: bool = False
+    centred: bool = False
+
+    def shaped(self, like: Tensor) -> "Labels":
+        """The same in the shape of `like`."""
+        return replace(self, units=self.units.reshape(like.shape))
 
 
 @dataclass(frozen=True)
 class Layer:
     """A parametrised operation that the forward pass met: a reader of units, a producer of units, or both.
 
-    `kind` is `mix` (convolution, linear: reads units, produces new ones), `norm` (one entry a unit) or
-    `output` (the network's result, which reads and has no parameters). `name` is that of its weight or, for a norm
-    without affine parameters, of its module. `reads` labels the entries of the axis that it reads.
+    `kind` is `mix` (convolution, linear, embedding: reads units, produces new ones), `norm` or `scale` (one entry a
+    unit) or `output` (the network's result, which reads and has no parameters). `name` is that of its weight or, for a
+    norm without affine parameters, of its module. `reads` labels the entries of the axis that it reads,
+    `produces` those of the axis that it produces.
     """
 
     kind: str
@@ -49,11 +64,45 @@ class Layer:
     sources: frozenset[str]
     via: frozenset[str]
     options: dict[str, Any] = field(default_factory=dict)
+    produces: Tensor | None = None
+    gain: float = 1.0
+    centred: bool = False
 
-    @property
-    def module(self) -> str:
-        """The name of the module that owns the layer's weight."""
-        return self.name.rpartition(".")[0] if self.kind == "mix" else self.name
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation across units: exact if each of its groups sees all units of the teacher's equally often.
+
+    `units` holds the labels of every group, one row each. `kind` is `layer` (subtracts the mean) or `rms`; `padded`
+    says that the units before it could hold means, or zeros, which it can undo.
+    """
+
+    key: str
+    kind: str
+    units: Tensor
+    tensors: dict[str, str]
+    eps: float
+    module: str
+    padded: bool
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A product that sums over units of two activations (queries by keys): it needs each unit once.
+
+    `left` holds the labels of one factor, whose entries beyond the teacher's are zero in a student.
+    """
+
+    key: str
+    left: Tensor
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, or a view of one: for each axis of the view the parameter's axis and the entries taken of it."""
+
+    name: str
+    axes: list[tuple[int, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +120,9 @@ class Call:
         """The argument, wherever it stands in the call."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
+    def __str__(self) -> str:
+        return f"{self.name} in {self.module or 'the network'}"
+
 
 class Trace:
     """What one forward pass of a network tells of its units."""
@@ -78,60 +130,176 @@ class Trace:
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[str, Layer] = {}  # in the order of the forward pass
         self.axes: dict[str, list[Tensor | None]] = {}  # tensor name -> labels of each of its axes
+        self.values: dict[str, Tensor] = {}  # tensor name -> labels of all of its elements, flat
         self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
-        self.pins: list[tuple[Tensor, str]] = []  # labels that must keep their number, and why
+        self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> labels of its axis 1 in every group
+        self.families: dict[str, Tensor] = {}  # labels that came into being together, by a key both networks share
+        self.relations: dict[str, tuple[Tensor, Tensor]] = {}  # key -> labels, and those of the units they belong to
+        self.norms: list[Norm] = []
+        self.gains: dict[str, tuple[float, frozenset[str], Tensor]] = {}  # where a number's size matters: softmax
+        self.contractions: list[Contraction] = []
+        self.reasons: list[tuple[Tensor, str]] = []  # labels that move as a whole only, and why
+        self.pinned: list[tuple[Tensor, str]] = []  # labels that may not be copied at all, and why
+        self.stand_ins: list[str] = []  # weights that a parametrisation computes
         self.output: Any = None
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         self.first_names = {name: self._names[id(tensor)] for name, tensor in every}  # of a tied tensor, too
-        self._edges: list[Tensor] = []  # 2 x k: labels that are one unit
+        self.modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        self._root = torch.empty(0, dtype=torch.long)  # label -> smallest label of its unit
+        self._pending: list[Tensor] = []  # 2 x k: labels that are one unit, not yet in `_root`
+        self._ends: list[int] = []  # where the ranges of labels that came into being together end
+        self._whole: list[bool] = []  # whether they are units of one layer
+        self._apart: list[Tensor] = []  # 2 x k: the same without those that a contraction joined
         self._count = 0
+        self._calls: Counter[str] = Counter()
 
     # -- labels -------------------------------------------------------------------------------------------------
 
     def labels(self, value: object) -> Labels | None:
-        """The labels of an activation; None for what the pass does not follow (constants, parameters)."""
-        return getattr(value, "_net2net_labels", None) if isinstance(value, Tensor) else None
+        """The labels of an activation, or of a parameter used as one; None for what the pass does not follow."""
+        if not isinstance(value, Tensor):
+            return None
+        known = getattr(value, "_net2net_labels", None)
+        if known is None and (view := self._view(value)) is not None and value.numel() > 1:
+            name, positions, gain = view
+            if name not in self.values:
+                self.values[name] = self.fresh(self.tensors[name].numel(), name, whole=False)
+            flat = self.values[name]
+            return Labels(flat if positions is None else flat[positions], frozenset({name}), gain=gain, linear=True).shaped(value)
+        return known
+
+    def follows(self, value: object) -> bool:
+        """Whether the pass follows this value: an activation, or a parameter."""
+        return isinstance(value, Tensor) and (hasattr(value, "_net2net_labels") or self._view(value) is not None)
 
     def label(self, out: Tensor, labels: Labels) -> None:
         """Attach `labels` to the activation `out`."""
-        if labels.units is not None and labels.units.shape != out.shape:
+        if labels.units.shape != out.shape:
             raise TransferError(
                 f"The labels {tuple(labels.units.shape)} do not fit the activation {tuple(out.shape)}: a rule is wrong."
             )
         out._net2net_labels = labels  # type: ignore[attr-defined]
 
-    def fresh(self, count: int) -> Tensor:
-        """`count` labels that nothing carries yet."""
-        self._count += count
-        return torch.arange(self._count - count, self._count)
+    def fresh(self, count: int, key: str | None = None, whole: bool = True) -> Tensor:
+        """`count` labels that nothing carries yet; a `key` that both networks share lets them be paired.
 
-    def unite(self, a: Tensor, b: Tensor) -> None:
+        They are units of one layer, not to be made one (`meet`), unless `whole` is False (elements of a parameter).
+        """
+        start, self._count = self._count, self._count + count
+        self._ends.append(self._count)
+        self._whole.append(whole)
+        made = torch.arange(start, self._count)
+        if key is not None:
+            self.families[key] = made
+        return made
+
+    def key(self, what: str, where: str) -> str:
+        """A name for the k-th such thing in a module, which the same thing has in the other network."""
+        self._calls[f"{where}|{what}"] += 1
+        return f"{where}|{what}|{self._calls[f'{where}|{what}']}"
+
+    def unite(self, a: Tensor, b: Tensor, contraction: bool = False) -> None:
         """From here on the labels `a` and `b`, entry by entry, are one unit."""
         if a.shape != b.shape:
             raise TransferError(f"Units of widths {tuple(a.shape)} and {tuple(b.shape)} meet in one parameter.")
-        self._edges.append(torch.stack([a, b]))
+        if a.numel():
+            edges = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
+            self._pending.append(edges)
+            if not contraction:
+                self._apart.append(edges)
 
-    def pin(self, units: Tensor | None, why: str) -> None:
+    def relate(self, key: str, children: Tensor, parents: Tensor) -> None:
+        """Each unit of `children` belongs to the unit of `parents` beside it: a copy of it stays in a copy of that."""
+        pairs = torch.unique(torch.stack([children.reshape(-1), parents.reshape(-1)]), dim=1)
+        self.relations[key] = (pairs[0], pairs[1])
+
+    def bundle(self, units: Tensor, dims: Sequence[int], why: str) -> Tensor:
+        """Make one unit of all labels along `dims`, which then move as a whole; `units` with these axes of length 1."""
+        first = units = self.tight(units)
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        if first.shape != units.shape:
+            self.unite(units, first.expand_as(units))
+            self.reasons.append((torch.unique(first), why))
+        return first
+
+    def tight(self, units: Tensor) -> Tensor:
+        """The same labels without the axes that merely repeat them: their length is 1."""
+        units = compact(units)
+        for dim, size in enumerate(units.shape):
+            first = units.narrow(dim, 0, 1)
+            if size > 1 and torch.equal(self.find(units), self.find(first).expand_as(units)):
+                units = first
+        return units
+
+    def pin(self, units: Tensor, why: str) -> None:
         """The units keep their number: growing them raises an error that says `why`."""
-        if units is not None:
-            self.pins.append((torch.unique(compact(units)), why))
+        self.pinned.append((torch.unique(compact(units)), why))
+
+    def line(self, units: Tensor, dim: int, why: str) -> Tensor:
+        """The labels along one axis; where the other axes do not repeat them, they become one unit each."""
+        dim %= units.dim()
+        others = [d for d in range(units.dim()) if d != dim]
+        return self.bundle(units, others, why).reshape(-1).expand(units.shape[dim])
+
+    def find(self, labels: Tensor) -> Tensor:
+        """The smallest label of each label's unit, as far as the pass has come: equal exactly for one unit."""
+        if len(self._root) < self._count:
+            self._root = torch.cat([self._root, torch.arange(len(self._root), self._count)])
+        if self._pending:
+            edges, self._pending = torch.cat(self._pending, dim=1), []
+            self._root = _joined(self._root, edges)
+        return self._root[labels]
 
     def roots(self) -> Tensor:
-        """For every label the smallest label of its unit: labels are one unit exactly if their roots agree."""
-        parent = torch.arange(self._count)
-        if not self._edges:
-            return parent
-        a, b = torch.cat(self._edges, dim=1)
-        while True:
-            high, low = torch.maximum(parent[a], parent[b]), torch.minimum(parent[a], parent[b])
-            hooked = parent.scatter_reduce(0, high, low, "amin")
-            while not torch.equal(hooked, hooked[hooked]):
-                hooked = hooked[hooked]
-            if torch.equal(hooked, parent):
-                return parent
-            parent = hooked
+        """`find` of every label."""
+        return self.find(torch.arange(self._count))
+
+    def roots_apart(self) -> Tensor:
+        """The same if contractions joined nothing: queries and keys are told apart."""
+        edges = torch.cat(self._apart, dim=1) if self._apart else torch.empty(2, 0, dtype=torch.long)
+        return _joined(torch.arange(self._count), edges)
+
+    def meet(self, a: Tensor, b: Tensor, call: Call) -> Tensor:
+        """Labels of an elementwise result: those that meet are one unit, unless that would make one unit of several
+        that a layer keeps apart (a gate over all channels, a head's weights over its values): then each belongs to
+        what it meets."""
+        shape = a.shape
+        a, b = torch.broadcast_tensors(self.tight(a), self.tight(b))
+        mine, theirs = self.find(a), self.find(b)
+        if torch.equal(mine, theirs):
+            return a.expand(shape)
+        base = self._count
+        pairs, inverse = torch.unique(mine * base + theirs, return_inverse=True)
+        left, right = pairs // base, pairs % base
+        single = [len(torch.unique(side)) == len(pairs) for side in (left, right)]
+        if all(single) or not self._collapses(left, right):
+            self.unite(left, right)
+            return a.expand(shape)
+        key = self.key(call.name, call.module)
+        if single[0]:
+            self.relate(key, left, right)
+            return a.expand(shape)
+        if single[1]:
+            self.relate(key, right, left)
+            return b.expand(shape)
+        joined = self.fresh(len(pairs), key)
+        self.relate(f"{key}|left", joined, left)
+        self.relate(f"{key}|right", joined, right)
+        return joined[inverse].reshape(a.shape).expand(shape)
+
+    def _collapses(self, left: Tensor, right: Tensor) -> bool:
+        """Whether uniting the roots `left` and `right` makes one unit of two that came into being together."""
+        before = self.roots()
+        after = _joined(before, torch.stack([left, right]))
+        touched = torch.isin(before, torch.cat([left, right])).nonzero().flatten()
+        family = torch.bucketize(touched, torch.tensor(self._ends), right=True)
+        whole = torch.tensor(self._whole)[family]
+        touched, family = touched[whole], family[whole]
+        count = [len(torch.unique(family * self._count + root[touched])) for root in (before, after)]
+        return count[1] < count[0]
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
@@ -139,35 +307,109 @@ class Trace:
         """The name of a parameter or buffer of the network; shared tensors go by their first name."""
         return self._names.get(id(tensor))
 
-    def axis(self, name: str, dim: int, units: Tensor | None = None) -> Tensor | None:
-        """Say that axis `dim` of the tensor `name` carries `units`; return the labels it carries.
+    def stand_in(self, tensor: Tensor, name: str, prefix: str) -> None:
+        """Let `tensor`, computed from the parameters under `prefix`, stand for them as the weight `name`."""
+        self.tensors = {n: t for n, t in self.tensors.items() if not n.startswith(prefix)} | {name: tensor}
+        self.first_names = {n: first for n, first in self.first_names.items() if not n.startswith(prefix)}
+        self.stand_ins.append(name)
+        self._names[id(tensor)] = name
+        self.first_names[name] = name
+
+    def _view(self, value: Tensor) -> tuple[str, Tensor | None, float] | None:
+        """The parameter that this is, or is a view of; the positions of its elements there, None for all of them."""
+        name = self._names.get(id(value))
+        return (name, None, 1.0) if name is not None else getattr(value, "_net2net_view", None)
+
+    def positions(self, value: Tensor) -> tuple[str, Tensor, float] | None:
+        """The same with the positions written out, in the view's shape."""
+        view = self._view(value)
+        if view is None or hasattr(value, "_net2net_labels"):
+            return None
+        name, positions, gain = view
+        tensor = self.tensors[name]
+        if positions is None:
+            positions = torch.arange(tensor.numel(), dtype=torch.long).reshape(tensor.shape)
+        return name, positions, gain
+
+    def view(self, out: Tensor, name: str, positions: Tensor, gain: float) -> None:
+        """Remember that `out` is a view of the parameter `name`."""
+        out._net2net_view = (name, positions, gain)  # type: ignore[attr-defined]
+
+    def weight(self, value: Tensor) -> Weight | None:
+        """The parameter behind a weight, if every axis of the weight lies along an axis of the parameter."""
+        if (name := self.name_of(value)) is not None:
+            return Weight(name, [(dim, None) for dim in range(value.dim())])
+        if (view := self.positions(value)) is None:
+            return None
+        name, positions, _ = view
+        coordinates = torch.unravel_index(positions, self.tensors[name].shape)
+        axes = []
+        for dim in range(positions.dim()):
+            ends = [c.movedim(dim, 0).reshape(positions.shape[dim], -1) for c in coordinates]
+            moves = [d for d, c in enumerate(ends) if len(c) > 1 and bool((c[1:] != c[:1]).any())]
+            if len(moves) > 1 or (moves and bool((ends[moves[0]] != ends[moves[0]][:, :1]).any())):
+                return None
+            taken = ends[moves[0]][:, 0] if moves else None
+            axes.append((moves[0] if moves else -1, taken))
+        used = [axis for axis, _ in axes if axis >= 0]
+        return Weight(name, axes) if len(used) == len(set(used)) else None
+
+    def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
+        """Say that axis `dim` of the tensor `name` carries `units` (in the entries `taken`, or all); return its labels.
 
         A tensor that is used a second time carries the same units again. Without `units` fresh ones are made
-        (the axis produces them). An axis that reads what is not followed carries no labels.
+        (the axis produces them).
         """
         tensor = self.tensors[name]
         axes = self.axes.setdefault(name, [None] * tensor.dim())
-        if axes[dim] is None:
-            axes[dim] = self.fresh(tensor.shape[dim]) if units is None else units
-        elif units is not None and units is not axes[dim]:
-            self.unite(units, axes[dim])  # type: ignore[arg-type]
-        return axes[dim]
+        known = axes[dim]
+        if known is None:
+            known = units if units is not None and taken is None else self.fresh(tensor.shape[dim])
+            axes[dim] = known
+        part = known if taken is None else known[taken]
+        if units is not None and units is not part:
+            self.unite(units, part)
+        return part
+
+    def inside(self, name: str, groups: int, units: Tensor | None = None) -> Tensor:
+        """Say that axis 1 of the tensor `name` carries `units`, a row of them for each of its groups; return labels."""
+        if name not in self.inner:
+            size = self.tensors[name].shape[1] * groups
+            self.inner[name] = (self.fresh(size) if units is None else units, groups)
+        known = self.inner[name][0]
+        if units is not None and units is not known:
+            self.unite(units, known)
+        return known
 
     def add(self, layer: Layer) -> None:
         """Record a layer; a layer that is called again joins what it reads to its first record."""
         first = self.layers.get(layer.name)
-        if first is None:
-            self.layers[layer.name] = layer
-        else:
-            self.layers[layer.name] = Layer(
-                layer.kind,
-                layer.name,
-                layer.tensors,
-                layer.reads if first.reads is None else first.reads,
-                first.sources | layer.sources,
-                first.via | layer.via,
-                layer.options,
+        if first is not None:
+            layer = replace(
+                layer,
+                reads=layer.reads if first.reads is None else first.reads,
+                sources=first.sources | layer.sources,
+                via=first.via | layer.via,
+                centred=first.centred and layer.centred,
             )
+        self.layers[layer.name] = layer
+
+
+def _joined(root: Tensor, edges: Tensor) -> Tensor:
+    """The roots once the labels of every edge are one unit: flat, each the smallest of its unit."""
+    names, ends = torch.unique(root[edges], return_inverse=True)
+    parent = torch.arange(len(names))
+    while True:
+        high, low = torch.maximum(parent[ends[0]], parent[ends[1]]), torch.minimum(parent[ends[0]], parent[ends[1]])
+        hooked = parent.scatter_reduce(0, high, low, "amin")
+        while not torch.equal(hooked, hooked[hooked]):
+            hooked = hooked[hooked]
+        if torch.equal(hooked, parent):
+            break
+        parent = hooked
+    moved = torch.arange(len(root))
+    moved[names] = names[parent]
+    return moved[root]
 
 
 def compact(units: Tensor) -> Tensor:
@@ -175,103 +417,206 @@ def compact(units: Tensor) -> Tensor:
     return units[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in units.stride())]
 
 
-def along(units: Tensor | None, dim: int) -> Tensor | None:
-    """The labels along one axis, if all other axes repeat them; else None."""
-    if units is None:
-        return None
-    dim %= units.dim()
-    line = units[tuple(slice(None) if d == dim else 0 for d in range(units.dim()))]
-    lead = tuple(slice(None) if d == dim or s else slice(0, 1) for d, s in enumerate(units.stride()))
-    shape = [-1 if d == dim else 1 for d in range(units.dim())]
-    return line if bool((units[lead] == line.reshape(shape)).all()) else None
-
-
 def spread(units: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
     """Labels of an activation of `shape` that carries `units` along axis `dim`: an expanded view."""
     return units.reshape([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, DataParallel, torch.compile or an averaging wrapper.
+
+    Raises TransferError for networks whose parameters are not plain tensors of the whole layer.
+    """
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+    from torch.optim.swa_utils import AveragedModel
+
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = inner
+        else:
+            break
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise TransferError(f"{name} has no shape yet: run the lazy network once on an input first.")
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise TransferError(
+                f"{name} is a {type(tensor).__name__}, no plain tensor: gather a sharded network first, grow a quantised "
+                "one before it is quantised."
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TransferError("The network is a ScriptModule, whose operations cannot be followed: pass the original.")
+    return model
+
+
+Example = Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of a forward pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example: Example) -> "Inputs":
+        """One tensor, a tuple of arguments, or a dict of keyword arguments."""
+        if isinstance(example, dict):
+            made = cls((), example)
+        elif not isinstance(example, (Tensor, tuple)):
+            made = cls((), {})
+        else:
+            made = cls(example if isinstance(example, tuple) else (example,), {})
+        if not made.tensors:
+            raise TransferError(
+                "The example is a tensor, a tuple of arguments or a dict of keyword arguments, with one tensor at least."
+            )
+        return made
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in the arguments."""
+        return tensors_in([*self.args, *self.kwargs.values()])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same arguments with every tensor changed."""
+        return Inputs(
+            tuple(_mapped(value, change) for value in self.args),
+            {name: _mapped(value, change) for name, value in self.kwargs.items()},
+        )
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """The network in eval mode without gradients; every module's own mode comes back afterwards."""
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The network in one mode without gradients; every module's own mode comes back afterwards, every buffer and the
+    random state, too, if it trains."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
+    model.train(training)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(enabled=training):
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
 
 
 class _Mode(TorchFunctionMode):
     """Shows every torch call of a forward pass to the rules."""
 
-    def __init__(self, trace: Trace, apply: Callable[[Trace, Call], None]) -> None:
+    def __init__(self, trace: Trace, apply: Callable[[Trace, Call], None], expansions: dict[str, Callable]) -> None:
         super().__init__()
-        self.trace, self.apply, self.modules = trace, apply, [""]
+        self.trace, self.apply, self.expansions, self.modules = trace, apply, expansions, [""]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name in self.expansions:
+            with self:  # the same in functions that have rules; only its labels are used
+                shadow = self.expansions[name](*args, **kwargs)
+            if shadow is not NotImplemented:
+                for mine, theirs in zip(tensors_in(out), tensors_in(shadow), strict=False):
+                    if (labels := self.trace.labels(theirs)) is not None:
+                        self.trace.label(mine, labels)
+                return out
         if not args:  # the rules find the first argument by its position
             args = tuple(kwargs.pop(key) for key in ("input", "tensors", "self") if key in kwargs)
-        name = getattr(func, "__name__", str(func))
         self.apply(self.trace, Call(name, func, args, kwargs, out, self.modules[-1]))
         return out
 
 
-def forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+def forward(model: nn.Module, inputs: Inputs) -> Any:
     """The network's output on a copy of `inputs`, on which it may work in place; TransferError if it fails."""
+    return _call(model, inputs.each(torch.clone))
+
+
+def _call(model: nn.Module, inputs: Inputs) -> Any:
     try:
-        return model(*(x.clone() for x in inputs))
+        return model(*inputs.args, **inputs.kwargs)
     except TransferError:
         raise
     except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs.tensors)
         raise TransferError(f"The forward pass of {type(model).__name__} on inputs {shapes} fails: {error}") from error
 
 
-def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """The network's output in eval mode, without gradients; the network is left as it was."""
-    with _inference(model):
+def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
+    """The network's output in eval mode (or in training mode), without gradients; the network is left as it was."""
+    with _mode(model, training):
+        if training:
+            torch.manual_seed(0)
         return forward(model, inputs)
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
 
+    A network with parameters that the eval mode does not reach (auxiliary heads) runs once in training mode, too.
     The network is left as it was. The output's units are pinned: a network's result keeps its width. Raises
     TransferError if the forward pass fails.
     """
-    from .rules import apply
-
-    if not all(isinstance(x, Tensor) for x in inputs):
-        raise TransferError("The example is a tensor, or a tuple of tensors for several arguments.")
+    from torch.nn.utils import parametrize
 
     result = Trace(model)
-    mode = _Mode(result, apply)
+    with parametrize.cached(), torch.no_grad():
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module):
+                for weight in module.parametrizations:  # type: ignore[union-attr]
+                    prefix = f"{name}.parametrizations.{weight}." if name else f"parametrizations.{weight}."
+                    result.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
+        result.output = _pass(model, inputs, result, training=False)
+        reached = {*result.axes, *result.values, *(t for layer in result.layers.values() for t in layer.tensors.values())}
+        if any(name not in reached for name, _ in model.named_parameters() if name in result.tensors):
+            try:
+                _pass(model, inputs, result, training=True)
+            except TransferError:
+                pass  # it needs what an example does not give (several images, a target): the eval mode is what counts
+    return result
+
+
+def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> Any:
+    from .rules import EXPANSIONS, apply
+
+    mode = _Mode(result, apply, EXPANSIONS)
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: (mode.modules.pop(), None)[1], always_call=True))
     try:
-        with _inference(model):
-            inputs = tuple(x.detach() for x in inputs)  # new objects: the caller's tensors stay unlabelled
-            for x in inputs:
-                result.label(x, Labels(None, frozenset({"input"})))
+        with _mode(model, training):
+            inputs = inputs.each(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled
+            for position, x in enumerate(inputs.tensors):
+                if x.is_floating_point() or x.is_complex():
+                    units = result.fresh(1, f"input {position}").expand(x.shape)
+                    result.label(x, Labels(units, frozenset({"input"})))
             with mode:
-                result.output = forward(model, inputs)
+                output = _call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    for position, tensor in enumerate(tensors_in(result.output)):
-        labels = result.labels(tensor)
-        if labels is not None:
+    for position, tensor in enumerate(tensors_in(output)):
+        if (labels := result.labels(tensor)) is not None:
             result.pin(labels.units, "it is the network's output")
-            name = f"output {position}"
+            name = f"output {position}" + " in training" * training
             result.add(Layer("output", name, {}, None, labels.sources, labels.via))
-    return result
+    return output
 
 
 def tensors_in(value: object) -> list[Tensor]:

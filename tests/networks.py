@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from net2net import Origin, filling
+
 
 def randomise(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> nn.Module:
     """Give every batch norm random running statistics and affine parameters; return the network in eval mode.
@@ -87,3 +89,9 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
     """Whether every tensor is what it was, bit for bit."""
     return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def without(monkeypatch, left_out: Callable[[Origin], bool]) -> None:
+    """A negative control: tensors of new layers whose origin is `left_out` keep the student's own values."""
+    fill_new = filling.fill_new
+    monkeypatch.setattr(filling, "fill_new", lambda t, origin, *rest: left_out(origin) or fill_new(t, origin, *rest))

@@ -1,20 +1,19 @@
 """The bar: every experiment's pair, and torchvision's, agree to 1e-12 relative in float64 on randomised statistics."""
 
 import math
-from importlib import import_module
 from itertools import pairwise
 
 import pytest
 import torch
+from networks import without
 from torch import nn
 from torchvision import models
 
 import net2net
 from experiments.models import build
-from net2net import identity
+from net2net import filling
 
 BAR = 1e-12
-transfer = import_module("net2net.transfer")  # the package's function of that name hides the module
 
 
 @pytest.fixture(autouse=True)
@@ -138,30 +137,29 @@ def test_calibration_makes_a_deeper_student_close_in_train_mode() -> None:
     assert calibrated < 0.1 < fresh
 
 
-def without_sharing(axis, value, dim, generator, split):
-    return torch.ones(()).to(value)
+def without_sharing(monkeypatch) -> None:
+    monkeypatch.setattr(filling, "_shares", lambda axis, value, *_: torch.ones(()).to(value))
+
+
+def without_the_identity(monkeypatch) -> None:
+    monkeypatch.setattr(filling, "passing", lambda origin, target: torch.zeros_like(target))
 
 
 @pytest.mark.parametrize(
-    ("name", "where", "what", "replacement"),
+    ("name", "leave_out"),
     [
-        ("resnet_wider", transfer, "_shares", without_sharing),
-        ("wider_inception", transfer, "_shares", without_sharing),
-        ("deeper_inception", identity, "restore_scale", lambda student, plan: None),
-        ("resnet_deeper", identity, "silence", lambda student, plan: None),
-        (
-            "deeper_inception",
-            identity,
-            "identity_weight",
-            lambda plan, name: torch.zeros_like(plan.student.tensors[name]),
-        ),
+        ("resnet_wider", without_sharing),
+        ("wider_inception", without_sharing),
+        ("deeper_inception", lambda patch: without(patch, lambda origin: origin.fill in ("deviation", "mean"))),
+        ("resnet_deeper", lambda patch: without(patch, lambda origin: origin.how == "silent")),
+        ("deeper_inception", without_the_identity),
     ],
 )
-def test_without_one_step_the_student_is_refused(monkeypatch, name, where, what, replacement) -> None:
+def test_without_one_step_the_student_is_refused(monkeypatch, name, leave_out) -> None:
     torch.manual_seed(0)
     images = torch.randn(8, 3, 32, 32)
     teacher, student = (randomise(make(), images) for make in EXPERIMENTS[name])
-    monkeypatch.setattr(where, what, replacement)
+    leave_out(monkeypatch)
     with pytest.raises(net2net.TransferError, match="does not compute its teacher's function"):
         net2net.transfer(teacher, student, images)
 

@@ -1,0 +1,214 @@
+"""Carrying a record out: every student tensor from the teacher's, and nothing else is looked at."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import TransferError
+from .record import Axis, Origin, Transfer
+
+SPLITS = ("equal", "uneven", "paired")
+OWN, ZERO, MEAN = -1, -2, -3
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name; a weight that a parametrisation computes stands for what it is made of."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, module, weight in parametrised(model):
+        prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
+        tensors[f"{name}.{weight}".lstrip(".")] = getattr(module, weight).detach()
+    return tensors
+
+
+def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Every module with a parametrised weight: its name, itself, the name of the weight."""
+    return [
+        (name, module, weight)
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for weight in module.parametrizations  # type: ignore[union-attr]
+    ]
+
+
+@torch.no_grad()
+def fill(teacher: nn.Module, student: nn.Module, record: Transfer, pad: bool = False) -> None:
+    """Write every student tensor as `record` says; with `pad` only the teacher's own entries, unshared (random_pad)."""
+    generator = torch.Generator()
+    generator.set_state(record.state)
+    theirs, mine = named_tensors(teacher), named_tensors(student)
+    for name, origin in record.origins.items():
+        target = mine[name]
+        if origin.how == "shared":
+            assert origin.teacher is not None
+            target.copy_(gathered(theirs[origin.teacher], target, origin, generator, "pad" if pad else record.split))
+        elif not pad:
+            fill_new(target, origin, mine, generator, record.split)
+    if not pad:
+        for module, eps in record.eps.items():
+            student.get_submodule(module).eps = eps  # type: ignore[assignment]
+    for name, module, weight in parametrised(student):
+        _assign(module, weight, mine[f"{name}.{weight}".lstrip(".")], f"{name}.{weight}".lstrip("."))
+
+
+def _assign(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
+    """Set a parametrised weight, through the parametrisation's own inverse, and see whether it can hold the value."""
+    try:
+        setattr(module, weight, value)
+        held = getattr(module, weight)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise TransferError(f"The parametrisation of {name} cannot be given a weight: {error}") from error
+    if not torch.allclose(held, value, rtol=torch.finfo(value.dtype).eps ** 0.75, atol=torch.finfo(value.dtype).eps):
+        raise TransferError(
+            f"The parametrisation of {name} cannot hold the weight that the student needs (a spectral norm, for one, "
+            "fixes the size of the whole matrix, which shared weights change)."
+        )
+
+
+def fill_new(
+    target: Tensor,
+    origin: Origin,
+    mine: dict[str, Tensor],
+    generator: torch.Generator | None = None,
+    split: str = "equal",
+) -> None:
+    """Fill a tensor that the teacher lacks; `mine` holds all of the student's."""
+    if origin.fill == "zero":
+        target.zero_()
+    elif origin.fill == "one":
+        target.fill_(1.0)
+    elif origin.fill == "mean":
+        target.copy_(mine[origin.of[0]])
+    elif origin.fill == "deviation":
+        target.copy_((mine[origin.of[0]].double() + origin.of[1]).sqrt())
+    elif origin.fill == "tap":
+        target.zero_()[(slice(None), slice(None), *(k // 2 for k in target.shape[2:]))] = 1.0
+    elif origin.fill == "pass":
+        weight = passing(origin, target)
+        target.copy_(weight * _shares(origin.axes[1], weight, 1, generator, split))
+
+
+def passing(origin: Origin, target: Tensor) -> Tensor:
+    """The weight of a new layer that hands its units on, before shares: one at the centre tap where the unit read is
+    the unit produced, zero elsewhere; units that the teacher lacks are read with zero. Shape and dtype of `target`."""
+    produced, read = origin.axes[0].index, origin.axes[1]
+    rows = read.index.reshape(read.groups, -1).repeat_interleave(len(produced) // read.groups, 0)
+    same = (produced[:, None] == rows) & (rows >= 0)
+    weight = torch.zeros_like(target)
+    weight[(slice(None), slice(None), *(k // 2 for k in target.shape[2:]))] = same.to(weight)
+    return weight
+
+
+def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
+    """The teacher's tensor, gathered along every axis of units and shared out along the ones that read.
+
+    Entries that no teacher entry stands for are zero, a mean, or the student's own.
+    """
+    pad = split == "pad"
+    shape = target.shape
+    if origin.flat:
+        source, target = source.reshape(-1), target.reshape(-1)
+    exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
+    value = source.to(target.device, exact)
+    own = torch.zeros((), dtype=torch.bool, device=target.device)
+    zero = torch.zeros((), dtype=torch.bool, device=target.device)
+    for dim, axis in origin.axes.items():
+        value = _along(value, axis, dim)
+        known, index = _rows(axis, value, dim, axis.index >= 0), _rows(axis, value, dim, axis.index)
+        own = own | (index == OWN)
+        if pad:
+            own = own | ~_rows(axis, value, dim, axis.first)
+        elif axis.reads:
+            value = torch.where(known, _shared(axis, value, dim, generator, split), torch.zeros((), dtype=exact))
+        else:
+            zero = zero | (index == ZERO)
+    if not pad:
+        if origin.factor != 1.0:
+            value = value * origin.factor
+        if origin.rows is not None:
+            value = value * origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1))
+    value = torch.where(zero, torch.zeros((), dtype=exact, device=value.device), value)
+    return torch.where(own & ~zero, target, value.to(target.dtype)).reshape(shape)
+
+
+def _along(value: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Gather one axis; entries without a teacher's hold anything, but for means."""
+    index = axis.index.to(value.device).clamp(min=0)
+    if axis.groups > 1 and dim == 1:  # one row of entries a group
+        rows = index.reshape(axis.groups, -1).repeat_interleave(value.shape[0] // axis.groups, 0)
+        return torch.take_along_dim(value, rows.reshape(*rows.shape, *[1] * (value.dim() - 2)), 1)
+    if dim == 0 and torch.equal(index, torch.arange(value.shape[0], device=index.device)):
+        return value
+    taken = value.index_select(dim, index)
+    for entry in (axis.index <= MEAN).nonzero().flatten().tolist():
+        among = axis.means[MEAN - int(axis.index[entry])].to(value.device)
+        taken.select(dim, entry).copy_(value.index_select(dim, among).mean(dim))
+    return taken
+
+
+def _rows(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
+    """One value an entry, so that it broadcasts against the gathered tensor."""
+    entries = entries.to(value.device)
+    if axis.groups > 1 and dim == 1:
+        entries = entries.reshape(axis.groups, -1).repeat_interleave(value.shape[0] // axis.groups, 0)
+        return entries.reshape(*entries.shape, *[1] * (value.dim() - 2))
+    return entries.reshape([-1 if d == dim else 1 for d in range(value.dim())])
+
+
+def _shared(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str) -> Tensor:
+    value = value * _shares(axis, value, dim, generator, split)
+    if split != "paired" or not axis.copies or (axis.groups > 1 and dim == 1):
+        return value
+    # Noise that the copies of a unit cancel among themselves, in units of the shared weights themselves.
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * value.std() / 2
+    index = axis.index.clamp(min=0).to(value.device)
+    size = [int(index.max()) + 1 if d == dim else n for d, n in enumerate(value.shape)]
+    known = _rows(axis, value, dim, axis.index >= 0)
+    count = _rows(axis, value, dim, 1 / axis.share).to(value)
+    mean = torch.zeros(size, dtype=value.dtype, device=value.device).index_add_(dim, index, noise * known)
+    return value + (noise - mean.index_select(dim, index) / count)
+
+
+def _shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | None, split: str) -> Tensor:
+    """What part of the teacher's outgoing weight each copy takes: they sum to one over the copies of an entry.
+
+    Broadcasts against `value`. Uneven shares differ from one reading unit to the next: a factor common to all
+    readers of a copy would only scale its gradient, which RMSProp and Adam undo.
+    """
+    if split != "uneven" or not axis.copies:
+        return _rows(axis, value, dim, axis.share).to(value)
+    other = 1 - dim if value.dim() > 1 else dim  # the axis that produces
+    inside = axis.groups > 1 and dim == 1
+    rows, size = value.shape[other], value.shape[dim]
+    part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)
+    index = axis.index.reshape(axis.groups, -1).repeat_interleave(rows // axis.groups, 0) if inside else axis.index
+    index = index.expand(rows, size)
+    if axis.groups > 1 and not inside:  # shared among those of one group
+        index = index + torch.arange(axis.groups).repeat_interleave(size // axis.groups) * (int(index.max()) + 1)
+    known = index >= 0
+    part, index = part * known, index.clamp(min=0)
+    whole = torch.zeros(rows, int(index.max()) + 1, dtype=torch.double).scatter_add_(1, index, part)
+    share = part / whole.gather(1, index).clamp(min=torch.finfo(torch.double).tiny)
+    shape = [1] * value.dim()
+    shape[other], shape[dim] = rows, size
+    return (share if other < dim else share.T).reshape(shape).to(value)
+
+
+@torch.no_grad()
+def add_noise(student: nn.Module, record: Transfer, generator: torch.Generator) -> None:
+    """Gaussian noise on the incoming weights of every copy but the first (section 3.3)."""
+    tensors = named_tensors(student)
+    for name, origin in record.origins.items():
+        reading = any(axis.reads for axis in origin.axes.values())
+        produced = [dim for dim, axis in origin.axes.items() if not axis.reads]
+        if origin.how != "shared" or not reading or len(produced) != 1 or origin.flat:
+            continue
+        (dim,) = produced
+        axis, target = origin.axes[dim], tensors[name]
+        again = (~axis.first & (axis.index >= 0)).nonzero().flatten()
+        if len(again) and len(axis.index) == target.shape[dim]:
+            drawn = torch.randn(len(again), *target.movedim(dim, 0).shape[1:], generator=generator, dtype=torch.double)
+            drawn = (record.noise * target.float().std() * drawn.to(target.device)).to(target.dtype)
+            target.movedim(dim, 0)[again.to(target.device)] += drawn
+    for name, module, weight in parametrised(student):
+        _assign(module, weight, tensors[f"{name}.{weight}".lstrip(".")], f"{name}.{weight}".lstrip("."))

@@ -1,0 +1,143 @@
+"""The record of a transfer: where every entry of every student tensor came from. Filling only carries it out."""
+
+import base64
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .equivalence import Equivalence
+from .errors import TransferError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's.
+
+    Negative entries come from no single one: -1 is the student's own, -2 zero, and -3 - k the mean of the teacher's
+    entries `means[k]`. `first` marks the entries that are not copies of an earlier one. `reads` says that the axis
+    reads units, so that its entries are shared out among copies. `share` is what part of the teacher's outgoing
+    weight (if it reads) or gradient (if it does not) each entry takes. With `groups` entries are shared among those of
+    one group; if `index` is longer than the axis it has one row a group.
+    """
+
+    index: Tensor
+    first: Tensor
+    reads: bool
+    share: Tensor
+    groups: int = 1
+    means: tuple[Tensor, ...] = ()
+
+    @property
+    def copies(self) -> int:
+        """How many entries repeat an earlier one."""
+        return int(((self.index >= 0) & ~self.first).sum())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one student tensor came from: `how` is shared, identity, silent or fresh.
+
+    `axes` says it axis by axis; of a `flat` tensor it is of all elements in one row. `fill` is what a tensor that the
+    teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
+    normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor is multiplied by
+    `factor`, and along its first axis by `rows`.
+    """
+
+    how: str
+    teacher: str | None = None
+    axes: dict[int, Axis] = field(default_factory=dict)
+    flat: bool = False
+    fill: str = "own"
+    of: tuple[str, float] = ("", 0.0)
+    factor: float = 1.0
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The record of a transfer: where every tensor of the student came from, and what was measured.
+
+    `eps` holds the new eps of norms that see padding. `state` is the state of the generator from which shares and
+    noise were drawn. `measured` is the difference of the two networks on the example, before noise; None for
+    `random_pad`.
+    """
+
+    origins: dict[str, Origin]
+    split: str
+    noise: float
+    eps: dict[str, float] = field(default_factory=dict)
+    state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    measured: Equivalence | None = None
+
+    def __str__(self) -> str:
+        count = {
+            how: sum(o.how == how for o in self.origins.values()) for how in ("shared", "identity", "silent", "fresh")
+        }
+        wider = sum(any(axis.copies for axis in o.axes.values()) for o in self.origins.values() if o.how == "shared")
+        text = (
+            f"{count['shared']} tensors from the teacher ({wider} of them wider), {count['identity']} of identities, "
+            f"{count['silent']} of silent branches, {count['fresh']} fresh"
+        )
+        return f"{text}; {self.measured}" if self.measured else text
+
+
+def save_record(record: Transfer, path: str | Path) -> None:
+    """Write `record` as JSON to `path`: readable by eye and by any language, and appears there complete or not at all."""
+    path = Path(path)
+    text = json.dumps({"format": FORMAT, **asdict(record)}, default=_plain)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _plain(tensor: Tensor) -> object:
+    if tensor.dtype == torch.uint8:
+        return base64.b64encode(bytes(tensor.tolist())).decode()
+    return tensor.long().tolist() if tensor.dtype == torch.bool else tensor.tolist()
+
+
+def load_record(path: str | Path) -> Transfer:
+    """Read what `save_record` wrote; TransferError if it is no such file."""
+    try:
+        data = json.loads(Path(path).read_text())
+        if data.pop("format") != FORMAT:
+            raise TransferError(f"{path} is a record of another version of net2net: its format is not {FORMAT}.")
+        data["origins"] = {name: _origin(**origin) for name, origin in data["origins"].items()}
+        data["state"] = torch.tensor(list(base64.b64decode(data["state"])), dtype=torch.uint8)
+        data["measured"] = Equivalence(**data["measured"]) if data["measured"] else None
+        return Transfer(**data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TransferError(f"{path} is no record of a transfer: {error}") from error
+
+
+def _origin(axes: dict, of: list, rows: list | None, **rest) -> Origin:
+    axes = {int(dim): _axis(**axis) for dim, axis in axes.items()}
+    rows_tensor = None if rows is None else torch.tensor(rows, dtype=torch.double)
+    return Origin(**rest, axes=axes, of=(of[0], of[1]), rows=rows_tensor)
+
+
+def _axis(index: list, first: list, share: list, means: list, **rest) -> Axis:
+    return Axis(
+        torch.tensor(index, dtype=torch.long),
+        torch.tensor(first, dtype=torch.bool),
+        share=torch.tensor(share, dtype=torch.double),
+        means=tuple(torch.tensor(entries, dtype=torch.long) for entries in means),
+        **rest,
+    )
+
+
+def measured(record: Transfer, difference: Equivalence) -> Transfer:
+    """The record with what was measured."""
+    return replace(record, measured=difference)
