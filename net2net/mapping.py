@@ -142,11 +142,11 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
     passing = [layer for layer in student.layers.values() if layer.name in roles["identity"] and layer.kind == "mix"]
     families = choice.families(shared)
     for level in sorted({family.level for family in families}):
-        now = sorted((f for f in families if f.level == level), key=lambda f: len(f.mine))  # parts before their sum
+        now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # parts before their sum
         for family in now:
             choice.keep(family)
         for layer in passing:
-            choice.leave(choice.roots[layer.produces])
+            choice.leave(choice.roots[layer.produces], len(layer.produces))
         for family in now:
             choice.copy(family)
     for layer in passing:
@@ -169,12 +169,16 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
 
 @dataclass(frozen=True)
 class _Family:
-    """Units that came into being together in both networks: the student's roots, the teacher's, and their depth."""
+    """Units that came into being together in both networks: the student's roots and the teacher's.
+
+    `level` says how many units above them they belong to; `width` how many there are with those of other levels.
+    """
 
     name: str
     mine: Tensor
     theirs: Tensor
     level: int
+    width: int
 
 
 class _Choice:
@@ -266,16 +270,22 @@ class _Choice:
             other = self.key(key)
             if other is not None and other in self.teacher.families:
                 pairs[key] = (self.roots[labels], self.teacher_roots[self.teacher.families[other]])
-        return [_Family(name, *both, self._level(both[0])) for name, both in pairs.items()]
+        found = []
+        for name, (mine, theirs) in pairs.items():
+            depths = [
+                torch.tensor([self._depth(unit, owners) for unit in units.tolist()])
+                for units, owners in ((mine, self.owners), (theirs, self.teacher_owners))
+            ]
+            for level in torch.unique(depths[0]).tolist():
+                parts = (units[depth == level] for units, depth in zip((mine, theirs), depths, strict=True))
+                found.append(_Family(name, *parts, level, len(mine)))
+        return found
 
-    def _level(self, mine: Tensor) -> int:
-        if not self.owners:
+    def _depth(self, unit: int, owners: dict[int, dict[str, int]], below: tuple[int, ...] = ()) -> int:
+        if unit not in owners:
             return 0
-        return max((self._depth(unit, ()) for unit in set(mine.tolist()) & self.owners.keys()), default=0)
-
-    def _depth(self, unit: int, below: tuple[int, ...]) -> int:
-        owners = {owner for owner in self.owners.get(unit, {}).values() if owner not in below and owner != unit}
-        return max((1 + self._depth(owner, (*below, unit)) for owner in owners), default=0)
+        above = {owner for owner in owners[unit].values() if owner not in below and owner != unit}
+        return max((1 + self._depth(owner, owners, (*below, unit)) for owner in above), default=0)
 
     def _buckets(self, family: _Family) -> list[tuple[Tensor, Tensor]]:
         """The family in parts: the student's units that belong to the same and are read by the same, and those of the
@@ -305,7 +315,7 @@ class _Choice:
 
     def keep(self, family: _Family) -> None:
         """g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
-        self.leave(family.mine)
+        self.leave(family.mine, family.width)
         for mine, theirs in self._buckets(family):
             free = _in_order(mine[self.g[mine] == NEW])
             missing = _in_order(theirs[~torch.isin(theirs, self.g[mine])])
@@ -316,9 +326,9 @@ class _Choice:
                 )
             self.g[free[: len(missing)]] = missing
 
-    def leave(self, mine: Tensor) -> None:
+    def leave(self, mine: Tensor, width: int) -> None:
         """Leave the units of this layer to it, rather than to a wider layer that it is a part of."""
-        self.narrowest[mine] = self.narrowest[mine].clamp(max=len(mine))
+        self.narrowest[mine] = self.narrowest[mine].clamp(max=width)
 
     def copy(self, family: _Family) -> None:
         """g(j) drawn uniformly from the n units, with replacement, for the others.
@@ -326,7 +336,7 @@ class _Choice:
         Units that a narrower layer shares (a part of a concatenation that meets this layer) are left to that one.
         """
         for mine, theirs in self._buckets(family):
-            self._draw(mine[self.narrowest[mine] == len(family.mine)], mine, theirs)
+            self._draw(mine[self.narrowest[mine] == family.width], mine, theirs)
 
     def _draw(self, mine: Tensor, among: Tensor, theirs: Tensor) -> None:
         """Give each free unit of `mine` a teacher's unit: drawn; in equal numbers, or padding, where a norm asks for it."""

@@ -108,9 +108,9 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     scaled = name in ("mul", "div") and len(met) > 1
     linear = name in (_LINEAR | {"add", "sub"}) and not scaled and all(labels.linear for labels in met)
     linear = linear and len(met) == len([x for x in operands if x.numel() > 1])
-    centred = len(met) == len(operands) == 1 and met[0].centred and name in _KEEP_ZERO
+    normed = met[0].normed if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
     origin = _origin(met)
-    trace.label(out, Labels(first, origin["sources"], origin["via"] | passed, gain, linear, centred))
+    trace.label(out, Labels(first, origin["sources"], origin["via"] | passed, gain, linear, normed))
 
 
 def _broadcast(operands: Sequence[Tensor]) -> torch.Size | None:
@@ -160,7 +160,7 @@ def prelu(trace: Trace, call: Call) -> None:
     if (name := trace.name_of(weight)) is not None:
         trace.add(Layer("scale", name, {"slope": name}, None, units.sources, units.via))
         units = replace(units, via=units.via | {name})
-    trace.label(call.out, Labels(first, units.sources, units.via, centred=units.centred))
+    trace.label(call.out, Labels(first, units.sources, units.via, normed=units.normed))
 
 
 def assignment(trace: Trace, call: Call) -> None:
@@ -217,19 +217,20 @@ def layer_norm(trace: Trace, call: Call) -> None:
     labels = trace.labels(call.args[0])
     if labels is None or not hasattr(call.args[0], "_net2net_labels"):
         return give_up(trace, call, f"{call} normalises a parameter")
-    units = labels.units.reshape(*labels.units.shape[: labels.units.dim() - len(shape)], -1)
-    line = trace.line(units, -1, f"{call} has one entry for them")
-    roles = {"weight": call.arg(2, "weight")} | ({} if rms else {"bias": call.arg(3, "bias")})
-    tensors = {}
-    for role, tensor in roles.items():
+    units, tensors = labels.units, {}
+    for role, tensor in (("weight", call.arg(2, "weight")), ("bias", None if rms else call.arg(3, "bias"))):
         if tensor is not None and (entries := trace.labels(tensor)) is not None:
-            trace.unite(entries.units.reshape(-1), line)
+            units = trace.meet(units, entries.units.broadcast_to(units.shape), call)
             if (name := trace.name_of(tensor)) is not None:
                 tensors[role] = name
     eps = call.arg(3 if rms else 4, "eps", None if rms else 1e-5)
     if eps is None:
         eps = torch.finfo(call.args[0].dtype).eps
-    _cross(trace, call, labels, line.reshape(1, -1), tensors, eps, "rms" if rms else "layer")
+    size = math.prod(shape)
+    lead = trace.tight(units).shape[: units.dim() - len(shape)]
+    rows = units[tuple(slice(0, n) for n in lead)].reshape(-1, size)
+    alone = size == max(shape)  # a unit that holds a mean has no deviation from it, but at other positions
+    _cross(trace, call, replace(labels, units=units), rows, tensors, eps, "rms" if rms else "layer", alone)
 
 
 def group_norm(trace: Trace, call: Call) -> None:
@@ -247,18 +248,27 @@ def group_norm(trace: Trace, call: Call) -> None:
     if groups > 1:
         key = trace.key("groups", call.module)
         trace.relate(key, units, trace.fresh(groups, key)[:, None].expand_as(units))
-    _cross(trace, call, labels, units, tensors, call.arg(4, "eps", 1e-5), "layer")
+    alone = call.args[0][0].numel() == units.numel()
+    _cross(trace, call, labels, units, tensors, call.arg(4, "eps", 1e-5), "layer", alone)
 
 
 def _cross(
-    trace: Trace, call: Call, labels: Labels, units: Tensor, tensors: dict[str, str], eps: float, kind: str
+    trace: Trace,
+    call: Call,
+    labels: Labels,
+    rows: Tensor,
+    tensors: dict[str, str],
+    eps: float,
+    kind: str,
+    alone: bool,
 ) -> None:
+    """Record a norm that takes the mean over each of `rows`, and nothing but one entry of each unit if `alone`."""
     key = trace.key("norm", call.module)
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else key
-    padded = kind == "rms" or labels.linear
-    trace.norms.append(Norm(key, kind, units, tensors, eps, call.module, padded))
-    trace.add(Layer("norm", name, tensors, units.reshape(-1), labels.sources, labels.via, {"across": True}))
-    trace.label(call.out, Labels(labels.units, labels.sources, labels.via | {name}, centred=True))
+    padded = kind == "rms" or (labels.linear and alone)
+    trace.norms.append(Norm(key, kind, rows, tensors, eps, call.module, padded))
+    trace.add(Layer("norm", name, tensors, rows.reshape(-1), labels.sources, labels.via, {"across": True}))
+    trace.label(call.out, Labels(labels.units, labels.sources, labels.via | {name}, normed=name))
 
 
 # -- layers that read units and produce new ones ----------------------------------------------------------------
@@ -326,8 +336,8 @@ def mix(
     gain = (1.0 if labels is None else labels.gain) * (1.0 if view is None else view[2])
     every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
     origin = _origin([labels] if labels is not None else [])
-    centred = labels is not None and labels.centred
-    trace.add(Layer("mix", name, tensors, every[0], **origin, options=options, produces=every[1], gain=gain, centred=centred))
+    normed = None if labels is None else labels.normed
+    trace.add(Layer("mix", name, tensors, every[0], **origin, options=options, produces=every[1], gain=gain, normed=normed))
     trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True))
 
 
@@ -368,9 +378,9 @@ def embedding(trace: Trace, call: Call) -> None:
     found = trace.weight(call.arg(1, "weight"))
     if found is None or found.axes[0][0] != 0 or trace.follows(call.args[0]):
         return give_up(trace, call, f"the table of {call} is not a parameter of the network")
-    name = found.name
+    name, tensors = found.name, {"weight": found.name}
     produced = trace.axis(name, 1)
-    trace.add(Layer("mix", name, {"weight": name}, None, frozenset(), frozenset(), {"groups": 1}, produced))
+    trace.add(Layer("mix", name, tensors, None, frozenset(), frozenset(), {"embedding": True}, produced))
     trace.label(call.out, Labels(spread(produced, -1, call.out.shape), frozenset({name}), linear=True))
 
 
@@ -440,9 +450,10 @@ def movement(trace: Trace, call: Call) -> None:
     if moved is None:
         return give_up(trace, call, f"{call} changes what an element is")
     gain = known[0].gain if len({one.gain for one in known}) == 1 else 1.0
-    flags = {flag: all(one is not None and getattr(one, flag) for one in labels) for flag in ("linear", "centred")}
+    linear = all(one is not None and one.linear for one in labels)
+    normed = known[0].normed if len({one and one.normed for one in labels}) == 1 else None
     for out, new in zip(tensors_in(call.out), moved, strict=True):
-        trace.label(out, Labels(new, **_origin(known), gain=gain, **flags))
+        trace.label(out, Labels(new, **_origin(known), gain=gain, linear=linear, normed=normed))
 
 
 def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
@@ -471,7 +482,7 @@ def channelwise(trace: Trace, call: Call) -> None:
     units = trace.line(labels.units, dim, f"{call} mixes positions")
     for out in tensors_in(call.out):
         linear = labels.linear and "avg" in name
-        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, labels.gain, linear))
+        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, labels.gain, linear, labels.normed))
 
 
 def reduction(trace: Trace, call: Call) -> None:
@@ -492,7 +503,7 @@ def reduction(trace: Trace, call: Call) -> None:
     for out in tensors_in(call.out):
         units_out = units.expand(shape).reshape(out.shape)
         gain = labels.gain if linear else 1.0
-        trace.label(out, Labels(units_out, labels.sources, labels.via, gain, linear and labels.linear))
+        trace.label(out, Labels(units_out, labels.sources, labels.via, gain, linear and labels.linear, labels.normed if linear else None))
 
 
 def lengthwise(trace: Trace, call: Call) -> None:
@@ -622,10 +633,7 @@ def _multi_head_attention(
     heads = [x.unflatten(-1, (num_heads, -1)).movedim(0, -2) for x in projected]  # (..., head, position, unit)
     out = _attention(*heads)  # type: ignore[arg-type]
     out = F.linear(out.movedim(-2, 0).flatten(-2), out_proj_weight, out_proj_bias)
-    if not need_weights:
-        return out, None
-    logits = (heads[0] @ heads[1].transpose(-2, -1)).softmax(-1)
-    return out, logits.mean(-3) if average_attn_weights else logits
+    return out, None  # the weights are a result that hardly anyone reads: they must not pin the heads
 
 
 def _einsum(equation: object, *operands: Tensor) -> object:

@@ -115,15 +115,17 @@ def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator:
     builder = _Builder(plan)
     origins = {name: builder.origin(name) for name in plan.student.tensors}
     eps = {}
-    for norm, factor in plan.rescaled.values():
+    for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.rescaled.values()}.values():
         module = student.get_submodule(norm.module)
-        if "weight" not in norm.tensors or getattr(module, "eps", None) is None:
+        if "weight" not in norm.tensors or not hasattr(module, "eps"):
             raise TransferError(
                 f"The norm {norm.module} would see padding, which its weight and its eps undo: it lacks one of them."
             )
         eps[norm.module] = norm.eps * factor
         for role, name in norm.tensors.items():
-            origins[name] = builder.padded(origins[name], role, factor**0.5 if role == "weight" else 1.0)
+            origins[name] = _padded(origins[name], role, factor**0.5 if role == "weight" else 1.0)
+    for name in [name for name in origins if builder.is_tied(name)]:
+        origins |= builder.untied(name, origins)
     return Transfer(origins, split, noise, eps, generator.get_state())
 
 
@@ -142,7 +144,8 @@ class _Builder:
         left = [c.left for c in student.contractions]
         self.open = {int(r) for labels in left for r in plan.student_roots[labels].unique()}
         self.left = torch.unique(apart[torch.cat(left)]) if left else torch.empty(0, dtype=torch.long)
-        self.apart = apart
+        self.apart, self.teacher_apart = apart, plan.teacher.roots_apart()
+        self.padded_norms = {norm.tensors["weight"].rpartition(".")[0] for norm, _ in plan.rescaled.values() if norm.tensors}
         self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in student.reasons]
         self.gains = self._softmax_gains()
 
@@ -234,13 +237,13 @@ class _Builder:
         if inner is not None and dim == 1:
             index = self._inside(name, units, source, groups, reads)
         else:
-            index = _matched(roots, plan.teacher_of[roots], theirs)
+            index = self._matched(units, source)
             self._check_complete(name, index, len(source), dim)
             self._check_closed(name, roots, index)
         rows, share = None, None
         if reads:
             layer = plan.student.layers.get(name)
-            kept = layer is not None and layer.centred
+            kept = layer is not None and layer.normed in self.padded_norms
             index = torch.where(index >= 0, index, torch.where((index <= ZERO) & kept, NEW, ZERO))
         else:
             apart = self.apart[units]
@@ -249,14 +252,33 @@ class _Builder:
             if self.gains and bool(queries.any()):
                 rows = torch.tensor([self.gains.get(label, 1.0) for label in apart.tolist()], dtype=torch.double)
             share = 1.0 / self.count[plan.teacher_of[roots].clamp(min=0)].clamp(min=1).double()
-        means = self._means(index, theirs)
+        index, means = self._means(index, roots, theirs)
         return _axis(index, reads, groups, share, means), rows
 
-    def _means(self, index: Tensor, theirs: Tensor) -> tuple[Tensor, ...]:
-        """For every mean over units the teacher's entries that it is over."""
+    def _matched(self, units: Tensor, source: Tensor) -> Tensor:
+        """For every entry of a student's axis, by its label, the teacher's entry, or the code of what it holds."""
+        plan = self.plan
+        roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
+        parts = _part(roots, self.apart[units]), _part(theirs, self.teacher_apart[source])
+        return _matched(roots, plan.teacher_of[roots], theirs, parts)
+
+    def _means(self, index: Tensor, roots: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The index with a code of its own for every mean, and the teacher's entries that each is over.
+
+        The k-th entry of a unit holds the mean of the k-th entries of the units that it is the mean of.
+        """
         if not bool((index <= MEAN).any()):
-            return ()
-        return tuple(torch.isin(theirs, mean).nonzero().flatten() for mean in self.plan.means)
+            return index, ()
+        rank, source_rank = _rank(roots), _rank(theirs)
+        index, codes, means = index.clone(), {}, []
+        for entry in (index <= MEAN).nonzero().flatten().tolist():
+            what = MEAN - int(index[entry]), int(rank[entry])
+            if what not in codes:
+                codes[what] = MEAN - len(means)
+                among = torch.isin(theirs, self.plan.means[what[0]]) & (source_rank == what[1])
+                means.append(among.nonzero().flatten())
+            index[entry] = codes[what]
+        return index, tuple(means)
 
     def _inside(self, name: str, units: Tensor, source: Tensor, groups: int, reads: bool) -> Tensor:
         """The axis inside a group: for every student group its entries' places in the teacher's group that it copies."""
@@ -268,7 +290,7 @@ class _Builder:
             owner = (torch.isin(theirs, copied)).any(1).nonzero().flatten()
             if not len(owner):
                 raise TransferError(f"A group of {name} reads no units that a group of its teacher reads.")
-            index = _matched(mine, copied, theirs[owner[0]])
+            index = _matched(mine, copied, theirs[owner[0]], (torch.zeros_like(mine), torch.zeros_like(theirs[owner[0]])))
             self._check_complete(name, index, theirs.shape[1], 1)
             self._check_closed(name, mine, index)
             rows.append(index)
@@ -293,13 +315,43 @@ class _Builder:
                     f"its teacher. They move as a whole{why}."
                 )
 
-    def padded(self, origin: Origin, role: str, factor: float) -> Origin:
-        """The affine tensor of a norm that sees padding: what the norm has centred is multiplied by anything."""
-        axes = {}
-        for dim, axis in origin.axes.items():
-            index = torch.where(axis.index <= ZERO, ZERO if role == "bias" else NEW, axis.index)
-            axes[dim] = replace(axis, index=index, means=())
-        return replace(origin, axes=axes, factor=origin.factor * factor)
+    # -- tied weights -----------------------------------------------------------------------------------------
+
+    def is_tied(self, name: str) -> bool:
+        """Whether a table of embeddings is the weight of a layer, too, and grows."""
+        axis = self.plan.student.read_axis.get(name)
+        layer = self.plan.student.layers.get(name)
+        entries = None if axis is None or layer is None else self.plan.student.axes[name][axis]
+        tied = layer is not None and layer.options.get("embedding") and entries is not None
+        return bool(tied) and bool((self.count[self.plan.teacher_of[self.plan.student_roots[entries]]] > 1).any())
+
+    def untied(self, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
+        """A tied table holds copies as they are; the norm before the layer that reads it takes the shares instead."""
+        student, axis = self.plan.student, self.plan.student.read_axis[name]
+        layer = student.layers[name]
+        readers = [other.name for other in student.layers.values() if layer.normed in other.via]
+        norm = student.layers.get(layer.normed or "")
+        if norm is None or readers != [name] or not norm.tensors.keys() & {"weight"}:
+            raise TransferError(
+                f"{name} embeds and is read by a layer: its copies would have to be whole for the one and shared out for "
+                "the other. That is exact only if a norm with a weight stands before that layer, and before no other."
+            )
+        share = origins[name].axes[axis].share
+        origin = origins[name].axes | {axis: replace(origins[name].axes[axis], reads=False)}
+        made = {name: replace(origins[name], axes=origin)}
+        for role in norm.tensors.keys() & {"weight", "bias"}:
+            before = origins[norm.tensors[role]]
+            made[norm.tensors[role]] = replace(before, rows=share if before.rows is None else before.rows * share)
+        return made
+
+
+def _padded(origin: Origin, role: str, factor: float) -> Origin:
+    """The affine tensor of a norm that sees padding: what the norm has centred is multiplied by anything."""
+    axes = {}
+    for dim, axis in origin.axes.items():
+        index = torch.where(axis.index <= ZERO, ZERO if role == "bias" else NEW, axis.index)
+        axes[dim] = replace(axis, index=index, means=())
+    return replace(origin, axes=axes, factor=origin.factor * factor)
 
 
 def _entries(trace, name: str, dim: int) -> Tensor | None:
@@ -355,20 +407,37 @@ def _taps(layer: Layer, other: Layer, mine: int, theirs: int, dim: int) -> Axis 
     return _axis(index, True)
 
 
-def _matched(units: Tensor, copied: Tensor, source: Tensor) -> Tensor:
+def _matched(units: Tensor, copied: Tensor, source: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
     """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies.
 
     A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself; both
     networks lay them out in one order. `units` and `copied` hold each student entry's unit and the teacher unit it
-    copies, `source` each teacher entry's unit.
+    copies, `source` each teacher entry's unit. `parts` (of queries, of keys) are counted each for itself.
     """
-    rank, source_rank = _rank(units), _rank(source)
+    many = int(max(part.max() for part in parts)) + 1
+    rank, source_rank = (_rank(side * many + part) for side, part in zip((units, source), parts, strict=True))
     ranks = int(torch.cat([rank, source_rank]).max()) + 1
-    key, source_key = copied * ranks + rank, source * ranks + source_rank
+    key, source_key = (
+        (side * many + part) * ranks + k
+        for side, part, k in zip((copied, source), parts, (rank, source_rank), strict=True)
+    )
     order = torch.argsort(source_key)
     place = torch.searchsorted(source_key[order], key).clamp(max=len(source) - 1)
     found = (source_key[order][place] == key) & (copied >= 0)
     return torch.where(found, order[place], torch.where(copied >= 0, NEW, copied))
+
+
+def _part(roots: Tensor, apart: Tensor) -> Tensor:
+    """For every entry how many parts of its unit, which only a contraction joins, begin before its own does."""
+    if torch.equal(torch.unique(roots), torch.unique(apart)):
+        return torch.zeros_like(roots)
+    begin = {part: k for k, part in reversed(list(enumerate(apart.tolist())))}
+    first = torch.tensor([begin[part] for part in apart.tolist()])
+    numbers = torch.empty_like(roots)
+    for root in torch.unique(roots).tolist():
+        at = roots == root
+        numbers[at] = torch.unique(first[at], return_inverse=True)[1]
+    return numbers
 
 
 def _rank(values: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class Labels:
     `units` has the activation's shape. `sources` names the layers whose outputs are summed or concatenated in it;
     `via` names the normalisations that it has passed since. `gain` is the product of the plain numbers that it was
     multiplied by since a layer produced it. `linear` says that it is a plain sum of what layers produced, so that
-    one of its units can hold the mean of others. `centred` says that units which a norm saw as its mean, or as zero, are
-    zero here.
+    one of its units can hold the mean of others. `normed` names the norm that it comes from directly: units which that
+    saw as its mean, or as zero, are zero here.
     """
 
     units: Tensor
@@ -40,7 +40,7 @@ class Labels:
     via: frozenset[str] = frozenset()
     gain: float = 1.0
     linear: bool = False
-    centred: bool = False
+    normed: str | None = None
 
     def shaped(self, like: Tensor) -> "Labels":
         """The same in the shape of `like`."""
@@ -66,7 +66,7 @@ class Layer:
     options: dict[str, Any] = field(default_factory=dict)
     produces: Tensor | None = None
     gain: float = 1.0
-    centred: bool = False
+    normed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -389,8 +389,9 @@ class Trace:
                 layer,
                 reads=layer.reads if first.reads is None else first.reads,
                 sources=first.sources | layer.sources,
+                options=first.options | layer.options,
                 via=first.via | layer.via,
-                centred=first.centred and layer.centred,
+                normed=layer.normed if first.reads is None or first.normed == layer.normed else None,
             )
         self.layers[layer.name] = layer
 

@@ -231,7 +231,8 @@ PAIRS = [
     *steps("Inception", "width", "inception_v3", "inception_v3, 7x7 x1.5", pixels=96),
     *steps("MNASNet", "width", "mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3", "mnasnet2_0"),
     *steps("EfficientNet", "depth", "efficientnet_b0", "efficientnet_b1"),
-    *steps("EfficientNet", "both", *(f"efficientnet_b{size}" for size in range(1, 8))),
+    *steps("EfficientNet", "width", "efficientnet_b1", "efficientnet_b2"),
+    *steps("EfficientNet", "both", *(f"efficientnet_b{size}" for size in range(2, 8))),
     *steps("EfficientNet", "both", "efficientnet_b0", "efficientnet_b3"),
     *steps("EfficientNetV2", "both", "efficientnet_v2_s", "efficientnet_v2_m", "efficientnet_v2_l"),
     *steps("ConvNeXt", "depth", "convnext_tiny", "convnext_small"),
@@ -269,7 +270,13 @@ PAIRS = [
 ]
 
 # Why no filling of the student computes the teacher's function, by the name of the pair.
-EXPLANATIONS: dict[str, str] = {}
+EXPLANATIONS: dict[str, str] = {
+    "regnet_y_400mf -> regnet_y_800mf": "No step-up of every stage, whatever the names suggest: the fourth "
+    "has 6 blocks in the teacher and 2 in the student.",
+    "regnet_x_16gf -> regnet_x_32gf": "A grouped convolution's output reads one group. In the fourth stage the teacher "
+    "has 16 groups of 128 units and the student 15 of 168: each can hold one whole group of the teacher's, and the "
+    "sixteenth has no place.",
+}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ network (0: the teacher, 1: the student).
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,16 @@ KINDS = ("vector", *PLACED)
 FLAG = (False, True)
 
 
-def two(pair: Sequence[int]) -> str:
+def two(pair: Two) -> str:
     return f"{pair[0]}|{pair[1]}" if pair[0] != pair[1] else str(pair[0])
+
+
+def plus(*pairs: Two) -> Two:
+    return sum(a for a, _ in pairs), sum(b for _, b in pairs)
+
+
+def times(pair: Two, factor: int) -> Two:
+    return pair[0] * factor, pair[1] * factor
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,8 @@ class Value:
     def places(self) -> tuple[int, ...]:
         return tuple(range(2, 2 + len(self.size))) if self.kind in SPATIAL else (1,) * len(self.size)
 
-    def to(self, width: Sequence[int]) -> "Value":
-        return replace(self, width=tuple(width))
-
-    def times(self, factor: int) -> Two:
-        return self.width[0] * factor, self.width[1] * factor
+    def to(self, width: Two) -> "Value":
+        return replace(self, width=width)
 
     def at(self, change: Callable[[int], int]) -> "Value":
         return replace(self, size=tuple(map(change, self.size)))
@@ -82,35 +87,11 @@ class Operation:
     when: Callable[[Value], bool] = lambda x: True
 
 
-OPERATIONS: dict[str, Operation] = {}
-
-
-def op(family: str, kinds: Sequence[str], **limits: Any):
-    """The function is the operation."""
-
-    def register(build):
-        OPERATIONS[build.__name__] = Operation(build.__name__, family, kinds, build, **limits)
-        return build
-
-    return register
-
-
-def layer(family: str, name: str, kinds: Sequence[str], make, choices: Mapping[str, Sequence], out=None, **limits: Any):
-    """A module `make(x, y, i, *chosen)`, with y the width of the value that it makes: drawn if `make` grows it."""
-    grows = limits.pop("grows", 0)
-
-    def build(d: "Draw", x: Value) -> tuple[Value, Make]:
-        y = x.to(d.width(by=grows)) if grows else x
-        chosen = [d.one(name, *options) for name, options in choices.items()]
-        return out(y, *chosen) if out else y, lambda i: make(x, y.width, i, *chosen)
-
-    OPERATIONS[name] = Operation(name, family, kinds, build, **limits)
-
-
-def functions(family: str, kinds: Sequence[str], table: Mapping[str, Callable], out=None, **limits: Any):
-    """Operations without parameters: `apply(x, tensor)`."""
-    for name, apply in table.items():
-        layer(family, name, kinds, lambda x, y, i, apply=apply: Net({}, lambda net, v: apply(x, v)), {}, out, **limits)
+class Step(NamedTuple):
+    name: str
+    text: str
+    out: Value
+    make: Make
 
 
 GROWTHS: dict[str, Callable[["Draw", int], int]] = {
@@ -120,14 +101,6 @@ GROWTHS: dict[str, Callable[["Draw", int], int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    name: str
-    text: str
-    out: Value
-    make: Make
-
-
 @dataclass
 class Draw:
     """The choices behind a pair, and a note of each for its text."""
@@ -135,10 +108,9 @@ class Draw:
     pick: Callable[[Sequence], Any]
     growth: str = "own"
     plain: bool = False  # the operations inside operations are layers and activations
-    strange: bool = False  # so are those that the package does not promise
+    strange: bool = False  # operations are drawn that the package does not promise to carry
     depth: int = 0
     log: list[str] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
 
     def one(self, name: str, *options: Any) -> Any:
         value = self.pick(options)
@@ -154,20 +126,19 @@ class Draw:
     def allows(self, operation: Operation, x: Value, keeps: bool) -> bool:
         promised = self.strange or operation.family != "strange"
         plain = not self.plain or operation.name in ("linear", "conv", "relu")
-        deep = self.depth + operation.nests < 3
-        return promised and plain and deep and operation.keeps >= keeps and operation.when(x)
+        fits = x.kind in operation.kinds and operation.keeps >= keeps and self.depth + operation.nests < 3
+        return promised and plain and fits and operation.when(x)
 
     def steps(self, x: Value, operation: Operation | None = None, keeps: bool = False) -> list[Step]:
         """An operation that takes the value (any, if none is given), behind a layer if it wants another width."""
         if operation is None:
-            fitting = [o for o in OPERATIONS.values() if x.kind in o.kinds and self.allows(o, x, keeps)]
-            family = self.pick(["layer", *dict.fromkeys(o.family for o in fitting)])
-            operation = self.pick([o for o in fitting if o.family == family])
+            allowed = [o for o in OPERATIONS.values() if self.allows(o, x, keeps)]
+            family = self.pick(["layer", *dict.fromkeys(o.family for o in allowed)])
+            operation = self.pick([o for o in allowed if o.family == family])
         first: list[Step] = []
         if any(n % operation.by for n in x.width) or x.width[0] < operation.least:
             y = self.width(by=operation.by, least=operation.least)
             first, x = [Step("mix", f"mix -> {x.to(y)}", x.to(y), mix(x, y))], x.to(y)
-        self.names.add(operation.name)
         outer, self.log, self.depth = self.log, [], self.depth + operation.nests
         out, make = operation.build(self, x)
         text = f"{operation.name}({', '.join(self.log)}) -> {out}"
@@ -184,12 +155,50 @@ class Draw:
         return lambda i: nn.Sequential(*(step.make(i) for step in steps), mix(last, y)(i))
 
 
+# -- how an operation is written -------------------------------------------------------------------------------------
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def op(family: str, kinds: Sequence[str], **limits: Any):
+    """The decorated function draws the operation."""
+
+    def register(build):
+        OPERATIONS[build.__name__] = Operation(build.__name__, family, kinds, build, **limits)
+        return build
+
+    return register
+
+
+def layer(family: str, name: str, kinds: Sequence[str], make, choices: Mapping[str, Sequence], out=None, **limits: Any):
+    """A module `make(x, y, i, *chosen)`; y is the width that it makes, a multiple of `grows` or that of x."""
+    grows = limits.pop("grows", 0)
+
+    def build(d: Draw, x: Value) -> tuple[Value, Make]:
+        y = x.to(d.width(by=grows)) if grows else x
+        chosen = [d.one(name, *options) for name, options in choices.items()]
+        return out(y, *chosen) if out else y, lambda i: make(x, y.width, i, *chosen)
+
+    OPERATIONS[name] = Operation(name, family, kinds, build, **limits)
+
+
+def norm(name: str, kinds: Sequence[str], axis: int, make, choices: Mapping[str, Sequence], **limits: Any):
+    """A module `make(x, width, *chosen)` for values with the units in that axis."""
+    layer("norm", name, kinds, lambda x, y, i, *c: units_in(axis, x, make(x, x.width[i], *c)), choices, **limits)
+
+
+def functions(family: str, kinds: Sequence[str], table: Mapping[str, Callable], out=None, **limits: Any):
+    """Operations without parameters: `apply(x, tensor)`."""
+    for name, apply in table.items():
+        layer(family, name, kinds, lambda x, y, i, apply=apply: Net({}, lambda net, v: apply(x, v)), {}, out, **limits)
+
+
 def net(how: Callable, **parts: Make) -> Make:
     """The maker of a network of these parts: `how(net, value)`."""
     return lambda i: Net({name: part(i) for name, part in parts.items()}, how)
 
 
-def mix(x: Value, y: Sequence[int], kernel: int = 1, **options: Any) -> Make:
+def mix(x: Value, y: Two, kernel: int = 1, **options: Any) -> Make:
     """A linear layer, or a convolution that keeps the positions."""
     if x.kind in ROWS:
         return lambda i: nn.Linear(x.width[i], y[i], **options)
@@ -197,7 +206,6 @@ def mix(x: Value, y: Sequence[int], kernel: int = 1, **options: Any) -> Make:
 
 
 def units_in(axis: int, x: Value, module: nn.Module) -> nn.Module:
-    """A module for values with the units in that axis."""
     return Net({"norm": module}, lambda net, v: net.norm(v.movedim(x.axis, axis)).movedim(axis, x.axis))
 
 
@@ -205,15 +213,18 @@ def sized(least: int, most: int = 48) -> Callable[[Value], bool]:
     return lambda x: min(x.size) >= least and math.prod(x.size) <= most
 
 
-# -- layers ----------------------------------------------------------------------------------------------------------
+def whole(x: Value) -> int:
+    return math.prod(x.size)
 
 
-def conv(x: Value, y: Sequence[int], i: int, kernel: Two, dilation: int, bias: bool, mode: str, groups=(1, 1)):
-    pad = dilation * (kernel[i] // 2)
-    mode = mode if dilation * (kernel[1] // 2) < min(x.size) else "same"
-    options = {"padding": "same"} if mode == "same" else {"padding": pad, "padding_mode": mode}
-    return x.layer("Conv", x.width[i], y[i], kernel[i], dilation=dilation, bias=bias, groups=groups[i], **options)
+# fmt: off
+# -- layers: the operations are tables, and are set like tables ------------------------------------------------------
 
+def conv(x: Value, y: Two, i: int, kernel: Two, dilation: int, bias: bool, mode: str, groups: Two = (1, 1)):
+    reach = times(kernel, dilation)[1] // 2
+    same = {"padding": "same"} if mode == "same" or reach >= min(x.size) else {"padding_mode": mode}
+    options = {"padding": dilation * (kernel[i] // 2), "dilation": dilation, "bias": bias, "groups": groups[i]} | same
+    return x.layer("Conv", x.width[i], y[i], kernel[i], **options)
 
 CONV = {"dilation": (1, 2), "bias": FLAG, "mode": ("zeros", "same", "circular", "reflect", "replicate")}
 STRIDES = {"kernel, stride, padding": ((1, 2, 0), (3, 2, 1), (2, 2, 0), (3, 1, 0))}
@@ -222,88 +233,58 @@ UPWARDS = {"kernel, stride, padding": ((3, 1, 1), (2, 2, 0), (4, 2, 1))}
 layer("layer", "linear", ROWS, lambda x, y, i, bias: mix(x, y, bias=bias)(i), {"bias": FLAG}, grows=1)
 layer("layer", "conv", SPATIAL, conv, {"kernel": ((1, 1), (3, 3))} | CONV, grows=1)
 layer("depth", "bigger_kernel", SPATIAL, conv, {"kernel": ((1, 3), (3, 5), (1, 5))} | CONV, grows=1)
-layer(
-    "layer", "strided_conv", SPATIAL, lambda x, y, i, how: x.layer("Conv", x.width[i], y[i], *how), STRIDES,
-    lambda y, how: y.at(lambda n: (n + 2 * how[2] - how[0]) // how[1] + 1), grows=1, keeps=False, when=sized(3),
-)  # fmt: skip
+layer("layer", "strided_conv", SPATIAL, lambda x, y, i, how: x.layer("Conv", x.width[i], y[i], *how), STRIDES,
+      lambda y, how: y.at(lambda n: (n + 2 * how[2] - how[0]) // how[1] + 1), grows=1, keeps=False, when=sized(3))
 for _groups, _name in ((1, "transposed_conv"), (2, "transposed_grouped")):
-    layer(
-        "layer", _name, SPATIAL,
-        lambda x, y, i, how, g=_groups: x.layer("ConvTranspose", x.width[i], y[i], *how, groups=g), UPWARDS,
-        lambda y, how: y.at(lambda n: (n - 1) * how[1] - 2 * how[2] + how[0]),
-        grows=_groups, by=_groups, keeps=False, when=sized(1, 12),
-    )  # fmt: skip
-layer(
-    "shared", "weight_norm", KINDS, lambda x, y, i, dim: parametrizations.weight_norm(mix(x, y)(i), dim=dim),
-    {"dim": (0, 1)}, grows=1,
-)  # fmt: skip
+    layer("layer", _name, SPATIAL,
+          lambda x, y, i, how, g=_groups: x.layer("ConvTranspose", x.width[i], y[i], *how, groups=g), UPWARDS,
+          lambda y, how: y.at(lambda n: (n - 1) * how[1] - 2 * how[2] + how[0]),
+          grows=_groups, by=_groups, keeps=False, when=sized(1, 12))
+layer("shared", "weight_norm", KINDS, lambda x, y, i, dim: parametrizations.weight_norm(mix(x, y)(i), dim=dim),
+      {"dim": (0, 1)}, grows=1)
 layer("strange", "spectral_norm", KINDS, lambda x, y, i: parametrizations.spectral_norm(mix(x, y)(i)), {}, grows=2)
 
-
-def grouped(d: Draw, x: Value, groups: Sequence[int], y: Sequence[int]) -> tuple[Value, Make]:
+def grouped(d: Draw, x: Value, groups: Two, y: Two) -> tuple[Value, Make]:
     d.log.append(f"groups={two(groups)}")
     chosen = [d.one(name, *options) for name, options in ({"kernel": ((1, 1), (3, 3), (1, 3))} | CONV).items()]
     return x.to(y), lambda i: conv(x, y, i, *chosen, groups=groups)
 
-
 @op("layer", SPATIAL)
 def depthwise(d: Draw, x: Value):
-    return grouped(d, x, x.width, x.times(d.one("times", 1, 2, 3)))
-
+    return grouped(d, x, x.width, times(x.width, d.one("times", 1, 2, 3)))
 
 @op("layer", SPATIAL, by=2)
 def grouped_wider(d: Draw, x: Value):
     return grouped(d, x, (2, 2), d.width(by=2))
 
-
 @op("layer", SPATIAL, by=2)
 def grouped_more(d: Draw, x: Value):
-    groups = x.to(n // 2 for n in x.width)
-    return grouped(d, x, groups.width, groups.times(d.one("each", 1, 2, 3)))
-
+    groups = x.width[0] // 2, x.width[1] // 2
+    return grouped(d, x, groups, times(groups, d.one("each", 1, 2, 3)))
 
 def divisors(d: Draw, width: Two) -> Two:
     """Numbers of groups for both, the student's no smaller, that may cut the student's units anywhere."""
     one = d.pick([g for g in range(1, width[0] // 2 + 1) if width[0] % g == 0])
     return one, d.pick([g for g in range(one, width[1] + 1) if width[1] % g == 0])
 
-
 @op("strange", SPATIAL, least=2)
 def grouped_any(d: Draw, x: Value):
     groups = divisors(d, x.width)
     return grouped(d, x, groups, (2 * groups[0], 2 * groups[1] * d.one("more", 1, 2)))
 
-
 # -- normalisation ---------------------------------------------------------------------------------------------------
 
-
-def norm(name: str, axis: int, module, kinds: Sequence[str], choices: Mapping[str, Sequence], **limits: Any):
-    layer("norm", name, kinds, lambda x, y, i, *c: units_in(axis, x, module(x, x.width[i], *c)), choices, **limits)
-
-
-norm(
-    "batch_norm",
-    1,
-    lambda x, n, *c: x.layer("BatchNorm", n, 1e-5, *c),
-    KINDS,
-    {"momentum": (0.1, None), "affine": FLAG},
-)
-norm(
-    "instance_norm", 1, lambda x, n, *c: x.layer("InstanceNorm", n, 1e-5, 0.1, *c), PLACED,
-    {"affine": FLAG, "track": FLAG}, when=lambda x: math.prod(x.size) > 2,
-)  # fmt: skip
-norm(
-    "layer_norm", -1, lambda x, n, options: nn.LayerNorm(n, **options), KINDS,
-    {"options": ({}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.01})}, least=2,
-)  # fmt: skip
-norm("layer_norm_places", 1, lambda x, n: nn.LayerNorm((n, *x.size)), PLACED, {}, least=2)
-norm("rms_norm", -1, lambda x, n, *c: nn.RMSNorm(n, *c), KINDS, {"eps": (None, 0.01), "affine": FLAG}, least=2)
-norm(
-    "group_norm", 1, lambda x, n, g, affine: nn.GroupNorm(g, n, affine=affine), KINDS,
-    {"groups": (1, 2), "affine": FLAG}, by=2, least=4,
-)  # fmt: skip
-norm("group_norm_more", 1, lambda x, n: nn.GroupNorm(n // 2, n), KINDS, {}, by=2, least=4)
-
+norm("batch_norm", KINDS, 1, lambda x, n, momentum, affine: x.layer("BatchNorm", n, 1e-5, momentum, affine),
+     {"momentum": (0.1, None), "affine": FLAG})
+norm("instance_norm", PLACED, 1, lambda x, n, affine, track: x.layer("InstanceNorm", n, 1e-5, 0.1, affine, track),
+     {"affine": FLAG, "track": FLAG}, when=lambda x: whole(x) > 2)
+norm("layer_norm", KINDS, -1, lambda x, n, options: nn.LayerNorm(n, **options),
+     {"options": ({}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.01})}, least=2)
+norm("layer_norm_places", PLACED, 1, lambda x, n: nn.LayerNorm((n, *x.size)), {}, least=2)
+norm("rms_norm", KINDS, -1, lambda x, n, *c: nn.RMSNorm(n, *c), {"eps": (None, 0.01), "affine": FLAG}, least=2)
+norm("group_norm", KINDS, 1, lambda x, n, groups, affine: nn.GroupNorm(groups, n, affine=affine),
+     {"groups": (1, 2), "affine": FLAG}, by=2, least=4)
+norm("group_norm_more", KINDS, 1, lambda x, n: nn.GroupNorm(n // 2, n), {}, by=2, least=4)
 
 @op("strange", KINDS, least=2)
 def group_norm_any(d: Draw, x: Value):
@@ -311,84 +292,62 @@ def group_norm_any(d: Draw, x: Value):
     d.log.append(f"groups={two(groups)}")
     return x, lambda i: units_in(1, x, nn.GroupNorm(groups[i], x.width[i]))
 
-
 # -- one entry for a unit; pooling -----------------------------------------------------------------------------------
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "hardswish": F.hardswish, "elu": F.elu,
-    "abs": abs, "one_minus": lambda v: 1 - v, "half_plus_one": lambda v: v / 2 + 1, "square": lambda v: v * v,
-    "clamp": lambda v: v.clamp(-1, 1), "maximum": lambda v: torch.maximum(v, -2 * v),
-    "in_place": lambda v: v.clone().mul_(2).relu_(), "relu_in_place": lambda v: F.relu(v, inplace=True),
-}  # fmt: skip
-functions("activation", KINDS, {name: lambda x, v, f=f: f(v) for name, f in ACTIVATIONS.items()})
+functions("activation", KINDS, {
+    "relu": lambda x, v: F.relu(v), "gelu": lambda x, v: F.gelu(v), "silu": lambda x, v: F.silu(v),
+    "tanh": lambda x, v: v.tanh(), "hardswish": lambda x, v: F.hardswish(v), "elu": lambda x, v: F.elu(v),
+    "abs": lambda x, v: abs(v), "one_minus": lambda x, v: 1 - v, "half_plus_one": lambda x, v: v / 2 + 1,
+    "square": lambda x, v: v * v, "clamp": lambda x, v: v.clamp(-1, 1), "in_place": lambda x, v: v.clone().mul_(2).relu_(),
+    "maximum": lambda x, v: torch.maximum(v, -2 * v), "relu_in_place": lambda x, v: F.relu(v, inplace=True),
+})
 layer("norm", "prelu", ("vector", *SPATIAL), lambda x, y, i, one: nn.PReLU(1 if one else x.width[i]), {"one": FLAG})
 
-
-@op("norm", KINDS)
-def parameter(d: Draw, x: Value):
+def parameter(x: Value, y: Two, i: int, what: str, lead: tuple[int, ...], product: bool) -> nn.Module:
     """A bias, a layer scale, a temperature, a positional embedding: with leading axes or without."""
-    what, lead, product = (
-        d.one("what", "unit", "scalar", "everywhere"),
-        d.one("lead", (), (1,)),
-        d.one("product", *FLAG),
-    )
-    places = x.size if what == "everywhere" else (1,) * len(x.size)
+    places = x.size if what == "everywhere" else (1,) * len(x.size) if x.kind in SPATIAL else ()
+    shape = () if what == "scalar" else (x.width[i], *places) if x.kind in SPATIAL else (*places, x.width[i])
+    weight = nn.Parameter(torch.randn((*lead, *shape)))
+    return Net({"weight": weight}, lambda net, v: v * net.weight if product else v + net.weight)
 
-    def weight(i: int) -> Any:
-        units = 1 if what == "scalar" else x.width[i]
-        return nn.Parameter(torch.randn(*lead, *((units, *places) if x.kind in SPATIAL else (*places, units))))
+layer("norm", "parameter", KINDS, parameter,
+      {"what": ("unit", "scalar", "everywhere"), "lead": ((), (1,)), "product": FLAG})
+layer("norm", "class_token", ["sequence"], lambda x, y, i: Net(
+    {"token": nn.Parameter(torch.randn(1, 1, x.width[i]))},
+    lambda net, v: torch.cat([net.token.expand(len(v), -1, -1), v], 1),
+), {}, lambda y: y.at(lambda n: n + 1), keeps=False)
 
-    return x, net(lambda net, v: v * net.weight if product else v + net.weight, weight=weight)
-
-
-@op("norm", ["sequence"], keeps=False)
-def class_token(d: Draw, x: Value):
-    token: Any = lambda i: nn.Parameter(torch.randn(1, 1, x.width[i]))  # noqa: E731
-    out = x.at(lambda n: n + 1)
-    return out, net(lambda net, v: torch.cat([net.token.expand(len(v), -1, -1), v], 1), token=token)
-
-
-layer(
-    "pool", "pool", SPATIAL, lambda x, y, i, name: x.layer(name, *((2, 2) if name == "LPPool" else (2,))),
-    {"name": ("MaxPool", "AvgPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool")},
-    lambda y, name: y.at(lambda n: 2 if "Adaptive" in name else n // 2), keeps=False, when=sized(2),
-)  # fmt: skip
-layer(
-    "pool",
-    "padded_pool",
-    SPATIAL,
-    lambda x, y, i, name: x.layer(name, 3, 1, 1),
-    {"name": ("MaxPool", "AvgPool")},
-    when=sized(3),
-)
+layer("pool", "pool", SPATIAL, lambda x, y, i, name: x.layer(name, *((2, 2) if name == "LPPool" else (2,))),
+      {"name": ("MaxPool", "AvgPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool")},
+      lambda y, name: y.at(lambda n: 2 if "Adaptive" in name else n // 2), keeps=False, when=sized(2))
+layer("pool", "padded_pool", SPATIAL, lambda x, y, i, name: x.layer(name, 3, 1, 1), {"name": ("MaxPool", "AvgPool")},
+      when=sized(3))
 functions("pool", PLACED, {
     "mean": lambda x, v: v.mean(x.places), "amax": lambda x, v: v.amax(x.places), "sum": lambda x, v: v.sum(x.places),
     "max": lambda x, v: v.movedim(x.axis, 1).flatten(2).max(-1).values,
     "first": lambda x, v: v.movedim(x.axis, -1).flatten(1, -2)[:, 0],
-}, lambda x: Value("vector", x.width), keeps=False)  # fmt: skip
+}, lambda x: Value("vector", x.width), keeps=False)
 
 # -- branches --------------------------------------------------------------------------------------------------------
 
 MEETINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add, "product": torch.mul, "maximum": torch.maximum, "stack": lambda u, v: torch.stack([u, v]).sum(0),
-}  # fmt: skip
-
+}
 
 @op("branch", KINDS, nests=True)
 def residual(d: Draw, x: Value):
     return x, net(lambda net, v: v + net.body(v), body=d.body(x, x.width))
-
 
 @op("branch", KINDS, nests=True)
 def branches(d: Draw, x: Value):
     y, meet = d.width(), MEETINGS[d.one("how", *MEETINGS)]
     return x.to(y), net(lambda net, v: meet(net.a(v), net.b(v)), a=d.body(x, y), b=d.body(x, y))
 
-
 def concatenated(d: Draw, x: Value, order: str) -> tuple[Value, Make]:
     """Branches u and v, the input x, and n, which the student alone has."""
-    widths = {"u": d.width(), "v": d.width(), "x": x.width, "n": (0, d.one("new", 1, 3) if "n" in order else 0)}
-    bodies = {name: d.body(x, (max(1, widths[name][0]), widths[name][1])) for name in "uvn" if name in order}
+    widths = {"x": x.width, "n": (0, 2)} | {name: d.width(name) for name in "uv" if name in order}
+    bodies = {name: d.body(x, widths[name]) for name in "uv" if name in order}
+    bodies |= {"n": mix(x, widths["n"])} if "n" in order else {}
 
     def how(net: Net, v: Tensor) -> Tensor:
         made = {name: getattr(net, name)(v) for name in bodies if hasattr(net, name)} | {"x": v}
@@ -397,25 +356,21 @@ def concatenated(d: Draw, x: Value, order: str) -> tuple[Value, Make]:
     def make(i: int) -> nn.Module:
         return Net({name: body(i) for name, body in bodies.items() if i or name != "n"}, how)
 
-    return x.to(sum(widths[name][i] for name in order) for i in (0, 1)), make
-
+    return x.to(plus(*(widths[name] for name in order))), make
 
 @op("branch", KINDS, nests=True)
 def concat(d: Draw, x: Value):
     return concatenated(d, x, d.one("order", "uv", "uvu", "xu", "uxu", "xx"))
 
-
 @op("depth", KINDS, nests=True)
 def new_branch(d: Draw, x: Value):
     return concatenated(d, x, d.one("order", "un", "nu", "unv"))
 
-
 @op("branch", PLACED)
 def squeeze_excite(d: Draw, x: Value):
     inner, gate = d.width(), d.one("gate", torch.sigmoid, F.hardsigmoid)
-    gates = lambda net, v: gate(net.up(F.relu(net.down(v.mean(x.places, keepdim=True)))))  # noqa: E731
-    return x, net(lambda net, v: v * gates(net, v), down=mix(x, inner), up=mix(x.to(inner), x.width))
-
+    return x, net(lambda net, v: v * gate(net.up(F.relu(net.down(v.mean(x.places, keepdim=True))))),
+                  down=mix(x, inner), up=mix(x.to(inner), x.width))
 
 GATES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "glu": F.glu,
@@ -423,208 +378,178 @@ GATES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "swiglu": lambda v, axis: (lambda a, b: F.silu(a) * b)(*v.chunk(2, axis)),
 }
 
-
 @op("branch", KINDS)
 def glu(d: Draw, x: Value):
-    y, gate = x.to(d.width()), GATES[d.one("how", *GATES)]
-    return y, net(lambda net, v: gate(net.both(v), x.axis), both=mix(x, y.times(2)))
-
+    y, gate = d.width(), GATES[d.one("how", *GATES)]
+    return x.to(y), net(lambda net, v: gate(net.both(v), x.axis), both=mix(x, times(y, 2)))
 
 @op("branch", KINDS)
 def gate_of_one(d: Draw, x: Value):
     """One unit that gates all: spatial attention."""
     return x, net(lambda net, v: v * torch.sigmoid(net.gate(v)), gate=mix(x, (1, 1)))
 
-
 @op("branch", KINDS, nests=True)
 def pad_units(d: Draw, x: Value):
     """The shortcut without parameters: zeros behind the units, or on both sides."""
     first, end = d.width("first") if d.one("front", *FLAG) else (0, 0), d.width("end")
-    y = x.width[0] + first[0] + end[0], x.width[1] + first[1] + end[1]
-    lead, body = (0, 0) * (len(x.size) if x.kind in SPATIAL else 0), d.body(x, y)
+    y, lead = plus(x.width, first, end), (0, 0) * (len(x.size) if x.kind in SPATIAL else 0)
+    body = d.body(x, y)
     return x.to(y), lambda i: Net({"body": body(i)}, lambda net, v: F.pad(v, (*lead, first[i], end[i])) + net.body(v))
-
 
 # -- parts, order and layout of the units ----------------------------------------------------------------------------
 
 HALVES: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
     "chunk": lambda v: v.chunk(2, 1), "split": lambda v: v.split(v.shape[1] // 2, 1),
     "even and odd": lambda v: (v[:, ::2], v[:, 1::2]), "unbind": lambda v: v.unflatten(1, (2, -1)).unbind(1),
-}  # fmt: skip
-
+}
+ENDS = MEETINGS | {"cat": lambda u, v: torch.cat([u, v], 1), "swap": lambda u, v: torch.cat([v, u], 1)}
 
 @op("branch", KINDS, by=2)
 def halves(d: Draw, x: Value):
     """One half goes through a layer and the other past it (ShuffleNet, CSP)."""
-    half, part = x.to(n // 2 for n in x.width), HALVES[d.one("how", *HALVES)]
-    then = d.one("then", "cat", "swap", *MEETINGS)
+    half, part, then = x.to((x.width[0] // 2, x.width[1] // 2)), d.one("how", *HALVES), d.one("then", *ENDS)
 
     def how(net: Net, v: Tensor) -> Tensor:
-        a, b = (u.movedim(1, x.axis) for u in part(v.movedim(x.axis, 1)))
-        pair = [net.layer(a), b]
-        return MEETINGS[then](*pair) if then in MEETINGS else torch.cat(pair if then == "cat" else pair[::-1], x.axis)
+        a, b = HALVES[part](v.movedim(x.axis, 1))
+        return ENDS[then](net.layer(a.movedim(1, x.axis)).movedim(x.axis, 1), b).movedim(1, x.axis)
 
     return half if then in MEETINGS else x, net(how, layer=mix(half, half.width))
-
 
 @op("branch", KINDS)
 def unequal_parts(d: Draw, x: Value):
     """One layer's units in two parts of different widths, which go different ways."""
     a, b, y = d.width("first"), d.width("second"), d.width()
-    both, first, second = mix(x, (a[0] + b[0], a[1] + b[1])), mix(x.to(a), y), mix(x.to(b), y)
 
-    def make(i: int) -> nn.Module:
-        def how(net: Net, v: Tensor) -> Tensor:
-            u, v = net.both(v).split([a[i], b[i]], x.axis)
-            return net.first(F.relu(u)) + net.second(torch.tanh(v))
+    def how(net: Net, v: Tensor) -> Tensor:
+        u, v = net.both(v).split([net.first.weight.shape[1], net.second.weight.shape[1]], x.axis)
+        return net.first(F.relu(u)) + net.second(torch.tanh(v))
 
-        return Net({"both": both(i), "first": first(i), "second": second(i)}, how)
-
-    return x.to(y), make
-
+    return x.to(y), net(how, both=mix(x, plus(a, b)), first=mix(x.to(a), y), second=mix(x.to(b), y))
 
 def evens_first(x: Value, v: Tensor) -> Tensor:
     """A constant permutation of the units."""
-    n = v.shape[x.axis]
-    return torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2)])
-
+    return torch.cat([torch.arange(0, v.shape[x.axis], 2), torch.arange(1, v.shape[x.axis], 2)])
 
 functions("order", KINDS, {
     "flip": lambda x, v: v.flip(x.axis), "roll": lambda x, v: v.roll(1, x.axis),
     "index_select": lambda x, v: v.index_select(x.axis, evens_first(x, v)),
     "tensor_index": lambda x, v: v[(slice(None), evens_first(x, v)) if x.axis > 0 else (..., evens_first(x, v))],
     "list_index": lambda x, v: v.movedim(x.axis, 1)[:, evens_first(x, v).tolist()].movedim(1, x.axis),
-})  # fmt: skip
+})
 functions("order", KINDS, {
     "shuffle": lambda x, v: v.movedim(x.axis, -1).unflatten(-1, (2, -1)).mT.flatten(-2).movedim(-1, x.axis),
-}, by=2)  # fmt: skip
+}, by=2)
 functions("order", PLACED, {
     "flip_places": lambda x, v: v.flip(x.places), "roll_places": lambda x, v: v.roll(1, x.places[-1]),
-})  # fmt: skip
-functions("order", ["map"], {
-    "turn": lambda x, v: v.permute(0, 1, 3, 2),
-}, lambda x: replace(x, size=x.size[::-1]), keeps=False)  # fmt: skip
-
+})
+functions("layout", ["map"], {"turn": lambda x, v: v.mT}, lambda x: replace(x, size=x.size[::-1]), keeps=False)
 functions("layout", PLACED, {
     "flatten": lambda x, v: v.flatten(1), "flatten_last": lambda x, v: v.movedim(1, -1).reshape(len(v), -1),
     "flatten_middle": lambda x, v: v.transpose(1, 2).contiguous().view(len(v), -1),
-}, lambda x: Value("vector", x.times(math.prod(x.size))), keeps=False, when=sized(1, 12))  # fmt: skip
+}, lambda x: Value("vector", times(x.width, whole(x))), keeps=False, when=sized(1, 12))
 functions("layout", SPATIAL, {
-    "to_sequence": lambda x, v: v.flatten(2).mT, "permute": lambda x, v: v.movedim(1, -1).reshape(len(v), -1, v.shape[1]),
-}, lambda x: Value("sequence", x.width, (math.prod(x.size),)), keeps=False, when=sized(1, 12))  # fmt: skip
-functions(
-    "layout",
-    ["vector"],
-    {"unsqueeze": lambda x, v: v.unsqueeze(1)},
-    lambda x: Value("sequence", x.width, (1,)),
-    keeps=False,
-)
+    "to_sequence": lambda x, v: v.flatten(2).mT,
+    "permute": lambda x, v: v.movedim(1, -1).reshape(len(v), -1, v.shape[1]),
+}, lambda x: Value("sequence", x.width, (whole(x),)), keeps=False, when=sized(1, 12))
+functions("layout", ["vector"], {
+    "unsqueeze": lambda x, v: v.unsqueeze(1),
+}, lambda x: Value("sequence", x.width, (1,)), keeps=False)
 functions("layout", ["sequence"], {
     "to_map": lambda x, v: v.permute(0, 2, 1).unflatten(2, (1, -1)),
-}, lambda x: Value("map", x.width, (1, *x.size)), keeps=False)  # fmt: skip
+}, lambda x: Value("map", x.width, (1, *x.size)), keeps=False)
 functions("layout", ["map"], {
     "pixel_unshuffle": lambda x, v: F.pixel_unshuffle(v, 2),
     "to_depth": lambda x, v: torch.cat([v[:, :, a::2, b::2] for b in (0, 1) for a in (0, 1)], 1),
-}, lambda x: x.to(x.times(4)).at(lambda n: n // 2), keeps=False, when=lambda x: not any(n % 2 for n in x.size))  # fmt: skip
+}, lambda x: x.to(times(x.width, 4)).at(lambda n: n // 2), keeps=False, when=lambda x: not any(n % 2 for n in x.size))
 functions("layout", ["map"], {
     "unfold": lambda x, v: F.unfold(v, 2),
-}, lambda x: Value("line", x.times(4), (math.prod(n - 1 for n in x.size),)), keeps=False, when=sized(2))  # fmt: skip
-
-
-@op("layout", ["map"], keeps=False, when=sized(1, 16))
-def pixel_shuffle(d: Draw, x: Value):
-    y = x.to(d.width()).at(lambda n: 2 * n)
-    return y, net(lambda net, v: F.pixel_shuffle(net.layer(v), 2), layer=mix(x, y.times(4)))
-
-
-@op("layout", ["vector"], keeps=False)
-def unflatten(d: Draw, x: Value):
-    """A layer whose units are laid out as a map, or as the positions of a sequence."""
-    kind, sizes = d.one("layout", ("map", (-1, 2, 2)), ("sequence", (4, -1)))
-    y = Value(kind, d.width(), (2, 2) if kind == "map" else (4,))
-    return y, net(lambda net, v: net.layer(v).unflatten(1, sizes), layer=mix(x, y.times(4)))
-
+}, lambda x: Value("line", times(x.width, 4), (whole(x.at(lambda n: n - 1)),)), keeps=False, when=sized(2))
+layer("layout", "pixel_shuffle", ["map"],
+      lambda x, y, i: nn.Sequential(mix(x, times(y, 4))(i), nn.PixelShuffle(2)), {},
+      lambda y: y.at(lambda n: 2 * n), grows=1, keeps=False, when=sized(1, 16))
+layer("layout", "unflatten", ["vector"],  # a layer whose units are laid out as a map, or as positions of a sequence
+      lambda x, y, i, how: nn.Sequential(mix(x, times(y, 4))(i), nn.Unflatten(1, how[2])),
+      {"layout": (("map", (2, 2), (-1, 2, 2)), ("sequence", (4,), (4, -1)))},
+      lambda y, how: Value(how[0], y.width, how[1]), grows=1, keeps=False)
 
 SMOOTH = {"line": "linear", "map": "bilinear", "volume": "trilinear"}
 functions("layout", SPATIAL, {
-    "pad": lambda x, v: F.pad(v, (1, 0) * len(x.size)), "pad_half": lambda x, v: F.pad(v, (1, 0) * len(x.size), value=0.5),
+    "pad": lambda x, v: F.pad(v, (1, 0) * len(x.size)),
+    "pad_half": lambda x, v: F.pad(v, (1, 0) * len(x.size), value=0.5),
     "pad_reflect": lambda x, v: F.pad(v, (1, 0) * len(x.size), "reflect"),
     "pad_replicate": lambda x, v: F.pad(v, (1, 0) * len(x.size), "replicate"),
     "pad_circular": lambda x, v: F.pad(v, (1, 0) * len(x.size), "circular"),
     "interpolate": lambda x, v: F.interpolate(v, [n + 1 for n in x.size]),
     "interpolate_area": lambda x, v: F.interpolate(v, [n + 1 for n in x.size], mode="area"),
     "interpolate_smooth": lambda x, v: F.interpolate(v, [n + 1 for n in x.size], mode=SMOOTH[x.kind]),
-}, lambda x: x.at(lambda n: n + 1), keeps=False, when=sized(2, 16))  # fmt: skip
+}, lambda x: x.at(lambda n: n + 1), keeps=False, when=sized(2, 16))
 
 # -- attention -------------------------------------------------------------------------------------------------------
 
-# How one layer's units are laid out: (B, N, 3 H d) -> queries, keys and values (B, H, N, d).
-FUSED: dict[str, Callable[[Tensor, int], Sequence[Tensor]]] = {
+# From a layer's units (B, N, 3 H d), in one of several layouts, to queries, keys and values (B, H, N, d).
+LAYOUTS: dict[str, Callable[[Tensor, int], Sequence[Tensor]]] = {
     "3 H d": lambda v, h: v.reshape(*v.shape[:2], 3, h, -1).permute(2, 0, 3, 1, 4).unbind(0),
     "chunk": lambda v, h: [part.unflatten(-1, (h, -1)).transpose(1, 2) for part in v.chunk(3, -1)],
     "H 3 d": lambda v, h: v.view(*v.shape[:2], h, 3, -1).transpose(1, 2).unbind(3),
     "H 3d": lambda v, h: v.view(*v.shape[:2], h, -1).permute(0, 2, 1, 3).chunk(3, -1),
 }
-FUSED["separate"] = FUSED["chunk"]
-
 
 @op("attention", ["sequence"])
 def attention(d: Draw, x: Value):
     """Self-attention by hand or by torch's function, with one layer or three for queries, keys and values."""
     h, e, y = d.width("heads", options=(1, 2)), d.width("head", options=(1, 2, 3)), d.width()
-    how, layout = d.one("how", "function", "scale", "scaled queries", "sqrt"), d.one("layout", *FUSED)
-    bias, mask = d.one("bias", *FLAG), d.one("mask", "none", "relative", "causal")
-    inner, count = (h[0] * e[0], h[1] * e[1]), x.size[0]
-    three = (("q", 1), ("k", 1), ("v", 1)) if layout == "separate" else (("qkv", 3),)
+    how, layout = d.one("how", "function", "scale", "scaled queries", "sqrt"), d.one("layout", "separate", *LAYOUTS)
+    bias, mask, count = d.one("bias", *FLAG), d.one("mask", "none", "relative", "causal"), x.size[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, relative: Tensor | None) -> Tensor:
+        if how == "function":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=relative, is_causal=mask == "causal")
+        logits = (q * scale) @ k.mT if how == "scaled queries" else q @ k.mT
+        logits = logits * scale if how == "scale" else logits / math.sqrt(q.shape[-1]) if how == "sqrt" else logits
+        logits = logits if relative is None else logits + relative
+        if mask == "causal":
+            logits = logits.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), -torch.inf)
+        return logits.softmax(-1) @ v
 
     def make(i: int) -> nn.Module:
-        scale = e[i] ** -0.5
+        scale, inner = e[i] ** -0.5, h[i] * e[i]
 
         def forward(net: Net, v: Tensor) -> Tensor:
-            q, k, v = FUSED[layout](torch.cat([getattr(net, name)(v) for name, _ in three], -1), h[i])
-            added = net.relative if mask == "relative" else None
-            if how == "function":
-                v = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=mask == "causal")
+            if layout == "separate":
+                q, k, v = (part(v).view(len(v), count, h[i], e[i]).transpose(1, 2) for part in (net.q, net.k, net.v))
             else:
-                logits = (q * scale) @ k.mT if how == "scaled queries" else q @ k.mT
-                logits = logits * scale if how == "scale" else logits / math.sqrt(e[i]) if how == "sqrt" else logits
-                logits = logits + added if mask == "relative" else logits
-                if mask == "causal":
-                    logits = logits.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), -torch.inf)
-                v = logits.softmax(-1) @ v
-            return net.out(v.transpose(1, 2).flatten(2))
+                q, k, v = LAYOUTS[layout](net.qkv(v), h[i])
+            return net.out(attend(q, k, v, scale, getattr(net, "relative", None)).transpose(1, 2).flatten(2))
 
-        parts: dict[str, Any] = {name: nn.Linear(x.width[i], n * inner[i], bias) for name, n in three}
+        widths = {"q": inner, "k": inner, "v": inner} if layout == "separate" else {"qkv": 3 * inner}
+        parts: dict[str, Any] = {name: nn.Linear(x.width[i], width, bias) for name, width in widths.items()}
         parts |= {"relative": nn.Parameter(torch.randn(h[i], count, count))} if mask == "relative" else {}
-        return Net(parts | {"out": nn.Linear(inner[i], y[i])}, forward)
+        return Net(parts | {"out": nn.Linear(inner, y[i])}, forward)
 
     return x.to(y), make
-
 
 @op("attention", ["sequence"])
 def multihead(d: Draw, x: Value):
     """nn.MultiheadAttention to the value itself, or to another of another width."""
     h, e, cross = d.width("heads", options=(1, 2)), d.width("head", options=(1, 2, 3)), d.one("cross", *FLAG)
-    y, more = (h[0] * e[0], h[1] * e[1]), d.width("memory's more")
-    memory = y[0] + more[0], y[1] + more[1]  # torch names the parameters differently where the widths agree
     first, bias, weights = d.one("batch_first", *FLAG), d.one("bias", *FLAG), d.one("need_weights", *FLAG)
+    y = h[0] * e[0], h[1] * e[1]
+    memory = plus(y, d.width("memory's more"))  # torch has other parameters where the widths agree
 
     def how(net: Net, v: Tensor) -> Tensor:
-        q = net.enter(v)
-        q, other = (u if first else u.transpose(0, 1) for u in (q, net.memory(v).flip(1) if cross else q))
-        out = net.attention(q, *(other, other) if cross else (q, q), need_weights=weights)[0]
+        q, other = net.enter(v), net.memory(v).flip(1) if cross else None
+        q, other = (u if first or u is None else u.transpose(0, 1) for u in (q, other))
+        out = net.attention(q, *((q, q) if other is None else (other, other)), need_weights=weights)[0]
         return out if first else out.transpose(0, 1)
 
     def make(i: int) -> nn.Module:
-        dims = {"kdim": memory[i], "vdim": memory[i]} if cross else {}
         parts = {"enter": mix(x, y)(i)} | ({"memory": mix(x, memory)(i)} if cross else {})
+        dims = {"kdim": memory[i], "vdim": memory[i]} if cross else {}
         return Net(parts | {"attention": nn.MultiheadAttention(y[i], h[i], bias=bias, batch_first=first, **dims)}, how)
 
     return x.to(y), make
 
-
 # -- depth: layers that the student alone has ------------------------------------------------------------------------
-
 
 @op("depth", KINDS)
 def sequential(d: Draw, x: Value):
@@ -645,77 +570,55 @@ def sequential(d: Draw, x: Value):
 
     return x.to((chains[0][-1], chains[1][-1])), make
 
-
 @op("depth", KINDS)
 def stage(d: Draw, x: Value):
     """Residual blocks; the student has more of them."""
     inner, more = [d.width() for _ in range(d.one("blocks", 1, 2))], d.one("more", 1, 2)
     act, normed = d.one("activation", nn.ReLU, nn.GELU, nn.SiLU), d.one("norm", "no", "before", "after")
 
-    def make(i: int) -> nn.Module:
-        blocks = []
-        for y in inner + inner[-1:] * more * i:
-            norms = {normed: units_in(1, x, x.layer("BatchNorm", x.width[i]))}
-            block = [norms.get("before"), mix(x, y)(i), act(), mix(x.to(y), x.width)(i), norms.get("after")]
-            blocks.append(nn.Sequential(*(part for part in block if part is not None)))
+    def block(y: Two, i: int) -> nn.Module:
+        norms = {normed: units_in(1, x, x.layer("BatchNorm", x.width[i]))}
+        parts = [norms.get("before"), mix(x, y)(i), act(), mix(x.to(y), x.width)(i), norms.get("after")]
+        return Net({"f": nn.Sequential(*(part for part in parts if part))}, lambda net, v: v + net.f(v))
+
+    return x, lambda i: nn.Sequential(*(block(y, i) for y in inner + inner[-1:] * more * i))
+
+def deeper(act: Callable[[Tensor], Tensor], more: Callable, meet=lambda v, new: new) -> Callable:
+    """A layer and its activation, and behind it in the student something more."""
+
+    def build(d: Draw, x: Value) -> tuple[Value, Make]:
+        y = x.to(d.width())
 
         def how(net: Net, v: Tensor) -> Tensor:
-            for block in net.blocks:
-                v = v + block(v)
-            return v
+            v = act(net.layer(v))
+            return meet(v, act(net.new(v))) if hasattr(net, "new") else v
 
-        return Net({"blocks": nn.ModuleList(blocks)}, how)
+        return y, lambda i: Net({"layer": mix(x, y.width)(i)} | ({"new": more(y, i)} if i else {}), how)
 
-    return x, make
+    return build
 
-
-def deeper(d: Draw, x: Value, act: Callable[[Tensor], Tensor], new: Callable[[Value, int], nn.Module], meet=None):
-    """A layer and its activation, and again in the student."""
-    y = x.to(d.width())
-
-    def how(net: Net, v: Tensor) -> Tensor:
-        v = act(net.layer(v))
-        if not hasattr(net, "new"):
-            return v
-        return meet(v, net.new(v)) if meet else act(net.new(v))
-
-    return y, lambda i: Net({"layer": mix(x, y.width)(i)} | ({"new": new(y, i)} if i else {}), how)
-
-
-def new_layer(x: Value, i: int) -> nn.Module:
-    return mix(x, x.width, 3)(i)
-
-
-for _name, _act in {"relu": F.relu, "relu6": F.relu6, "none": lambda v: v, "gelu": F.gelu, "tanh": F.tanh}.items():
-    _family = "strange" if _name in ("gelu", "tanh") else "depth"
-    _build = lambda d, x, act=_act: deeper(d, x, act, new_layer)  # noqa: E731
-    OPERATIONS[f"deeper_{_name}"] = Operation(f"deeper_{_name}", _family, KINDS, _build)
-
-
-@op("depth", KINDS)
-def new_norm(d: Draw, x: Value):
-    return deeper(d, x, F.relu, lambda y, i: units_in(1, y, y.layer("BatchNorm", y.width[i])))
-
-
-@op("strange", KINDS)
-def new_gate(d: Draw, x: Value):
-    return deeper(d, x, F.relu, new_layer, lambda v, new: v * new.sigmoid())
-
+for _name, _family, _act, _more, *_meet in (
+    ("deeper_relu", "depth", F.relu, lambda y, i: mix(y, y.width, 3)(i)),
+    ("deeper_relu6", "depth", F.relu6, lambda y, i: mix(y, y.width, 3)(i)),
+    ("deeper_linear", "depth", lambda v: v, lambda y, i: mix(y, y.width, 3)(i)),
+    ("new_norm", "depth", F.relu, lambda y, i: units_in(1, y, y.layer("BatchNorm", y.width[i]))),
+    ("deeper_gelu", "strange", F.gelu, lambda y, i: mix(y, y.width)(i)),
+    ("deeper_tanh", "strange", F.tanh, lambda y, i: mix(y, y.width)(i)),
+    ("new_gate", "strange", torch.sigmoid, lambda y, i: mix(y, y.width)(i), torch.mul),
+):
+    OPERATIONS[_name] = Operation(_name, _family, KINDS, deeper(_act, _more, *_meet))
 
 # -- one module in several places ------------------------------------------------------------------------------------
-
 
 @op("shared", KINDS)
 def twice(d: Draw, x: Value):
     y = d.width()
     return x.to(y), net(lambda net, v: net.f(net.f(net.a(v)).relu()), a=mix(x, y), f=mix(x.to(y), y, 3))
 
-
 @op("shared", KINDS)
 def siamese(d: Draw, x: Value):
     y, meet = d.width(), MEETINGS[d.one("how", *MEETINGS)]
     return x.to(y), net(lambda net, v: meet(net.f(v), net.f(v.abs())), f=mix(x, y, 3))
-
 
 @op("shared", KINDS)
 def tied(d: Draw, x: Value):
@@ -727,14 +630,12 @@ def tied(d: Draw, x: Value):
         b.weight = a.weight
         return Net({"a": a, "b": b}, lambda net, v: torch.cat([net.a(v), net.b(v.tanh())], x.axis))
 
-    return x.to(x.to(y).times(2)), make
-
+    return x.to(times(y, 2)), make
 
 @op("strange", ROWS)
 def tied_transposed(d: Draw, x: Value):
     """A layer and its transpose, as of an autoencoder."""
     return x, net(lambda net, v: F.linear(F.relu(net.f(v)), net.f.weight.mT), f=mix(x, d.width()))
-
 
 @op("shared", ["sequence"], keeps=False)
 def recurrent(d: Draw, x: Value):
@@ -748,53 +649,54 @@ def recurrent(d: Draw, x: Value):
 
     return Value("vector", y), net(how, a=mix(x, y), b=mix(x.to(y), y))
 
-
-# -- what a forward pass may do besides: exact or refused, but never silently wrong -------------------------------------
-
-
-def unit_last(f: Callable[[Tensor], Tensor]) -> Callable[[Value, Tensor], Tensor]:
-    return lambda x, v: f(v.movedim(x.axis, -1)).movedim(-1, x.axis)
-
+# -- what a forward pass may do besides, with the units in the last axis ---------------------------------------------
 
 STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda v: v.softmax(-1), "cumsum": lambda v: v.cumsum(-1), "sort": lambda v: v.sort(-1).values,
-    "normalize": lambda v: F.normalize(v, dim=-1), "minus_mean": lambda v: v - v.mean(-1, keepdim=True),
-    "max_of_units": lambda v: v * v.amax(-1, keepdim=True).sigmoid(), "logsumexp": lambda v: v - v.logsumexp(-1, keepdim=True),
-    "hand_rms": lambda v: v * (v.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt(), "std": lambda v: v / (1 + v.std(-1, keepdim=True)),
-    "hand_norm": lambda v: (v - v.mean(-1, True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt(),
-    "first_zeroed": lambda v: torch.cat([0 * v[..., :1], v[..., 1:]], -1), "difference": lambda v: v - v.roll(1, -1),
-    "position_in_units": lambda v: v + torch.arange(v.shape[-1]) / v.shape[-1], "gram": lambda v: v @ (v.mT @ v if v.dim() > 2 else v.mT @ v),
-    "written": lambda v: (u := v.clone(), u[..., 0].mul_(2))[0], "argmax": lambda v: v + v.argmax(-1, keepdim=True),
-    "topk": lambda v: v * (v >= v.topk(1, -1).values), "fft": lambda v: torch.fft.fft(v).real,
-    "local_response": lambda v: F.local_response_norm(v.movedim(-1, 1), 2).movedim(1, -1) if v.dim() > 2 else v,
+    "unit_length": lambda v: F.normalize(v, dim=-1), "minus_mean": lambda v: v - v.mean(-1, keepdim=True),
+    "gate_of_max": lambda v: v * v.amax(-1, keepdim=True).sigmoid(), "fft": lambda v: torch.fft.fft(v).real,
+    "gate_of_sum": lambda v: v * v.sum(-1, keepdim=True).sigmoid(), "times_width": lambda v: v * v.shape[-1],
+    "log_softmax": lambda v: v - v.logsumexp(-1, keepdim=True), "over_largest": lambda v: v / (1 + v.abs().max()),
+    "rms_by_hand": lambda v: v * (v.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt(),
+    "norm_by_hand": lambda v: (v - v.mean(-1, True)) / (v.var(-1, keepdim=True, correction=0) + 1e-5).sqrt(),
+    "std": lambda v: v / (1 + v.std(-1, keepdim=True)), "difference": lambda v: v - v.roll(1, -1),
+    "first_zeroed": lambda v: torch.cat([0 * v[..., :1], v[..., 1:]], -1),
+    "first_written": lambda v: (u := v.clone(), u[..., 0].mul_(2))[0],
+    "first_scattered": lambda v: v.scatter(-1, torch.zeros_like(v[..., :1], dtype=torch.long), 1.0),
+    "plus_index": lambda v: v + torch.arange(v.shape[-1]) / v.shape[-1], "gram": lambda v: v @ (v.mT @ v),
+    "plus_argmax": lambda v: v + v.argmax(-1, keepdim=True), "top_one": lambda v: v * (v >= v.topk(1, -1).values),
     "units_conv": lambda v: F.conv1d(v.reshape(-1, 1, v.shape[-1]), v.new_ones(1, 1, 3), padding=1).reshape(v.shape),
-    "scatter": lambda v: v.scatter(-1, torch.zeros_like(v[..., :1], dtype=torch.long), 1.0),
-    "outer": lambda v: (v.unsqueeze(-1) * v.unsqueeze(-2)).sum(-1), "dot": lambda v: v * (v * v).sum(-1, keepdim=True),
-    "matmul": lambda v: v @ torch.eye(v.shape[-1]).to(v).flip(0), "einsum": lambda v: torch.einsum("...c,...c->...c", v, v),
-    "std_of_batch": lambda v: v - v.mean(0, keepdim=True), "number": lambda v: v * v.shape[-1],
-    "scaled_by_max": lambda v: v / (1 + v.abs().max()), "count": lambda v: v * v.sum(-1, keepdim=True).sign(),
-}  # fmt: skip
-functions("strange", KINDS, {name: unit_last(f) for name, f in STRANGE.items()}, least=2)
+    "outer": lambda v: (v.unsqueeze(-1) * v.unsqueeze(-2)).sum(-1), "minus_batch": lambda v: v - v.mean(0),
+    "constant_matrix": lambda v: v @ torch.eye(v.shape[-1]).to(v).flip(0),
+    "einsum": lambda v: torch.einsum("...c,...c->...c", v, v),
+}
+functions("strange", KINDS, {
+    name: lambda x, v, f=f: f(v.movedim(x.axis, -1)).movedim(-1, x.axis) for name, f in STRANGE.items()
+}, least=2)
 
+# fmt: on
 # -- networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outputs:
+    logits: Tensor
+    others: list[Tensor]
+
 
 FORMS: dict[str, Callable] = {
     "tensor": lambda logits: logits,
     "tuple": lambda logits, aux: (logits, aux),
     "dict": lambda logits, aux: {"logits": logits, "others": [aux]},
+    "dataclass": lambda logits, aux: Outputs(logits, [aux]),
 }
-SIZES = {
-    "vector": [()],
-    "sequence": [(4,), (3,)],
-    "line": [(6,), (5,)],
-    "map": [(3, 4), (4, 4)],
-    "volume": [(2, 3, 2), (3, 3, 3)],
-}
+SIZES = {"vector": [()], "sequence": [(4,), (3,)], "line": [(6,), (5,)], "map": [(3, 4), (4, 4)]}
+SIZES |= {"volume": [(2, 3, 2), (3, 3, 3)], "words": [(4,)]}
 WORDS = 7
 
 
 class Program(nn.Module):
-    """The steps one after the other, and a head for the last value and for an earlier one."""
+    """The steps one after the other, a head for the last value, and for some forms one for an earlier value."""
 
     def __init__(self, stem: nn.Module, steps: dict[str, nn.Module], heads: Sequence[nn.Module], aux: int, form: str):
         super().__init__()
@@ -810,125 +712,104 @@ class Program(nn.Module):
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and a student, `inputs(rows, seed)` for them, and the program as a text."""
+    """A teacher, a student, `inputs(rows, seed)` for both, the program as a text, and the names of its operations."""
 
     teacher: nn.Module
     student: nn.Module
     inputs: Callable[[int, int], Any]
     text: str
-    names: frozenset[str]
+    names: tuple[str, ...]
 
     def __repr__(self) -> str:
         return self.text
 
 
-def join(d: Draw, x: Value, other: Value) -> tuple[Value, Make]:
-    """Two inputs that become one value."""
-    y, how = d.width(), d.one("join", "sum", "cat", "shared", "film")
-    widths = {"cat": d.width() if how == "cat" else y, "film": x.to(y).times(2)}.get(how, y)
-
-    def meet(net: Net, v: Tensor, w: Tensor) -> Tensor:
-        v, w = net.a(v), (net.a if how == "shared" else net.b)(w)
-        if how == "film":
-            scale, shift = w.mean(x.places, keepdim=True).chunk(2, x.axis) if x.places else w.chunk(2, x.axis)
-            return v * (1 + scale) + shift
-        return torch.cat([v, w], x.axis) if how == "cat" else v + w
-
-    parts = {"a": mix(x, y, 3)} | ({} if how == "shared" else {"b": mix(other, widths)})
-    return x.to(y if how != "cat" else (y[0] + widths[0], y[1] + widths[1])), net(meet, **parts)
-
-
-def start(d: Draw) -> tuple[list[Value], Value, Make]:
-    """The inputs, the first value, and the module between them."""
-    kind = d.one("input", *KINDS, "map", "words")
-    if kind == "words":
-        y = Value("sequence", d.width(), (4,))
-        return [Value("words", (1, 1), (4,))], y, lambda i: nn.Embedding(WORDS, y.width[i])
-    x = Value(kind, (3, 3), d.one("size", *SIZES[kind]))
-    if d.one("two inputs", *FLAG):
-        return [x, x], *join(d, x, x)
-    if not d.one("stem", True, False):
-        return [x], x, net(lambda net, v: v)
-    y = x.to(d.width())
-    return [x], y, mix(x, y.width, 3)
-
-
-def head(d: Draw, x: Value, words: Two | None = None) -> Make:
-    """A layer to three outputs, at every position, of their mean or of all of them; or to the words, of that width."""
-    how = d.one("head", "each", *(("mean", "flatten") if x.size else ()))
-    flat = Value("vector", x.times(math.prod(x.size)) if how == "flatten" else x.width)
-    ways: dict[str, Callable] = {
-        "mean": lambda v: v.mean(x.places),
-        "flatten": lambda v: v.flatten(1),
-        "each": lambda v: v,
-    }
-    if words:
-        y = Value("vector", words)
-        return net(
-            lambda net, v: net.out(net.narrow(ways[how](v))),
-            narrow=mix(flat, words),
-            out=mix(y, (WORDS, WORDS), bias=False),
-        )
-    return net(lambda net, v: net.out(ways[how](v)), out=mix(x if how == "each" else flat, (3, 3)))
-
-
 def network(d: Draw, lengths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> Pair:
     """A pair of that many operations in a row."""
     d.growth, d.strange = d.one("growth", "twice", "own"), d.one("strange", False, False, True)
-    inputs, x, stem = start(d)
-    values, steps = [x], []
+    inputs, start = _start(d)
+    steps = [start]
     for _ in range(d.one("operations", *lengths)):
-        steps += d.steps(values[-1])
-        values = [x, *(step.out for step in steps)]
-    words = x.width if inputs[0].kind == "words" and values[-1].kind in ROWS and d.one("tied", *FLAG) else None
-    form, aux = d.one("form", *FORMS), d.pick(range(len(values)))
-    heads = [head(d, values[-1], words)] + ([head(d, values[aux])] if form != "tensor" else [])
-    return pair(d, inputs, stem, steps, heads, (aux, form), bool(words))
+        steps += d.steps(steps[-1].out)
+    form, aux = d.one("form", *FORMS), d.one("auxiliary head behind", *range(len(steps)))
+    words = inputs[0].kind == "words" and d.one("tied", *FLAG)
+    heads = [_head(d, steps[-1].out, start.out.width if words else None)]
+    heads += [_head(d, steps[aux].out)] if form != "tensor" else []
+    return _pair(d, inputs, steps, heads, (aux, form), words)
 
 
 def alone(name: str, growth: str, seed: int) -> Pair:
     """One operation between two layers, with every width grown in one way."""
-    d, operation = Draw(random.Random(f"{name} {seed}").choice, growth, plain=True), OPERATIONS[name]
-    x = d.pick(
-        [x for kind in operation.kinds for size in SIZES[kind] if operation.when(x := Value(kind, (3, 3), size))]
-    )
-    y = x.to(d.width(by=operation.by, least=operation.least))
-    steps = d.steps(y, operation)
-    return pair(d, [x], mix(x, y.width, 3), steps, [head(d, steps[-1].out)], (0, "tensor"))
+    d, o = Draw(random.Random(f"{name} {seed}").choice, growth, plain=True), OPERATIONS[name]
+    x = d.pick([x for kind in o.kinds for size in SIZES[kind] if o.when(x := Value(kind, (3, 3), size))])
+    y = x.to(d.width(by=o.by, least=o.least))
+    steps = [Step("mix", f"mix -> {y}", y, mix(x, y.width, 3)), *d.steps(y, o)]
+    return _pair(d, [x], steps, [_head(d, steps[-1].out)], (0, "tensor"))
 
 
-def pair(
-    d: Draw, inputs: list[Value], stem: Make, steps: list[Step], heads: list[Make], ends: tuple[int, str], tied=False
+def _start(d: Draw) -> tuple[list[Value], Step]:
+    """The inputs, and what makes the first value of them."""
+    kind, y = d.one("input", *KINDS, "map", "words"), d.width()
+    x = Value(kind, (3, 3), d.one("size", *SIZES[kind]))
+    if kind == "words":
+        out = Value("sequence", y, x.size)
+        return [x], Step("embedding", f"embedding -> {out}", out, lambda i: nn.Embedding(WORDS, y[i]))
+    how = d.one("start", "mix", "nothing", "sum", "shared", "cat", "film")
+    if how == "nothing":
+        return [x], Step(how, f"{how} -> {x}", x, lambda i: nn.Identity())
+    if how == "mix":
+        return [x], Step(how, f"{how} -> {x.to(y)}", x.to(y), mix(x, y, 3))
+    z = {"cat": d.width(), "film": times(y, 2)}.get(how, y)
+
+    def meet(net: Net, v: Tensor, w: Tensor) -> Tensor:
+        v, w = net.a(v), (net.a if how == "shared" else net.b)(w)
+        if how == "film":
+            scale, shift = w.chunk(2, x.axis)
+            return v * (1 + scale) + shift
+        return torch.cat([v, w], x.axis) if how == "cat" else v + w
+
+    out = x.to(plus(y, z) if how == "cat" else y)
+    parts = {"a": mix(x, y, 3)} | ({} if how == "shared" else {"b": mix(x, z)})
+    return [x, x], Step(how, f"{how} of two inputs -> {out}", out, net(meet, **parts))
+
+
+def _head(d: Draw, x: Value, words: Two | None = None) -> Make:
+    """A layer to three outputs, at every position, of their mean or of all of them; or to the words, of that width."""
+    how = d.one("head", "each", *(("mean", "flatten") if x.size else ()))
+    y = {"each": x, "mean": Value("vector", x.width)}.get(how, Value("vector", times(x.width, whole(x))))
+    shaped = {"each": lambda v: v, "mean": lambda v: v.mean(x.places), "flatten": lambda v: v.flatten(1)}[how]
+    if words is None or y.kind in SPATIAL:
+        return net(lambda net, v: net.out(shaped(v)), out=mix(y, (3, 3)))
+    narrow, out = mix(y, words), mix(y.to(words), (WORDS, WORDS), bias=False)
+    return net(lambda net, v: net.out(net.narrow(shaped(v))), narrow=narrow, out=out)
+
+
+def _pair(
+    d: Draw, inputs: list[Value], steps: list[Step], heads: list[Make], ends: tuple[int, str], words: bool = False
 ) -> Pair:
-    seed, kind = d.pick(range(1000)), "words" if inputs[0].kind == "words" else d.pick(("positions", "names"))
+    named, seed = d.one("inputs by name", *FLAG), d.pick(range(1000))
 
     def make(i: int, seed: int) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            parts = {f"{k}_{step.name}": step.make(i) for k, step in enumerate(steps)}
-            program = Program(stem(i), parts, [head(i) for head in heads], *ends)
-            if tied:
+            stem, *parts = (step.make(i) for step in steps)
+            names = [f"{k}_{step.name}" for k, step in enumerate(steps)][1:]
+            program = Program(stem, dict(zip(names, parts, strict=True)), [head(i) for head in heads], *ends)
+            if words and hasattr(program.heads[0], "narrow"):
                 program.heads[0].out.weight = program.stem.weight
             return randomise(program.double())
 
     def draw(rows: int, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
-        if kind == "words":
+        if inputs[0].kind == "words":
             return torch.randint(WORDS, (rows, *inputs[0].size), generator=generator)
-        every = []
-        for x in inputs:
-            shape = (x.width[0], *x.size) if x.kind in SPATIAL else (*x.size, x.width[0])
-            every.append(torch.randn(rows, *shape, generator=generator, dtype=torch.double))
-        if len(every) == 1:
-            return every[0]
-        return tuple(every) if kind == "positions" else {"x": every[0], "other": every[1]}
+        shapes = [(x.width[0], *x.size) if x.kind in SPATIAL else (*x.size, x.width[0]) for x in inputs]
+        every = [torch.randn(rows, *shape, generator=generator, dtype=torch.double) for shape in shapes]
+        return dict(zip(("x", "other"), every, strict=False)) if named else tuple(every) if every[1:] else every[0]
 
-    for seed in range(seed, seed + 10):
-        teacher = make(0, seed)
-        if alive(teacher, draw):
-            break
-    text = "\n".join([f"{', '.join(d.log)}; weights {seed}", *map(str, inputs), *(step.text for step in steps)])
-    return Pair(teacher, make(1, seed + 1000), draw, text, frozenset(d.names))
+    teacher = next((net for k in range(10) if alive(net := make(0, seed + k), draw)), None) or make(0, seed)
+    text = "\n".join([", ".join(d.log), *map(str, inputs), *(step.text for step in steps)])
+    return Pair(teacher, make(1, seed + 1000), draw, text, tuple(step.name for step in steps))
 
 
 @torch.no_grad()
@@ -949,10 +830,11 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def run(model: nn.Module, inputs: Any, gradients: bool = False) -> list[Tensor]:
     """The outputs in order, on a copy of the inputs."""
-    arguments = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
-    named = {key: x.clone() for key, x in inputs.items()} if isinstance(inputs, dict) else {}
+    named = inputs if isinstance(inputs, dict) else {}
+    arguments = inputs if isinstance(inputs, tuple) else () if named else (inputs,)
     with torch.set_grad_enabled(gradients):
-        return tree_leaves(model(*(x.clone() for x in arguments), **named))
+        out = model(*(x.clone() for x in arguments), **{key: x.clone() for key, x in named.items()})
+    return tree_leaves(vars(out) if is_dataclass(out) else out)
 
 
 def alive(model: nn.Module, inputs: Callable[[int, int], Any]) -> bool:
