@@ -110,25 +110,30 @@ def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Ge
         source, target = source.reshape(-1), target.reshape(-1)
     exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
     value = source.to(target.device, exact)
-    own = torch.zeros((), dtype=torch.bool, device=target.device)
-    zero = torch.zeros((), dtype=torch.bool, device=target.device)
+    own = zero = None  # where the student's own value stays, where zero comes
     for dim, axis in origin.axes.items():
         value = _along(value, axis, dim)
-        known, index = _rows(axis, value, dim, axis.index >= 0), _rows(axis, value, dim, axis.index)
-        own = own | (index == OWN)
-        if pad:
-            own = own | ~_rows(axis, value, dim, axis.first)
-        elif axis.reads:
-            value = torch.where(known, _shared(axis, value, dim, generator, split), torch.zeros((), dtype=exact))
-        else:
-            zero = zero | (index == ZERO)
-    if not pad:
-        if origin.factor != 1.0:
-            value = value * origin.factor
-        if origin.rows is not None:
-            value = value * origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1))
-    value = torch.where(zero, torch.zeros((), dtype=exact, device=value.device), value)
-    return torch.where(own & ~zero, target, value.to(target.dtype)).reshape(shape)
+        if axis.reads and not pad:
+            value = _shared(axis, value, dim, generator, split)
+            if bool((axis.index < 0).any()):
+                value = value * _rows(axis, value, dim, axis.index >= 0)
+        elif not pad and bool((axis.index == ZERO).any()):
+            zero = _either(zero, _rows(axis, value, dim, axis.index == ZERO))
+        missing = ~axis.first if pad else axis.index == OWN
+        if bool(missing.any()):
+            own = _either(own, _rows(axis, value, dim, missing))
+    if not pad and origin.factor != 1.0:
+        value = value * origin.factor
+    if not pad and origin.rows is not None:
+        value = value * origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1))
+    if zero is not None:
+        value, own = value * ~zero, None if own is None else own & ~zero
+    value = value.to(target.dtype)
+    return (value if own is None else torch.where(own, target, value)).reshape(shape)
+
+
+def _either(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a | b
 
 
 def _along(value: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -137,7 +142,7 @@ def _along(value: Tensor, axis: Axis, dim: int) -> Tensor:
     if axis.groups > 1 and dim == 1:  # one row of entries a group
         rows = index.reshape(axis.groups, -1).repeat_interleave(value.shape[0] // axis.groups, 0)
         return torch.take_along_dim(value, rows.reshape(*rows.shape, *[1] * (value.dim() - 2)), 1)
-    if dim == 0 and torch.equal(index, torch.arange(value.shape[0], device=index.device)):
+    if torch.equal(axis.index, torch.arange(value.shape[dim])):
         return value
     taken = value.index_select(dim, index)
     for entry in (axis.index <= MEAN).nonzero().flatten().tolist():
@@ -156,7 +161,8 @@ def _rows(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
 
 
 def _shared(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str) -> Tensor:
-    value = value * _shares(axis, value, dim, generator, split)
+    if axis.copies:
+        value = value * _shares(axis, value, dim, generator, split)
     if split != "paired" or not axis.copies or (axis.groups > 1 and dim == 1):
         return value
     # Noise that the copies of a unit cancel among themselves, in units of the shared weights themselves.

@@ -534,11 +534,13 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None]) -> dict
     def theirs(source: str) -> str:
         return names.get(source) or source  # "input" and outputs go by one name in both networks
 
-    def origin(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    def origin(name: str) -> set[str]:
         """The teacher's layers whose outputs a new layer could hand on, through other new layers too."""
-        found = set()
-        for source in new[name].sources - seen:
-            found |= origin(source, seen | {name}) if source in mixers else {theirs(source)}
+        found, passed, waiting = set(), set(), [name]
+        while waiting:
+            passed.add(layer := waiting.pop())
+            found |= {theirs(source) for source in new[layer].sources - mixers}
+            waiting += (new[layer].sources & mixers) - passed
         return found
 
     identity: set[str] = set()

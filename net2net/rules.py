@@ -82,8 +82,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         parameters = [x for x in others if trace.follows(x)]
         if not parameters:
             return
-        if len(parameters) == len(operands) == 1 and _scaled(call) and (view := trace.positions(parameters[0])):
-            return trace.view(out, view[0], view[1], view[2] * _gain(call))
+        if len(parameters) == len(operands) == 1 and _scaled(call) and (view := trace.view(parameters[0])):
+            return trace.see(out, replace(view, gain=view.gain * _gain(call)))
         activations, others = parameters[:1], [x for x in others if x is not parameters[0]]
     met = [labels for x in activations if (labels := trace.labels(x))]
     passed: set[str] = set()
@@ -332,8 +332,7 @@ def mix(
         trace.axis(bias_name, 0, produced)
     elif bias is not None and (more := trace.labels(bias)) is not None:
         trace.unite(more.units.reshape(-1), produced)
-    view = trace.positions(weight)
-    gain = (1.0 if labels is None else labels.gain) * (1.0 if view is None else view[2])
+    gain = found.gain if labels is None else found.gain * labels.gain
     every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
     origin = _origin([labels] if labels is not None else [])
     normed = None if labels is None else labels.normed
@@ -436,10 +435,11 @@ def movement(trace: Trace, call: Call) -> None:
     if any(trace.follows(x) for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
         return give_up(trace, call, f"{call} moves it to where the values say")
     if not any(hasattr(x, "_net2net_labels") for x in operands) and len(operands) == 1:
-        view = trace.positions(operands[0])
-        if view is not None and (moved := _move(call, [view[1]])) is not None:
-            for out, positions in zip(tensors_in(call.out), moved, strict=True):
-                trace.view(out, view[0], positions, view[2])
+        view = trace.view(operands[0])
+        moved = [] if view is None else [_move(call, [places]) for places in view.places]
+        if view is not None and None not in moved:
+            for out, *places in zip(tensors_in(call.out), *moved, strict=True):  # type: ignore[arg-type]
+                trace.see(out, replace(view, places=tuple(places)))
         return
     labels = [trace.labels(x) for x in operands]
     known = [one for one in labels if one is not None]

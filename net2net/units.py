@@ -42,10 +42,6 @@ class Labels:
     linear: bool = False
     normed: str | None = None
 
-    def shaped(self, like: Tensor) -> "Labels":
-        """The same in the shape of `like`."""
-        return replace(self, units=self.units.reshape(like.shape))
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -99,10 +95,23 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter, or a view of one: for each axis of the view the parameter's axis and the entries taken of it."""
+    """A parameter, or a view of one: for each axis of the view the parameter's axis and the entries taken of it.
+
+    `gain` is the number that it was multiplied by.
+    """
 
     name: str
     axes: list[tuple[int, Tensor | None]]
+    gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor whose elements are those of a parameter: `places` has their place on each of its axes."""
+
+    name: str
+    places: tuple[Tensor, ...]
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -162,17 +171,23 @@ class Trace:
         if not isinstance(value, Tensor):
             return None
         known = getattr(value, "_net2net_labels", None)
-        if known is None and (view := self._view(value)) is not None and value.numel() > 1:
-            name, positions, gain = view
-            if name not in self.values:
-                self.values[name] = self.fresh(self.tensors[name].numel(), name, whole=False)
-            flat = self.values[name]
-            return Labels(flat if positions is None else flat[positions], frozenset({name}), gain=gain, linear=True).shaped(value)
+        if known is None and value.numel() > 1 and (view := self.view(value)) is not None:
+            shape = self.tensors[view.name].shape
+            if view.name not in self.values:
+                self.values[view.name] = self.fresh(shape.numel(), view.name, whole=False)
+            flat, step = torch.zeros(value.shape, dtype=torch.long), shape.numel()
+            for places, size in zip(view.places, shape, strict=True):
+                step //= size
+                flat = flat + places * step
+            units = self.values[view.name][flat]
+            return Labels(units, frozenset({view.name}), gain=view.gain, linear=True)
         return known
 
     def follows(self, value: object) -> bool:
         """Whether the pass follows this value: an activation, or a parameter."""
-        return isinstance(value, Tensor) and (hasattr(value, "_net2net_labels") or self._view(value) is not None)
+        return isinstance(value, Tensor) and (
+            hasattr(value, "_net2net_labels") or hasattr(value, "_net2net_view") or id(value) in self._names
+        )
 
     def label(self, out: Tensor, labels: Labels) -> None:
         """Attach `labels` to the activation `out`."""
@@ -315,44 +330,33 @@ class Trace:
         self._names[id(tensor)] = name
         self.first_names[name] = name
 
-    def _view(self, value: Tensor) -> tuple[str, Tensor | None, float] | None:
-        """The parameter that this is, or is a view of; the positions of its elements there, None for all of them."""
-        name = self._names.get(id(value))
-        return (name, None, 1.0) if name is not None else getattr(value, "_net2net_view", None)
-
-    def positions(self, value: Tensor) -> tuple[str, Tensor, float] | None:
-        """The same with the positions written out, in the view's shape."""
-        view = self._view(value)
-        if view is None or hasattr(value, "_net2net_labels"):
+    def view(self, value: Tensor) -> View | None:
+        """The parameter that this is, or is a view of; None for an activation or a constant."""
+        if hasattr(value, "_net2net_labels"):
             return None
-        name, positions, gain = view
-        tensor = self.tensors[name]
-        if positions is None:
-            positions = torch.arange(tensor.numel(), dtype=torch.long).reshape(tensor.shape)
-        return name, positions, gain
+        if (name := self._names.get(id(value))) is None:
+            return getattr(value, "_net2net_view", None)
+        shape = value.shape
+        return View(name, tuple(spread(torch.arange(n), dim, shape) for dim, n in enumerate(shape)))
 
-    def view(self, out: Tensor, name: str, positions: Tensor, gain: float) -> None:
-        """Remember that `out` is a view of the parameter `name`."""
-        out._net2net_view = (name, positions, gain)  # type: ignore[attr-defined]
+    def see(self, out: Tensor, view: View) -> None:
+        """Remember that `out` is a view of a parameter."""
+        out._net2net_view = view  # type: ignore[attr-defined]
 
     def weight(self, value: Tensor) -> Weight | None:
         """The parameter behind a weight, if every axis of the weight lies along an axis of the parameter."""
         if (name := self.name_of(value)) is not None:
             return Weight(name, [(dim, None) for dim in range(value.dim())])
-        if (view := self.positions(value)) is None:
+        if (view := self.view(value)) is None:
             return None
-        name, positions, _ = view
-        coordinates = torch.unravel_index(positions, self.tensors[name].shape)
-        axes = []
-        for dim in range(positions.dim()):
-            ends = [c.movedim(dim, 0).reshape(positions.shape[dim], -1) for c in coordinates]
-            moves = [d for d, c in enumerate(ends) if len(c) > 1 and bool((c[1:] != c[:1]).any())]
-            if len(moves) > 1 or (moves and bool((ends[moves[0]] != ends[moves[0]][:, :1]).any())):
+        axes: list[tuple[int, Tensor | None]] = [(-1, None)] * value.dim()
+        for axis, places in enumerate(map(compact, view.places)):
+            moving = [dim for dim, size in enumerate(places.shape) if size > 1]
+            if len(moving) > 1 or (moving and axes[moving[0]][0] >= 0):
                 return None
-            taken = ends[moves[0]][:, 0] if moves else None
-            axes.append((moves[0] if moves else -1, taken))
-        used = [axis for axis, _ in axes if axis >= 0]
-        return Weight(name, axes) if len(used) == len(set(used)) else None
+            if moving:
+                axes[moving[0]] = (axis, places.reshape(-1))
+        return Weight(view.name, axes, view.gain)
 
     def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
         """Say that axis `dim` of the tensor `name` carries `units` (in the entries `taken`, or all); return its labels.

@@ -298,8 +298,9 @@ functions("activation", KINDS, {
     "relu": lambda x, v: F.relu(v), "gelu": lambda x, v: F.gelu(v), "silu": lambda x, v: F.silu(v),
     "tanh": lambda x, v: v.tanh(), "hardswish": lambda x, v: F.hardswish(v), "elu": lambda x, v: F.elu(v),
     "abs": lambda x, v: abs(v), "one_minus": lambda x, v: 1 - v, "half_plus_one": lambda x, v: v / 2 + 1,
-    "square": lambda x, v: v * v, "clamp": lambda x, v: v.clamp(-1, 1), "in_place": lambda x, v: v.clone().mul_(2).relu_(),
-    "maximum": lambda x, v: torch.maximum(v, -2 * v), "relu_in_place": lambda x, v: F.relu(v, inplace=True),
+    "square": lambda x, v: v * v, "clamp": lambda x, v: v.clamp(-1, 1),
+    "maximum": lambda x, v: torch.maximum(v, -2 * v), "in_place": lambda x, v: v.clone().mul_(2).relu_(),
+    "relu_in_place": lambda x, v: F.relu(v, inplace=True),
 })
 layer("norm", "prelu", ("vector", *SPATIAL), lambda x, y, i, one: nn.PReLU(1 if one else x.width[i]), {"one": FLAG})
 
