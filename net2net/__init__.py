@@ -3,6 +3,7 @@
 Chen, Goodfellow and Shlens, "Net2Net: Accelerating learning via knowledge transfer", ICLR 2016.
 """
 
+from .blend import Blend
 from .equivalence import Equivalence, equivalence
 from .errors import TransferError
 from .record import Axis, Origin, Transfer, load_record, save_record
@@ -10,6 +11,7 @@ from .transfer import random_pad, replay, transfer
 
 __all__ = [
     "Axis",
+    "Blend",
     "Equivalence",
     "Origin",
     "Transfer",

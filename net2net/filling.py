@@ -85,7 +85,8 @@ def fill_new(
         target.zero_()[(slice(None), slice(None), *(k // 2 for k in target.shape[2:]))] = 1.0
     elif origin.fill == "pass":
         weight = passing(origin, target)
-        target.copy_(weight * _shares(origin.axes[1], weight, 1, generator, split))
+        weight = weight * _shares(origin.axes[1], weight, 1, generator, split)
+        target.copy_(weight if origin.turn is None else turned(weight, 0, origin.turn))
 
 
 def passing(origin: Origin, target: Tensor) -> Tensor:
@@ -97,6 +98,14 @@ def passing(origin: Origin, target: Tensor) -> Tensor:
     weight = torch.zeros_like(target)
     weight[(slice(None), slice(None), *(k // 2 for k in target.shape[2:]))] = same.to(weight)
     return weight
+
+
+def turned(value: Tensor, dim: int, seed: int) -> Tensor:
+    """One axis turned by the random rotation of a seed: what it does to the units that a layer produces, it undoes in
+    the layer that reads them."""
+    drawn = torch.randn(2 * (value.shape[dim],), generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    rotation = torch.linalg.qr(drawn).Q.to(value)
+    return torch.tensordot(value, rotation, ([dim], [1])).movedim(-1, dim)
 
 
 def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
@@ -116,16 +125,19 @@ def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Ge
         if axis.reads and not pad:
             value = _shared(axis, value, dim, generator, split)
             if bool((axis.index < 0).any()):
-                value = value * _rows(axis, value, dim, axis.index >= 0)
+                value = value * entrywise(axis, value, dim, axis.index >= 0)
         elif not pad and bool((axis.index == ZERO).any()):
-            zero = _either(zero, _rows(axis, value, dim, axis.index == ZERO))
+            zero = _either(zero, entrywise(axis, value, dim, axis.index == ZERO))
         missing = ~axis.first if pad else axis.index == OWN
         if bool(missing.any()):
-            own = _either(own, _rows(axis, value, dim, missing))
+            own = _either(own, entrywise(axis, value, dim, missing))
     if not pad and origin.factor != 1.0:
         value = value * origin.factor
     if not pad and origin.rows is not None:
         value = value * origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1))
+    if not pad and origin.turn is not None:
+        (reading,) = (dim for dim, axis in origin.axes.items() if axis.reads and dim < 2)
+        value = turned(value, reading, origin.turn)
     if zero is not None:
         value, own = value * ~zero, None if own is None else own & ~zero
     value = value.to(target.dtype)
@@ -151,7 +163,7 @@ def _along(value: Tensor, axis: Axis, dim: int) -> Tensor:
     return taken
 
 
-def _rows(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
+def entrywise(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
     """One value an entry, so that it broadcasts against the gathered tensor."""
     entries = entries.to(value.device)
     if axis.groups > 1 and dim == 1:
@@ -169,8 +181,8 @@ def _shared(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, spl
     noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * value.std() / 2
     index = axis.index.clamp(min=0).to(value.device)
     size = [int(index.max()) + 1 if d == dim else n for d, n in enumerate(value.shape)]
-    known = _rows(axis, value, dim, axis.index >= 0)
-    count = _rows(axis, value, dim, 1 / axis.share).to(value)
+    known = entrywise(axis, value, dim, axis.index >= 0)
+    count = entrywise(axis, value, dim, 1 / axis.share).to(value)
     mean = torch.zeros(size, dtype=value.dtype, device=value.device).index_add_(dim, index, noise * known)
     return value + (noise - mean.index_select(dim, index) / count)
 
@@ -182,7 +194,7 @@ def _shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | No
     readers of a copy would only scale its gradient, which RMSProp and Adam undo.
     """
     if split != "uneven" or not axis.copies:
-        return _rows(axis, value, dim, axis.share).to(value)
+        return entrywise(axis, value, dim, axis.share).to(value)
     other = 1 - dim if value.dim() > 1 else dim  # the axis that produces
     inside = axis.groups > 1 and dim == 1
     rows, size = value.shape[other], value.shape[dim]

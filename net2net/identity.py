@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,28 @@ def origins(plan: Plan) -> dict[str, Origin]:
                 made[tensor] = Origin("identity")
             else:
                 made[tensor] = Origin("identity", fill=_NEUTRAL[role])
+    return made
+
+
+def dense(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
+    """The origins of identities that may be dense instead, and of what reads them: a layer of the teacher as the product
+    of two (Wei et al., "Network Morphism", 2016), by a rotation of the units between them.
+
+    That needs a plain path between the two: no activation, no norm, no sum.
+    """
+    made, student = {}, plan.student
+    for seed, name in enumerate(sorted(plan.identity)):
+        layer = student.layers[name]
+        readers = [other for other in student.layers.values() if name in other.sources and other.kind != "scale"]
+        if layer.kind != "mix" or name in student.inner or len(readers) != 1:
+            continue
+        (reader,) = readers
+        after = made.get(reader.name, origins.get(reader.name))
+        plain = reader.kind == "mix" and reader.linear and reader.sources == {name} and reader.name not in student.inner
+        whole = plain and torch.equal(plan.student_roots[reader.reads], plan.student_roots[layer.produces])
+        if whole and after is not None and after.turn is None and after.how == "shared":
+            made[name] = replace(made.get(name, origins[name]), turn=seed)
+            made[reader.name] = replace(after, turn=seed)
     return made
 
 

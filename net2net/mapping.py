@@ -31,7 +31,7 @@ class Plan:
     `MEAN`. `names` maps each student tensor to its teacher's counterpart, or to None. `identity`, `silent` and
     `fresh` name the student's layers that the teacher lacks: those that pass their units through, those that end a
     branch which must add nothing, and those that are read with zero weights only. `rescaled` gives, for norms that see
-    padding, the factor of their mean square.
+    padding, the factor of their mean square; `eps` what modules with another eps than their teacher's must have.
     """
 
     teacher: Trace
@@ -45,6 +45,7 @@ class Plan:
     silent: frozenset[str]
     fresh: frozenset[str]
     rescaled: dict[str, tuple[Norm, float]]
+    eps: dict[str, float]
 
     def student_units(self, name: str, dim: int) -> Tensor | None:
         """For each entry of a student tensor's axis its unit; None if not followed."""
@@ -154,6 +155,7 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
     for family in families:
         choice.check(family)
     choice.check_pins()
+    rescaled, eps = choice.check_norms()
     return Plan(
         teacher,
         student,
@@ -163,7 +165,8 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
         choice.means,
         names,
         **{role: frozenset(layers) for role, layers in roles.items()},
-        rescaled=choice.check_norms(),
+        rescaled=rescaled,
+        eps=eps,
     )
 
 
@@ -409,9 +412,13 @@ class _Choice:
                 if len(mine) > len(other) and pinned:
                     raise TransferError(f"{name} cannot grow from {len(other)} to {len(mine)} units: {why[pinned[0]]}.")
 
-    def check_norms(self) -> dict[str, tuple[Norm, float]]:
+    def check_norms(self) -> tuple[dict[str, tuple[Norm, float]], dict[str, float]]:
         """Every norm across units sees all units of the teacher's equally often, or with padding that it can undo."""
-        rescaled = {}
+        rescaled, eps = {}, {}
+        for layer in self.student.layers.values():
+            other = self.teacher.layers.get(_layer_name(layer, self.names)) if "eps" in layer.options else None
+            if other is not None and other.options.get("eps") != layer.options["eps"]:
+                eps[layer.options["module"]] = other.options["eps"]
         for norm in self.student.norms:
             other = self._counterpart(norm)
             if other is None:
@@ -421,7 +428,9 @@ class _Choice:
                 raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
             if (factor := factors.pop()) != 1.0:
                 rescaled[norm.key] = (norm, factor)
-        return rescaled
+            if norm.eps != other.eps * factor:
+                eps[norm.module] = other.eps * factor
+        return rescaled, eps
 
     def _factor(self, norm: Norm, other: Norm, group: Tensor) -> float:
         """By what the mean square of the norm's input is smaller than the teacher's."""

@@ -4,11 +4,14 @@ import base64
 import json
 import os
 import tempfile
+import weakref
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .equivalence import Equivalence
 from .errors import TransferError
@@ -47,7 +50,8 @@ class Origin:
     `axes` says it axis by axis; of a `flat` tensor it is of all elements in one row. `fill` is what a tensor that the
     teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
     normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor is multiplied by
-    `factor`, and along its first axis by `rows`.
+    `factor`, and along its first axis by `rows`. With `turn` a layer's units, or what reads them, are turned by a random
+    rotation of that seed. `tied` marks a table of embeddings that a layer reads, too.
     """
 
     how: str
@@ -58,6 +62,8 @@ class Origin:
     of: tuple[str, float] = ("", 0.0)
     factor: float = 1.0
     rows: Tensor | None = None
+    turn: int | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,30 @@ class Transfer:
     eps: dict[str, float] = field(default_factory=dict)
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     measured: Equivalence | None = None
+    models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(default=None, compare=False, repr=False)
+
+    def of(self, teacher: nn.Module, student: nn.Module) -> "Transfer":
+        """The same record, of these networks (a loaded record knows of none)."""
+        return replace(self, models=(weakref.ref(teacher), weakref.ref(student)))
+
+    def gradients(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The student's gradients, given the teacher's by name (see `net2net.optimizer.gradients`)."""
+        from .optimizer import gradients
+
+        return gradients(self, theirs, self._networks()[1])
+
+    def optimizer_state(self, old: Optimizer, new: Optimizer) -> None:
+        """Carry what `old` has gathered while it trained the teacher into `new`, which will train the student
+        (see `net2net.optimizer.optimizer_state`)."""
+        from .optimizer import optimizer_state
+
+        optimizer_state(self, old, new, *self._networks())
+
+    def _networks(self) -> tuple[nn.Module, nn.Module]:
+        teacher, student = (None, None) if self.models is None else (ref() for ref in self.models)
+        if teacher is None or student is None:
+            raise TransferError("This record knows of no networks: say which by record.of(teacher, student).")
+        return teacher, student
 
     def __str__(self) -> str:
         count = {
@@ -91,7 +121,8 @@ class Transfer:
 def save_record(record: Transfer, path: str | Path) -> None:
     """Write `record` as JSON to `path`: readable by eye and by any language, and appears there complete or not at all."""
     path = Path(path)
-    text = json.dumps({"format": FORMAT, **asdict(record)}, default=_plain)
+    data = asdict(replace(record, models=None))
+    text = json.dumps({"format": FORMAT, **data}, default=_plain)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w") as file:
@@ -136,8 +167,3 @@ def _axis(index: list, first: list, share: list, means: list, **rest) -> Axis:
         means=tuple(torch.tensor(entries, dtype=torch.long) for entries in means),
         **rest,
     )
-
-
-def measured(record: Transfer, difference: Equivalence) -> Transfer:
-    """The record with what was measured."""
-    return replace(record, measured=difference)

@@ -163,6 +163,18 @@ def prelu(trace: Trace, call: Call) -> None:
     trace.label(call.out, Labels(first, units.sources, units.via, normed=units.normed))
 
 
+def blend(trace: Trace, call: Call) -> None:
+    """An activation faded in: the amount is one number, and the identity at 0 (`net2net.Blend`)."""
+    x, activated, amount = call.args
+    before = trace.labels(x)
+    join(trace, call, [x, activated])
+    name, after = trace.name_of(amount), trace.labels(call.out)
+    if name is not None and before is not None and after is not None:
+        trace.add(Layer("scale", name, {"amount": name}, None, before.sources, before.via))
+        linear = before.linear and not amount.is_meta and not bool(amount.any())
+        trace.label(call.out, replace(after, via=after.via | {name}, linear=linear))
+
+
 def assignment(trace: Trace, call: Call) -> None:
     """A part of an activation is overwritten: by units of another, or by constants where these do not tell units apart."""
     x, index, value = call.args
@@ -205,7 +217,7 @@ def batch_norm(trace: Trace, call: Call) -> None:
     for name in tensors.values():
         trace.axis(name, 0, units)
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else trace.key("norm", call.module)
-    options = {"eps": call.arg(7, "eps", 1e-5)}
+    options = {"eps": call.arg(7, "eps", 1e-5), "module": call.module}
     trace.add(Layer("norm", name, tensors, units, labels.sources, labels.via, options))
     trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via | {name}))
 
@@ -335,8 +347,8 @@ def mix(
     gain = found.gain if labels is None else found.gain * labels.gain
     every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
     origin = _origin([labels] if labels is not None else [])
-    normed = None if labels is None else labels.normed
-    trace.add(Layer("mix", name, tensors, every[0], **origin, options=options, produces=every[1], gain=gain, normed=normed))
+    normed, linear = (None, False) if labels is None else (labels.normed, labels.linear)
+    trace.add(Layer("mix", name, tensors, every[0], **origin, options=options, produces=every[1], gain=gain, linear=linear, normed=normed))
     trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True))
 
 
@@ -700,7 +712,7 @@ _POINTWISE = """
     clamp clamp_min clamp_max clip maximum minimum where masked_fill lerp addcmul addcdiv copysign nan_to_num
     add sub mul div neg abs exp log sqrt rsqrt square pow to float double half bfloat16 type type_as detach clone
     contiguous identity requires_grad_ logaddexp fmod remainder floordiv eq ne lt le gt ge logical_not logical_and
-    logical_or and or invert isnan isinf isfinite int long bool blend
+    logical_or and or invert isnan isinf isfinite int long bool
 """
 _MOVEMENT = """
     view reshape flatten unflatten permute transpose swapaxes movedim moveaxis t squeeze unsqueeze cat concat
@@ -734,6 +746,7 @@ RULES: dict[str, Rule] = {
     "embedding": embedding,
     "matmul": matmul,
     "prelu": prelu,
+    "blend": blend,
     "pad": pad,
     "unfold": unfold,
     "fold": fold,

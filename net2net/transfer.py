@@ -1,6 +1,6 @@
 """Filling a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,9 @@ from .equivalence import Equivalence, compare
 from .errors import TransferError
 from .filling import SPLITS, add_noise, fill
 from .mapping import MEAN, NEW, ZERO, Plan, Rename, plan
+from .matching import candidates
 from .record import Axis, Origin, Transfer
-from .units import Example, Inputs, Layer, run, trace, unwrap
+from .units import Example, Inputs, Layer, Trace, run, trace, unwrap
 
 
 def transfer(
@@ -23,6 +24,7 @@ def transfer(
     generator: torch.Generator | None = None,
     noise: float = 0.0,
     split: str = "equal",
+    depth: str = "identity",
     rename: Rename = None,
     calibrate: Tensor | Iterable[Example] | None = None,
 ) -> Transfer:
@@ -40,7 +42,9 @@ def transfer(
     unit; or "paired": equal shares, and noise on the weights that the copies of a unit cancel among themselves. The
     last two tell copies apart without changing the function, under any optimizer. `noise` is the standard
     deviation of Gaussian noise added to the incoming weights of all but the first copy, in units of the tensor's own
-    standard deviation (section 3.3; it changes the function). `calibrate`, one batch of inputs or several, measures
+    standard deviation (section 3.3; it changes the function). `depth` says what a new layer on the way of units becomes:
+    "identity" (section 3.4), or "dense" where no activation stands between it and the layer behind it: a random rotation
+    of the units, which that layer undoes (a factorisation of one layer into two, after Network Morphism). `calibrate`, one batch of inputs or several, measures
     the statistics of new batch norms (section 3.4): without it they are exact in eval mode only.
 
     The eps of a layer norm that sees padding (its width no multiple of the teacher's) changes in the student's module.
@@ -52,19 +56,30 @@ def transfer(
     """
     if split not in SPLITS:
         raise TransferError(f"The split {split!r} is unknown: it is one of {', '.join(SPLITS)}.")
+    if depth not in ("identity", "dense"):
+        raise TransferError(f"The depth {depth!r} is unknown: it is identity or dense.")
     generator = generator or torch.Generator().manual_seed(0)
     teacher, student = unwrap(teacher), unwrap(student)
-    inputs, prepared = _prepare(teacher, student, example, rename, generator)
-    identity.check_identity(prepared)
-    record = _record(prepared, student, split, noise, generator)
-    fill(teacher, student, record)
-    if calibrate is not None:
-        identity.calibrate(student, prepared, calibrate)
-    measured = compare(prepared.teacher.output, run(student, inputs))
-    _refuse_if_different(measured, prepared)
+    inputs, traces = _traced(teacher, student, example)
+    batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
+
+    def grow(names: Rename) -> Transfer:
+        prepared = plan(*traces, names, generator)
+        identity.check_identity(prepared)
+        record = _record(prepared, student, split, noise, generator)
+        if depth == "dense":
+            record = replace(record, origins=record.origins | identity.dense(prepared, record.origins))
+        fill(teacher, student, record)
+        if batches is not None:
+            identity.calibrate(student, prepared, batches)
+        measured = compare(prepared.teacher.output, run(student, inputs))
+        _refuse_if_different(measured, prepared)
+        return replace(record, measured=measured)
+
+    record = _first(grow, teacher, student, rename, generator).of(teacher, student)
     if noise:
         add_noise(student, record, generator)
-    return replace(record, measured=measured)
+    return record
 
 
 def random_pad(
@@ -83,8 +98,12 @@ def random_pad(
     """
     generator = generator or torch.Generator().manual_seed(0)
     teacher, student = unwrap(teacher), unwrap(student)
-    _, prepared = _prepare(teacher, student, example, rename, generator)
-    record = _record(prepared, student, "pad", 0.0, generator)
+    _, traces = _traced(teacher, student, example)
+
+    def pad(names: Rename) -> Transfer:
+        return _record(plan(*traces, names, generator), student, "pad", 0.0, generator)
+
+    record = _first(pad, teacher, student, rename, generator).of(teacher, student)
     fill(teacher, student, record, pad=True)
     return record
 
@@ -98,14 +117,31 @@ def replay(record: Transfer, teacher: nn.Module, student: nn.Module) -> None:
         raise TransferError(f"The record is of other networks than these: {error}") from error
 
 
-def _prepare(
-    teacher: nn.Module, student: nn.Module, example: Example, rename: Rename, generator: torch.Generator
-) -> tuple[Inputs, Plan]:
-    """Trace both networks and decide everything that can be refused, before a weight is written."""
+def _traced(teacher: nn.Module, student: nn.Module, example: Example) -> tuple[Inputs, tuple[Trace, Trace]]:
+    """One forward pass of each network."""
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
     inputs = Inputs.of(example)
-    return inputs, plan(trace(teacher, inputs), trace(student, inputs), rename, generator)
+    return inputs, (trace(teacher, inputs), trace(student, inputs))
+
+
+def _first(
+    grow: Callable[[Rename], Transfer],
+    teacher: nn.Module,
+    student: nn.Module,
+    rename: Rename,
+    generator: torch.Generator,
+) -> Transfer:
+    """`grow` with the first pairing of layers that serves, each from the same random state; else the first's error."""
+    state, refused = generator.get_state(), None
+    for names in candidates(teacher, student) if rename is None else [rename]:
+        try:
+            return grow(names)
+        except TransferError as error:
+            refused = refused or error
+            generator.set_state(state)
+    assert refused is not None
+    raise refused
 
 
 # -- from the plan to the record ----------------------------------------------------------------------------------
@@ -114,19 +150,17 @@ def _prepare(
 def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator: torch.Generator) -> Transfer:
     builder = _Builder(plan)
     origins = {name: builder.origin(name) for name in plan.student.tensors}
-    eps = {}
+    for module in plan.eps:
+        if not hasattr(student.get_submodule(module), "eps"):
+            raise TransferError(f"The norm {module} needs another eps than it has, and has no attribute to set.")
     for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.rescaled.values()}.values():
-        module = student.get_submodule(norm.module)
-        if "weight" not in norm.tensors or not hasattr(module, "eps"):
-            raise TransferError(
-                f"The norm {norm.module} would see padding, which its weight and its eps undo: it lacks one of them."
-            )
-        eps[norm.module] = norm.eps * factor
+        if "weight" not in norm.tensors:
+            raise TransferError(f"The norm {norm.module} would see padding, and has no weight to undo what it does.")
         for role, name in norm.tensors.items():
             origins[name] = _padded(origins[name], role, factor**0.5 if role == "weight" else 1.0)
     for name in [name for name in origins if builder.is_tied(name)]:
         origins |= builder.untied(name, origins)
-    return Transfer(origins, split, noise, eps, generator.get_state())
+    return Transfer(origins, split, noise, plan.eps, generator.get_state())
 
 
 class _Builder:
@@ -226,7 +260,7 @@ class _Builder:
         """For each label the entry of a teacher's unit that it stands for; -1 for units that the teacher lacks."""
         roots = self.plan.student_roots[units]
         copied = self.plan.teacher_of[roots]
-        return torch.where(copied >= 0, copied * len(roots) + _rank(roots), NEW)
+        return torch.where(copied >= 0, copied * len(self.plan.student_roots) + _rank(roots), NEW)
 
     def _axis(self, name: str, units: Tensor, source: Tensor, dim: int, reads: bool) -> tuple[Axis, Tensor | None]:
         """One axis of a tensor that both networks have, and by what its entries are multiplied."""
@@ -338,10 +372,10 @@ class _Builder:
             )
         share = origins[name].axes[axis].share
         origin = origins[name].axes | {axis: replace(origins[name].axes[axis], reads=False)}
-        made = {name: replace(origins[name], axes=origin)}
+        made = {name: replace(origins[name], axes=origin, tied=True)}
         for role in norm.tensors.keys() & {"weight", "bias"}:
             before = origins[norm.tensors[role]]
-            made[norm.tensors[role]] = replace(before, rows=share if before.rows is None else before.rows * share)
+            made[norm.tensors[role]] = replace(before, rows=share if before.rows is None else before.rows * share, tied=True)
         return made
 
 
@@ -354,7 +388,7 @@ def _padded(origin: Origin, role: str, factor: float) -> Origin:
     return replace(origin, axes=axes, factor=origin.factor * factor)
 
 
-def _entries(trace, name: str, dim: int) -> Tensor | None:
+def _entries(trace: Trace, name: str, dim: int) -> Tensor | None:
     """The labels of a tensor's axis; of one inside groups those of every group in turn."""
     if name in trace.inner and dim == 1:
         return trace.inner[name][0]

@@ -62,6 +62,7 @@ class Layer:
     options: dict[str, Any] = field(default_factory=dict)
     produces: Tensor | None = None
     gain: float = 1.0
+    linear: bool = False
     normed: str | None = None
 
 
@@ -149,6 +150,7 @@ class Trace:
         self.contractions: list[Contraction] = []
         self.reasons: list[tuple[Tensor, str]] = []  # labels that move as a whole only, and why
         self.pinned: list[tuple[Tensor, str]] = []  # labels that may not be copied at all, and why
+        self.outputs: dict[str, Labels] = {}  # module name -> labels of its result, if that is one tensor
         self.stand_ins: list[str] = []  # weights that a parametrisation computes
         self.output: Any = None
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -529,6 +531,11 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self.trace, self.apply, self.expansions, self.modules = trace, apply, expansions, [""]
 
+    def leave(self, name: str, out: Any) -> None:
+        self.modules.pop()
+        if isinstance(out, Tensor) and (labels := self.trace.labels(out)) is not None:
+            self.trace.outputs[name] = labels
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
@@ -603,7 +610,7 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: (mode.modules.pop(), None)[1], always_call=True))
+        hooks.append(module.register_forward_hook(lambda _, __, out, name=name: mode.leave(name, out), always_call=True))
     try:
         with _mode(model, training):
             inputs = inputs.each(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled

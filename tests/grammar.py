@@ -107,6 +107,7 @@ class Draw:
 
     pick: Callable[[Sequence], Any]
     growth: str = "own"
+    narrowest: int = 1
     plain: bool = False  # the operations inside operations are layers and activations
     strange: bool = False  # operations are drawn that the package does not promise to carry
     depth: int = 0
@@ -117,8 +118,8 @@ class Draw:
         self.log.append(f"{name}={getattr(value, '__name__', value)}")
         return value
 
-    def width(self, name: str = "width", by: int = 1, least: int = 1, options: Sequence[int] = (1, 2, 3, 4)) -> Two:
-        n = max(self.pick(options), -(-least // by))
+    def width(self, name: str = "width", by: int = 1, least: int = 1, options: Sequence[int] = ()) -> Two:
+        n = max(self.pick(options or range(self.narrowest, 5)), -(-least // by))
         width = by * n, by * GROWTHS[self.growth](self, n)
         self.log.append(f"{name}={two(width)}")
         return width
@@ -133,7 +134,8 @@ class Draw:
         """An operation that takes the value (any, if none is given), behind a layer if it wants another width."""
         if operation is None:
             allowed = [o for o in OPERATIONS.values() if self.allows(o, x, keeps)]
-            family = self.pick(["layer", *dict.fromkeys(o.family for o in allowed)])
+            often = ["layer", "strange", "strange"] if self.strange else ["layer"]
+            family = self.pick([*often, *dict.fromkeys(o.family for o in allowed)])
             operation = self.pick([o for o in allowed if o.family == family])
         first: list[Step] = []
         if any(n % operation.by for n in x.width) or x.width[0] < operation.least:
@@ -498,7 +500,7 @@ LAYOUTS: dict[str, Callable[[Tensor, int], Sequence[Tensor]]] = {
 @op("attention", ["sequence"])
 def attention(d: Draw, x: Value):
     """Self-attention by hand or by torch's function, with one layer or three for queries, keys and values."""
-    h, e, y = d.width("heads", options=(1, 2)), d.width("head", options=(1, 2, 3)), d.width()
+    h, e, y = d.width("heads", options=(1, 2)), d.width("head"), d.width()
     how, layout = d.one("how", "function", "scale", "scaled queries", "sqrt"), d.one("layout", "separate", *LAYOUTS)
     bias, mask, count = d.one("bias", *FLAG), d.one("mask", "none", "relative", "causal"), x.size[0]
 
@@ -532,7 +534,7 @@ def attention(d: Draw, x: Value):
 @op("attention", ["sequence"])
 def multihead(d: Draw, x: Value):
     """nn.MultiheadAttention to the value itself, or to another of another width."""
-    h, e, cross = d.width("heads", options=(1, 2)), d.width("head", options=(1, 2, 3)), d.one("cross", *FLAG)
+    h, e, cross = d.width("heads", options=(1, 2)), d.width("head"), d.one("cross", *FLAG)
     first, bias, weights = d.one("batch_first", *FLAG), d.one("bias", *FLAG), d.one("need_weights", *FLAG)
     y = h[0] * e[0], h[1] * e[1]
     memory = plus(y, d.width("memory's more"))  # torch has other parameters where the widths agree
@@ -552,12 +554,11 @@ def multihead(d: Draw, x: Value):
 
 # -- depth: layers that the student alone has ------------------------------------------------------------------------
 
-@op("depth", KINDS)
-def sequential(d: Draw, x: Value):
-    """Layers with ReLU; the student has one more among them, so that their numbers differ."""
+def in_sequence(d: Draw, x: Value, *more: int) -> tuple[Value, Make]:
+    """Layers with ReLU; the student has one more among them, wider by `more` than the one before it."""
     widths = [d.width() for _ in range(d.one("layers", 1, 2))]
     place, normed, kernel = d.one("new behind", *range(len(widths))), d.one("norm", *FLAG), d.one("kernel", 1, 3)
-    new = max(widths[place][0], widths[place][1] + d.one("more", 0, 1, -1))
+    new = max(widths[place][0], widths[place][1] + d.one("more", *more))
     chains = [w[0] for w in widths], [w[1] for w in widths]
     chains[1].insert(place + 1, new)
 
@@ -570,6 +571,14 @@ def sequential(d: Draw, x: Value):
         return nn.Sequential(*layers)
 
     return x.to((chains[0][-1], chains[1][-1])), make
+
+@op("depth", KINDS)
+def sequential(d: Draw, x: Value):
+    return in_sequence(d, x, 0)
+
+@op("depth", KINDS)
+def sequential_other_width(d: Draw, x: Value):
+    return in_sequence(d, x, 1, -1)
 
 @op("depth", KINDS)
 def stage(d: Draw, x: Value):
@@ -724,6 +733,9 @@ class Pair:
     def __repr__(self) -> str:
         return self.text
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # how hypothesis prints a failure
+        printer.text(self.text)
+
 
 def network(d: Draw, lengths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> Pair:
     """A pair of that many operations in a row."""
@@ -741,7 +753,7 @@ def network(d: Draw, lengths: Sequence[int] = (1, 2, 3, 4, 5, 6)) -> Pair:
 
 def alone(name: str, growth: str, seed: int) -> Pair:
     """One operation between two layers, with every width grown in one way."""
-    d, o = Draw(random.Random(f"{name} {seed}").choice, growth, plain=True), OPERATIONS[name]
+    d, o = Draw(random.Random(f"{name} {seed}").choice, growth, 2, plain=True), OPERATIONS[name]
     x = d.pick([x for kind in o.kinds for size in SIZES[kind] if o.when(x := Value(kind, (3, 3), size))])
     y = x.to(d.width(by=o.by, least=o.least))
     steps = [Step("mix", f"mix -> {y}", y, mix(x, y.width, 3)), *d.steps(y, o)]

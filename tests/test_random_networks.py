@@ -7,6 +7,7 @@ import os
 import random
 import re
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -62,36 +63,41 @@ def test_exact_or_refused(pair: Pair, split: str, seed: int) -> None:
 
 # Why units cannot be added here so that the function stays, however the student is filled.
 VARIANCE = "no unit that is added keeps the variance over units and positions: a copy, or the mean, has another one"
+BOUNDED = "no sum of finitely many bounded analytic functions is the identity"
+SINGULAR = "the power iteration keeps vectors of unit length, and the largest singular value of copies is another one"
+GROWN = ("twice", "one more")
 IMPOSSIBLE = {
     ("layer_norm_places", "one more"): VARIANCE,
     ("group_norm", "one more"): VARIANCE,
-    ("deeper_tanh", "twice"): "no sum of bounded functions is the identity",
-    ("deeper_tanh", "one more"): "no sum of bounded functions is the identity",
-    ("spectral_norm", "twice"): "the largest singular value of the copies is not the teacher's",
-    ("spectral_norm", "one more"): "the largest singular value of the copies is not the teacher's",
+    **{("deeper_tanh", growth): BOUNDED for growth in GROWN},
+    **{("spectral_norm", growth): SINGULAR for growth in GROWN},
 }
-REFUSED = 0.5  # of the networks without strange operations, at most
+# What may be refused: a norm without a weight is too large by a factor that only its readers could undo.
+UNSCALED = {
+    ("layer_norm", "one more"): "'elementwise_affine': False",
+    ("rms_norm", "one more"): "affine=False",
+}
 PROMISED = [name for name, operation in OPERATIONS.items() if operation.family != "strange"]
+REFUSED = 0.5  # of the networks without strange operations, at most
 
 
-@pytest.mark.parametrize("growth", ["twice", "one more"])
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize(("name", "growth"), [case for case in product(PROMISED, GROWN) if case not in IMPOSSIBLE])
 def test_alone(name: str, growth: str) -> None:
     """Not refused: every operation between two layers, with all widths grown, unless it is impossible."""
-    if (name, growth) in IMPOSSIBLE:
-        pytest.skip(IMPOSSIBLE[name, growth])
-    for seed in range(6):
+    for seed in range(12):
         pair = alone(name, growth, seed)
         reason = carry(pair)
+        if reason and UNSCALED.get((name, growth), "none") in pair.text:
+            continue
         assert reason is None, f"{pair}\n{reason}"
         assert difference(pair) <= BAR, pair
 
 
 @pytest.mark.parametrize(("name", "growth"), IMPOSSIBLE)
 def test_impossible(name: str, growth: str) -> None:
-    for seed in range(6):
+    for seed in range(12):
         pair = alone(name, growth, seed)
-        if "vector" not in pair.text:  # without positions the mean of a group has no variance
+        if name != "group_norm" or "vector" not in pair.text:  # without positions the mean of a group has no variance
             assert carry(pair), pair
 
 
