@@ -4,9 +4,11 @@ Chen, Goodfellow and Shlens, "Net2Net: Accelerating learning via knowledge trans
 """
 
 from .blend import Blend
+from .describe import describe
 from .equivalence import Equivalence, equivalence
 from .errors import TransferError
 from .record import Axis, Origin, Transfer, load_record, save_record
+from .resize import deepen, widen
 from .transfer import random_pad, replay, transfer
 
 __all__ = [
@@ -16,10 +18,13 @@ __all__ = [
     "Origin",
     "Transfer",
     "TransferError",
+    "deepen",
+    "describe",
     "equivalence",
     "load_record",
     "random_pad",
     "replay",
     "save_record",
     "transfer",
+    "widen",
 ]

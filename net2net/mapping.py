@@ -192,8 +192,8 @@ class _Choice:
     ) -> None:
         self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
         self.key = _keys(names)
-        _close(teacher, {})
-        _close(student, {})
+        close(teacher)
+        close(student)
         self.teacher_roots, self.roots = teacher.roots(), student.roots()
         self.g = torch.full((len(self.roots),), NEW)
         self.narrowest = torch.full((len(self.roots),), len(self.roots))  # of the layers that a unit is in, the width
@@ -477,7 +477,7 @@ def _in_order(values: Tensor) -> Tensor:
     return torch.tensor(list(dict.fromkeys(values.tolist())), dtype=torch.long)
 
 
-def _close(trace: Trace, done: dict) -> None:
+def close(trace: Trace) -> None:
     """A unit belongs to one unit in every relation: where labels of one unit belong to several, those are one.
 
     Two relations over the same units are compared: groups that coincide are one group, smaller groups belong to the

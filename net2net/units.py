@@ -65,6 +65,11 @@ class Layer:
     linear: bool = False
     normed: str | None = None
 
+    @property
+    def module(self) -> str:
+        """The name of the module that owns the layer's weight; of a weight of the network's own, that weight's."""
+        return self.name.rpartition(".")[0] or self.name
+
 
 @dataclass(frozen=True)
 class Norm:

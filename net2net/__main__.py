@@ -1,0 +1,74 @@
+"""`python -m net2net resnet18` prints the unit groups of a network; `python -m net2net resnet18 resnet34` grows one into
+the other and prints how equal they are. Networks of torchvision, or of timm if that is installed, by name."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from . import TransferError, describe, equivalence, transfer
+from .units import unwrap
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m net2net", description=__doc__)
+    parser.add_argument("teacher", help="the name of a network, as resnet18 or timm's resnet10t")
+    parser.add_argument("student", nargs="?", help="a larger network to grow it into")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the example images (224)")
+    parser.add_argument("--batch", type=int, default=2, help="how many of them (2)")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    images = torch.randn(options.batch, 3, options.size, options.size)
+    try:
+        teacher = _disturbed(_network(options.teacher))
+        if options.student is None:
+            print(describe(teacher, images))
+            return 0
+        student = _network(options.student)
+        print(transfer(teacher, student, images, split="uneven"))
+        print(f"on other images: {equivalence(teacher, student, torch.randn_like(images))}")
+    except TransferError as error:
+        print(f"{options.teacher}{f' -> {options.student}' if options.student else ''}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return 0
+
+
+def _network(name: str) -> nn.Module:
+    """A network with random weights, from torchvision or else timm."""
+    if find_spec("torchvision"):
+        models = import_module("torchvision.models")
+        if name in models.list_models():
+            options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+            return unwrap(models.get_model(name, weights=None, **options))
+    if find_spec("timm"):
+        timm = import_module("timm")
+        if name in timm.list_models():
+            return timm.create_model(name, pretrained=False)
+    raise TransferError(f"No network is called {name!r} in torchvision, or in timm if that is installed.")
+
+
+def _disturbed(model: nn.Module) -> nn.Module:
+    """Statistics and weights that are not those of a fresh network: those hide mistakes, and a head of zeros all of them."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and (tensor.dim() == 1 or not bool(tensor.any())):
+            _disturb(name, tensor.data)
+    return model.eval()
+
+
+def _disturb(name: str, tensor: Tensor) -> None:
+    if name.endswith("running_var"):
+        tensor.uniform_(0.5, 1.5)
+    else:
+        tensor.add_(0.1 * torch.randn_like(tensor))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,131 @@
+"""The unit groups of a network: which layers grow together, how wide they are, and what holds them."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .mapping import close
+from .units import Example, Inputs, Layer, Trace, trace, unwrap
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that only grow together.
+
+    `layers` produce them (names of modules), `readers` read them, `width` is the number of units of the widest of the
+    layers. `pinned` says why they cannot grow, `whole` why they move in pieces only (heads, shuffled halves), `norms`
+    names the norms across units that see them: these want a multiple of the width, or means. `units` are their labels.
+    """
+
+    layers: tuple[str, ...]
+    readers: tuple[str, ...]
+    width: int
+    pinned: str | None
+    whole: str | None
+    norms: tuple[str, ...]
+    units: Tensor
+
+    @property
+    def free(self) -> bool:
+        """Whether these units grow to any width."""
+        return self.pinned is None and self.whole is None and not self.norms
+
+    @property
+    def state(self) -> str:
+        """What holds them, in words."""
+        if self.pinned is not None:
+            return f"pinned: {self.pinned}"
+        if self.whole is not None:
+            return f"as a whole: {self.whole}"
+        return f"seen by the norm {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1) if self.norms else "free"
+
+
+@dataclass(frozen=True)
+class Description:
+    """The unit groups of a network, in the order of its forward pass."""
+
+    groups: tuple[Group, ...]
+
+    def __str__(self) -> str:
+        head = ("width", "layers", "read by", "growth")
+        rows = [(str(g.width), _some(g.layers), _some(g.readers), g.state) for g in self.groups]
+        wide = [max(len(row[k]) for row in [head, *rows]) for k in range(3)]
+        lines = [f"{row[0]:>{wide[0]}}  {row[1]:<{wide[1]}}  {row[2]:<{wide[2]}}  {row[3]}" for row in [head, *rows]]
+        free = sum(group.free for group in self.groups)
+        return "\n".join([*lines, f"{len(rows)} groups of units, {free} of them free to grow to any width"])
+
+
+def _some(names: tuple[str, ...], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown} +{len(names) - most}" if len(names) > most else shown
+
+
+def describe(model: nn.Module, example: Example) -> Description:
+    """The groups of units of `model`, which must grow together, found in one forward pass on `example`.
+
+    The network is left as it was. Raises TransferError if the forward pass fails.
+    """
+    return described(trace(unwrap(model), Inputs.of(example)))
+
+
+def described(traced: Trace) -> Description:
+    """The same of a pass that was made already."""
+    close(traced)
+    roots = traced.roots()
+    layers = [layer for layer in traced.layers.values() if layer.kind == "mix" and layer.produces is not None]
+    group = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))
+    of: dict[int, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        of[int(group[roots[layer.produces]][0])].append(layer)
+    pinned, whole = _reasons(traced.pinned, roots), _reasons(traced.reasons, roots)
+    for contraction in traced.contractions:
+        whole |= dict.fromkeys(roots[contraction.left].tolist(), "the units of a head, queries by keys")
+    norms: dict[int, dict[str, None]] = defaultdict(dict)
+    for norm in traced.norms:
+        for root in torch.unique(roots[norm.units]).tolist():
+            norms[root][norm.module or "in the network"] = None
+    found = []
+    for number, members in of.items():
+        units = torch.unique(torch.cat([roots[layer.produces] for layer in members]))
+        seen = units.tolist()
+        found.append(
+            Group(
+                tuple(layer.module for layer in members),
+                tuple(_readers(traced, roots, units)),
+                max(len(layer.produces) for layer in members if layer.produces is not None),
+                next((pinned[root] for root in seen if root in pinned), None),
+                next((whole[root] for root in seen if root in whole), None),
+                tuple(dict.fromkeys(name for root in seen for name in norms.get(root, {}))),
+                units,
+            )
+        )
+    return Description(tuple(found))
+
+
+def _reasons(pairs: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for labels, why in pairs:
+        for root in torch.unique(roots[labels]).tolist():
+            found.setdefault(root, why)
+    return found
+
+
+def _readers(traced: Trace, roots: Tensor, units: Tensor) -> list[str]:
+    return [
+        layer.module
+        for layer in traced.layers.values()
+        if layer.kind == "mix" and layer.reads is not None and bool(torch.isin(roots[layer.reads], units).any())
+    ]
+
+
+def _components(sets: list[Tensor], count: int) -> Tensor:
+    """For every unit a number: equal for units of layers that share some."""
+    number = torch.arange(count)
+    while True:
+        before = number.clone()
+        for units in sets:
+            number[units] = number[units].min()
+        if torch.equal(before, number):
+            return number

@@ -1,0 +1,323 @@
+"""Surgery without a second constructor: a wider or deeper copy of a network, filled by `transfer`."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from .blend import Blend
+from .describe import Description, Group, described
+from .errors import TransferError
+from .filling import parametrised
+from .transfer import transfer
+from .units import Example, Inputs, Trace, trace, unwrap
+
+Widths = float | Mapping[str, float | int]
+
+
+def widen(
+    model: nn.Module,
+    example: Example,
+    widths: Widths,
+    *,
+    generator: torch.Generator | None = None,
+    split: str = "equal",
+    noise: float = 0.0,
+) -> nn.Module:
+    """A copy of `model`, of the same class and with the same state-dict keys, that is wider and computes the same.
+
+    `widths` maps names of layers (modules with a weight; `*` stands for anything) to a factor (a float) or a number of
+    units (an int): `{"layer2.*": 1.5, "fc1": 96}`; units that only grow together (`describe`) grow by one factor. Or it
+    is one factor for every width that is free: what holds the others, `describe` says, and those that turn out not to
+    grow are left as they are.
+
+    The model is left as it was; `split`, `noise` and `generator` are those of `transfer`, whose record is the copy's
+    `growth`. The forward pass must not depend on widths written into it as numbers.
+
+    Raises TransferError if a name fits no layer, if its units cannot grow as asked, or if nothing can grow.
+    """
+    model, inputs = unwrap(model), Inputs.of(example)
+    traced = trace(model, inputs)
+    groups = described(traced)
+    state = (generator or torch.Generator().manual_seed(0)).get_state()
+
+    def grown(factors: dict[int, float]) -> nn.Module:
+        copied = _resized(model, traced, groups, factors)
+        draws = torch.Generator()
+        draws.set_state(state)
+        copied.growth = transfer(model, copied, example, generator=draws, split=split, noise=noise)  # type: ignore
+        if generator is not None:
+            generator.set_state(draws.get_state())
+        return copied
+
+    if isinstance(widths, Mapping):
+        return grown(_asked(groups, widths))
+    free = [k for k, group in enumerate(groups.groups) if group.free]
+    if widths < 1 or not free:
+        why = "; ".join(f"{_first(g)}: {g.state}" for g in groups.groups[:5])
+        raise TransferError(f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}.")
+    return _as_much_as_can_be(grown, {k: widths for k in free})
+
+
+def _first(group: Group) -> str:
+    return group.layers[0]
+
+
+def _asked(groups: Description, widths: Mapping[str, float | int]) -> dict[int, float]:
+    """For every group that is asked to grow by what factor."""
+    factors: dict[int, float] = {}
+    for pattern, width in widths.items():
+        fits = {k: name for k, g in enumerate(groups.groups) for name in g.layers if fnmatchcase(name, pattern)}
+        if not fits:
+            known = ", ".join(name for g in groups.groups[:4] for name in g.layers[:2])
+            raise TransferError(f"No layer is called {pattern!r}: there are {known} and others (net2net.describe).")
+        free = {k: name for k, name in fits.items() if groups.groups[k].pinned is None}
+        if not free:
+            name, group = next((name, groups.groups[k]) for k, name in fits.items())
+            raise TransferError(f"{name} cannot grow from {group.width} units: {group.pinned}.")
+        for k in free:
+            factor = width / groups.groups[k].width if isinstance(width, int) else width
+            if factor < 1:
+                raise TransferError(f"{free[k]} has {groups.groups[k].width} units: it cannot shrink to {width}.")
+            factors[k] = max(factor, factors.get(k, 1.0))
+    return factors
+
+
+def _as_much_as_can_be(grown: Callable[[dict[int, float]], nn.Module], factors: dict[int, float]) -> nn.Module:
+    """All groups, or else those of each half that can grow, together."""
+    refused: list[TransferError] = []
+
+    def able(part: dict[int, float]) -> dict[int, float]:
+        try:
+            grown(part)
+            return part
+        except TransferError as error:
+            refused.append(error)
+        if len(part) == 1:
+            return {}
+        half = len(part) // 2
+        items = list(part.items())
+        return able(dict(items[:half])) | able(dict(items[half:]))
+
+    try:
+        return grown(factors)
+    except TransferError as error:
+        refused.append(error)
+    items, half = list(factors.items()), len(factors) // 2
+    some = able(dict(items[:half])) | able(dict(items[half:])) if half else {}
+    if not some:
+        raise refused[0]
+    return grown(some)
+
+
+# -- shapes -------------------------------------------------------------------------------------------------------
+
+
+def _resized(model: nn.Module, traced: Trace, groups: Description, factors: dict[int, float]) -> nn.Module:
+    """A copy of `model` with room for the new units; what it holds is drawn like the old, and means nothing."""
+    count = _counts(traced, groups, factors)
+    shapes = {name: _shape(traced, name, count) for name in traced.tensors}
+    copied = copy.deepcopy(model)
+    copied.__dict__.pop("growth", None)
+    stand_ins = {f"{name}.{weight}".lstrip("."): (module, weight) for name, module, weight in parametrised(copied)}
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        old = traced.tensors[name]
+        if shape == old.shape:
+            continue
+        if name in stand_ins:
+            module, weight = stand_ins[name]
+            setattr(module, weight, _drawn(old, shape, generator))
+        else:
+            _replace(copied, model, name, _drawn(old, shape, generator))
+    for name, module in copied.named_modules():
+        _set_attributes(module, model.get_submodule(name))
+    return copied
+
+
+def _counts(traced: Trace, groups: Description, factors: dict[int, float]) -> Tensor:
+    """By how many units each unit is replaced, on average over those that are alike."""
+    roots = traced.roots()
+    count = torch.ones(len(roots), dtype=torch.double)
+    signature = _signatures(traced, roots)
+    for k, factor in factors.items():
+        for alike in signature(groups.groups[k].units):
+            count[alike] = max(len(alike), round(len(alike) * factor + 1e-9)) / len(alike)
+    return count
+
+
+def _signatures(traced: Trace, roots: Tensor) -> Callable[[Tensor], list[Tensor]]:
+    """Units in parts that grow by themselves: those of one group or head, which the same layers read."""
+    marks: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for key, (children, parents) in traced.relations.items():
+        for child, parent in zip(roots[children].tolist(), roots[parents].tolist(), strict=True):
+            if child != parent:
+                marks[child].append((key, parent))
+    for name, axes in traced.axes.items():
+        for dim, labels in enumerate(axes):
+            if labels is not None:
+                for root in torch.unique(roots[labels]).tolist():
+                    marks[root].append((name, dim))
+
+    def parts(units: Tensor) -> list[Tensor]:
+        alike: dict[tuple, list[int]] = defaultdict(list)
+        for unit in units.tolist():
+            alike[tuple(sorted(set(marks[unit])))].append(unit)
+        return [torch.tensor(members) for members in alike.values()]
+
+    return parts
+
+
+def _shape(traced: Trace, name: str, count: Tensor) -> torch.Size:
+    roots, tensor = traced.roots(), traced.tensors[name]
+    shape = list(tensor.shape)
+    if name in traced.values:
+        units = traced.values[name].reshape(tensor.shape)
+        for dim in range(tensor.dim()):
+            shape[dim] = max(shape[dim], round(float(count[roots[units]].sum(dim).max()))) if shape[dim] > 1 else 1
+        return torch.Size(shape)
+    for dim in range(tensor.dim()):
+        if dim == 1 and name in traced.inner:
+            labels, groups = traced.inner[name]
+            shape[dim] = round(float(count[roots[labels]].sum()) / groups)
+        elif name in traced.axes and (labels := traced.axes[name][dim]) is not None:
+            shape[dim] = round(float(count[roots[labels]].sum()))
+    return torch.Size(shape)
+
+
+def _drawn(old: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Values for entries that no teacher entry stands for: as spread as the old ones."""
+    if not old.is_floating_point():
+        return torch.zeros(shape, dtype=old.dtype, device=old.device)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.double)
+    scale = old.double().std() if old.numel() > 1 else torch.ones(())
+    made = (drawn * scale.to(drawn) if not old.is_meta else drawn).to(old)
+    return made.contiguous(memory_format=_layout(old))
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _replace(copied: nn.Module, model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor of a new shape wherever the copy has the old one: tied weights stay tied, tags stay on."""
+    old = copied.get_parameter(name) if name in dict(model.named_parameters()) else copied.get_buffer(name)
+    new = value
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    for module in copied.modules():
+        for store in (module._parameters, module._buffers):
+            for key, held in store.items():
+                if held is old:
+                    store[key] = new
+
+
+def _set_attributes(module: nn.Module, before: nn.Module) -> None:
+    """Let a module's own numbers follow its tensors."""
+    weight, old = getattr(module, "weight", None), getattr(before, "weight", None)
+    shape = weight.shape if isinstance(weight, Tensor) else None
+    if isinstance(module, nn.Linear) and shape is not None:
+        module.out_features, module.in_features = shape
+    elif isinstance(module, _ConvNd) and shape is not None and isinstance(old, Tensor):
+        full, inside = (module.in_channels, module.out_channels) if module.transposed else (module.out_channels, module.in_channels)
+        if module.groups > 1 and module.groups == full and old.shape[1] == 1 and full == inside:
+            module.groups = shape[0]  # depthwise
+        elif module.groups > 1 and old.shape[1] == 1 and module.groups == inside:
+            module.groups = shape[0] * inside // full  # one unit a group, several out of it
+        inside = shape[1] * module.groups
+        module.out_channels, module.in_channels = (inside, shape[0]) if module.transposed else (shape[0], inside)
+    elif isinstance(module, _NormBase):
+        known = [t for t in (weight, module.running_mean) if isinstance(t, Tensor)]
+        if known:
+            module.num_features = len(known[0])
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and shape is not None:
+        module.normalized_shape = tuple(shape)
+    elif isinstance(module, nn.GroupNorm) and shape is not None:
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.Embedding) and shape is not None:
+        module.embedding_dim = shape[1]
+    elif isinstance(module, nn.PReLU) and shape is not None:
+        module.num_parameters = len(weight)
+
+
+# -- depth --------------------------------------------------------------------------------------------------------
+
+
+def deepen(
+    model: nn.Module,
+    example: Example,
+    after: Sequence[str],
+    *,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    make: Callable[[int, int], nn.Module] | None = None,
+    generator: torch.Generator | None = None,
+    depth: str = "identity",
+    calibrate: Tensor | None = None,
+) -> nn.Module:
+    """A copy of `model`, of the same class, with a new layer behind each module of `after`, that computes the same.
+
+    The new layer is the module's child `deeper`: a linear layer, or a convolution of kernel 3 that keeps the size, on as
+    many units as the module gives, and then `Blend(activation())`, the identity at first, whatever the activation.
+    Old keys of the state dict stay. `make(units, dims)` gives another new layer (`dims` positions: 0 for a
+    linear one); it must be able to be an identity. `depth`, `generator` and `calibrate` are those of
+    `transfer`, whose record is the copy's `growth`. The model is left as it was.
+
+    Raises TransferError if there is no such module, or its result is not one tensor with one axis of units.
+    """
+    model, inputs = unwrap(model), Inputs.of(example)
+    traced = trace(model, inputs)
+    copied = copy.deepcopy(model)
+    copied.__dict__.pop("growth", None)
+    for name in after:
+        units, dims = _units_of(traced, name)
+        new = make(units, dims) if make else nn.Sequential(_layer(units, dims), Blend(activation()))
+        reference = next(model.parameters())
+        module = copied.get_submodule(name)
+        place = "deeper"
+        while hasattr(module, place):
+            place += "_"
+        module.add_module(place, new.to(reference.device, reference.dtype).train(model.training))
+        if not isinstance(module, nn.Sequential):
+            module.register_forward_hook(_Deeper(place))
+    copied.growth = transfer(  # type: ignore[assignment]
+        model, copied, example, generator=generator, rename={}, depth=depth, calibrate=calibrate
+    )
+    return copied
+
+
+class _Deeper:
+    """The hook that sends a module's result through its child: a class of its own, so that copies and pickles keep it."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return module.get_submodule(self.place)(output)
+
+
+def _units_of(traced: Trace, name: str) -> tuple[int, int]:
+    """How many units a module gives, and along how many positions (0: units come last)."""
+    if name not in traced.modules:
+        raise TransferError(f"There is no module {name!r} to put a layer behind.")
+    labels = traced.outputs.get(name)
+    axes = [] if labels is None else [dim for dim, size in enumerate(traced.tight(labels.units).shape) if size > 1]
+    if labels is None or len(axes) != 1:
+        raise TransferError(f"The result of {name} is not one tensor with one axis of units: no layer can stand behind it.")
+    (axis,), rank = axes, labels.units.dim()
+    if axis not in (1, rank - 1):
+        raise TransferError(f"The units of {name} are on axis {axis}: a layer behind it wants them on axis 1, or last.")
+    return labels.units.shape[axis], 0 if axis == rank - 1 else rank - 2
+
+
+def _layer(units: int, dims: int) -> nn.Module:
+    if dims == 0:
+        return nn.Linear(units, units)
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](units, units, 3, padding=1)
