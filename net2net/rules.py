@@ -83,7 +83,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         if not parameters:
             return
         if len(parameters) == len(operands) == 1 and _scaled(call) and (view := trace.view(parameters[0])):
-            return trace.see(out, replace(view, gain=view.gain * _gain(call)))
+            return trace.see(out, replace(view, gain=view.gain * _gain(trace, call)))
         activations, others = parameters[:1], [x for x in others if x is not parameters[0]]
     met = [labels for x in activations if (labels := trace.labels(x))]
     passed: set[str] = set()
@@ -94,7 +94,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         varying = [dim for dim, size in enumerate(trace.tight(first).shape) if size > 1]
         shape = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
         shared = [dim for dim in varying if shape[dim] > 1]
-        if not shared:
+        if not shared and trace.name_of(x) not in trace.alike:
             continue
         if (labels := trace.labels(x)) is not None:
             first = trace.meet(first, labels.units.broadcast_to(out.shape), call)
@@ -104,7 +104,10 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
             why = f"{call} joins it to a constant of its own width"
             first = trace.bundle(first, shared, why).expand(out.shape)
     name = _plain(call.name)
-    gain = met[0].gain * _gain(call) if name in _LINEAR and len(met) == 1 else 1.0
+    gain = met[0].gain * _gain(trace, call) if name in _LINEAR and len(met) == 1 else 1.0
+    gains = {labels.gain for labels in met[: len(activations)]}
+    if name in _SUMS and len(gains) == 1:  # what a plain number multiplies keeps it beside what is added
+        (gain,) = gains
     scaled = name in ("mul", "div") and len(met) > 1
     linear = name in (_LINEAR | {"add", "sub"}) and not scaled and all(labels.linear for labels in met)
     linear = linear and len(met) == len([x for x in operands if x.numel() > 1])
@@ -124,11 +127,11 @@ def _scaled(call: Call) -> bool:
     return _plain(call.name) in _LINEAR
 
 
-def _gain(call: Call) -> float:
+def _gain(trace: Trace, call: Call) -> float:
     """The plain number that the call multiplies by, else 1."""
     name, factor = _plain(call.name), 1.0
     for value in (*call.args[:2], call.kwargs.get("other")):
-        if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and not hasattr(value, "_net2net_labels"):
+        if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and not trace.follows(value):
             value = value.item()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
             factor = value
@@ -295,6 +298,9 @@ def convolution(trace: Trace, call: Call) -> None:
         call.arg(position, name, 0 if name == "padding" else 1)
         for position, name in zip(at, ("stride", "padding", "groups", "dilation"), strict=True)
     )
+    owner = trace.model.get_submodule(call.module)
+    if getattr(owner, "padding_mode", "zeros") != "zeros":  # padded by another function, before
+        padding = owner.padding
     options = {"stride": stride, "padding": padding, "dilation": dilation, "transposed": transposed, "groups": groups}
     mix(trace, call, x, weight, x.dim() - weight.dim() + 1, (0, 1) if transposed else (1, 0), groups, options)
 
@@ -329,9 +335,10 @@ def mix(
     if labels is not None:
         reads = trace.line(labels.units, dim, f"{name} reads them with one weight")
     (in_dim, in_taken), (out_dim, out_taken) = found.axes[axes[0]], found.axes[axes[1]]
-    if groups > 1 and reads is None:
+    grouped = groups > 1 or name in trace.alike
+    if grouped and reads is None:
         return give_up(trace, call, f"{name} is grouped and reads what is not followed")
-    if groups > 1 and reads is not None:
+    if grouped and reads is not None:
         if weight.shape[0] == groups and weight.shape[1] == 1:
             return _depthwise(trace, call, labels, reads, dim, tensors, options)
         produced = _grouped(trace, name, reads, groups, transposed=axes == (0, 1))
@@ -727,6 +734,7 @@ _KEEP_ZERO = frozenset(
     """relu relu6 leaky_relu elu selu celu gelu silu mish tanh hardtanh hardswish mul div neg abs dropout to float double
     half bfloat16 detach clone contiguous identity""".split()
 )
+_SUMS = frozenset("add sub where masked_fill".split())
 _SCALES = {"mul": "factor", "add": "shift", "sub": "shift"}
 
 RULES: dict[str, Rule] = {

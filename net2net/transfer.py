@@ -10,7 +10,7 @@ from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError
 from .filling import SPLITS, add_noise, fill
-from .mapping import MEAN, NEW, ZERO, Plan, Rename, plan
+from .mapping import MEAN, NEW, ZERO, Plan, Rename, plan, teacher_names
 from .matching import candidates
 from .record import Axis, Origin, Transfer
 from .units import Example, Inputs, Layer, Trace, run, trace, unwrap
@@ -64,7 +64,7 @@ def transfer(
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
     def grow(names: Rename) -> Transfer:
-        prepared = plan(*traces, names, generator)
+        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator)
         identity.check_identity(prepared)
         record = _record(prepared, student, split, noise, generator)
         if depth == "dense":
@@ -98,10 +98,11 @@ def random_pad(
     """
     generator = generator or torch.Generator().manual_seed(0)
     teacher, student = unwrap(teacher), unwrap(student)
-    _, traces = _traced(teacher, student, example)
+    inputs, traces = _traced(teacher, student, example)
 
     def pad(names: Rename) -> Transfer:
-        return _record(plan(*traces, names, generator), student, "pad", 0.0, generator)
+        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator)
+        return _record(prepared, student, "pad", 0.0, generator)
 
     record = _first(pad, teacher, student, rename, generator).of(teacher, student)
     fill(teacher, student, record, pad=True)
@@ -123,6 +124,21 @@ def _traced(teacher: nn.Module, student: nn.Module, example: Example) -> tuple[I
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
     inputs = Inputs.of(example)
     return inputs, (trace(teacher, inputs), trace(student, inputs))
+
+
+def _alike(
+    teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rename: Rename
+) -> tuple[Trace, Trace]:
+    """The traces; the teacher's anew if what it has one of (a group, a head) is to grow into several."""
+    theirs, mine = traces
+    names = teacher_names(mine, theirs, rename)
+    several = [
+        {layer.name for layer in each.layers.values() if layer.name in each.inner or "taps" in layer.tensors}
+        | each.values.keys()
+        for each in traces
+    ]
+    alike = frozenset(other for name in several[1] if (other := names[name]) is not None) - several[0]
+    return (trace(teacher, inputs, alike), mine) if alike else traces
 
 
 def _first(

@@ -142,7 +142,9 @@ class Call:
 class Trace:
     """What one forward pass of a network tells of its units."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, alike: frozenset[str] = frozenset()) -> None:
+        self.model = model
+        self.alike = alike  # tensors of one group or head, to be seen as those of several
         self.layers: dict[str, Layer] = {}  # in the order of the forward pass
         self.axes: dict[str, list[Tensor | None]] = {}  # tensor name -> labels of each of its axes
         self.values: dict[str, Tensor] = {}  # tensor name -> labels of all of its elements, flat
@@ -582,8 +584,10 @@ def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
         return forward(model, inputs)
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, alike: frozenset[str] = frozenset()) -> Trace:
     """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
+
+    Tensors named in `alike` are seen as those of one group or head, of which another network may have more.
 
     A network with parameters that the eval mode does not reach (auxiliary heads) runs once in training mode, too.
     The network is left as it was. The output's units are pinned: a network's result keeps its width. Raises
@@ -591,7 +595,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """
     from torch.nn.utils import parametrize
 
-    result = Trace(model)
+    result = Trace(model, alike)
     with parametrize.cached(), torch.no_grad():
         for name, module in model.named_modules():
             if parametrize.is_parametrized(module):

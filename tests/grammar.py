@@ -765,7 +765,7 @@ def _start(d: Draw) -> tuple[list[Value], Step]:
     kind, y = d.one("input", *KINDS, "map", "words"), d.width()
     x = Value(kind, (3, 3), d.one("size", *SIZES[kind]))
     if kind == "words":
-        out = Value("sequence", y, x.size)
+        x, out = x.to((WORDS, WORDS)), Value("sequence", y, x.size)
         return [x], Step("embedding", f"embedding -> {out}", out, lambda i: nn.Embedding(WORDS, y[i]))
     how = d.one("start", "mix", "nothing", "sum", "shared", "cat", "film")
     if how == "nothing":
