@@ -100,7 +100,7 @@ def _by_prefix(rename: Mapping[str, str]) -> Callable[[str], str | None]:
     return convert
 
 
-def _keys(names: dict[str, str | None]) -> Callable[[str], str | None]:
+def key_names(names: dict[str, str | None]) -> Callable[[str], str | None]:
     """The teacher's key of what the student calls by a key: a tensor's or a module's name, then what it is."""
     modules = {}
     for mine, theirs in names.items():
@@ -191,7 +191,7 @@ class _Choice:
         self, teacher: Trace, student: Trace, names: dict[str, str | None], generator: torch.Generator
     ) -> None:
         self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
-        self.key = _keys(names)
+        self.key = key_names(names)
         close(teacher)
         close(student)
         self.teacher_roots, self.roots = teacher.roots(), student.roots()

@@ -373,7 +373,7 @@ def _depthwise(
 
 
 def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Units read and produced inside one group belong to it; where a group reads one unit, they belong to that."""
+    """Units read and produced inside one group belong to it."""
     if transposed:
         trace.axis(name, 0, reads)
         produced = trace.inside(name, groups)
@@ -381,13 +381,10 @@ def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, transposed: bo
         trace.inside(name, groups, reads)
         produced = trace.axis(name, 0)
     key = f"{name}|groups"
-    inputs, outputs = reads.reshape(groups, -1), produced.reshape(groups, -1)
-    if inputs.shape[1] == 1:
-        trace.relate(key, outputs, inputs.expand_as(outputs))
-    else:
-        owners = trace.families[key] if key in trace.families else trace.fresh(groups, key)
-        owners = [owners[:, None].expand_as(units).reshape(-1) for units in (inputs, outputs)]
-        trace.relate(key, torch.cat([reads, produced]), torch.cat(owners))
+    owners = trace.families[key] if key in trace.families else trace.fresh(groups, key)
+    members = [units.reshape(groups, -1) for units in (reads, produced)]
+    owned = [owners[:, None].expand_as(units).reshape(-1) for units in members]
+    trace.relate(key, torch.cat([reads, produced]), torch.cat(owned))
     return produced
 
 
@@ -428,9 +425,9 @@ def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int
         trace.label(call.out, Labels(units.broadcast_to((*batch, *units.shape[-2:])).expand(tuple(shape)), **_origin(met)))
         return
     one, two = trace.tight(left.units), trace.tight(right.units)
-    inner = [one.shape[-1] > 1, two.shape[-2] > 1]
-    why = f"{call} sums products over them"
     key = trace.key("contraction", call.module)
+    inner = [one.shape[-1] > 1 or key in trace.alike, two.shape[-2] > 1 or key in trace.alike]
+    why = f"{call} sums products over them"
     one = trace.bundle(one, [one.dim() - 1], why)
     two = trace.bundle(two, [two.dim() - 2], why)
     if any(inner):
@@ -438,7 +435,10 @@ def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int
         trace.unite(apart, together, contraction=True)
         if all(inner):
             trace.contractions.append(Contraction(key, torch.unique(trace.tight(left.units))))
-        units = one.expand(*one.shape[:-1], two.shape[-1]) if one.dim() >= two.dim() else two
+        _, numbers = torch.unique(trace.find(apart), return_inverse=True)
+        heads = trace.fresh(int(numbers.max()) + 1)  # a label of their own, which is neither factor's
+        units = heads[numbers]
+        trace.unite(units, apart, contraction=True)
         trace.label(call.out, Labels(units.expand(tuple(shape)), **_origin(met), gain=gain))
         return
     units = trace.meet(one.expand(tuple(shape)), two.expand(tuple(shape)), call)
@@ -547,15 +547,17 @@ def pad(trace: Trace, call: Call) -> None:
     labels = trace.labels(call.args[0])
     if labels is None:
         return give_up(trace, call, f"{call} acts on a parameter")
-    units, amounts = labels.units, call.arg(1, "pad")
+    units, amounts, mode = labels.units, call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    if mode != "constant" and max(trace.tight(units).shape[-(len(amounts) // 2) :]) > 1:
+        units, amounts = F.pad(units.double(), amounts, mode).long(), ()
     for k in range(len(amounts) // 2):
         dim, (before, after) = units.dim() - 1 - k, amounts[2 * k : 2 * k + 2]
         size = units.shape[dim] + before + after
         if trace.tight(units).shape[dim] == 1:
             units = units.narrow(dim, 0, 1).expand([size if d == dim else n for d, n in enumerate(units.shape)])
             continue
-        if call.arg(2, "mode", "constant") != "constant" or before < 0 or after < 0:
-            return give_up(trace, call, f"{call} repeats or removes some of them")
+        if before < 0 or after < 0:
+            return give_up(trace, call, f"{call} removes some of them")
         parts = [units]
         for position, count in ((0, before), (len(parts) + 1, after)):
             if count:

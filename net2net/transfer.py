@@ -10,7 +10,7 @@ from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError
 from .filling import SPLITS, add_noise, fill
-from .mapping import MEAN, NEW, ZERO, Plan, Rename, plan, teacher_names
+from .mapping import MEAN, NEW, ZERO, Plan, Rename, key_names, plan, teacher_names
 from .matching import candidates
 from .record import Axis, Origin, Transfer
 from .units import Example, Inputs, Layer, Trace, run, trace, unwrap
@@ -137,7 +137,12 @@ def _alike(
         | each.values.keys()
         for each in traces
     ]
-    alike = frozenset(other for name in several[1] if (other := names[name]) is not None) - several[0]
+    keys = key_names(names)
+    alike = {other for name in several[1] if (other := names[name]) is not None} - several[0]
+    alike |= {keys(c.key) for c in mine.contractions} - {None} - {c.key for c in theirs.contractions}
+    met = {keys(key) for key in mine.relations.keys() - theirs.relations.keys()}
+    alike |= {key for key in met - theirs.relations.keys() if key is not None and key[:-2] in theirs.keys}
+    alike = frozenset(name for name in alike if name is not None)
     return (trace(teacher, inputs, alike), mine) if alike else traces
 
 
@@ -379,20 +384,36 @@ class _Builder:
         """A tied table holds copies as they are; the norm before the layer that reads it takes the shares instead."""
         student, axis = self.plan.student, self.plan.student.read_axis[name]
         layer = student.layers[name]
-        readers = [other.name for other in student.layers.values() if layer.normed in other.via]
         norm = student.layers.get(layer.normed or "")
-        if norm is None or readers != [name] or not norm.tensors.keys() & {"weight"}:
+        before = [student.layers[source] for source in sorted(layer.sources) if source in student.layers]
+        if norm is not None and "weight" in norm.tensors and self._readers(norm.name) == [name]:
+            takers = [norm]
+        elif layer.linear and before and all(self._takes_shares(other, name) for other in before):
+            takers = before
+        else:
             raise TransferError(
                 f"{name} embeds and is read by a layer: its copies would have to be whole for the one and shared out for "
-                "the other. That is exact only if a norm with a weight stands before that layer, and before no other."
+                "the other. That is exact only if a norm with a weight, or a layer, stands before that layer, and before "
+                "no other."
             )
         share = origins[name].axes[axis].share
-        origin = origins[name].axes | {axis: replace(origins[name].axes[axis], reads=False)}
-        made = {name: replace(origins[name], axes=origin, tied=True)}
-        for role in norm.tensors.keys() & {"weight", "bias"}:
-            before = origins[norm.tensors[role]]
-            made[norm.tensors[role]] = replace(before, rows=share if before.rows is None else before.rows * share, tied=True)
+        whole = origins[name].axes | {axis: replace(origins[name].axes[axis], reads=False)}
+        made = {name: replace(origins[name], axes=whole, tied=True)}
+        for tensor in {taker.tensors[role] for taker in takers for role in taker.tensors.keys() & {"weight", "bias"}}:
+            rows = origins[tensor].rows
+            made[tensor] = replace(origins[tensor], rows=share if rows is None else rows * share, tied=True)
         return made
+
+    def _readers(self, name: str) -> list[str]:
+        """The layers that read what a layer produces, or a norm passes on."""
+        return [other.name for other in self.plan.student.layers.values() if name in other.sources | other.via]
+
+    def _takes_shares(self, layer: Layer, reader: str) -> bool:
+        """Whether the units of `layer` may be scaled for the sake of the one layer that reads them."""
+        student = self.plan.student
+        own = layer.kind == "mix" and layer.name != reader and self.plan.names[layer.name] is not None
+        first = own and student.axes[layer.name][0] is layer.produces and student.read_axis[layer.name] != 0
+        return bool(first) and self._readers(layer.name) == [reader]
 
 
 def _padded(origin: Origin, role: str, factor: float) -> Origin:

@@ -152,6 +152,7 @@ class Trace:
         self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> labels of its axis 1 in every group
         self.families: dict[str, Tensor] = {}  # labels that came into being together, by a key both networks share
         self.relations: dict[str, tuple[Tensor, Tensor]] = {}  # key -> labels, and those of the units they belong to
+        self.keys: set[str] = set()  # of everything that met elementwise
         self.norms: list[Norm] = []
         self.gains: dict[str, tuple[float, frozenset[str], Tensor]] = {}  # where a number's size matters: softmax
         self.contractions: list[Contraction] = []
@@ -290,7 +291,8 @@ class Trace:
         """Labels of an elementwise result: those that meet are one unit, unless that would make one unit of several
         that a layer keeps apart (a gate over all channels, a head's weights over its values): then each belongs to
         what it meets."""
-        shape = a.shape
+        shape, key = a.shape, self.key(call.name, call.module)
+        self.keys.add(key)
         a, b = torch.broadcast_tensors(self.tight(a), self.tight(b))
         mine, theirs = self.find(a), self.find(b)
         if torch.equal(mine, theirs):
@@ -299,15 +301,15 @@ class Trace:
         pairs, inverse = torch.unique(mine * base + theirs, return_inverse=True)
         left, right = pairs // base, pairs % base
         single = [len(torch.unique(side)) == len(pairs) for side in (left, right)]
-        if all(single) or not self._collapses(left, right):
+        belongs = [f"{key}|<" in self.alike, f"{key}|>" in self.alike]  # in the other network these are no pairs
+        if not any(belongs) and (all(single) or not self._collapses(left, right)):
             self.unite(left, right)
             return a.expand(shape)
-        key = self.key(call.name, call.module)
-        if single[0]:
-            self.relate(key, left, right)
+        if single[0] and not belongs[1]:
+            self.relate(f"{key}|<", left, right)
             return a.expand(shape)
         if single[1]:
-            self.relate(key, right, left)
+            self.relate(f"{key}|>", right, left)
             return b.expand(shape)
         joined = self.fresh(len(pairs), key)
         self.relate(f"{key}|left", joined, left)

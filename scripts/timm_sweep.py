@@ -1,0 +1,318 @@
+"""One small network of every architecture in timm, each free width grown by half: python scripts/timm_sweep.py [--only GLOB].
+
+Writes results/timm.md. With --only, the modules whose name matches are measured and printed, and nothing is written.
+"""
+
+import argparse
+import fnmatch
+import multiprocessing
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments import files  # noqa: E402 (the checkout is not installed)
+from experiments.device import describe as hardware  # noqa: E402
+from net2net import TransferError, describe, equivalence, widen  # noqa: E402
+from scripts import zoo  # noqa: E402
+from scripts.trained import look_trained  # noqa: E402
+
+PAGE = ROOT / "results" / "timm.md"
+FACTOR = 1.5
+EXACT = 1e-8  # the largest relative error that counts as rounding, in float64
+SECONDS = 120.0
+GIBIBYTES = 16
+SIZES = (64, 96, 128, 160, 192, 224)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network of timm: the module that defines it, its name, the images' width, and what its constructor is told."""
+
+    module: str
+    model: str
+    pixels: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SUBJECTS: list[Subject] = [
+]
+
+# Told to the constructor where the smallest network of a module is still too large for a minute, or has no classifier.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "deepseek_vit_412m": {"depth": 2},
+    "gemma4_vit_167m": {"depth": 2, "position_embedding_size": 64},
+}
+
+
+# -- the choice ---------------------------------------------------------------------------------------------------
+
+
+def choose(modules: Sequence[str]) -> Iterator[Subject]:
+    """The smallest network of every module, on images as small as it takes: what SUBJECTS holds, one by one."""
+    for module in modules:
+        yield _fitted(module, smallest(module))
+
+
+def smallest(module: str) -> str:
+    """The network with the fewest parameters of a module of timm; of several the one with the shortest name."""
+    return min(timm.list_models(module=module), key=lambda name: (_size(name), len(name), name))
+
+
+def _size(name: str) -> int:
+    with torch.device("meta"):
+        return parameters(timm.create_model(name))
+
+
+def _fitted(module: str, name: str) -> Subject:
+    """On the smallest images on which no more parameters are without effect than on those that it is made for.
+
+    A stage of one position, say, has no use for its queries and keys: errors in them would not show.
+    """
+    options = OPTIONS.get(name, {})
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    if model.num_classes == 0:
+        options = options | {"num_classes": 10}
+    default = Subject(module, name, model.pretrained_cfg["input_size"][-1], options)
+    wanted = _effective(default)
+    for pixels in SIZES:
+        for extra in ({}, {"img_size": pixels}):
+            smaller = Subject(module, name, pixels, options | extra)
+            try:
+                if pixels < default.pixels and _effective(smaller) >= wanted:
+                    return smaller
+            except Exception:  # noqa: S112 (each network has its own way to say that an image is too small)
+                continue
+    return default
+
+
+def _effective(subject: Subject) -> int:
+    """How many of the parameters have an effect on the output."""
+    model = build(subject)
+    model(_images(subject, 2, seed=2)).square().sum().backward()
+    return sum(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+# -- a measurement ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one network gave.
+
+    `sizes` are the parameters before and after, `wider` how many of its layers have more units than before, and how
+    many layers there are; `alive` is how much the output varies between images, as a part of its size. `error` and
+    `reason` are None where there is none.
+    """
+
+    subject: Subject
+    seconds: float
+    sizes: tuple[int, int] = (0, 0)
+    wider: tuple[int, int] = (0, 0)
+    alive: float = 0.0
+    error: float | None = None
+    reason: str | None = None
+    fault: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """exact, refused, or a fault: WRONG, CRASHED, SLOW, and DEAD for a network that could prove nothing."""
+        if self.fault is not None:
+            return self.fault
+        if self.reason is not None:
+            return "refused"
+        if not self.alive > zoo.ALIVE:
+            return "DEAD"
+        return "exact" if self.error is not None and self.error <= EXACT else "WRONG"
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f"{self.error:8.1e}"
+        grown = f"{self.wider[0]:3} of {self.wider[1]:3} layers wider"
+        head = f"{self.verdict:8} {error:8} {self.seconds:6.1f} s  {grown}  {self.subject.module}: {self.subject.model}"
+        return f"{head}  {self.reason or ''}".rstrip()
+
+
+def build(subject: Subject) -> nn.Module:
+    """The network, freshly drawn, made to look trained, in float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(subject.model, **subject.options).double()
+    return look_trained(model, _images(subject, 8, seed=1))
+
+
+def measure(subject: Subject) -> Row:
+    """Widen the network by FACTOR wherever it is free and compare on images that the growth has not seen."""
+    model = build(subject)
+    example, fresh = (_images(subject, 2, seed) for seed in (2, 3))
+    row = partial(Row, subject, sizes=(parameters(model),) * 2, wider=(0, len(_layers(model))))
+    row = partial(row, alive=zoo._spread(model, fresh))
+    started = time.perf_counter()
+    try:
+        grown = widen(model, example, FACTOR)
+        seconds = time.perf_counter() - started
+        row = partial(row, seconds, sizes=(parameters(model), parameters(grown)), wider=_wider(model, grown))
+        if parameters(grown) == parameters(model):
+            return row(reason=_held(model, example))
+        return row(error=equivalence(model, grown, fresh).max_relative)
+    except TransferError as refusal:
+        return row(time.perf_counter() - started, reason=zoo._shorten(str(refusal)))
+    except Exception as error:  # which ought never to come from inside: it is counted, and the table goes on
+        reason = zoo._shorten(f"{type(error).__name__}: {error}")
+        return row(time.perf_counter() - started, reason=reason, fault="CRASHED")
+
+
+def _images(subject: Subject, count: int, seed: int) -> Tensor:
+    return zoo._images(count, subject.pixels, seed)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers a network learns."""
+    return zoo._parameters(model)
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """The units of every layer: the length of each weight with more than one axis."""
+    return {name: len(weight) for name, weight in model.named_parameters() if weight.dim() > 1}
+
+
+def _wider(model: nn.Module, grown: nn.Module) -> tuple[int, int]:
+    before, after = _layers(model), _layers(grown)
+    return sum(after[name] > units for name, units in before.items()), len(before)
+
+
+def _held(model: nn.Module, example: Tensor) -> str:
+    """What keeps the widths of a network as they are, the most frequent reason first."""
+    reasons = Counter(group.state for group in describe(model, example).groups)
+    return zoo._shorten("Nothing grew. " + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common()))
+
+
+# -- one process each ---------------------------------------------------------------------------------------------
+
+
+def isolated(subject: Subject) -> Row:
+    """`measure` in a process of its own, which may take SECONDS and GIBIBYTES: nothing that it does harms the next."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "torchvision"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(subject, theirs))
+    started = time.perf_counter()
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(SECONDS):
+            return ours.recv()
+        return Row(subject, SECONDS, reason=f"It takes longer than {SECONDS:.0f} s.", fault="SLOW")
+    except EOFError:
+        process.join()
+        reason = f"The process ended without a result, with exit code {process.exitcode}."
+        return Row(subject, time.perf_counter() - started, reason=reason, fault="CRASHED")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(subject: Subject, connection: Connection) -> None:
+    torch.set_num_threads(1)  # sums in a fixed order
+    resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30,) * 2)
+    connection.send(measure(subject))
+
+
+# -- the page -----------------------------------------------------------------------------------------------------
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The results as markdown."""
+    count = Counter(row.verdict for row in rows)
+    faults = "".join(f", **{count[fault]} {fault}**" for fault in ("CRASHED", "SLOW", "DEAD") if count[fault])
+    wrong = f"{count['WRONG']} wrong" if not count["WRONG"] else f"**{count['WRONG']} WRONG**"
+    lines = [
+        "# timm",
+        "",
+        "The smallest network, by parameters, of every module of timm that defines an architecture, each widened by",
+        f"`net2net.widen(model, example, {FACTOR})`: all free hidden widths grow by half, the model's own forward pass",
+        "stays. Each network was made to look trained (no constant biases, scales or heads, batch-norm statistics of",
+        "images, disturbed) in float64, grown, and compared with what it had been on 2 images that the growth had not",
+        "seen. The images are the smallest on which no parameter loses its effect.",
+        "",
+        f"- **Result:** {len(rows)} networks: {count['exact']} exact, {count['refused']} refused, {wrong}{faults}",
+        f"- **Exact:** largest |before - after| at most {EXACT:.0e} of the largest |output|",
+        "- **Layers wider:** weights with more units than before, of all that have more than one axis",
+        "- **Alive:** standard deviation of the output between the images over its mean size; under "
+        f"{zoo.ALIVE:.0e} nothing counts",
+        "- **Seconds:** of `net2net.widen`, its check included",
+        f"- **Limits:** {SECONDS:.0f} s and {GIBIBYTES} GiB a network",
+        f"- **Versions:** torch {torch.__version__}, timm {timm.__version__}",
+        f"- **Hardware:** {hardware(torch.device('cpu'))}",
+        "- **Command:** `python scripts/timm_sweep.py`",
+        "",
+        "| Module | Network | Pixels | Layers wider | Parameters, M | Alive | Error | Seconds | Verdict |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        *map(_line, rows),
+        "",
+    ]
+    unproved = [row for row in rows if row.reason is not None]
+    if unproved:
+        lines += ["## Not grown", ""]
+        lines += [f"- **{row.subject.model}** ({row.verdict}): “{row.reason}”" for row in unproved]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    subject = row.subject
+    options = ", ".join(f"{key}={value}" for key, value in subject.options.items() if key != "img_size")
+    network = f"{subject.model} ({options})" if options else subject.model
+    millions = " → ".join(f"{size / 1e6:.1f}" for size in row.sizes)
+    error = "–" if row.error is None else f"{row.error:.1e}"
+    cells = [subject.module, network, str(subject.pixels), f"{row.wider[0]} of {row.wider[1]}", millions]
+    return f"| {' | '.join([*cells, f'{row.alive:.2g}', error, f'{row.seconds:.1f}', row.verdict])} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print a line a network and write the page; returns 1 if one came out wrong, dead, slow or crashed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", metavar="GLOB", help="measure the modules whose name matches; write nothing")
+    parser.add_argument("--list", action="store_true", help="print the modules and their networks")
+    parser.add_argument("--choose", action="store_true", help="print the lines of SUBJECTS anew, for this timm")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.choose:
+        for subject in choose(fnmatch.filter(timm.list_modules(), options.only or "*")):
+            extra = f", {subject.options}" if subject.options else ""
+            print(f'    Subject("{subject.module}", "{subject.model}", {subject.pixels}{extra}),', flush=True)
+        return 0
+    subjects = [subject for subject in SUBJECTS if fnmatch.fnmatchcase(subject.module, options.only or "*")]
+    if not subjects:
+        print(f"No module is called {options.only}: see --list.", file=sys.stderr)
+        return 1
+    if options.list:
+        print("\n".join(f"{subject.module}: {subject.model}" for subject in subjects))
+        return 0
+    rows = []
+    for subject in subjects:
+        rows.append(isolated(subject))
+        print(rows[-1], flush=True)
+    count = Counter(row.verdict for row in rows)
+    print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
+    if not options.only:
+        files.write(PAGE, page(rows).encode())
+        print(f"written to {PAGE.relative_to(ROOT)}")
+    return 0 if set(count) <= {"exact", "refused"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
