@@ -7,7 +7,7 @@ different layers read (the halves of a shuffle) are chosen apart.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -192,8 +192,8 @@ class _Choice:
     ) -> None:
         self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
         self.key = key_names(names)
-        close(teacher)
         close(student)
+        close(teacher, {other for key in student.relations if " in " in key and (other := self.key(key)) is not None})
         self.teacher_roots, self.roots = teacher.roots(), student.roots()
         self.g = torch.full((len(self.roots),), NEW)
         self.narrowest = torch.full((len(self.roots),), len(self.roots))  # of the layers that a unit is in, the width
@@ -232,6 +232,14 @@ class _Choice:
                     number = int(torch.randint(2**62, (), generator=generator))
                     mine[torch.unique(self.roots[a])] += number
                     theirs[torch.unique(self.teacher_roots[b])] += number
+        for numbers, owners in ((mine, self.owners), (theirs, self.teacher_owners)):
+            members: dict[int, set[int]] = defaultdict(set)
+            for child, parents in owners.items():
+                for parent in parents.values():
+                    members[parent].add(int(numbers[child]))
+            for parent, inside in members.items():  # a group is known by what is in it
+                if not int(numbers[parent]):
+                    numbers[parent] = sum(inside) % 2**62
         return mine, theirs
 
     def _norm_kinds(self) -> dict[int, set[str]]:
@@ -477,11 +485,12 @@ def _in_order(values: Tensor) -> Tensor:
     return torch.tensor(list(dict.fromkeys(values.tolist())), dtype=torch.long)
 
 
-def close(trace: Trace) -> None:
+def close(trace: Trace, nested: Collection[str] = ()) -> None:
     """A unit belongs to one unit in every relation: where labels of one unit belong to several, those are one.
 
     Two relations over the same units are compared: groups that coincide are one group, smaller groups belong to the
-    larger ones around them.
+    larger ones around them. `nested` are keys of the other network's that say which are smaller there: here they are not
+    made one even if they coincide.
     """
     while True:
         merged = False
@@ -492,11 +501,11 @@ def close(trace: Trace) -> None:
             if bool(same.any()):
                 trace.unite(b[order][1:][same], b[order][:-1][same])
                 merged = True
-        if not merged and not _nest(trace):
+        if not merged and not _nest(trace, nested):
             return
 
 
-def _nest(trace: Trace) -> bool:
+def _nest(trace: Trace, nested: Collection[str]) -> bool:
     """Relate the owners of one unit to each other where one decides the other; whether labels were joined."""
     of: dict[int, dict[str, int]] = defaultdict(dict)
     for key, (children, parents) in list(trace.relations.items()):
@@ -516,10 +525,11 @@ def _nest(trace: Trace) -> bool:
         if not pairs or (len(lefts) < len(pairs) and len(rights) < len(pairs)):
             continue
         x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
-        if len(lefts) == len(rights) == len(pairs):
+        smaller = [f"{a} in {b}" in nested, f"{b} in {a}" in nested]
+        if len(lefts) == len(rights) == len(pairs) and not any(smaller):
             trace.unite(x, y)
             return True
-        if len(lefts) == len(pairs):
+        if len(lefts) == len(pairs) and not smaller[1]:
             trace.relate(f"{a} in {b}", x, y)
         else:
             trace.relate(f"{b} in {a}", y, x)

@@ -303,7 +303,7 @@ class Trace:
         single = [len(torch.unique(side)) == len(pairs) for side in (left, right)]
         belongs = [f"{key}|<" in self.alike, f"{key}|>" in self.alike]  # in the other network these are no pairs
         if not any(belongs) and (all(single) or not self._collapses(left, right)):
-            self.unite(left, right)
+            self.unite(a, b)
             return a.expand(shape)
         if single[0] and not belongs[1]:
             self.relate(f"{key}|<", left, right)
