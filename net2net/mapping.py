@@ -288,8 +288,10 @@ class _Choice:
                 for units, owners in ((mine, self.owners), (theirs, self.teacher_owners))
             ]
             for level in torch.unique(depths[0]).tolist():
-                parts = (units[depth == level] for units, depth in zip((mine, theirs), depths, strict=True))
-                found.append(_Family(name, *parts, level, len(mine)))
+                alike = theirs[depths[1] == level]  # or, behind a new layer, what there belongs to something
+                found.append(
+                    _Family(name, mine[depths[0] == level], alike if len(alike) else theirs, level, len(mine))
+                )
         return found
 
     def _depth(self, unit: int, owners: dict[int, dict[str, int]], below: tuple[int, ...] = ()) -> int:
@@ -307,20 +309,23 @@ class _Choice:
         owned = not self.teacher_owners.keys().isdisjoint(theirs.tolist())
         if not apart and not owned:
             return [(mine, theirs)]
-        among: dict[Hashable, list[int]] = defaultdict(list)
-        for unit in dict.fromkeys(theirs.tolist()):
-            among[_frozen(self.teacher_owners.get(unit, {}), self.teacher_readers[unit] if apart else 0)].append(unit)
         parts: dict[Hashable, list[int]] = defaultdict(list)
-        copied = {}
         for unit in dict.fromkeys(mine.tolist()):
-            owners, readers = self.owners.get(unit, {}), self.readers[unit] if apart else 0
-            part = _frozen(owners, readers)
-            parts[part].append(unit)
-            copied[part] = _frozen({key: int(self.g[owner]) for key, owner in owners.items()}, readers)
-        return [
-            (torch.tensor(units, dtype=torch.long), torch.tensor(among.get(copied[part], []), dtype=torch.long))
-            for part, units in parts.items()
-        ]
+            readers = int(self.readers[unit]) if apart else 0
+            parts[frozenset(self.owners.get(unit, {}).items()), readers].append(unit)
+        found, distinct = [], list(dict.fromkeys(theirs.tolist()))
+        by_key: dict[Hashable, dict[Hashable, list[int]]] = {}
+        for (owners, readers), units in parts.items():
+            keys = frozenset(key for key, _ in owners)
+            if keys not in by_key:  # the teacher's units by what they belong to in these relations
+                by_key[keys] = defaultdict(list)
+                for unit in distinct:
+                    theirs_of = self.teacher_owners.get(unit, {})
+                    same = frozenset((key, theirs_of.get(key)) for key in keys)
+                    by_key[keys][same, int(self.teacher_readers[unit]) if apart else 0].append(unit)
+            copied = frozenset((key, int(self.g[owner])) for key, owner in owners)
+            found.append((torch.tensor(units), torch.tensor(by_key[keys].get((copied, readers), []), dtype=torch.long)))
+        return found
 
     # -- choosing ---------------------------------------------------------------------------------------------
 
@@ -469,10 +474,6 @@ class _Choice:
                 f"Units of {_said(name)} meet units of another layer that copy another teacher unit; "
                 "the teacher joins these layers differently."
             )
-
-
-def _frozen(owners: dict[str, int], readers: Tensor | int) -> Hashable:
-    return frozenset(owners.items()), int(readers)
 
 
 def _said(key: str) -> str:

@@ -77,7 +77,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     if any(x.dim() > out.dim() for x in operands) or out.dim() and out.shape != _broadcast(operands):
         return give_up(trace, call, f"{call} changes what an element is")
     activations = [x for x in operands if hasattr(x, "_net2net_labels")]
-    others = [x for x in operands if not hasattr(x, "_net2net_labels") and x.numel() > 1]
+    others = [x for x in operands if not hasattr(x, "_net2net_labels") and trace.counts(x)]
     if not activations:  # parameters alone
         parameters = [x for x in others if trace.follows(x)]
         if not parameters:
@@ -335,11 +335,12 @@ def mix(
     if labels is not None:
         reads = trace.line(labels.units, dim, f"{name} reads them with one weight")
     (in_dim, in_taken), (out_dim, out_taken) = found.axes[axes[0]], found.axes[axes[1]]
-    grouped = groups > 1 or name in trace.alike
+    split = f"{name}|groups" in trace.alike
+    grouped = groups > 1 or name in trace.alike or split
     if grouped and reads is None:
         return give_up(trace, call, f"{name} is grouped and reads what is not followed")
     if grouped and reads is not None:
-        if weight.shape[0] == groups and weight.shape[1] == 1:
+        if weight.shape[0] == groups and weight.shape[1] == 1 and not split:
             return _depthwise(trace, call, labels, reads, dim, tensors, options)
         produced = _grouped(trace, name, reads, groups, transposed=axes == (0, 1))
     else:
@@ -347,8 +348,8 @@ def mix(
             trace.axis(name, in_dim, reads, in_taken)
         produced = trace.axis(name, out_dim, None, out_taken)
     trace.read_axis[name] = in_dim
-    if bias_name is not None:
-        trace.axis(bias_name, 0, produced)
+    if bias is not None and (part := trace.weight(bias)) is not None:
+        trace.axis(part.name, part.axes[0][0], produced, part.axes[0][1])
     elif bias is not None and (more := trace.labels(bias)) is not None:
         trace.unite(more.units.reshape(-1), produced)
     gain = found.gain if labels is None else found.gain * labels.gain

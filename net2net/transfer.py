@@ -13,7 +13,7 @@ from .filling import SPLITS, add_noise, fill
 from .mapping import MEAN, NEW, ZERO, Plan, Rename, key_names, plan, teacher_names
 from .matching import candidates
 from .record import Axis, Origin, Transfer
-from .units import Example, Inputs, Layer, Trace, run, trace, unwrap
+from .units import Example, Inputs, Layer, Trace, run, tensors_in, trace, unwrap
 
 
 def transfer(
@@ -48,7 +48,8 @@ def transfer(
     the statistics of new batch norms (section 3.4): without it they are exact in eval mode only.
 
     The eps of a layer norm that sees padding (its width no multiple of the teacher's) changes in the student's module.
-    The check is on `example`: a teacher whose output does not depend on its features (a head of zeros) proves nothing.
+    The check is on `example` and on random inputs like it: a teacher whose output does not depend on its features (a head
+    of zeros) proves nothing.
 
     Raises TransferError, before the student is changed, if it is smaller than its teacher anywhere or if units would
     grow that an operation pins; and, with the student filled but unusable, if the result on `example` differs
@@ -73,7 +74,9 @@ def transfer(
         if batches is not None:
             identity.calibrate(student, prepared, batches)
         measured = compare(prepared.teacher.output, run(student, inputs))
-        _refuse_if_different(measured, prepared)
+        _refuse_if_different(measured, prepared, "the example")
+        if (on_others := _on_others(teacher, student, inputs)) is not None:
+            _refuse_if_different(on_others, prepared, "other inputs like it")
         return replace(record, measured=measured)
 
     record = _first(grow, teacher, student, rename, generator).of(teacher, student)
@@ -132,14 +135,11 @@ def _alike(
     """The traces; the teacher's anew if what it has one of (a group, a head) is to grow into several."""
     theirs, mine = traces
     names = teacher_names(mine, theirs, rename)
-    several = [
-        {layer.name for layer in each.layers.values() if layer.name in each.inner or "taps" in layer.tensors}
-        | each.values.keys()
-        for each in traces
-    ]
+    depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in traces]
+    one = {names[name] for name in depthwise[1] | mine.values.keys()} - depthwise[0] - theirs.values.keys()
+    split = {f"{other}|groups" for name in mine.inner if (other := names[name]) is not None and other not in theirs.inner}
     keys = key_names(names)
-    alike = {other for name in several[1] if (other := names[name]) is not None} - several[0]
-    alike |= {keys(c.key) for c in mine.contractions} - {None} - {c.key for c in theirs.contractions}
+    alike = one | split | ({keys(c.key) for c in mine.contractions} - {c.key for c in theirs.contractions})
     met = {keys(key) for key in mine.relations.keys() - theirs.relations.keys()}
     alike |= {key for key in met - theirs.relations.keys() if key is not None and key[:-2] in theirs.keys}
     alike = frozenset(name for name in alike if name is not None)
@@ -521,13 +521,25 @@ def _rank(values: Tensor) -> Tensor:
     return rank
 
 
-def _refuse_if_different(measured: Equivalence, plan: Plan) -> None:
+def _on_others(teacher: nn.Module, student: nn.Module, inputs: Inputs) -> Equivalence | None:
+    """The same on inputs that are drawn: what is dead on the example may be alive on those. None if they do not serve."""
+    for others in (inputs.others(), inputs.others(numbers=0)):
+        try:
+            theirs = run(teacher, others)
+        except TransferError:
+            continue  # it takes no other number of rows
+        if all(bool(x.isfinite().all()) for x in tensors_in(theirs)):
+            return compare(theirs, run(student, others))
+    return None
+
+
+def _refuse_if_different(measured: Equivalence, plan: Plan, where: str) -> None:
     floating = [t for t in (*plan.student.tensors.values(), *plan.teacher.tensors.values()) if t.is_floating_point()]
     tolerance = max((torch.finfo(t.dtype).eps for t in floating), default=torch.finfo(torch.float32).eps) ** 0.5
     if not measured.max_relative <= tolerance:
         new = sorted(plan.identity) or ["none"]
         raise TransferError(
-            f"The filled student does not compute its teacher's function: on the example they differ by "
+            f"The filled student does not compute its teacher's function: on {where} they differ by "
             f"{measured.max_relative:.1e} relative, more than {tolerance:.1e}. The two forward passes do something "
             "different with the same units: an activation behind a new layer that is not idempotent, another layout. "
             f"Layers that pass units through: {', '.join(new[:8])}."

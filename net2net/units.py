@@ -181,7 +181,7 @@ class Trace:
         if not isinstance(value, Tensor):
             return None
         known = getattr(value, "_net2net_labels", None)
-        if known is None and value.numel() > 1 and (view := self.view(value)) is not None:
+        if known is None and self.counts(value) and (view := self.view(value)) is not None:
             shape = self.tensors[view.name].shape
             if view.name not in self.values:
                 self.values[view.name] = self.fresh(shape.numel(), view.name, whole=False)
@@ -192,6 +192,10 @@ class Trace:
             units = self.values[view.name][flat]
             return Labels(units, frozenset({view.name}), gain=view.gain, linear=True)
         return known
+
+    def counts(self, value: Tensor) -> bool:
+        """Whether a parameter or constant has something to say of units: a single number says the same of all."""
+        return value.numel() > 1 or self.name_of(value) in self.alike
 
     def follows(self, value: object) -> bool:
         """Whether the pass follows this value: an activation, or a parameter."""
@@ -367,6 +371,10 @@ class Trace:
                 return None
             if moving:
                 axes[moving[0]] = (axis, places.reshape(-1))
+        unused = [axis for axis in range(len(view.places)) if axis not in dict(axes)]
+        for dim, (axis, _) in enumerate(axes):
+            if axis < 0 and unused:  # of length one
+                axes[dim] = (unused[0], view.places[unused.pop(0)].reshape(-1)[:1])
         return Weight(view.name, axes, view.gain)
 
     def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
@@ -502,6 +510,27 @@ class Inputs:
             tuple(_mapped(value, change) for value in self.args),
             {name: _mapped(value, change) for name, value in self.kwargs.items()},
         )
+
+
+    def others(self, seed: int = 0, numbers: int = 2**16) -> "Inputs":
+        """Other inputs of the same kind, drawn: normal ones twice as spread, whole numbers from among the example's own.
+
+        As many rows as make about this many numbers, and no fewer than the example has.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {x.shape[0] for x in self.tensors if x.dim()}
+        total = sum(x.numel() for x in self.tensors)
+        times = max(1, min(numbers // max(total, 1), 64)) if len(sizes) == 1 else 1
+
+        def draw(x: Tensor) -> Tensor:
+            shape = (times * x.shape[0], *x.shape[1:]) if x.dim() else x.shape
+            if not x.is_floating_point():
+                among = x.reshape(-1)
+                return among[torch.randint(max(len(among), 1), shape, generator=generator).to(x.device)] if len(among) else x
+            spread = 2 * x.double().std() if x.numel() > 1 else torch.ones(())
+            return (torch.randn(shape, generator=generator, dtype=torch.double).to(x.device) * spread).to(x.dtype)
+
+        return self.each(draw)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

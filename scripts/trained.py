@@ -41,8 +41,9 @@ def _disturb(parameter: Tensor, generator: torch.Generator) -> None:
     """Vectors leave their constant; a matrix of zeros, which would hide all before it, becomes a random one."""
     noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     if parameter.numel() == max(parameter.shape, default=1):
+        positive = bool((parameter > 0).all())  # and may have to stay so: a variance, the base of a logarithm
         parameter *= 0.5 + torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
-        parameter += 0.3 * noise
+        parameter += 0.3 * (noise.abs() if positive else noise)
     elif not parameter.any():
         parameter += noise / parameter[0].numel() ** 0.5
 
