@@ -1,5 +1,5 @@
-"""`python -m net2net resnet18` prints the unit groups of a network; `python -m net2net resnet18 resnet34` grows one into
-the other and prints how equal they are. Networks of torchvision, or of timm if that is installed, by name."""
+"""`python -m net2net resnet18` prints the unit groups of a network; `python -m net2net resnet18 resnet34` grows one
+into the other and prints how equal they are. Networks of torchvision, or of timm if that is installed, by name."""
 
 import argparse
 import sys
@@ -56,7 +56,7 @@ def _network(name: str) -> nn.Module:
 
 
 def _disturbed(model: nn.Module) -> nn.Module:
-    """Statistics and weights that are not those of a fresh network: those hide mistakes, and a head of zeros all of them."""
+    """Statistics and weights that are not those of a fresh network, which hide mistakes, as a head of zeros does."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and (tensor.dim() == 1 or not bool(tensor.any())):
             _disturb(name, tensor.data)

@@ -39,7 +39,11 @@ class Group:
             return f"pinned: {self.pinned}"
         if self.whole is not None:
             return f"as a whole: {self.whole}"
-        return f"seen by the norm {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1) if self.norms else "free"
+        return (
+            f"seen by the norm {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1)
+            if self.norms
+            else "free"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def described(traced: Trace) -> Description:
         for root in torch.unique(roots[norm.units]).tolist():
             norms[root][norm.module or "in the network"] = None
     found = []
-    for number, members in of.items():
+    for members in of.values():
         units = torch.unique(torch.cat([roots[layer.produces] for layer in members]))
         seen = units.tolist()
         found.append(

@@ -30,9 +30,7 @@ class Equivalence:
         )
 
 
-def equivalence(
-    teacher: nn.Module, student: nn.Module, inputs: Example, *, mode: str = "eval"
-) -> Equivalence:
+def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode: str = "eval") -> Equivalence:
     """Measure |teacher - student| on `inputs` (a tensor, a tuple of arguments or a dict of keyword arguments).
 
     `mode` is "eval", or "train" to let batch norm use the batch's statistics (running statistics, modes and the random

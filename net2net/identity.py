@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +82,8 @@ def origins(plan: Plan) -> dict[str, Origin]:
 
 
 def dense(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
-    """The origins of identities that may be dense instead, and of what reads them: a layer of the teacher as the product
-    of two (Wei et al., "Network Morphism", 2016), by a rotation of the units between them.
+    """The origins of identities that may be dense instead, and of what reads them: a layer of the teacher as the
+    product of two (Wei et al., "Network Morphism", 2016), by a rotation of the units between them.
 
     That needs a plain path between the two: no activation, no norm, no sum.
     """
@@ -117,7 +118,7 @@ def restore_scale(student: nn.Module, plan: Plan) -> None:
             fill_new(tensors[name], origin, tensors)
 
 
-def calibrate(student: nn.Module, plan: Plan, batches: Tensor | Iterable[Example]) -> None:
+def calibrate(student: nn.Module, plan: Plan, batches: Tensor | dict[str, Any] | Iterable[Example]) -> None:
     """Measure the statistics of every new batch norm on `batches`, then restore the scale of those that pass units on.
 
     `batches` is one batch of inputs or an iterable of them (each a tuple for several arguments); statistics

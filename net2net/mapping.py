@@ -18,6 +18,11 @@ from .units import Layer, Norm, Trace
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
 
+
+class Unpaired(TransferError):
+    """A layer of the teacher has no counterpart by name."""
+
+
 NEW = -1  # a student unit that no teacher unit corresponds to: fresh, and read with zero weights
 ZERO = -2  # one that is zero wherever it goes: padding of an RMS norm
 MEAN = -3  # and below: one that holds the mean of the teacher's units `Plan.means[MEAN - g]`: padding of a layer norm
@@ -77,7 +82,7 @@ def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, s
     found = {name: teacher.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
     if lost := set(teacher.tensors) - set(found.values()):
         first = next(name for name in teacher.tensors if name in lost)
-        raise TransferError(
+        raise Unpaired(
             f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
             "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
         )
@@ -127,14 +132,17 @@ def key_names(names: dict[str, str | None]) -> Callable[[str], str | None]:
 # -- the plan -----------------------------------------------------------------------------------------------------
 
 
-def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Generator) -> Plan:
+def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Generator, passing_all: bool = False) -> Plan:
     """Decide which teacher unit every student unit copies (paper, section 3.3) and what each new layer becomes.
+
+    With `passing_all` every new layer passes its units on that does not join a stream which is carried already: right
+    for a block that works on a part of a stream, and shuffles it with the rest.
 
     Raises TransferError where the student is smaller than its teacher, or where units would have to grow that an
     operation pins; the message names the layer, and by how much or why.
     """
     names = teacher_names(student, teacher, rename)
-    roles = _roles(teacher, student, names)
+    roles = _roles(teacher, student, names, passing_all)
     _unite_passed(student, roles["identity"])
     choice = _Choice(teacher, student, names, generator)
     shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
@@ -147,7 +155,8 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
         for family in now:
             choice.keep(family)
         for layer in passing:
-            choice.leave(choice.roots[layer.produces], len(layer.produces))
+            if layer.produces is not None:
+                choice.leave(choice.roots[layer.produces], len(layer.produces))
         for family in now:
             choice.copy(family)
     for layer in passing:
@@ -215,7 +224,9 @@ class _Choice:
             for child, parent in zip(self.roots[children].tolist(), self.roots[parents].tolist(), strict=True):
                 if child != parent:
                     mine[child][other] = parent
-            for child, parent in zip(*(self.teacher_roots[x].tolist() for x in self.teacher.relations[other]), strict=True):
+            for child, parent in zip(
+                *(self.teacher_roots[x].tolist() for x in self.teacher.relations[other]), strict=True
+            ):
                 if child != parent:
                     theirs[child][other] = parent
         return mine, theirs
@@ -289,9 +300,7 @@ class _Choice:
             ]
             for level in torch.unique(depths[0]).tolist():
                 alike = theirs[depths[1] == level]  # or, behind a new layer, what there belongs to something
-                found.append(
-                    _Family(name, mine[depths[0] == level], alike if len(alike) else theirs, level, len(mine))
-                )
+                found.append(_Family(name, mine[depths[0] == level], alike if len(alike) else theirs, level, len(mine)))
         return found
 
     def _depth(self, unit: int, owners: dict[int, dict[str, int]], below: tuple[int, ...] = ()) -> int:
@@ -304,12 +313,14 @@ class _Choice:
         """The family in parts: the student's units that belong to the same and are read by the same, and those of the
         teacher that they may copy."""
         mine, theirs = family.mine, family.theirs
-        both = [torch.unique(side[units]).tolist() for side, units in ((self.readers, mine), (self.teacher_readers, theirs))]
-        apart = len(both[1]) > 1 and set(both[0]) <= set(both[1])
+        both = [
+            torch.unique(side[units]).tolist() for side, units in ((self.readers, mine), (self.teacher_readers, theirs))
+        ]
+        apart = len(both[1]) > 1 and set(both[1]) <= set(both[0])
         owned = not self.teacher_owners.keys().isdisjoint(theirs.tolist())
         if not apart and not owned:
             return [(mine, theirs)]
-        parts: dict[Hashable, list[int]] = defaultdict(list)
+        parts: dict[tuple[frozenset[tuple[str, int]], int], list[int]] = defaultdict(list)
         for unit in dict.fromkeys(mine.tolist()):
             readers = int(self.readers[unit]) if apart else 0
             parts[frozenset(self.owners.get(unit, {}).items()), readers].append(unit)
@@ -355,7 +366,7 @@ class _Choice:
             self._draw(mine[self.narrowest[mine] == family.width], mine, theirs)
 
     def _draw(self, mine: Tensor, among: Tensor, theirs: Tensor) -> None:
-        """Give each free unit of `mine` a teacher's unit: drawn; in equal numbers, or padding, where a norm asks for it."""
+        """Give each free unit of `mine` a teacher's: drawn; in equal numbers, or padding, where a norm asks for it."""
         free, theirs = _in_order(mine[self.g[mine] == NEW]), _in_order(theirs)
         if not len(free) or not len(theirs):
             return
@@ -456,10 +467,12 @@ class _Choice:
             fits = padding == ZERO if norm.kind == "rms" else torch.isin(padding, self._means_of(wanted))
             if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(fits.all()):
                 return 1.0 - len(padding) / len(group)
+            or_means = ", or if means can be added to them, which the layers before it cannot do" * (
+                norm.kind == "layer"
+            )
             raise TransferError(
-                f"The norm {norm.module or 'in the network'} has {len(group)} units and its teacher {len(theirs)}: it takes the mean over all "
-                "units, which stays what it is only if each is copied equally often"
-                + (", or if means can be added to them, which the layers before it cannot do." if norm.kind == "layer" else ".")
+                f"The norm {norm.module or 'in the network'} has {len(group)} units and its teacher {len(theirs)}: it takes "
+                f"the mean over all units, which stays what it is only if each is copied equally often{or_means}."
             )
         raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
 
@@ -490,8 +503,8 @@ def close(trace: Trace, nested: Collection[str] = ()) -> None:
     """A unit belongs to one unit in every relation: where labels of one unit belong to several, those are one.
 
     Two relations over the same units are compared: groups that coincide are one group, smaller groups belong to the
-    larger ones around them. `nested` are keys of the other network's that say which are smaller there: here they are not
-    made one even if they coincide.
+    larger ones around them. `nested` are keys of the other network's that say which are smaller there: here they
+    are not made one even if they coincide.
     """
     while True:
         merged = False
@@ -537,7 +550,7 @@ def _nest(trace: Trace, nested: Collection[str]) -> bool:
     return False
 
 
-def _roles(teacher: Trace, student: Trace, names: dict[str, str | None]) -> dict[str, set[str]]:
+def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing_all: bool) -> dict[str, set[str]]:
     """What each layer that only the student has becomes: identity, silent or fresh.
 
     A layer is an **identity** if a reader that the teacher has too lacks, in the student, the output of a layer which
@@ -580,6 +593,11 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None]) -> dict
         other = teacher.layers.get(_layer_name(reader, names))
         if other is not None:
             demand(reader, set(other.sources) - {theirs(s) for s in reader.sources if s not in mixers})
+
+    if passing_all:
+        roots = student.roots()
+        kept = {root for layer in readers if layer.produces is not None for root in roots[layer.produces].tolist()}
+        identity |= {name for name in mixers if not kept & set(roots[new[name].produces].tolist())}
 
     # A normalisation is an identity if it lies on the way of units that a reader needs; it ends a silent branch if
     # it sees that branch alone.

@@ -1,4 +1,4 @@
-"""Finding a layer's counterpart when new layers have renumbered those behind them (vgg11 -> vgg13 -> vgg16 -> vgg19)."""
+"""Finding a layer's counterpart when new layers have renumbered those behind them (vgg11 -> vgg13 -> vgg16)."""
 
 import math
 
@@ -36,9 +36,9 @@ def _walk(teacher: nn.Module, student: nn.Module, theirs: str, mine: str, found:
         found.update({f"{mine}.{name}".lstrip("."): "" for k, (name, _) in enumerate(b) if k not in pairs})
     for k, position in pairs.items():
         (mine_name, mine_child), (their_name, their_child) = b[k], a[position]
-        prefixes = [f"{path}.{name}".lstrip(".") for path, name in ((theirs, their_name), (mine, mine_name))]
-        found[prefixes[1]] = prefixes[0]
-        _walk(their_child, mine_child, *prefixes, found, closest)
+        their_path, mine_path = f"{theirs}.{their_name}".lstrip("."), f"{mine}.{mine_name}".lstrip(".")
+        found[mine_path] = their_path
+        _walk(their_child, mine_child, their_path, mine_path, found, closest)
 
 
 def _aligned(teacher: list[Child], student: list[Child], closest: bool) -> dict[int, int] | None:

@@ -30,7 +30,7 @@ def gradients(record: Transfer, theirs: Mapping[str, Tensor], student: nn.Module
     made = {}
     for name, target in named_tensors(unwrap(student)).items():
         origin = record.origins.get(name)
-        if origin is not None and origin.how == "shared" and origin.teacher in theirs:
+        if origin is not None and origin.teacher is not None and origin.teacher in theirs:
             made[name] = _carried(theirs[origin.teacher], target, origin, 1)
     return made
 
@@ -40,7 +40,9 @@ def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tens
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
     if origin.tied or origin.turn is not None:
         return unknown
-    axes = {dim: Axis(_known(axis.index), axis.first, False, axis.share, axis.groups) for dim, axis in origin.axes.items()}
+    axes = {
+        dim: Axis(_known(axis.index), axis.first, False, axis.share, axis.groups) for dim, axis in origin.axes.items()
+    }
     plain = Origin("shared", origin.teacher, axes, origin.flat)
     value = gathered(source, unknown, plain, torch.Generator(), "equal")
     shape = value.shape
@@ -58,9 +60,7 @@ def _known(index: Tensor) -> Tensor:
     return index.clamp(min=OWN)
 
 
-def optimizer_state(
-    record: Transfer, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module
-) -> None:
+def optimizer_state(record: Transfer, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module) -> None:
     """Carry the state of `old`, which trained `teacher`, into `new`, which will train `student`, both in place.
 
     Afterwards `new` has the parameter groups of `old` (learning rates, decay and whatever else they hold), with the

@@ -50,8 +50,8 @@ class Origin:
     `axes` says it axis by axis; of a `flat` tensor it is of all elements in one row. `fill` is what a tensor that the
     teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
     normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor is multiplied by
-    `factor`, and along its first axis by `rows`. With `turn` a layer's units, or what reads them, are turned by a random
-    rotation of that seed. `tied` marks a table of embeddings that a layer reads, too.
+    `factor`, and along its first axis by `rows`. With `turn` a layer's units, or what reads them, are turned by a
+    random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too.
     """
 
     how: str
@@ -81,7 +81,9 @@ class Transfer:
     eps: dict[str, float] = field(default_factory=dict)
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     measured: Equivalence | None = None
-    models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(default=None, compare=False, repr=False)
+    models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     def of(self, teacher: nn.Module, student: nn.Module) -> "Transfer":
         """The same record, of these networks (a loaded record knows of none)."""
@@ -119,7 +121,7 @@ class Transfer:
 
 
 def save_record(record: Transfer, path: str | Path) -> None:
-    """Write `record` as JSON to `path`: readable by eye and by any language, and appears there complete or not at all."""
+    """Write `record` as JSON to `path`, readable in any language; it appears there complete or not at all."""
     path = Path(path)
     data = asdict(replace(record, models=None))
     text = json.dumps({"format": FORMAT, **data}, default=_plain)

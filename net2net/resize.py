@@ -4,6 +4,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,9 @@ def widen(
     free = [k for k, group in enumerate(groups.groups) if group.free]
     if widths < 1 or not free:
         why = "; ".join(f"{_first(g)}: {g.state}" for g in groups.groups[:5])
-        raise TransferError(f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}.")
+        raise TransferError(
+            f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}."
+        )
     return _as_much_as_can_be(grown, {k: widths for k in free})
 
 
@@ -209,12 +212,11 @@ def _layout(tensor: Tensor) -> torch.memory_format:
 def _replace(copied: nn.Module, model: nn.Module, name: str, value: Tensor) -> None:
     """Put a tensor of a new shape wherever the copy has the old one: tied weights stay tied, tags stay on."""
     old = copied.get_parameter(name) if name in dict(model.named_parameters()) else copied.get_buffer(name)
-    new = value
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(value, requires_grad=old.requires_grad)
-    new.__dict__.update(old.__dict__)
+    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    for tag, what in vars(old).items():
+        setattr(new, tag, what)
     for module in copied.modules():
-        for store in (module._parameters, module._buffers):
+        for store in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers)):
             for key, held in store.items():
                 if held is old:
                     store[key] = new
@@ -227,7 +229,11 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
     if isinstance(module, nn.Linear) and shape is not None:
         module.out_features, module.in_features = shape
     elif isinstance(module, _ConvNd) and shape is not None and isinstance(old, Tensor):
-        full, inside = (module.in_channels, module.out_channels) if module.transposed else (module.out_channels, module.in_channels)
+        full, inside = (
+            (module.in_channels, module.out_channels)
+            if module.transposed
+            else (module.out_channels, module.in_channels)
+        )
         if module.groups > 1 and module.groups == full and old.shape[1] == 1 and full == inside:
             module.groups = shape[0]  # depthwise
         elif module.groups > 1 and old.shape[1] == 1 and module.groups == inside:
@@ -241,11 +247,11 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and shape is not None:
         module.normalized_shape = tuple(shape)
     elif isinstance(module, nn.GroupNorm) and shape is not None:
-        module.num_channels = len(weight)
+        module.num_channels = shape[0]
     elif isinstance(module, nn.Embedding) and shape is not None:
         module.embedding_dim = shape[1]
     elif isinstance(module, nn.PReLU) and shape is not None:
-        module.num_parameters = len(weight)
+        module.num_parameters = shape[0]
 
 
 # -- depth --------------------------------------------------------------------------------------------------------
@@ -264,8 +270,8 @@ def deepen(
 ) -> nn.Module:
     """A copy of `model`, of the same class, with a new layer behind each module of `after`, that computes the same.
 
-    The new layer is the module's child `deeper`: a linear layer, or a convolution of kernel 3 that keeps the size, on as
-    many units as the module gives, and then `Blend(activation())`, the identity at first, whatever the activation.
+    The new layer is the module's child `deeper`: a linear layer, or a convolution of kernel 3 that keeps the size, on
+    as many units as the module gives, and then `Blend(activation())`, the identity at first, whatever the activation.
     Old keys of the state dict stay. `make(units, dims)` gives another new layer (`dims` positions: 0 for a
     linear one); it must be able to be an identity. `depth`, `generator` and `calibrate` are those of
     `transfer`, whose record is the copy's `growth`. The model is left as it was.
@@ -285,7 +291,7 @@ def deepen(
         while hasattr(module, place):
             place += "_"
         module.add_module(place, new.to(reference.device, reference.dtype).train(model.training))
-        if not isinstance(module, nn.Sequential):
+        if type(module).forward is not nn.Sequential.forward:  # that calls its children by itself
             module.register_forward_hook(_Deeper(place))
     copied.growth = transfer(  # type: ignore[assignment]
         model, copied, example, generator=generator, rename={}, depth=depth, calibrate=calibrate
@@ -310,7 +316,9 @@ def _units_of(traced: Trace, name: str) -> tuple[int, int]:
     labels = traced.outputs.get(name)
     axes = [] if labels is None else [dim for dim, size in enumerate(traced.tight(labels.units).shape) if size > 1]
     if labels is None or len(axes) != 1:
-        raise TransferError(f"The result of {name} is not one tensor with one axis of units: no layer can stand behind it.")
+        raise TransferError(
+            f"The result of {name} is not one tensor with one axis of units: no layer can stand behind it."
+        )
     (axis,), rank = axes, labels.units.dim()
     if axis not in (1, rank - 1):
         raise TransferError(f"The units of {name} are on axis {axis}: a layer behind it wants them on axis 1, or last.")

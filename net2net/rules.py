@@ -7,6 +7,7 @@ meets: they keep their width, and an attempt to grow them is refused with the fu
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +40,14 @@ def _operands(trace: Trace, call: Call) -> list[Labels]:
     return [labels for x in tensors_in([*call.args, *call.kwargs.values()]) if (labels := trace.labels(x))]
 
 
-def _origin(operands: Sequence[Labels]) -> dict[str, frozenset[str]]:
-    return {
-        "sources": frozenset().union(*(labels.sources for labels in operands)),
-        "via": frozenset().union(*(labels.via for labels in operands)),
-    }
+def _made(units: Tensor, of: Sequence[Labels], **flags: Any) -> Labels:
+    """Labels of what was made of all of `of`."""
+    return Labels(
+        units,
+        frozenset().union(*(labels.sources for labels in of)),
+        frozenset().union(*(labels.via for labels in of)),
+        **flags,
+    )
 
 
 def give_up(trace: Trace, call: Call, why: str) -> None:
@@ -55,7 +59,7 @@ def give_up(trace: Trace, call: Call, why: str) -> None:
     for position, out in enumerate(tensors_in(call.args[0] if call.name == "__setitem__" else call.out)):
         units = trace.fresh(1, f"{key}|{position}").expand(out.shape)
         trace.pin(units, why)
-        trace.label(out, Labels(units, **_origin(met)))
+        trace.label(out, _made(units, met))
 
 
 def unknown(trace: Trace, call: Call) -> None:
@@ -74,7 +78,7 @@ def pointwise(trace: Trace, call: Call) -> None:
 def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     """Label an elementwise result of `operands`, which may be activations, parameters and constants."""
     out = tensors_in(call.out)[0]
-    if any(x.dim() > out.dim() for x in operands) or out.dim() and out.shape != _broadcast(operands):
+    if any(x.dim() > out.dim() for x in operands) or (out.dim() and out.shape != _broadcast(operands)):
         return give_up(trace, call, f"{call} changes what an element is")
     activations = [x for x in operands if hasattr(x, "_net2net_labels")]
     others = [x for x in operands if not hasattr(x, "_net2net_labels") and trace.counts(x)]
@@ -112,8 +116,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     linear = name in (_LINEAR | {"add", "sub"}) and not scaled and all(labels.linear for labels in met)
     linear = linear and len(met) == len([x for x in operands if x.numel() > 1])
     normed = met[0].normed if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
-    origin = _origin(met)
-    trace.label(out, Labels(first, origin["sources"], origin["via"] | passed, gain, linear, normed))
+    made = _made(first, met, gain=gain, linear=linear, normed=normed)
+    trace.label(out, replace(made, via=made.via | passed))
 
 
 def _broadcast(operands: Sequence[Tensor]) -> torch.Size | None:
@@ -196,7 +200,7 @@ def assignment(trace: Trace, call: Call) -> None:
         value_units = _constant(trace, call, part.shape)
     units = units.clone()
     units[index] = value_units
-    trace.label(x, Labels(units, **_origin(met)))
+    trace.label(x, _made(units, met))
 
 
 def _constant(trace: Trace, call: Call, shape: Sequence[int]) -> Tensor:
@@ -354,9 +358,11 @@ def mix(
         trace.unite(more.units.reshape(-1), produced)
     gain = found.gain if labels is None else found.gain * labels.gain
     every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
-    origin = _origin([labels] if labels is not None else [])
-    normed, linear = (None, False) if labels is None else (labels.normed, labels.linear)
-    trace.add(Layer("mix", name, tensors, every[0], **origin, options=options, produces=every[1], gain=gain, linear=linear, normed=normed))
+    read = labels or Labels(produced)  # of constants: nothing is known
+    layer = Layer(
+        "mix", name, tensors, every[0], read.sources, read.via, options, every[1], gain, read.linear, read.normed
+    )
+    trace.add(layer)
     trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True))
 
 
@@ -423,7 +429,7 @@ def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int
         labels, dim = (left, -1) if left is not None else (right, -2)
         assert labels is not None
         units = trace.bundle(labels.units, [labels.units.dim() + dim], f"{call} multiplies it with a constant")
-        trace.label(call.out, Labels(units.broadcast_to((*batch, *units.shape[-2:])).expand(tuple(shape)), **_origin(met)))
+        trace.label(call.out, _made(units.broadcast_to((*batch, *units.shape[-2:])).expand(tuple(shape)), met))
         return
     one, two = trace.tight(left.units), trace.tight(right.units)
     key = trace.key("contraction", call.module)
@@ -440,10 +446,10 @@ def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int
         heads = trace.fresh(int(numbers.max()) + 1)  # a label of their own, which is neither factor's
         units = heads[numbers]
         trace.unite(units, apart, contraction=True)
-        trace.label(call.out, Labels(units.expand(tuple(shape)), **_origin(met), gain=gain))
+        trace.label(call.out, _made(units.expand(tuple(shape)), met, gain=gain))
         return
     units = trace.meet(one.expand(tuple(shape)), two.expand(tuple(shape)), call)
-    trace.label(call.out, Labels(units, **_origin(met), gain=gain))
+    trace.label(call.out, _made(units, met, gain=gain))
 
 
 # -- data movement: the labels move as the data do ----------------------------------------------------------------
@@ -465,7 +471,9 @@ def movement(trace: Trace, call: Call) -> None:
     known = [one for one in labels if one is not None]
     if not known:
         return
-    units = [_constant(trace, call, x.shape) if one is None else one.units for x, one in zip(operands, labels, strict=True)]
+    units = [
+        _constant(trace, call, x.shape) if one is None else one.units for x, one in zip(operands, labels, strict=True)
+    ]
     moved = _move(call, units)
     if moved is None:
         return give_up(trace, call, f"{call} changes what an element is")
@@ -473,7 +481,7 @@ def movement(trace: Trace, call: Call) -> None:
     linear = all(one is not None and one.linear for one in labels)
     normed = known[0].normed if len({one and one.normed for one in labels}) == 1 else None
     for out, new in zip(tensors_in(call.out), moved, strict=True):
-        trace.label(out, Labels(new, **_origin(known), gain=gain, linear=linear, normed=normed))
+        trace.label(out, _made(new, known, gain=gain, linear=linear, normed=normed))
 
 
 def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
@@ -502,7 +510,9 @@ def channelwise(trace: Trace, call: Call) -> None:
     units = trace.line(labels.units, dim, f"{call} mixes positions")
     for out in tensors_in(call.out):
         linear = labels.linear and "avg" in name
-        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, labels.gain, linear, labels.normed))
+        trace.label(
+            out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, labels.gain, linear, labels.normed)
+        )
 
 
 def reduction(trace: Trace, call: Call) -> None:
@@ -523,7 +533,12 @@ def reduction(trace: Trace, call: Call) -> None:
     for out in tensors_in(call.out):
         units_out = units.expand(shape).reshape(out.shape)
         gain = labels.gain if linear else 1.0
-        trace.label(out, Labels(units_out, labels.sources, labels.via, gain, linear and labels.linear, labels.normed if linear else None))
+        trace.label(
+            out,
+            Labels(
+                units_out, labels.sources, labels.via, gain, linear and labels.linear, labels.normed if linear else None
+            ),
+        )
 
 
 def lengthwise(trace: Trace, call: Call) -> None:
@@ -550,7 +565,7 @@ def pad(trace: Trace, call: Call) -> None:
         return give_up(trace, call, f"{call} acts on a parameter")
     units, amounts, mode = labels.units, call.arg(1, "pad"), call.arg(2, "mode", "constant")
     if mode != "constant" and max(trace.tight(units).shape[-(len(amounts) // 2) :]) > 1:
-        units, amounts = F.pad(units.double(), amounts, mode).long(), ()
+        units, amounts = F.pad(units.double(), amounts, mode).long(), []
     for k in range(len(amounts) // 2):
         dim, (before, after) = units.dim() - 1 - k, amounts[2 * k : 2 * k + 2]
         size = units.shape[dim] + before + after
@@ -687,12 +702,50 @@ EXPANSIONS: dict[str, Callable] = {
 }
 
 _SILENT = set(
-    """
-    set size dim ndimension numel is_floating_point requires_grad is_contiguous stride storage_offset
-    shape device dtype ndim is_cuda layout new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like
-    empty_like full_like rand_like randn_like bernoulli item tolist len is_complex get_device element_size
-    is_nested has_names names grad is_sparse is_quantized data_ptr assert_async
-    """.split()
+    [
+        "set",
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "is_floating_point",
+        "requires_grad",
+        "is_contiguous",
+        "stride",
+        "storage_offset",
+        "shape",
+        "device",
+        "dtype",
+        "ndim",
+        "is_cuda",
+        "layout",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_tensor",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "bernoulli",
+        "item",
+        "tolist",
+        "len",
+        "is_complex",
+        "get_device",
+        "element_size",
+        "is_nested",
+        "has_names",
+        "names",
+        "grad",
+        "is_sparse",
+        "is_quantized",
+        "data_ptr",
+        "assert_async",
+    ]
 )
 _OPERATORS = {
     "iadd": "add",
@@ -732,12 +785,54 @@ _MOVEMENT = """
     hsplit vsplit hstack vstack dstack ravel contiguous_format meshgrid
 """
 _POOLS = "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool"
-_LINEAR = frozenset("mul div neg to float double half bfloat16 dropout detach clone contiguous identity".split())
-_KEEP_ZERO = frozenset(
-    """relu relu6 leaky_relu elu selu celu gelu silu mish tanh hardtanh hardswish mul div neg abs dropout to float double
-    half bfloat16 detach clone contiguous identity""".split()
+_LINEAR = frozenset(
+    [
+        "mul",
+        "div",
+        "neg",
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "dropout",
+        "detach",
+        "clone",
+        "contiguous",
+        "identity",
+    ]
 )
-_SUMS = frozenset("add sub where masked_fill".split())
+_KEEP_ZERO = frozenset(
+    [
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "mul",
+        "div",
+        "neg",
+        "abs",
+        "dropout",
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "detach",
+        "clone",
+        "contiguous",
+        "identity",
+    ]
+)
+_SUMS = frozenset(["add", "sub", "where", "masked_fill"])
 _SCALES = {"mul": "factor", "add": "shift", "sub": "shift"}
 
 RULES: dict[str, Rule] = {
@@ -748,8 +843,31 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"), channelwise),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
-    **dict.fromkeys("mean sum amax amin max min prod var std var_mean std_mean norm logsumexp all any argmax argmin".split(), reduction),
-    **dict.fromkeys("softmax log_softmax softmin cumsum cumprod sort argsort topk normalize".split(), lengthwise),
+    **dict.fromkeys(
+        [
+            "mean",
+            "sum",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "prod",
+            "var",
+            "std",
+            "var_mean",
+            "std_mean",
+            "norm",
+            "logsumexp",
+            "all",
+            "any",
+            "argmax",
+            "argmin",
+        ],
+        reduction,
+    ),
+    **dict.fromkeys(
+        ["softmax", "log_softmax", "softmin", "cumsum", "cumprod", "sort", "argsort", "topk", "normalize"], lengthwise
+    ),
     **dict.fromkeys(("batch_norm", "instance_norm"), batch_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
     "group_norm": group_norm,

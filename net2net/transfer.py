@@ -10,7 +10,7 @@ from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError
 from .filling import SPLITS, add_noise, fill
-from .mapping import MEAN, NEW, ZERO, Plan, Rename, key_names, plan, teacher_names
+from .mapping import MEAN, NEW, ZERO, Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .matching import candidates
 from .record import Axis, Origin, Transfer
 from .units import Example, Inputs, Layer, Trace, run, tensors_in, trace, unwrap
@@ -64,8 +64,8 @@ def transfer(
     inputs, traces = _traced(teacher, student, example)
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
-    def grow(names: Rename) -> Transfer:
-        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator)
+    def grow(names: Rename, passing_all: bool) -> Transfer:
+        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all)
         identity.check_identity(prepared)
         record = _record(prepared, student, split, noise, generator)
         if depth == "dense":
@@ -74,9 +74,9 @@ def transfer(
         if batches is not None:
             identity.calibrate(student, prepared, batches)
         measured = compare(prepared.teacher.output, run(student, inputs))
-        _refuse_if_different(measured, prepared, "the example")
-        if (on_others := _on_others(teacher, student, inputs)) is not None:
-            _refuse_if_different(on_others, prepared, "other inputs like it")
+        _refuse_if_different(measured, prepared, "the example", 0.0)
+        if (others := _on_others(teacher, student, inputs)) is not None:
+            _refuse_if_different(others[0], prepared, "other inputs like it", others[1])
         return replace(record, measured=measured)
 
     record = _first(grow, teacher, student, rename, generator).of(teacher, student)
@@ -103,8 +103,8 @@ def random_pad(
     teacher, student = unwrap(teacher), unwrap(student)
     inputs, traces = _traced(teacher, student, example)
 
-    def pad(names: Rename) -> Transfer:
-        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator)
+    def pad(names: Rename, passing_all: bool) -> Transfer:
+        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all)
         return _record(prepared, student, "pad", 0.0, generator)
 
     record = _first(pad, teacher, student, rename, generator).of(teacher, student)
@@ -129,15 +129,15 @@ def _traced(teacher: nn.Module, student: nn.Module, example: Example) -> tuple[I
     return inputs, (trace(teacher, inputs), trace(student, inputs))
 
 
-def _alike(
-    teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rename: Rename
-) -> tuple[Trace, Trace]:
+def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rename: Rename) -> tuple[Trace, Trace]:
     """The traces; the teacher's anew if what it has one of (a group, a head) is to grow into several."""
     theirs, mine = traces
     names = teacher_names(mine, theirs, rename)
     depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in traces]
     one = {names[name] for name in depthwise[1] | mine.values.keys()} - depthwise[0] - theirs.values.keys()
-    split = {f"{other}|groups" for name in mine.inner if (other := names[name]) is not None and other not in theirs.inner}
+    split = {
+        f"{other}|groups" for name in mine.inner if (other := names[name]) is not None and other not in theirs.inner
+    }
     keys = key_names(names)
     alike = one | split | ({keys(c.key) for c in mine.contractions} - {c.key for c in theirs.contractions})
     met = {keys(key) for key in mine.relations.keys() - theirs.relations.keys()}
@@ -147,7 +147,7 @@ def _alike(
 
 
 def _first(
-    grow: Callable[[Rename], Transfer],
+    grow: Callable[[Rename, bool], Transfer],
     teacher: nn.Module,
     student: nn.Module,
     rename: Rename,
@@ -155,12 +155,15 @@ def _first(
 ) -> Transfer:
     """`grow` with the first pairing of layers that serves, each from the same random state; else the first's error."""
     state, refused = generator.get_state(), None
-    for names in candidates(teacher, student) if rename is None else [rename]:
-        try:
-            return grow(names)
-        except TransferError as error:
-            refused = refused or error
-            generator.set_state(state)
+    pairings = candidates(teacher, student) if rename is None else [rename]
+    deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
+    for passing_all in (False, True)[: 1 + deeper]:
+        for names in pairings:
+            try:
+                return grow(names, passing_all)
+            except TransferError as error:
+                refused = error if refused is None or isinstance(refused, Unpaired) else refused
+                generator.set_state(state)
     assert refused is not None
     raise refused
 
@@ -200,7 +203,9 @@ class _Builder:
         self.open = {int(r) for labels in left for r in plan.student_roots[labels].unique()}
         self.left = torch.unique(apart[torch.cat(left)]) if left else torch.empty(0, dtype=torch.long)
         self.apart, self.teacher_apart = apart, plan.teacher.roots_apart()
-        self.padded_norms = {norm.tensors["weight"].rpartition(".")[0] for norm, _ in plan.rescaled.values() if norm.tensors}
+        self.padded_norms = {
+            norm.tensors["weight"].rpartition(".")[0] for norm, _ in plan.rescaled.values() if norm.tensors
+        }
         self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in student.reasons]
         self.gains = self._softmax_gains()
 
@@ -237,15 +242,15 @@ class _Builder:
             return Origin("shared", theirs, {0: axis}, flat=True, factor=factor, rows=rows)
         axes, rows = {}, None
         for dim in range(mine.dim()):
-            labels = _entries(plan.student, name, dim), _entries(plan.teacher, theirs, dim)
-            if (labels[0] is None) != (labels[1] is None):
+            units, source = _entries(plan.student, name, dim), _entries(plan.teacher, theirs, dim)
+            if (units is None) != (source is None):
                 raise TransferError(
                     f"The forward pass of one network only follows units along axis {dim} of {name}: the teacher and "
                     "the student use it differently, or one of them not at all."
                 )
-            if labels[0] is not None and labels[1] is not None:
+            if units is not None and source is not None:
                 reads = plan.student.read_axis.get(name) == dim
-                axes[dim], scaled = self._axis(name, *labels, dim, reads)
+                axes[dim], scaled = self._axis(name, units, source, dim, reads)
                 rows = scaled if dim == 0 else rows
             elif dim > 1 and layer is not None and counterpart is not None and layer.options:
                 if (taps := _taps(layer, counterpart, mine.shape[dim], other.shape[dim], dim - 2)) is not None:
@@ -267,7 +272,8 @@ class _Builder:
         plan = self.plan
         layer = plan.student.layers.get(name)
         if name in self.new and layer is not None and layer.kind == "mix" and name in plan.identity:
-            produced, read = (self._entries_of(units) for units in (layer.produces, layer.reads))
+            assert layer.produces is not None and layer.reads is not None
+            produced, read = self._entries_of(layer.produces), self._entries_of(layer.reads)
             groups = plan.student.inner[name][1] if name in plan.student.inner else 1
             return Origin("identity", axes={0: _axis(produced, False), 1: _axis(read, True, groups)}, fill="pass")
         if name in self.new:
@@ -345,7 +351,9 @@ class _Builder:
             owner = (torch.isin(theirs, copied)).any(1).nonzero().flatten()
             if not len(owner):
                 raise TransferError(f"A group of {name} reads no units that a group of its teacher reads.")
-            index = _matched(mine, copied, theirs[owner[0]], (torch.zeros_like(mine), torch.zeros_like(theirs[owner[0]])))
+            index = _matched(
+                mine, copied, theirs[owner[0]], (torch.zeros_like(mine), torch.zeros_like(theirs[owner[0]]))
+            )
             self._check_complete(name, index, theirs.shape[1], 1)
             self._check_closed(name, mine, index)
             rows.append(index)
@@ -521,21 +529,29 @@ def _rank(values: Tensor) -> Tensor:
     return rank
 
 
-def _on_others(teacher: nn.Module, student: nn.Module, inputs: Inputs) -> Equivalence | None:
-    """The same on inputs that are drawn: what is dead on the example may be alive on those. None if they do not serve."""
+def _on_others(teacher: nn.Module, student: nn.Module, inputs: Inputs) -> tuple[Equivalence, float] | None:
+    """The difference on inputs that are drawn: what is dead on the example may be alive on those. None if they do not serve.
+
+    With it what rounding alone may make of it: a deep network can amplify it without bound far from its data.
+    """
     for others in (inputs.others(), inputs.others(numbers=0)):
         try:
             theirs = run(teacher, others)
         except TransferError:
             continue  # it takes no other number of rows
         if all(bool(x.isfinite().all()) for x in tensors_in(theirs)):
-            return compare(theirs, run(student, others))
+            measured = compare(theirs, run(student, others))
+            if measured.max_relative < 1e-12:
+                return measured, 0.0
+            beside = others.each(lambda x: x * (1 + 4 * torch.finfo(x.dtype).eps) if x.is_floating_point() else x)
+            return measured, min(1e4 * compare(theirs, run(teacher, beside)).max_relative, 1e-2)
     return None
 
 
-def _refuse_if_different(measured: Equivalence, plan: Plan, where: str) -> None:
+def _refuse_if_different(measured: Equivalence, plan: Plan, where: str, rounding: float) -> None:
     floating = [t for t in (*plan.student.tensors.values(), *plan.teacher.tensors.values()) if t.is_floating_point()]
     tolerance = max((torch.finfo(t.dtype).eps for t in floating), default=torch.finfo(torch.float32).eps) ** 0.5
+    tolerance = max(tolerance, rounding)
     if not measured.max_relative <= tolerance:
         new = sorted(plan.identity) or ["none"]
         raise TransferError(

@@ -13,7 +13,7 @@ of the smaller one stays inside a copy of the larger one.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -462,7 +462,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             break
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise TransferError(f"{name} has no shape yet: run the lazy network once on an input first.")
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
             raise TransferError(
@@ -511,9 +511,8 @@ class Inputs:
             {name: _mapped(value, change) for name, value in self.kwargs.items()},
         )
 
-
     def others(self, seed: int = 0, numbers: int = 2**16) -> "Inputs":
-        """Other inputs of the same kind, drawn: normal ones twice as spread, whole numbers from among the example's own.
+        """Other inputs of the same kind, drawn: normal ones as spread as they are, whole numbers from among them.
 
         As many rows as make about this many numbers, and no fewer than the example has.
         """
@@ -526,8 +525,12 @@ class Inputs:
             shape = (times * x.shape[0], *x.shape[1:]) if x.dim() else x.shape
             if not x.is_floating_point():
                 among = x.reshape(-1)
-                return among[torch.randint(max(len(among), 1), shape, generator=generator).to(x.device)] if len(among) else x
-            spread = 2 * x.double().std() if x.numel() > 1 else torch.ones(())
+                return (
+                    among[torch.randint(max(len(among), 1), shape, generator=generator).to(x.device)]
+                    if len(among)
+                    else x
+                )
+            spread = x.double().std() if x.numel() > 1 else torch.ones(())
             return (torch.randn(shape, generator=generator, dtype=torch.double).to(x.device) * spread).to(x.dtype)
 
         return self.each(draw)
@@ -634,12 +637,14 @@ def trace(model: nn.Module, inputs: Inputs, alike: frozenset[str] = frozenset())
                     prefix = f"{name}.parametrizations.{weight}." if name else f"parametrizations.{weight}."
                     result.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
-        reached = {*result.axes, *result.values, *(t for layer in result.layers.values() for t in layer.tensors.values())}
+        reached = {
+            *result.axes,
+            *result.values,
+            *(t for layer in result.layers.values() for t in layer.tensors.values()),
+        }
         if any(name not in reached for name, _ in model.named_parameters() if name in result.tensors):
-            try:
+            with suppress(TransferError):  # it may need what an example does not give: several images, a target
                 _pass(model, inputs, result, training=True)
-            except TransferError:
-                pass  # it needs what an example does not give (several images, a target): the eval mode is what counts
     return result
 
 
@@ -650,7 +655,9 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name)))
-        hooks.append(module.register_forward_hook(lambda _, __, out, name=name: mode.leave(name, out), always_call=True))
+        hooks.append(
+            module.register_forward_hook(lambda _, __, out, name=name: mode.leave(name, out), always_call=True)
+        )
     try:
         with _mode(model, training):
             inputs = inputs.each(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled

@@ -1,28 +1,50 @@
-"""Training-loop overhead: the real loop against a bare forward/backward/step loop on one fixed batch.
+"""Speed and memory, with the bars that they have to meet. `python scripts/bench.py [training] [growth] [memory] [map]`
 
-Both run in turn in one process, with the same network, precision and batch size, so that a noisy machine slows both;
-the ratio is that of the medians. Evaluation is not counted. `python scripts/bench.py [--rounds 8] [--steps 20]`
+training  the real loop against a bare forward/backward/step loop on one fixed batch
+growth    `net2net.transfer` against loading the student's weights and one forward pass of each network
+memory    what `net2net.transfer` needs on top of the two networks
+map       finding the mapping alone, for a vision transformer of 632M parameters on the meta device
+
+What is compared runs in turn in one process, so that a noisy machine slows both; a ratio is the median over the rounds.
+The last three run on the CPU. `--rounds 8 --steps 20` sets how long it takes.
 """
 
 import argparse
+import copy
+import ctypes
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torchvision import models
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import flops  # noqa: E402 (the checkout is not installed)
+import net2net  # noqa: E402 (the checkout is not installed)
+from experiments import flops  # noqa: E402
 from experiments.config import Config, Data, Schedule  # noqa: E402
 from experiments.data import Images, Splits  # noqa: E402
 from experiments.device import describe, pick_device, pick_precision  # noqa: E402
 from experiments.models import build  # noqa: E402
 from experiments.optimizers import make_optimizer  # noqa: E402
 from experiments.training import Job, learn, train  # noqa: E402
+from net2net.mapping import plan  # noqa: E402
+from net2net.units import Inputs, trace  # noqa: E402
+
+Make = Callable[[], nn.Module]
+MB = 2**20
+
+
+# -- training -----------------------------------------------------------------------------------------------------
 
 
 class Quiet:
@@ -42,20 +64,15 @@ def synthetic(count: int, size: int) -> Images:
     return Images(pixels, torch.arange(count) % 10, (0.5,) * 3, (0.25,) * 3)
 
 
-def main() -> None:
-    """Print images/s of both loops and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--slim", type=float, default=None, help="width of the network; default: as the scale's")
-    options = parser.parse_args()
+def training(rounds: int, steps: int, slim: float | None) -> None:
+    """Print images/s of both loops and their ratio. Evaluation is not counted."""
     device = pick_device("auto")
     precision = pick_precision("auto", device)
-    slim = options.slim or (0.125 if device.type == "cpu" else 1.0)
+    slim = slim or (0.125 if device.type == "cpu" else 1.0)
     batch_size = 128 if device.type == "cpu" else 256
     config = Config(
         experiment="bench",
-        schedule=Schedule(batch_size=batch_size, evaluate=f"{options.steps}it", lr=0.001),
+        schedule=Schedule(batch_size=batch_size, evaluate=f"{steps}it", lr=0.001),
         data=Data(),
     )
     network = build({"name": "inception", "slim": slim}, 10, 3)
@@ -71,25 +88,186 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        for _ in range(options.steps):
+        for _ in range(steps):
             learn(network, optimizer, images, labels, device, precision)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return options.steps * batch_size / (time.perf_counter() - started)
+        return steps * batch_size / (time.perf_counter() - started)
 
     def real() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(Path(folder), config, splits, device, precision, 0.001, f"{options.steps}it", cost)
+            job = Job(Path(folder), config, splits, device, precision, 0.001, f"{steps}it", cost)
             rows = train(network, job, Quiet())
         return rows[-1]["examples"] / rows[-1]["seconds"]
 
     bare()
     real()
-    pairs = [(bare(), real()) for _ in range(options.rounds)]
+    pairs = [(bare(), real()) for _ in range(rounds)]
     plain, loop = (statistics.median(values) for values in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     print(f"{describe(device)}, {str(precision).removeprefix('torch.')}, Inception x {slim}, batch {batch_size}")
     print(f"bare {plain:,.0f} images/s, real loop {loop:,.0f} images/s, ratio {ratio:.3f} (median of {len(pairs)})")
+
+
+# -- growth -------------------------------------------------------------------------------------------------------
+
+
+def verdict(value: float, bar: float, unit: str = "") -> str:
+    """A measured value beside its bar."""
+    return f"{value:.2f}{unit}, bar {bar:.2f}{unit}: {'met' if value <= bar else 'NOT MET'}"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def growth(make_teacher: Make, make_student: Make, images: Tensor, rounds: int) -> list[tuple[float, float]]:
+    """For every round the seconds of loading the student and one forward pass of each, and of a transfer."""
+    teacher, student = make_teacher().eval(), make_student().eval()
+    state = copy.deepcopy(student.state_dict())
+
+    @torch.no_grad()
+    def plain() -> None:
+        student.load_state_dict(state)
+        teacher(images)
+        student(images)
+
+    def grown() -> None:
+        net2net.transfer(teacher, student, images)
+
+    plain()
+    grown()
+    return [(seconds(plain), seconds(grown)) for _ in range(rounds)]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """MB: the two networks, the largest tensor of both, and what work needs on top of them while it runs.
+
+    `passes` is one forward pass of each network on the example and on the inputs that a transfer draws for its check,
+    `writing` the student's weights alone (`net2net.replay`), `transfer` all of it.
+    """
+
+    networks: float
+    largest: float
+    passes: float
+    writing: float
+    transfer: float
+
+
+def memory(make_teacher: Make, make_student: Make, size: int) -> Memory | None:
+    """Measured in a process of its own, on one image; None where the system does not tell (it takes Linux's /proc)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_memory, make_teacher, make_student, size).result()
+
+
+def _memory(make_teacher: Make, make_student: Make, size: int) -> Memory | None:
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    torch.set_num_threads(1)  # threads have buffers of their own
+    teacher, student = make_teacher().eval(), make_student().eval()
+    inputs = Inputs.of(torch.randn(1, 3, size, size))
+
+    @torch.no_grad()
+    def passes() -> None:
+        for each in (inputs, inputs.others()):
+            teacher(*each.args)
+            student(*each.args)
+
+    def grown() -> net2net.Transfer:
+        return net2net.transfer(teacher, student, inputs.args)
+
+    passes()
+    record = grown()  # the first run loads libraries
+    tensors = [t.nbytes for model in (teacher, student) for t in model.state_dict().values()]
+    return Memory(
+        sum(tensors) / MB,
+        max(tensors) / MB,
+        _peak(passes),
+        _peak(lambda: net2net.replay(record, teacher, student)),
+        _peak(grown),
+    )
+
+
+def _peak(work: Callable[[], object]) -> float:
+    """By how many MB the process grows, at most, while it works."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what is needed
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def transformer(width: int, heads: int, layers: int) -> models.VisionTransformer:
+    """A vision transformer on the meta device: it has shapes and no weights."""
+    with torch.device("meta"):
+        return models.VisionTransformer(224, 14, layers, heads, width, 4 * width)
+
+
+def mapped(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
+    """All that precedes the first weight: both networks traced, every unit given the one that it copies."""
+    inputs = Inputs.of(images)
+    plan(trace(teacher, inputs), trace(student, inputs), None, torch.Generator())
+
+
+def print_growth(rounds: int) -> None:
+    """resnet50 -> wide_resnet50_2, float32."""
+    measured = growth(models.resnet50, models.wide_resnet50_2, torch.randn(8, 3, 224, 224), rounds)
+    plain, grown = (statistics.median(values) for values in zip(*measured, strict=True))
+    print(f"resnet50 -> wide_resnet50_2, 8 images of 224 x 224, CPU, {torch.get_num_threads()} threads:")
+    print(f"load_state_dict and a forward pass of each {plain:.2f} s, transfer {grown:.2f} s")
+    print(f"ratio {verdict(statistics.median(b / a for a, b in measured), 3.0)} (median of {rounds})")
+
+
+def print_memory() -> None:
+    """The same pair. An image of 64 x 64 keeps the activations small, for they are the network's and not ours."""
+    size = 64
+    found = memory(models.resnet50, models.wide_resnet50_2, size)
+    if found is None:
+        print("memory: not measured, it takes Linux's /proc")
+        return
+    print(f"resnet50 -> wide_resnet50_2, one image of {size} x {size}: both networks {found.networks:.0f} MB")
+    print(f"on top of them: writing the weights {verdict(found.writing, found.largest, ' MB')} (the largest tensor)")
+    most = max(found.largest, found.passes)
+    print(f"on top of them: transfer {verdict(found.transfer, most, ' MB')} (that, or what the forward passes need)")
+    print(f"of which forward passes alone, with their activations, {found.passes:.2f} MB")
+
+
+def print_map() -> None:
+    """As large as ViT-L/14 -> ViT-H/14, in shape."""
+    teacher, student = transformer(1024, 16, 24), transformer(1280, 20, 32)
+    millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (teacher, student)]
+    spent = seconds(lambda: mapped(teacher, student, torch.randn(1, 3, 224, 224, device="meta")))
+    print(f"vision transformers of {millions[0]:.0f}M and {millions[1]:.0f}M parameters, on the meta device:")
+    print(f"the map alone {verdict(spent, 20.0, ' s')}")
+
+
+def main() -> None:
+    """Print what is asked for, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help="training, growth, memory, map; default: all")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--slim", type=float, default=None, help="width of the network; default: as the scale's")
+    options = parser.parse_args()
+    parts: dict[str, Callable[[], None]] = {
+        "training": lambda: training(options.rounds, options.steps, options.slim),
+        "growth": lambda: print_growth(options.rounds),
+        "memory": print_memory,
+        "map": print_map,
+    }
+    if unknown := set(options.what) - parts.keys():
+        parser.error(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(parts)}")
+    for name in options.what or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":

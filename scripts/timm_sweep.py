@@ -78,7 +78,7 @@ def _size(name: str) -> int:
 
 
 def _fitted(module: str, name: str) -> Subject:
-    """On the smallest images on which no more parameters are without effect than on those that it is made for.
+    """On the smallest images on which every weight has almost as much effect as on large ones.
 
     A stage of one position, say, has no use for its queries and keys: errors in them would not show.
     """
@@ -87,24 +87,26 @@ def _fitted(module: str, name: str) -> Subject:
         model = timm.create_model(name, **options)
     if model.num_classes == 0:
         options = options | {"num_classes": 10}
-    default = Subject(module, name, model.pretrained_cfg["input_size"][-1], options)
-    wanted = _effective(default)
-    for pixels in SIZES:
+    made_for = Subject(module, name, model.pretrained_cfg["input_size"][-1], options)
+    large = _effect(Subject(module, name, SIZES[-1], options)) or _effect(made_for)
+    for pixels in (size for size in SIZES if size < made_for.pixels):
         for extra in ({}, {"img_size": pixels}):
-            smaller = Subject(module, name, pixels, options | extra)
-            try:
-                if pixels < default.pixels and _effective(smaller) >= wanted:
-                    return smaller
-            except Exception:  # noqa: S112 (each network has its own way to say that an image is too small)
-                continue
-    return default
+            subject = Subject(module, name, pixels, options | extra)
+            if (effect := _effect(subject)) and all(effect[name] >= 0.6 * part for name, part in large.items()):
+                return subject
+    return made_for
 
 
-def _effective(subject: Subject) -> int:
-    """How many of the parameters have an effect on the output."""
-    model = build(subject)
-    model(_images(subject, 2, seed=2)).square().sum().backward()
-    return sum(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+def _effect(subject: Subject) -> dict[str, float]:
+    """For every layer what part of its units has an effect on the output; nothing if it takes no such images."""
+    try:
+        model = build(subject)
+        model(_images(subject, 2, seed=2)).square().sum().backward()
+    except Exception:  # each network has its own way to say that an image is too small
+        return {}
+    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    used = {name: weight.grad.flatten(1).any(1) for name, weight in weights.items() if weight.grad is not None}
+    return {name: used[name].double().mean().item() if name in used else 0.0 for name in weights}
 
 
 # -- a measurement ------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ def test_the_example_runs_and_is_exact() -> None:
     assert 'weights="DEFAULT"' in code
     names: dict[str, object] = {}
     exec(code.replace('weights="DEFAULT"', "").replace("224", "64"), names)
-    teacher, student, images = (names[name] for name in ("teacher", "student", "images"))
-    assert net2net.equivalence(teacher, student, images).max_relative < 1e-3  # pyright: ignore[reportArgumentType]
+    for grown in ("student", "wider", "deeper"):
+        teacher, student, images = (names[name] for name in ("teacher", grown, "images"))
+        assert net2net.equivalence(teacher, student, images).max_relative < 1e-3  # pyright: ignore[reportArgumentType]
 
 
 def test_every_experiment_and_file_that_is_named_exists() -> None:
