@@ -41,7 +41,8 @@ def fill(teacher: nn.Module, student: nn.Module, record: Transfer, pad: bool = F
         target = mine[name]
         if origin.how == "shared":
             assert origin.teacher is not None
-            target.copy_(gathered(theirs[origin.teacher], target, origin, generator, "pad" if pad else record.split))
+            source = merged(theirs[origin.teacher], *origin.merged)
+            target.copy_(gathered(source, target, origin, generator, "pad" if pad else record.split))
         elif not pad:
             fill_new(target, origin, mine, generator, record.split)
     if not pad:
@@ -98,6 +99,18 @@ def passing(origin: Origin, target: Tensor) -> Tensor:
     weight = torch.zeros_like(target)
     weight[(slice(None), slice(None), *(k // 2 for k in target.shape[2:]))] = same.to(weight)
     return weight
+
+
+def merged(weight: Tensor, groups: int, times: int, between: float = 0.0) -> Tensor:
+    """The weight of the same convolution with `times` of its `groups` as one: `between` them stand zeros."""
+    if times == 1:
+        return weight
+    rows, inside = weight.shape[:2]
+    made = weight.new_full((rows, inside * times, *weight.shape[2:]), between)
+    for row in range(rows):
+        start = row // (rows // groups) % times * inside
+        made[row, start : start + inside] = weight[row]
+    return made
 
 
 def turned(value: Tensor, dim: int, seed: int) -> Tensor:

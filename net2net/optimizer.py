@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .filling import OWN, entrywise, gathered, named_tensors
+from .filling import OWN, entrywise, gathered, merged, named_tensors
 from .record import Axis, Origin, Transfer
 from .units import unwrap
 
@@ -37,6 +37,7 @@ def gradients(record: Transfer, theirs: Mapping[str, Tensor], student: nn.Module
 
 def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor:
     """A teacher's gradient, or the `power`-th moment of one, in the student's shape; NaN where it is not known."""
+    source = merged(source, *origin.merged, between=float("nan"))
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
     if origin.tied or origin.turn is not None:
         return unknown

@@ -51,7 +51,8 @@ class Origin:
     teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
     normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor is multiplied by
     `factor`, and along its first axis by `rows`. With `turn` a layer's units, or what reads them, are turned by a
-    random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too.
+    random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says how many groups the
+    teacher's layer has, and how many of them make one of the student's, with zeros between them.
     """
 
     how: str
@@ -64,6 +65,7 @@ class Origin:
     rows: Tensor | None = None
     turn: int | None = None
     tied: bool = False
+    merged: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,10 @@ def load_record(path: str | Path) -> Transfer:
         raise TransferError(f"{path} is no record of a transfer: {error}") from error
 
 
-def _origin(axes: dict, of: list, rows: list | None, **rest) -> Origin:
+def _origin(axes: dict, of: list, rows: list | None, merged: list, **rest) -> Origin:
     axes = {int(dim): _axis(**axis) for dim, axis in axes.items()}
     rows_tensor = None if rows is None else torch.tensor(rows, dtype=torch.double)
-    return Origin(**rest, axes=axes, of=(of[0], of[1]), rows=rows_tensor)
+    return Origin(**rest, axes=axes, of=(of[0], of[1]), rows=rows_tensor, merged=(merged[0], merged[1]))
 
 
 def _axis(index: list, first: list, share: list, means: list, **rest) -> Axis:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .filling import merged
 from .units import Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
@@ -98,7 +99,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         varying = [dim for dim, size in enumerate(trace.tight(first).shape) if size > 1]
         shape = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
         shared = [dim for dim in varying if shape[dim] > 1]
-        if not shared and trace.name_of(x) not in trace.alike:
+        if not shared and trace.parameter_of(x) not in trace.alike:
             continue
         if (labels := trace.labels(x)) is not None:
             first = trace.meet(first, labels.units.broadcast_to(out.shape), call)
@@ -186,7 +187,7 @@ def assignment(trace: Trace, call: Call) -> None:
     """A part of an activation is overwritten: by units of another, or by constants where these do not tell units apart."""
     x, index, value = call.args
     labels, new = trace.labels(x), trace.labels(value)
-    if any(trace.follows(i) for i in tensors_in([index])):
+    if any(hasattr(i, "_net2net_labels") for i in tensors_in([index])):
         return give_up(trace, call, f"{call} writes where the values say")
     met = [known for known in (labels, new) if known is not None]
     units = _constant(trace, call, x.shape) if labels is None else labels.units
@@ -339,6 +340,10 @@ def mix(
     if labels is not None:
         reads = trace.line(labels.units, dim, f"{name} reads them with one weight")
     (in_dim, in_taken), (out_dim, out_taken) = found.axes[axes[0]], found.axes[axes[1]]
+    if (times := trace.merged.get(name, 1)) > 1:
+        if trace.tensors[name] is weight:
+            trace.tensors[name] = merged(weight, groups, times)
+        weight, groups = trace.tensors[name], groups // times
     split = f"{name}|groups" in trace.alike
     grouped = groups > 1 or name in trace.alike or split
     if grouped and reads is None:
@@ -398,7 +403,7 @@ def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, transposed: bo
 def embedding(trace: Trace, call: Call) -> None:
     """Every entry of the table is a row of units; the table's length is fixed."""
     found = trace.weight(call.arg(1, "weight"))
-    if found is None or found.axes[0][0] != 0 or trace.follows(call.args[0]):
+    if found is None or found.axes[0][0] != 0 or hasattr(call.args[0], "_net2net_labels"):
         return give_up(trace, call, f"the table of {call} is not a parameter of the network")
     name, tensors = found.name, {"weight": found.name}
     produced = trace.axis(name, 1)
@@ -458,7 +463,7 @@ def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int
 def movement(trace: Trace, call: Call) -> None:
     """Apply the function itself to the labels."""
     operands = tensors_in(call.args[0])
-    if any(trace.follows(x) for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
+    if any(hasattr(x, "_net2net_labels") for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
         return give_up(trace, call, f"{call} moves it to where the values say")
     if not any(hasattr(x, "_net2net_labels") for x in operands) and len(operands) == 1:
         view = trace.view(operands[0])

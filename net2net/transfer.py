@@ -143,7 +143,15 @@ def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rena
     met = {keys(key) for key in mine.relations.keys() - theirs.relations.keys()}
     alike |= {key for key in met - theirs.relations.keys() if key is not None and key[:-2] in theirs.keys}
     alike = frozenset(name for name in alike if name is not None)
-    return (trace(teacher, inputs, alike), mine) if alike else traces
+    merged = {}
+    for layer in mine.layers.values():
+        other = theirs.layers.get(names.get(layer.name) or "")
+        if other is not None and (groups := layer.options.get("groups", 1)) < (more := other.options.get("groups", 1)):
+            times = next(k for k in range(1, more + 1) if more % k == 0 and more // k <= groups)
+            room = mine.tensors[layer.name].shape[1] // theirs.tensors[other.name].shape[1]
+            merged |= {other.name: times} if times <= room else {}
+    alike -= merged.keys()
+    return (trace(teacher, inputs, alike, merged), mine) if alike or merged else traces
 
 
 def _first(
@@ -260,7 +268,9 @@ class _Builder:
                     f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does not "
                     "carry units that the forward pass can follow: such axes keep their size."
                 )
-        return Origin("shared", theirs, axes, factor=factor, rows=rows)
+        times = plan.teacher.merged.get(theirs, 1)
+        merged = (plan.teacher.layers[theirs].options["groups"], times) if times > 1 else (1, 1)
+        return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=merged)
 
     def _whole(self, name: str, theirs: str, why: str) -> Origin:
         if self.plan.student.tensors[name].shape != self.plan.teacher.tensors[theirs].shape:
@@ -344,7 +354,10 @@ class _Builder:
     def _inside(self, name: str, units: Tensor, source: Tensor, groups: int, reads: bool) -> Tensor:
         """The axis inside a group: for every student group its entries' places in the teacher's group that it copies."""
         plan = self.plan
-        theirs = plan.teacher_roots[source].reshape(plan.teacher.inner[plan.names[name] or ""][1], -1)
+        other = plan.teacher.inner.get(plan.names[name] or "")
+        if other is None:
+            raise TransferError(f"{name} is in groups that its teacher's counterpart does not fit into.")
+        theirs = plan.teacher_roots[source].reshape(other[1], -1)
         rows = []
         for mine in plan.student_roots[units].reshape(groups, -1):
             copied = plan.teacher_of[mine]

@@ -142,8 +142,11 @@ class Call:
 class Trace:
     """What one forward pass of a network tells of its units."""
 
-    def __init__(self, model: nn.Module, alike: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, model: nn.Module, alike: frozenset[str] = frozenset(), merged: dict[str, int] | None = None
+    ) -> None:
         self.model = model
+        self.merged = merged or {}  # grouped layers, and how many of their groups are to be seen as one
         self.alike = alike  # tensors of one group or head, to be seen as those of several
         self.layers: dict[str, Layer] = {}  # in the order of the forward pass
         self.axes: dict[str, list[Tensor | None]] = {}  # tensor name -> labels of each of its axes
@@ -195,7 +198,7 @@ class Trace:
 
     def counts(self, value: Tensor) -> bool:
         """Whether a parameter or constant has something to say of units: a single number says the same of all."""
-        return value.numel() > 1 or self.name_of(value) in self.alike
+        return value.numel() > 1 or self.parameter_of(value) in self.alike
 
     def follows(self, value: object) -> bool:
         """Whether the pass follows this value: an activation, or a parameter."""
@@ -336,6 +339,11 @@ class Trace:
     def name_of(self, tensor: object) -> str | None:
         """The name of a parameter or buffer of the network; shared tensors go by their first name."""
         return self._names.get(id(tensor))
+
+    def parameter_of(self, value: Tensor) -> str | None:
+        """The name of the parameter that this is, or is a view of."""
+        view = getattr(value, "_net2net_view", None)
+        return self.name_of(value) if view is None else view.name
 
     def stand_in(self, tensor: Tensor, name: str, prefix: str) -> None:
         """Let `tensor`, computed from the parameters under `prefix`, stand for them as the weight `name`."""
@@ -618,10 +626,13 @@ def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
         return forward(model, inputs)
 
 
-def trace(model: nn.Module, inputs: Inputs, alike: frozenset[str] = frozenset()) -> Trace:
+def trace(
+    model: nn.Module, inputs: Inputs, alike: frozenset[str] = frozenset(), merged: dict[str, int] | None = None
+) -> Trace:
     """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
 
-    Tensors named in `alike` are seen as those of one group or head, of which another network may have more.
+    Tensors named in `alike` are seen as those of one group or head, of which another network may have more; of those
+    in `merged` so many groups are seen as one, with zeros between them, where another network has fewer.
 
     A network with parameters that the eval mode does not reach (auxiliary heads) runs once in training mode, too.
     The network is left as it was. The output's units are pinned: a network's result keeps its width. Raises
@@ -629,7 +640,7 @@ def trace(model: nn.Module, inputs: Inputs, alike: frozenset[str] = frozenset())
     """
     from torch.nn.utils import parametrize
 
-    result = Trace(model, alike)
+    result = Trace(model, alike, merged)
     with parametrize.cached(), torch.no_grad():
         for name, module in model.named_modules():
             if parametrize.is_parametrized(module):

@@ -33,8 +33,13 @@ def attention() -> Net:
         x = x + net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return net.head((x + net.down(F.gelu(net.up(net.n2(x))))).mean(1))
 
-    parts = {name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")} | {"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}
-    return Net({"embed": nn.Linear(3, 8), "n1": nn.LayerNorm(8), "n2": nn.LayerNorm(8), "head": nn.Linear(8, 5), **parts}, how)
+    parts = {name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")} | {
+        "up": nn.Linear(8, 12),
+        "down": nn.Linear(12, 8),
+    }
+    return Net(
+        {"embed": nn.Linear(3, 8), "n1": nn.LayerNorm(8), "n2": nn.LayerNorm(8), "head": nn.Linear(8, 5), **parts}, how
+    )
 
 
 def gated() -> Net:
@@ -134,7 +139,9 @@ def test_layers_that_grow_together_in_one_group_alone() -> None:
             grown = widen(model, images(), {group.layers[-1]: 2.0})
             assert equivalence(model, grown, images()).max_relative < 1e-10
             wider = {
-                name for name, m in grown.named_modules() if hasattr(m, "weight") and len(m.weight) > len(model.get_parameter(f"{name}.weight"))
+                name
+                for name, m in grown.named_modules()
+                if hasattr(m, "weight") and len(m.weight) > len(model.get_parameter(f"{name}.weight"))
             }
             assert wider == set(group.layers)
 

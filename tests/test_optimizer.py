@@ -83,7 +83,9 @@ def attention(heads: int, width: int = 8, stream: int = 8, hidden: int = 12) -> 
 
 def kernels(size: int, n: int = 4) -> nn.Module:
     pad = size // 2
-    return nn.Sequential(nn.Conv2d(3, n, size, 2, pad), nn.ReLU(), nn.Conv2d(n, n, size, 1, pad), nn.Flatten(), nn.Linear(12 * n, 4))
+    return nn.Sequential(
+        nn.Conv2d(3, n, size, 2, pad), nn.ReLU(), nn.Conv2d(n, n, size, 1, pad), nn.Flatten(), nn.Linear(12 * n, 4)
+    )
 
 
 def tied(n: int) -> Net:
@@ -159,7 +161,6 @@ def test_what_the_teachers_gradient_does_not_say_is_not_a_number() -> None:
 @pytest.mark.xfail(strict=True, reason="a layer before such a norm shares its gradient with the means: it is no copy")
 def test_padding_of_a_layer_norm_is_not_predicted_as_if_it_were_a_copy() -> None:
     """What is predicted at all is right also where the width is no multiple of the teacher's."""
-
 
     def make(n: int) -> nn.Module:
         return nn.Sequential(nn.Linear(3, n), nn.LayerNorm(n), nn.Linear(n, n), nn.Tanh(), nn.Linear(n, 4))
@@ -242,7 +243,9 @@ def test_the_state_is_that_of_a_student_that_had_been_there_all_the_time(kind: s
                 assert torch.allclose(value, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())), key
             else:
                 assert value == expected
-    assert [{**group, "params": 0} for group in new.param_groups] == [{**group, "params": 0} for group in old.param_groups]
+    assert [{**group, "params": 0} for group in new.param_groups] == [
+        {**group, "params": 0} for group in old.param_groups
+    ]
     gradients(student, images(), torch.randn(4, 5))
     new.step()
 
@@ -273,7 +276,12 @@ def test_groups_rates_and_steps_are_kept() -> None:
 
     def make(model: nn.Module) -> Optimizer:
         flat = [p for p in model.parameters() if p.dim() == 1]
-        return AdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "lr": 0.1}, {"params": flat, "weight_decay": 0.0}])
+        return AdamW(
+            [
+                {"params": [p for p in model.parameters() if p.dim() > 1], "lr": 0.1},
+                {"params": flat, "weight_decay": 0.0},
+            ]
+        )
 
     old = make(teacher)
     schedule = torch.optim.lr_scheduler.StepLR(old, 2, 0.5)
@@ -397,7 +405,14 @@ def copies(record: Transfer, student: nn.Module, name: str) -> list[tuple[Tensor
 
 def deep(n: int) -> nn.Module:
     return nn.Sequential(
-        conv(3, n), nn.BatchNorm2d(n), nn.ReLU(), conv(n, n + 1), nn.BatchNorm2d(n + 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * (n + 1), 5)
+        conv(3, n),
+        nn.BatchNorm2d(n),
+        nn.ReLU(),
+        conv(n, n + 1),
+        nn.BatchNorm2d(n + 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48 * (n + 1), 5),
     )
 
 
@@ -420,7 +435,9 @@ def test_equal_copies_get_equal_gradients_and_never_part(step) -> None:
             axis = record.origins[name].axes[0]
             assert (mine[name] - mine[name][_firsts(axis)]).abs().max() <= BAR * mine[name].abs().max()
         optimizer.step()
-        assert all(torch.allclose(a, b, 1e-9, BAR) for n in ("0.weight", "3.weight") for a, b in copies(record, student, n))
+        assert all(
+            torch.allclose(a, b, 1e-9, BAR) for n in ("0.weight", "3.weight") for a, b in copies(record, student, n)
+        )
     assert not torch.allclose(start, student[0].weight)
 
 
@@ -447,7 +464,10 @@ def test_copies_that_are_told_apart_part_at_once(split: str, step) -> None:
 
 @pytest.mark.parametrize(
     "split",
-    ["uneven", pytest.param("paired", marks=pytest.mark.xfail(strict=True, reason="a layer in groups gets no paired noise"))],
+    [
+        "uneven",
+        pytest.param("paired", marks=pytest.mark.xfail(strict=True, reason="a layer in groups gets no paired noise")),
+    ],
 )
 def test_copies_in_groups_part_too(split: str) -> None:
     def make(n: int) -> nn.Module:

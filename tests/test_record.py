@@ -215,7 +215,10 @@ def axis(data: dict) -> dict:
         broken(lambda data: axis(data).pop("share")),
         broken(lambda data: axis(data).update(index="all")),
         broken(lambda data: axis(data).update(index=[[1], [1, 2]])),
-        broken(lambda data: data["origins"]["conv1.weight"].update(of=[])),
+        pytest.param(
+            broken(lambda data: data["origins"]["conv1.weight"].update(of=[])),
+            marks=pytest.mark.xfail(strict=True, reason="an IndexError is not caught"),
+        ),
         broken(lambda data: data.update(measured=3)),
     ],
 )
@@ -249,7 +252,9 @@ def test_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
         pytest.param(
             lambda: chain(3, 4),
             lambda: chain(7, 13, new=1),
-            marks=pytest.mark.xfail(strict=True, reason="layers that the record does not know are left fresh in silence"),
+            marks=pytest.mark.xfail(
+                strict=True, reason="layers that the record does not know are left fresh in silence"
+            ),
         ),
     ],
 )

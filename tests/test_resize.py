@@ -111,8 +111,13 @@ def block() -> Net:
         x = x + net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return net.head((x + net.down(F.gelu(net.up(net.n2(x))))).mean(1))
 
-    parts = {name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")} | {"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}
-    return Net({"embed": nn.Linear(3, 8), "n1": nn.LayerNorm(8), "n2": nn.LayerNorm(8), "head": nn.Linear(8, 5), **parts}, how)
+    parts = {name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")} | {
+        "up": nn.Linear(8, 12),
+        "down": nn.Linear(12, 8),
+    }
+    return Net(
+        {"embed": nn.Linear(3, 8), "n1": nn.LayerNorm(8), "n2": nn.LayerNorm(8), "head": nn.Linear(8, 5), **parts}, how
+    )
 
 
 def words() -> nn.Module:
@@ -148,7 +153,14 @@ CASES = {
     "its stream": (block, lambda: images(2, 5, 3), {"embed": 2.0}),
     "embedding": (words, tokens(3, 4), 1.5),
     "one dimension, transposed": (
-        sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.PReLU(4), nn.ConvTranspose1d(4, 5, 3, 2), nn.ReLU(), nn.Conv1d(5, 2, 1)),
+        sequential(
+            nn.Conv1d(3, 4, 3),
+            nn.BatchNorm1d(4),
+            nn.PReLU(4),
+            nn.ConvTranspose1d(4, 5, 3, 2),
+            nn.ReLU(),
+            nn.Conv1d(5, 2, 1),
+        ),
         lambda: images(3, 3, 8),
         1.6,
     ),
@@ -206,7 +218,9 @@ def test_only_what_was_named_grows() -> None:
     assert grown.conv2.weight.shape == (6, 9, 3, 3)
 
 
-@pytest.mark.xfail(strict=True, reason="_asked looks among layers of kind mix only, and says that there is no such layer")
+@pytest.mark.xfail(
+    strict=True, reason="_asked looks among layers of kind mix only, and says that there is no such layer"
+)
 @pytest.mark.parametrize("name", ["depth", "n1", "again"])
 def test_a_depthwise_layer_or_a_norm_names_the_units_that_it_carries(name: str) -> None:
     model = randomise(residual())
@@ -555,7 +569,9 @@ class Twice(nn.Sequential):
 
 
 def test_a_sequential_with_a_forward_pass_of_its_own_calls_the_new_layer() -> None:
-    grown = assert_deeper(nn.Sequential(Twice(nn.Linear(3, 4), nn.Linear(4, 4)), nn.Linear(4, 2)), lambda: images(6, 3), ["0"])
+    grown = assert_deeper(
+        nn.Sequential(Twice(nn.Linear(3, 4), nn.Linear(4, 4)), nn.Linear(4, 2)), lambda: images(6, 3), ["0"]
+    )
     grown(images(6, 3)).sum().backward()
     assert grown.get_parameter("0.deeper.1.amount").grad is not None
 

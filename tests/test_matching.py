@@ -1,0 +1,201 @@
+"""Layers that new ones have renumbered are found without a hand-written rename, and no wrong pairing passes."""
+
+import sys
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net, conv, mlp, randomise
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.vgg import cfgs, make_layers
+
+from net2net import TransferError, equivalence, matching, transfer
+from net2net.matching import candidates
+
+BAR = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (3, 3, 32, 32)))
+
+
+class VGG(nn.Module):
+    """torchvision's at a fraction of the width."""
+
+    def __init__(self, name: str, norm: bool, slim: int = 32) -> None:
+        super().__init__()
+        layers = [width if width == "M" else int(width) // slim for width in cfgs[name]]
+        self.features = make_layers(layers, norm)
+        self.classifier = nn.Sequential(nn.Linear(512 // slim, 12), nn.ReLU(), nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+def vgg(name: str, norm: bool, slim: int = 32, seed: int = 0) -> nn.Module:
+    model = VGG(name, norm, slim)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+    return randomise(model, seed, images())
+
+
+def new_layers(record, kind: str = "weight") -> int:
+    return sum(o.how == "identity" and name.endswith(kind) for name, o in record.origins.items())
+
+
+DEPTH = {"A": 8, "B": 10, "D": 13, "E": 16}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("small", "large"), [*combinations(DEPTH, 2)])
+def test_vgg_grows_into_every_deeper_one(small: str, large: str, norm: bool) -> None:
+    teacher, student = vgg(small, norm, seed=1), vgg(large, norm, seed=2)
+    record = transfer(teacher, student, images())
+    assert equivalence(teacher, student, images()).max_relative <= BAR
+    assert new_layers(record) == (DEPTH[large] - DEPTH[small]) * (1 + norm)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_vgg_grows_wider_and_deeper_at_once(norm: bool) -> None:
+    teacher, student = vgg("A", norm, seed=1), vgg("D", norm, slim=16, seed=2)
+    transfer(teacher, student, images())
+    assert equivalence(teacher, student, images()).max_relative <= BAR
+
+
+def test_vgg_grows_step_by_step() -> None:
+    teacher = first = vgg("A", True)
+    for name in "BDE":
+        student = vgg(name, True, seed=ord(name))
+        transfer(teacher, student, images(), split="uneven")
+        teacher = student
+    assert equivalence(first, teacher, images()).max_relative <= BAR
+
+
+def test_torchvisions_own() -> None:
+    """vgg11_bn -> vgg13_bn at full width, but for the two large layers of the classifier."""
+
+    def make(name: str) -> nn.Module:
+        with torch.device("meta"):
+            model = models.get_model(name, init_weights=False)
+            model.classifier = nn.Sequential(nn.Linear(512 * 49, 5))
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+        return randomise(model, 1, images())
+
+    teacher, student = make("vgg11_bn"), make("vgg13_bn")
+    record = transfer(teacher, student, images(1, 3, 32, 32))
+    assert equivalence(teacher, student, images(2, 3, 32, 32)).max_relative <= BAR
+    assert {name for name, o in record.origins.items() if o.how == "identity" and name.endswith("weight")} == {
+        "features.3.weight",
+        "features.4.weight",
+        "features.10.weight",
+        "features.11.weight",
+    }
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("wrong", [{}, {"features.3": "features.0", "features.0": ""}])
+def test_a_wrong_pairing_is_refused(norm: bool, wrong: dict[str, str]) -> None:
+    with pytest.raises(TransferError):
+        transfer(vgg("A", norm), vgg("B", norm), images(), rename=wrong)
+
+
+def test_a_wrong_pairing_that_fits_by_shape_is_refused() -> None:
+    """Every layer has its counterpart's shape, and the new one stands in another place than the names say."""
+    teacher, student = mlp(3, 4, 4, 4, 2), mlp(3, 4, 4, 4, 4, 2)
+    right = candidates(teacher, student)
+    assert transfer(teacher, student, images(6, 3)).measured.max_relative <= BAR
+    for new in ("2", "4", "6"):
+        theirs = iter(("0", "2", "4", "6"))
+        names = {mine: "" if mine == new else next(theirs) for mine in ("0", "2", "4", "6", "8")}
+        transfer(teacher, student, images(6, 3), rename=names)
+        assert equivalence(teacher, student, images(6, 3)).max_relative <= BAR
+    with pytest.raises(TransferError):
+        transfer(teacher, student, images(6, 3), rename={"2": "4", "4": "2", "6": "", "8": "6"})
+    assert right[0] == {} and len(right) >= 2
+
+
+def test_without_candidates_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[transfer.__module__], "candidates", lambda *_: [{}])
+    with pytest.raises(TransferError):
+        transfer(vgg("A", False), vgg("B", False), images())
+
+
+def residual(n: int, blocks: int) -> Net:
+    """Numbered blocks in a nn.ModuleList, each a sum."""
+
+    def block() -> Net:
+        return Net(
+            {"a": conv(n, n), "n": nn.BatchNorm2d(n), "b": conv(n, n)},
+            lambda net, x: x + net.b(F.relu(net.n(net.a(x)))),
+        )
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        for each in net.blocks:
+            x = each(x)
+        return net.head(x.mean((2, 3)))
+
+    return Net(
+        {"stem": conv(3, n), "blocks": nn.ModuleList(block() for _ in range(blocks)), "head": nn.Linear(n, 5)}, how
+    )
+
+
+def test_blocks_with_names_of_their_own_keep_them() -> None:
+    teacher, student = randomise(residual(4, 2), 1), randomise(residual(6, 5), 2)
+    record = transfer(teacher, student, images())
+    assert equivalence(teacher, student, images()).max_relative <= BAR
+    assert record.origins["blocks.1.a.weight"].teacher == "blocks.1.a.weight"
+
+
+def test_a_layer_in_front_of_the_others_is_found() -> None:
+    """It pushes all of them back, a nn.Sequential that grows by itself among them."""
+
+    def make(deeper: bool) -> nn.Module:
+        new = [nn.Linear(3, 3)] if deeper else []
+        inner = nn.Sequential(*(nn.Linear(6, 6) for _ in range(1 + deeper)))
+        return nn.Sequential(*new, nn.Linear(3, 6), nn.ReLU(), inner, nn.Linear(6, 2))
+
+    teacher, student = make(False), make(True)
+    record = transfer(teacher, student, images(6, 3))
+    assert equivalence(teacher, student, images(6, 3)).max_relative <= BAR
+    assert record.origins["1.weight"].teacher == "0.weight"
+
+
+def test_candidates_are_prefixes_and_as_they_are_comes_first() -> None:
+    teacher, student = mlp(3, 4, 2), mlp(3, 4, 4, 2)
+    first, earliest, closest = candidates(teacher, student)
+    assert first == {} and earliest == {"3": "", "4": ""} and {"2": "", "4": "2"}.items() <= closest.items()
+    transfer(teacher, student, images(6, 3))
+    assert equivalence(teacher, student, images(6, 3)).max_relative <= BAR
+
+
+def test_a_layer_that_no_student_layer_can_be_is_refused() -> None:
+    for student in (mlp(3, 4, 3, 2), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Conv1d(4, 2, 1), nn.Tanh())):
+        with pytest.raises(TransferError):
+            transfer(mlp(3, 4, 5, 2), student, images(6, 3))
+
+
+def test_every_layer_of_the_teacher_is_aligned_once() -> None:
+    sizes = [(3, 4), (4, 4), (4, 8), (8, 2)]
+    deeper = [(3, 4), (4, 4), (4, 4), (4, 8), (8, 8), (8, 2)]
+    children = [[(str(k), nn.Linear(*size)) for k, size in enumerate(each)] for each in (sizes, deeper)]
+    for closest in (False, True):
+        pairs = matching._aligned(*children, closest)
+        assert pairs is not None and sorted(pairs.values()) == [0, 1, 2, 3]
+        assert all(pairs[a] < pairs[b] for a, b in pairwise(sorted(pairs)))
+    assert matching._aligned(children[1], children[0], False) is None
