@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import TransferError, describe, equivalence, transfer
-from .units import unwrap
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2, help="how many of them (2)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     images = torch.randn(options.batch, 3, options.size, options.size)
     try:
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.teacher}{f' -> {options.student}' if options.student else ''}: {error}", file=sys.stderr)
         return 1
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(before)
     return 0
 
 
@@ -46,8 +48,10 @@ def _network(name: str) -> nn.Module:
     if find_spec("torchvision"):
         models = import_module("torchvision.models")
         if name in models.list_models():
-            options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-            return unwrap(models.get_model(name, weights=None, **options))
+            options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+            if "weights_backbone" in signature(models.get_model_builder(name)).parameters:
+                options["weights_backbone"] = None
+            return models.get_model(name, weights=None, **options)
     if find_spec("timm"):
         timm = import_module("timm")
         if name in timm.list_models():

@@ -14,12 +14,14 @@ from .units import Example, Inputs, Layer, Trace, trace, unwrap
 class Group:
     """Units that only grow together.
 
-    `layers` produce them (names of modules), `readers` read them, `width` is the number of units of the widest of the
+    `layers` produce them (names of modules), `carriers` have one entry for each (norms, depthwise convolutions), `readers`
+    read them, `width` is the number of units of the widest of the
     layers. `pinned` says why they cannot grow, `whole` why they move in pieces only (heads, shuffled halves), `norms`
     names the norms across units that see them: these want a multiple of the width, or means. `units` are their labels.
     """
 
     layers: tuple[str, ...]
+    carriers: tuple[str, ...]
     readers: tuple[str, ...]
     width: int
     pinned: str | None
@@ -97,6 +99,7 @@ def described(traced: Trace) -> Description:
         found.append(
             Group(
                 tuple(layer.module for layer in members),
+                tuple(_carriers(traced, roots, units)),
                 tuple(_readers(traced, roots, units)),
                 max(len(layer.produces) for layer in members if layer.produces is not None),
                 next((pinned[root] for root in seen if root in pinned), None),
@@ -114,6 +117,17 @@ def _reasons(pairs: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
         for root in torch.unique(roots[labels]).tolist():
             found.setdefault(root, why)
     return found
+
+
+def _carriers(traced: Trace, roots: Tensor, units: Tensor) -> dict[str, None]:
+    """The modules, in the order of the forward pass, that have an entry for each unit and produce none."""
+    producers = {layer.name for layer in traced.layers.values() if layer.kind == "mix"}
+    carried = {name: axes[0] for name, axes in traced.axes.items() if axes and axes[0] is not None} | traced.values
+    return {
+        name.rpartition(".")[0] or name: None
+        for name, labels in carried.items()
+        if name not in producers and bool(torch.isin(roots[labels], units).any())
+    }
 
 
 def _readers(traced: Trace, roots: Tensor, units: Tensor) -> list[str]:

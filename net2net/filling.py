@@ -188,16 +188,35 @@ def entrywise(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
 def _shared(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str) -> Tensor:
     if axis.copies:
         value = value * _shares(axis, value, dim, generator, split)
-    if split != "paired" or not axis.copies or (axis.groups > 1 and dim == 1):
+    if split != "paired" or not axis.copies:
         return value
+    if axis.groups > 1:
+        return _paired_in_groups(axis, value, dim, generator)
+    return _paired(value, axis.index, axis.share, dim, generator, value.std())
+
+
+def _paired_in_groups(axis: Axis, value: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """The same group by group: the rows of one, or, of a transposed convolution, its part of the axis that reads."""
+    index, share = axis.index.reshape(axis.groups, -1), axis.share.reshape(axis.groups, -1)
+    parts = [
+        _paired(part, i, s, dim, generator, value.std())
+        for part, i, s in zip(value.chunk(axis.groups, 0), index, share, strict=True)
+    ]
+    return torch.cat(parts, 0)
+
+
+def _paired(
+    value: Tensor, index: Tensor, share: Tensor, dim: int, generator: torch.Generator, spread: Tensor
+) -> Tensor:
     # Noise that the copies of a unit cancel among themselves, in units of the shared weights themselves.
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * value.std() / 2
-    index = axis.index.clamp(min=0).to(value.device)
+    shape = [-1 if d == dim else 1 for d in range(value.dim())]
+    known = (index >= 0).reshape(shape).to(value)
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * spread / 2 * known
+    index = index.clamp(min=0).to(value.device)
     size = [int(index.max()) + 1 if d == dim else n for d, n in enumerate(value.shape)]
-    known = entrywise(axis, value, dim, axis.index >= 0)
-    count = entrywise(axis, value, dim, 1 / axis.share).to(value)
-    mean = torch.zeros(size, dtype=value.dtype, device=value.device).index_add_(dim, index, noise * known)
-    return value + (noise - mean.index_select(dim, index) / count)
+    total = torch.zeros(size, dtype=value.dtype, device=value.device).index_add_(dim, index, noise)
+    mean = total.index_select(dim, index) * share.reshape(shape).to(value)
+    return value + (noise - mean) * known
 
 
 def _shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | None, split: str) -> Tensor:

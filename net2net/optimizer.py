@@ -39,7 +39,8 @@ def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tens
     """A teacher's gradient, or the `power`-th moment of one, in the student's shape; NaN where it is not known."""
     source = merged(source, *origin.merged, between=float("nan"))
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
-    if origin.tied or origin.turn is not None:
+    padded = any(axis.means and not axis.reads for axis in origin.axes.values())  # the mean's gradient falls to all
+    if origin.tied or padded or origin.turn is not None:
         return unknown
     axes = {
         dim: Axis(_known(axis.index), axis.first, False, axis.share, axis.groups) for dim, axis in origin.axes.items()
@@ -83,10 +84,11 @@ def optimizer_state(record: Transfer, old: Optimizer, new: Optimizer, teacher: n
     if held - {id(parameter) for parameter in mine.values()}:
         raise TransferError("The new optimizer holds parameters that are not the student's.")
     counterpart = {name: record.origins[name].teacher for name in mine if name in record.origins}
+    counterpart |= {name: name for name in mine if ".parametrizations." in name and name in theirs}
     states = {}
     for name, parameter in mine.items():
         source = counterpart.get(name)
-        if source in theirs and theirs[source] in old.state:
+        if name in record.origins and source in theirs and theirs[source] in old.state:
             states[name] = _state(old.state[theirs[source]], parameter, theirs[source], record.origins[name], type(old))
     groups = []
     for group in old.param_groups:
@@ -103,10 +105,12 @@ def optimizer_state(record: Transfer, old: Optimizer, new: Optimizer, teacher: n
 def _state(state: Mapping, parameter: Tensor, source: Tensor, origin: Origin, kind: type) -> dict:
     made = {}
     for key, value in state.items():
-        power = 1 if key in FIRST else 2 if key in SECOND else 0
-        if not isinstance(value, Tensor) or value.shape != source.shape or (value.dim() == 0 and not power):
+        power = 1 if key in FIRST else 2 if key in SECOND else None
+        if key == "momentum_buffer" and issubclass(kind, torch.optim.RMSprop):
+            power = 0  # it sums gradients that are divided by their size
+        if not isinstance(value, Tensor) or (value.dim() == 0 and power is None):
             made[key] = value.clone() if isinstance(value, Tensor) else value
-        elif power:
+        elif power is not None and value.shape == source.shape:
             made[key] = torch.nan_to_num(_carried(value, parameter, origin, power).to(value.dtype), nan=0.0)
         else:
             raise TransferError(f"It is not known how {key!r} in the state of {kind.__name__} follows the gradient.")

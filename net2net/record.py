@@ -73,7 +73,7 @@ class Transfer:
     """The record of a transfer: where every tensor of the student came from, and what was measured.
 
     `eps` holds the new eps of norms that see padding. `state` is the state of the generator from which shares and
-    noise were drawn. `measured` is the difference of the two networks on the example, before noise; None for
+    noise were drawn. `shapes` are those of all tensors of the teacher and of the student. `measured` is the difference of the two networks on the example, before noise; None for
     `random_pad`.
     """
 
@@ -82,10 +82,14 @@ class Transfer:
     noise: float
     eps: dict[str, float] = field(default_factory=dict)
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    shapes: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = field(default_factory=lambda: ({}, {}))
     measured: Equivalence | None = None
     models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(
         default=None, compare=False, repr=False
     )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "models": None}  # a copy, or a pickle, is of no networks yet
 
     def of(self, teacher: nn.Module, student: nn.Module) -> "Transfer":
         """The same record, of these networks (a loaded record knows of none)."""
@@ -151,9 +155,10 @@ def load_record(path: str | Path) -> Transfer:
             raise TransferError(f"{path} is a record of another version of net2net: its format is not {FORMAT}.")
         data["origins"] = {name: _origin(**origin) for name, origin in data["origins"].items()}
         data["state"] = torch.tensor(list(base64.b64decode(data["state"])), dtype=torch.uint8)
+        data["shapes"] = tuple({name: tuple(shape) for name, shape in shapes.items()} for shapes in data["shapes"])
         data["measured"] = Equivalence(**data["measured"]) if data["measured"] else None
         return Transfer(**data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise TransferError(f"{path} is no record of a transfer: {error}") from error
 
 

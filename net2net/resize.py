@@ -1,6 +1,7 @@
 """Surgery without a second constructor: a wider or deeper copy of a network, filled by `transfer`."""
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -56,6 +57,8 @@ def widen(
             generator.set_state(draws.get_state())
         return copied
 
+    if not isinstance(widths, Mapping):
+        _number(widths, "a factor")
     if isinstance(widths, Mapping):
         return grown(_asked(groups, widths))
     free = [k for k, group in enumerate(groups.groups) if group.free]
@@ -67,6 +70,11 @@ def widen(
     return _as_much_as_can_be(grown, {k: widths for k in free})
 
 
+def _number(width: object, what: str) -> None:
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < float("inf"):
+        raise TransferError(f"{width!r} is no width: it is a factor (a float) or a number of units (an int).")
+
+
 def _first(group: Group) -> str:
     return group.layers[0]
 
@@ -75,7 +83,10 @@ def _asked(groups: Description, widths: Mapping[str, float | int]) -> dict[int, 
     """For every group that is asked to grow by what factor."""
     factors: dict[int, float] = {}
     for pattern, width in widths.items():
-        fits = {k: name for k, g in enumerate(groups.groups) for name in g.layers if fnmatchcase(name, pattern)}
+        _number(width, pattern)
+        fits = {
+            k: name for k, g in enumerate(groups.groups) for name in g.layers + g.carriers if fnmatchcase(name, pattern)
+        }
         if not fits:
             known = ", ".join(name for g in groups.groups[:4] for name in g.layers[:2])
             raise TransferError(f"No layer is called {pattern!r}: there are {known} and others (net2net.describe).")
@@ -125,8 +136,9 @@ def _resized(model: nn.Module, traced: Trace, groups: Description, factors: dict
     """A copy of `model` with room for the new units; what it holds is drawn like the old, and means nothing."""
     count = _counts(traced, groups, factors)
     shapes = {name: _shape(traced, name, count) for name in traced.tensors}
-    copied = copy.deepcopy(model)
-    copied.__dict__.pop("growth", None)
+    if all(shape == traced.tensors[name].shape for name, shape in shapes.items()):
+        raise TransferError("Nothing grows: every width stays what it is.")
+    copied = _copied(model)
     stand_ins = {f"{name}.{weight}".lstrip("."): (module, weight) for name, module, weight in parametrised(copied)}
     generator = torch.Generator().manual_seed(0)
     for name, shape in shapes.items():
@@ -134,13 +146,31 @@ def _resized(model: nn.Module, traced: Trace, groups: Description, factors: dict
         if shape == old.shape:
             continue
         if name in stand_ins:
-            module, weight = stand_ins[name]
-            setattr(module, weight, _drawn(old, shape, generator))
+            _set_parametrised(*stand_ins[name], _drawn(old, shape, generator), name)
         else:
             _replace(copied, model, name, _drawn(old, shape, generator))
     for name, module in copied.named_modules():
         _set_attributes(module, model.get_submodule(name))
     return copied
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy that knows of no growth; attributes of parameters, which copying drops, stay on."""
+    copied = copy.deepcopy(model)
+    copied.__dict__.pop("growth", None)
+    theirs = dict(model.named_parameters())
+    for name, parameter in copied.named_parameters():
+        for tag, what in vars(theirs[name]).items():
+            setattr(parameter, tag, what)
+    return copied
+
+
+def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that its buffers are resized
+            setattr(module, weight, value)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise TransferError(f"The parametrisation of {name} cannot be given another width: {error}") from error
 
 
 def _counts(traced: Trace, groups: Description, factors: dict[int, float]) -> Tensor:
@@ -260,7 +290,7 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
 def deepen(
     model: nn.Module,
     example: Example,
-    after: Sequence[str],
+    after: str | Sequence[str],
     *,
     activation: Callable[[], nn.Module] = nn.ReLU,
     make: Callable[[int, int], nn.Module] | None = None,
@@ -280,13 +310,12 @@ def deepen(
     """
     model, inputs = unwrap(model), Inputs.of(example)
     traced = trace(model, inputs)
-    copied = copy.deepcopy(model)
-    copied.__dict__.pop("growth", None)
-    for name in after:
+    copied = _copied(model)
+    for name in [after] if isinstance(after, str) else after:
         units, dims = _units_of(traced, name)
         new = make(units, dims) if make else nn.Sequential(_layer(units, dims), Blend(activation()))
-        reference = next(model.parameters())
         module = copied.get_submodule(name)
+        reference = next((p for part in (module, copied) for p in part.parameters() if p.is_floating_point()))
         place = "deeper"
         while hasattr(module, place):
             place += "_"

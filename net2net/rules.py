@@ -400,6 +400,12 @@ def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, transposed: bo
     return produced
 
 
+def overwritten(trace: Trace, call: Call) -> None:
+    """Zeros in a copy of a parameter: the same for all units, whatever they copy."""
+    if hasattr(call.args[0], "_net2net_labels"):
+        unknown(trace, call)
+
+
 def embedding(trace: Trace, call: Call) -> None:
     """Every entry of the table is a row of units; the table's length is fixed."""
     found = trace.weight(call.arg(1, "weight"))
@@ -875,6 +881,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("batch_norm", "instance_norm"), batch_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
+    "zero": overwritten,
     "group_norm": group_norm,
     "linear": linear,
     "embedding": embedding,

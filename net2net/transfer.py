@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError
-from .filling import SPLITS, add_noise, fill
+from .filling import SPLITS, add_noise, fill, named_tensors
 from .mapping import MEAN, NEW, ZERO, Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .matching import candidates
 from .record import Axis, Origin, Transfer
@@ -57,6 +57,8 @@ def transfer(
     """
     if split not in SPLITS:
         raise TransferError(f"The split {split!r} is unknown: it is one of {', '.join(SPLITS)}.")
+    if any(parameter.is_meta for model in (teacher, student) for parameter in model.parameters()):
+        raise TransferError("A network on the meta device has no values to grow.")
     if depth not in ("identity", "dense"):
         raise TransferError(f"The depth {depth!r} is unknown: it is identity or dense.")
     generator = generator or torch.Generator().manual_seed(0)
@@ -115,6 +117,15 @@ def random_pad(
 def replay(record: Transfer, teacher: nn.Module, student: nn.Module) -> None:
     """Fill `student` from `teacher` as `record` says: the same weights as the transfer that made it gave, before noise
     and calibration. TransferError if the networks have not the tensors of the record."""
+    shapes = [
+        {name: tuple(t.shape) for name, t in named_tensors(unwrap(model)).items()} for model in (teacher, student)
+    ]
+    for which, mine, theirs in zip(("teacher", "student"), shapes, record.shapes, strict=True):
+        if mine != theirs:
+            name = next(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise TransferError(
+                f"The record is of another {which}: {name} is {mine.get(name)} here, {theirs.get(name)} there."
+            )
     try:
         fill(unwrap(teacher), unwrap(student), record, pad=record.split == "pad")
     except (KeyError, RuntimeError, IndexError, AttributeError) as error:
@@ -192,7 +203,8 @@ def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator:
             origins[name] = _padded(origins[name], role, factor**0.5 if role == "weight" else 1.0)
     for name in [name for name in origins if builder.is_tied(name)]:
         origins |= builder.untied(name, origins)
-    return Transfer(origins, split, noise, plan.eps, generator.get_state())
+    shapes = ({name: tuple(t.shape) for name, t in trace.originals.items()} for trace in (plan.teacher, plan.student))
+    return Transfer(origins, split, noise, plan.eps, generator.get_state(), tuple(shapes))  # type: ignore[arg-type]
 
 
 class _Builder:
@@ -202,7 +214,19 @@ class _Builder:
         self.plan = plan
         self.new = identity.origins(plan)
         student = plan.student
+        mixers = [layer for layer in student.layers.values() if layer.kind == "mix" and layer.produces is not None]
+        made = {
+            new: [layer.produces for layer in mixers if (layer.name in plan.identity) == new] for new in (True, False)
+        }
+        handed = (
+            torch.unique(plan.student_roots[torch.cat([x for x in made[True] if x is not None])])
+            if made[True]
+            else None
+        )
         real = torch.unique(plan.student_roots)
+        if handed is not None and made[False]:  # what an identity hands on is no copy of its own
+            own = torch.unique(plan.student_roots[torch.cat([x for x in made[False] if x is not None])])
+            real = real[~torch.isin(real, handed) | torch.isin(real, own)]
         copied = plan.teacher_of[real]
         self.count = torch.zeros(len(plan.teacher_roots), dtype=torch.long)
         self.count.index_add_(0, copied[copied >= 0], torch.ones_like(copied[copied >= 0]))

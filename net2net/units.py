@@ -165,6 +165,7 @@ class Trace:
         self.stand_ins: list[str] = []  # weights that a parametrisation computes
         self.output: Any = None
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.originals = dict(self.tensors)
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         self.first_names = {name: self._names[id(tensor)] for name, tensor in every}  # of a tied tensor, too
@@ -348,6 +349,7 @@ class Trace:
     def stand_in(self, tensor: Tensor, name: str, prefix: str) -> None:
         """Let `tensor`, computed from the parameters under `prefix`, stand for them as the weight `name`."""
         self.tensors = {n: t for n, t in self.tensors.items() if not n.startswith(prefix)} | {name: tensor}
+        self.originals = dict(self.tensors)
         self.first_names = {n: first for n, first in self.first_names.items() if not n.startswith(prefix)}
         self.stand_ins.append(name)
         self._names[id(tensor)] = name
@@ -477,6 +479,8 @@ def unwrap(model: nn.Module) -> nn.Module:
                 f"{name} is a {type(tensor).__name__}, no plain tensor: gather a sharded network first, grow a quantised "
                 "one before it is quantised."
             )
+    if any(type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")) for module in model.modules()):
+        raise TransferError("The network is quantised: grow it before.")
     if isinstance(model, torch.jit.ScriptModule):
         raise TransferError("The network is a ScriptModule, whose operations cannot be followed: pass the original.")
     return model

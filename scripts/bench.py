@@ -157,6 +157,11 @@ class Memory:
     writing: float
     transfer: float
 
+    @property
+    def own(self) -> float:
+        """What a transfer needs beyond its forward passes, whose activations are the networks' and not its own."""
+        return max(self.writing, self.transfer - self.passes)
+
 
 def memory(make_teacher: Make, make_student: Make, size: int) -> Memory | None:
     """Measured in a process of its own, on one image; None where the system does not tell (it takes Linux's /proc)."""
@@ -228,17 +233,18 @@ def print_growth(rounds: int) -> None:
 
 
 def print_memory() -> None:
-    """The same pair. An image of 64 x 64 keeps the activations small, for they are the network's and not ours."""
+    """The same pair, on one small image: the activations of larger ones would hide what is measured."""
     size = 64
     found = memory(models.resnet50, models.wide_resnet50_2, size)
     if found is None:
         print("memory: not measured, it takes Linux's /proc")
         return
     print(f"resnet50 -> wide_resnet50_2, one image of {size} x {size}: both networks {found.networks:.0f} MB")
-    print(f"on top of them: writing the weights {verdict(found.writing, found.largest, ' MB')} (the largest tensor)")
-    most = max(found.largest, found.passes)
-    print(f"on top of them: transfer {verdict(found.transfer, most, ' MB')} (that, or what the forward passes need)")
-    print(f"of which forward passes alone, with their activations, {found.passes:.2f} MB")
+    print(
+        f"on top of them transfer {found.transfer:.0f} MB, its forward passes alone (activations) {found.passes:.0f} MB"
+    )
+    own = verdict(found.own, found.largest, " MB")
+    print(f"the rest, or writing the weights if that is more, {own} (the largest tensor)")
 
 
 def print_map() -> None:

@@ -5,6 +5,7 @@ Writes results/timm.md. With --only, the modules whose name matches are measured
 
 import argparse
 import fnmatch
+import json
 import multiprocessing
 import resource
 import sys
@@ -48,7 +49,105 @@ class Subject:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-SUBJECTS: list[Subject] = [
+SUBJECTS = [
+    Subject("beit", "beit_base_patch16_224", 64, {"img_size": 64}),
+    Subject("byoanet", "halonet_h1", 256),
+    Subject("byobnet", "test_byobnet", 64),
+    Subject("cait", "cait_xxs24_224", 64, {"img_size": 64}),
+    Subject("coat", "coat_tiny", 64, {"img_size": 64}),
+    Subject("convit", "convit_tiny", 64, {"img_size": 64}),
+    Subject("convmixer", "convmixer_768_32", 64),
+    Subject("convnext", "test_convnext", 64),
+    Subject("cpubone", "cpubone_nano", 64),
+    Subject("crossvit", "crossvit_tiny_240", 64),
+    Subject("csatv2", "csatv2", 64),
+    Subject("cspnet", "cs3darknet_focus_s", 64),
+    Subject("cspnext", "cspnext_tiny", 64),
+    Subject("davit", "davit_tiny", 64),
+    Subject("deepseek_vit", "deepseek_vit_412m", 224, {"depth": 2, "num_classes": 10}),
+    Subject("deit", "deit_tiny_patch16_224", 64, {"img_size": 64}),
+    Subject("densenet", "densenet121", 64),
+    Subject("dla", "dla46x_c", 64),
+    Subject("dpn", "dpn48b", 64),
+    Subject("edgenext", "edgenext_xx_small", 64),
+    Subject("efficientformer", "efficientformer_l1", 224),
+    Subject("efficientformer_v2", "efficientformerv2_s0", 64, {"img_size": 64}),
+    Subject("efficientnet", "test_efficientnet", 64),
+    Subject("efficientvim", "efficientvim_m1", 64),
+    Subject("efficientvit_mit", "efficientvit_b0", 64),
+    Subject("efficientvit_msra", "efficientvit_m0", 64),
+    Subject("eva", "vit_tiny_patch16_dinov3_qkvb", 64, {"num_classes": 10}),
+    Subject("fasternet", "fasternet_t0", 64),
+    Subject("fastvit", "fastvit_t8", 64),
+    Subject("focalnet", "focalnet_tiny_srf", 64),
+    Subject("gcvit", "gcvit_xxtiny", 64, {"img_size": 64}),
+    Subject("gemma4_vit", "gemma4_vit_167m", 64, {"depth": 2, "position_embedding_size": 64, "num_classes": 10}),
+    Subject("ghostnet", "ghostnet_050", 64),
+    Subject("hardcorenas", "hardcorenas_b", 64),
+    Subject("hgnet", "hgnetv2_b0", 64),
+    Subject("hiera", "hiera_tiny_224", 64, {"img_size": 64}),
+    Subject("hieradet_sam2", "sam2_hiera_tiny", 64, {"num_classes": 10}),
+    Subject("hrnet", "hrnet_w18_small", 64),
+    Subject("iformer", "iformer_t", 64),
+    Subject("inception_next", "inception_next_atto", 64),
+    Subject("inception_resnet_v2", "inception_resnet_v2", 96),
+    Subject("inception_v3", "inception_v3", 96),
+    Subject("inception_v4", "inception_v4", 96),
+    Subject("lcnetv2", "lcnetv2_small", 64),
+    Subject("levit", "levit_128s", 96, {"img_size": 96}),
+    Subject("lowformer", "lowformer_b0", 64),
+    Subject("mambaout", "test_mambaout", 64),
+    Subject("maxxvit", "test_coatnet", 64, {"img_size": 64}),
+    Subject("metaformer", "poolformerv2_s12", 64),
+    Subject("mlp_mixer", "gmlp_ti16_224", 64, {"img_size": 64}),
+    Subject("mobilenetv3", "mobilenetv3_small_050", 64),
+    Subject("mobilenetv5", "mobilenetv5_base", 64),
+    Subject("mobilevit", "mobilevit_xxs", 64),
+    Subject("mvitv2", "mvitv2_tiny", 64, {"img_size": 64}),
+    Subject("naflexvit", "naflexvit_base_patch16_parfac_gap", 64),
+    Subject("nasnet", "nasnetalarge", 64),
+    Subject("nest", "nest_tiny", 64, {"img_size": 64}),
+    Subject("nextvit", "nextvit_small", 64),
+    Subject("nfnet", "test_nfnet", 64),
+    Subject("pit", "pit_ti_224", 64, {"img_size": 64}),
+    Subject("pnasnet", "pnasnet5large", 64),
+    Subject("pvt_v2", "pvt_v2_b0", 64),
+    Subject("qwen3_vit", "qwen3_vit_88m", 64, {"num_classes": 10}),
+    Subject("rdnet", "rdnet_tiny", 64),
+    Subject("regnet", "regnetx_002", 64),
+    Subject("repghost", "repghostnet_050", 64),
+    Subject("repvit", "repvit_m1", 64),
+    Subject("res2net", "res2next50", 64),
+    Subject("resnest", "resnest14d", 64),
+    Subject("resnet", "test_resnet", 64),
+    Subject("resnetv2", "resnetv2_18", 64),
+    Subject("rexnet", "rexnet_100", 64),
+    Subject("selecsls", "selecsls42", 64),
+    Subject("senet", "legacy_seresnet18", 64),
+    Subject("sequencer", "sequencer2d_s", 64),
+    Subject("shvit", "shvit_s1", 96),
+    Subject("sknet", "skresnet18", 64),
+    Subject("starnet", "starnet_s050", 64),
+    Subject("swiftformer", "swiftformer_xs", 64),
+    Subject("swin_transformer", "swin_tiny_patch4_window7_224", 64, {"img_size": 64}),
+    Subject("swin_transformer_v2", "swinv2_tiny_window8_256", 64, {"img_size": 64}),
+    Subject("swin_transformer_v2_cr", "swinv2_cr_tiny_224", 64, {"img_size": 64}),
+    Subject("tiny_vit", "tiny_vit_5m_224", 64),
+    Subject("tnt", "tnt_s_legacy_patch16_224", 64, {"img_size": 64}),
+    Subject("tresnet", "tresnet_m", 64),
+    Subject("twins", "twins_svt_small", 64),
+    Subject("vgg", "vgg11", 64),
+    Subject("visformer", "visformer_tiny", 64, {"img_size": 64}),
+    Subject("vision_transformer", "test_vit", 64),
+    Subject("vision_transformer_hybrid", "vit_tiny_r_s16_p8_224", 64, {"img_size": 64}),
+    Subject("vision_transformer_relpos", "test_vit_relpos", 64, {"img_size": 64}),
+    Subject("vision_transformer_sam", "samvit_base_patch16_224", 64, {"img_size": 64}),
+    Subject("vitamin", "vitamin_small_224", 64, {"img_size": 64}),
+    Subject("volo", "volo_d1_224", 64, {"img_size": 64}),
+    Subject("vovnet", "ese_vovnet19b_slim_dw", 64),
+    Subject("xception", "legacy_xception", 64),
+    Subject("xception_aligned", "xception41p", 64),
+    Subject("xcit", "xcit_nano_12_p8_224", 64),
 ]
 
 # Told to the constructor where the smallest network of a module is still too large for a minute, or has no classifier.
@@ -294,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     if options.choose:
         for subject in choose(fnmatch.filter(timm.list_modules(), options.only or "*")):
-            extra = f", {subject.options}" if subject.options else ""
+            extra = f", {json.dumps(subject.options)}" if subject.options else ""
             print(f'    Subject("{subject.module}", "{subject.model}", {subject.pixels}{extra}),', flush=True)
         return 0
     subjects = [subject for subject in SUBJECTS if fnmatch.fnmatchcase(subject.module, options.only or "*")]

@@ -1,5 +1,6 @@
 """`python -m net2net` prints the groups of a network, or how equal two are, or says in a sentence why not."""
 
+import contextlib
 import runpy
 import sys
 
@@ -70,3 +71,18 @@ def test_the_callers_default_dtype_comes_back() -> None:
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.xfail(strict=True, reason="networks with a backbone are built with the backbone's trained weights")
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def fetched(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetched)
+    with contextlib.suppress(OSError):
+        main(["lraspp_mobilenet_v3_large", "--size", "32"])
+    torch.set_default_dtype(torch.float32)
+    assert not asked

@@ -35,7 +35,7 @@ def assert_same(model: nn.Module, grown: nn.Module, inputs, mode: str = "eval") 
 
 
 def assert_wider(model: nn.Module, make: Callable, widths, modes: tuple[str, ...] = ("eval", "train"), **options):
-    """Widen on inputs of `make`, compare on others; return the copy. The model is as it was, and the copy is its kin."""
+    """Widen on inputs of `make`, compare on others; return the copy. The model is left as it was."""
     before, mode = state(model), model.training
     grown = widen(model, make(), widths, **options)
     assert unchanged(model, before) and model.training == mode
