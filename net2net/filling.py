@@ -124,52 +124,62 @@ def turned(value: Tensor, dim: int, seed: int) -> Tensor:
 def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
     """The teacher's tensor, gathered along every axis of units and shared out along the ones that read.
 
-    Entries that no teacher entry stands for are zero, a mean, or the student's own.
+    Entries that no teacher entry stands for are zero, a mean, or the student's own. Where it can be the result is made in
+    `target`: there is no room for another copy of a large network's largest tensor.
     """
     pad = split == "pad"
     shape = target.shape
     if origin.flat:
         source, target = source.reshape(-1), target.reshape(-1)
     exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
-    value = source.to(target.device, exact)
+    value = source = source.to(target.device, exact)
     own = zero = None  # where the student's own value stays, where zero comes
+    keeps = any(bool((~axis.first if pad else axis.index == OWN).any()) for axis in origin.axes.values())
+    straight = None if keeps or origin.flat or exact != target.dtype else target
     for dim, axis in origin.axes.items():
-        value = _along(value, axis, dim)
+        value = _along(value, axis, dim, straight if dim == max(origin.axes) else None)
         if axis.reads and not pad:
-            value = _shared(axis, value, dim, generator, split)
+            value = _shared(axis, value, dim, generator, split, source)
             if bool((axis.index < 0).any()):
-                value = value * entrywise(axis, value, dim, axis.index >= 0)
+                value = _times(value, entrywise(axis, value, dim, axis.index >= 0), source)
         elif not pad and bool((axis.index == ZERO).any()):
             zero = _either(zero, entrywise(axis, value, dim, axis.index == ZERO))
         missing = ~axis.first if pad else axis.index == OWN
         if bool(missing.any()):
             own = _either(own, entrywise(axis, value, dim, missing))
     if not pad and origin.factor != 1.0:
-        value = value * origin.factor
+        value = _times(value, origin.factor, source)
     if not pad and origin.rows is not None:
-        value = value * origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1))
+        value = _times(value, origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1)), source)
     if not pad and origin.turn is not None:
         (reading,) = (dim for dim, axis in origin.axes.items() if axis.reads and dim < 2)
         value = turned(value, reading, origin.turn)
     if zero is not None:
-        value, own = value * ~zero, None if own is None else own & ~zero
+        value, own = _times(value, ~zero, source), None if own is None else own & ~zero
     value = value.to(target.dtype)
     return (value if own is None else torch.where(own, target, value)).reshape(shape)
+
+
+def _times(value: Tensor, factor: Tensor | float, source: Tensor) -> Tensor:
+    """The product, in place unless that would write to `source`."""
+    return value * factor if value.data_ptr() == source.data_ptr() else value.mul_(factor)
 
 
 def _either(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a | b
 
 
-def _along(value: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Gather one axis; entries without a teacher's hold anything, but for means."""
+def _along(value: Tensor, axis: Axis, dim: int, into: Tensor | None = None) -> Tensor:
+    """Gather one axis, into `into` if that serves; entries without a teacher's hold anything, but for means."""
     index = axis.index.to(value.device).clamp(min=0)
     if axis.groups > 1 and dim == 1:  # one row of entries a group
         rows = index.reshape(axis.groups, -1).repeat_interleave(value.shape[0] // axis.groups, 0)
         return torch.take_along_dim(value, rows.reshape(*rows.shape, *[1] * (value.dim() - 2)), 1)
     if torch.equal(axis.index, torch.arange(value.shape[dim])):
         return value
-    taken = value.index_select(dim, index)
+    shape = (*value.shape[:dim], len(index), *value.shape[dim + 1 :])
+    fits = into is not None and into.shape == shape  # it would be resized
+    taken = torch.index_select(value, dim, index, out=into) if fits else value.index_select(dim, index)
     for entry in (axis.index <= MEAN).nonzero().flatten().tolist():
         among = axis.means[MEAN - int(axis.index[entry])].to(value.device)
         taken.select(dim, entry).copy_(value.index_select(dim, among).mean(dim))
@@ -185,9 +195,9 @@ def entrywise(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
     return entries.reshape([-1 if d == dim else 1 for d in range(value.dim())])
 
 
-def _shared(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str) -> Tensor:
+def _shared(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str, source: Tensor) -> Tensor:
     if axis.copies:
-        value = value * _shares(axis, value, dim, generator, split)
+        value = _times(value, _shares(axis, value, dim, generator, split), source)
     if split != "paired" or not axis.copies:
         return value
     if axis.groups > 1:

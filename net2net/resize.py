@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from .blend import Blend
 from .describe import Description, Group, described
@@ -60,7 +61,7 @@ def widen(
     if not isinstance(widths, Mapping):
         _number(widths, "a factor")
     if isinstance(widths, Mapping):
-        return grown(_asked(groups, widths))
+        return grown(_asked(groups, widths, _second_names(traced)))
     free = [k for k, group in enumerate(groups.groups) if group.free]
     if widths < 1 or not free:
         why = "; ".join(f"{_first(g)}: {g.state}" for g in groups.groups[:5])
@@ -79,13 +80,23 @@ def _first(group: Group) -> str:
     return group.layers[0]
 
 
-def _asked(groups: Description, widths: Mapping[str, float | int]) -> dict[int, float]:
+def _second_names(traced: Trace) -> list[tuple[str, str]]:
+    """The other names of modules that the network has twice, each beside the first."""
+    pairs = [(name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in traced.first_names.items()]
+    return [(name, first) for name, first in pairs if name != first]
+
+
+def _asked(groups: Description, widths: Mapping[str, float | int], second: list[tuple[str, str]]) -> dict[int, float]:
     """For every group that is asked to grow by what factor."""
     factors: dict[int, float] = {}
     for pattern, width in widths.items():
         _number(width, pattern)
+        meant = {first for name, first in second if fnmatchcase(name, pattern)}
         fits = {
-            k: name for k, g in enumerate(groups.groups) for name in g.layers + g.carriers if fnmatchcase(name, pattern)
+            k: name
+            for k, group in enumerate(groups.groups)
+            for name in group.layers + group.carriers
+            if fnmatchcase(name, pattern) or name in meant
         }
         if not fits:
             known = ", ".join(name for g in groups.groups[:4] for name in g.layers[:2])
@@ -166,6 +177,10 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
+    if any(isinstance(part, _SpectralNorm) for part in module.parametrizations[weight]):  # type: ignore[index, union-attr]
+        raise TransferError(
+            f"{name} has a spectral norm, which divides by the largest singular value: that of copies is another one."
+        )
     try:
         with warnings.catch_warnings(action="ignore"):  # that its buffers are resized
             setattr(module, weight, value)

@@ -76,8 +76,9 @@ def transfer(
         if batches is not None:
             identity.calibrate(student, prepared, batches)
         measured = compare(prepared.teacher.output, run(student, inputs))
-        _refuse_if_different(measured, prepared, "the example", 0.0)
-        if (others := _on_others(teacher, student, inputs)) is not None:
+        enough = _tolerance(prepared)
+        _refuse_if_different(measured, prepared, "the example", enough)
+        if (others := _on_others(teacher, student, inputs, enough)) is not None:
             _refuse_if_different(others[0], prepared, "other inputs like it", others[1])
         return replace(record, measured=measured)
 
@@ -566,29 +567,35 @@ def _rank(values: Tensor) -> Tensor:
     return rank
 
 
-def _on_others(teacher: nn.Module, student: nn.Module, inputs: Inputs) -> tuple[Equivalence, float] | None:
-    """The difference on inputs that are drawn: what is dead on the example may be alive on those. None if they do not serve.
+def _on_others(
+    teacher: nn.Module, student: nn.Module, inputs: Inputs, enough: float
+) -> tuple[Equivalence, float] | None:
+    """The difference on inputs that are drawn: what is dead on the example may be alive on those.
 
-    With it what rounding alone may make of it: a deep network can amplify it without bound far from its data.
+    With it the difference that rounding may make there, if it is not small `enough`: far from its data a deep network
+    can amplify it without bound. None if no such inputs serve.
     """
-    for others in (inputs.others(), inputs.others(numbers=0)):
+    for others in (inputs.others(), inputs.others(numbers=None)):
         try:
             theirs = run(teacher, others)
         except TransferError:
             continue  # it takes no other number of rows
         if all(bool(x.isfinite().all()) for x in tensors_in(theirs)):
             measured = compare(theirs, run(student, others))
-            if measured.max_relative < 1e-12:
-                return measured, 0.0
+            if measured.max_relative <= enough:
+                return measured, enough
             beside = others.each(lambda x: x * (1 + 4 * torch.finfo(x.dtype).eps) if x.is_floating_point() else x)
-            return measured, min(1e4 * compare(theirs, run(teacher, beside)).max_relative, 1e-2)
+            return measured, max(enough, min(1e4 * compare(theirs, run(teacher, beside)).max_relative, 1e-2))
     return None
 
 
-def _refuse_if_different(measured: Equivalence, plan: Plan, where: str, rounding: float) -> None:
+def _tolerance(plan: Plan) -> float:
+    """The relative difference that rounding may make: the square root of the coarsest precision."""
     floating = [t for t in (*plan.student.tensors.values(), *plan.teacher.tensors.values()) if t.is_floating_point()]
-    tolerance = max((torch.finfo(t.dtype).eps for t in floating), default=torch.finfo(torch.float32).eps) ** 0.5
-    tolerance = max(tolerance, rounding)
+    return max((torch.finfo(t.dtype).eps for t in floating), default=torch.finfo(torch.float32).eps) ** 0.5
+
+
+def _refuse_if_different(measured: Equivalence, plan: Plan, where: str, tolerance: float) -> None:
     if not measured.max_relative <= tolerance:
         new = sorted(plan.identity) or ["none"]
         raise TransferError(

@@ -523,18 +523,21 @@ class Inputs:
             {name: _mapped(value, change) for name, value in self.kwargs.items()},
         )
 
-    def others(self, seed: int = 0, numbers: int = 2**16) -> "Inputs":
+    def others(self, seed: int = 0, numbers: int | None = 2**16) -> "Inputs":
         """Other inputs of the same kind, drawn: normal ones as spread as they are, whole numbers from among them.
 
-        As many rows as make about this many numbers, and no fewer than the example has.
+        As many rows as make about this many numbers, two at least; with None as many as the example has.
         """
         generator = torch.Generator().manual_seed(seed)
         sizes = {x.shape[0] for x in self.tensors if x.dim()}
         total = sum(x.numel() for x in self.tensors)
-        times = max(1, min(numbers // max(total, 1), 64)) if len(sizes) == 1 else 1
+        rows = None
+        if numbers is not None and len(sizes) == 1:
+            (size,) = sizes
+            rows = max(2, min(numbers * size // max(total, 1), 64 * size))
 
         def draw(x: Tensor) -> Tensor:
-            shape = (times * x.shape[0], *x.shape[1:]) if x.dim() else x.shape
+            shape = (rows, *x.shape[1:]) if rows and x.dim() else x.shape
             if not x.is_floating_point():
                 among = x.reshape(-1)
                 return (

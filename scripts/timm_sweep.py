@@ -1,4 +1,4 @@
-"""One small network of every architecture in timm, each free width grown by half: python scripts/timm_sweep.py [--only GLOB].
+"""One small network of every architecture in timm, made wider: python scripts/timm_sweep.py [--only GLOB] [--list].
 
 Writes results/timm.md. With --only, the modules whose name matches are measured and printed, and nothing is written.
 """
@@ -17,6 +17,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -150,7 +151,7 @@ SUBJECTS = [
     Subject("xcit", "xcit_nano_12_p8_224", 64),
 ]
 
-# Told to the constructor where the smallest network of a module is still too large for a minute, or has no classifier.
+# What the constructor is told where the smallest network of a module is still too large for a minute.
 OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_vit_412m": {"depth": 2},
     "gemma4_vit_167m": {"depth": 2, "position_embedding_size": 64},
@@ -168,12 +169,9 @@ def choose(modules: Sequence[str]) -> Iterator[Subject]:
 
 def smallest(module: str) -> str:
     """The network with the fewest parameters of a module of timm; of several the one with the shortest name."""
-    return min(timm.list_models(module=module), key=lambda name: (_size(name), len(name), name))
-
-
-def _size(name: str) -> int:
     with torch.device("meta"):
-        return parameters(timm.create_model(name))
+        sizes = {name: zoo._parameters(timm.create_model(name)) for name in timm.list_models(module=module)}
+    return min(sizes, key=lambda name: (sizes[name], len(name), name))
 
 
 def _fitted(module: str, name: str) -> Subject:
@@ -181,12 +179,10 @@ def _fitted(module: str, name: str) -> Subject:
 
     A stage of one position, say, has no use for its queries and keys: errors in them would not show.
     """
-    options = OPTIONS.get(name, {})
-    with torch.device("meta"):
-        model = timm.create_model(name, **options)
-    if model.num_classes == 0:
-        options = options | {"num_classes": 10}
-    made_for = Subject(module, name, model.pretrained_cfg["input_size"][-1], options)
+    published = timm.get_pretrained_cfg(name)
+    assert published is not None
+    options = OPTIONS.get(name, {}) | ({} if published.num_classes else {"num_classes": 10})
+    made_for = Subject(module, name, published.input_size[-1], options)
     large = _effect(Subject(module, name, SIZES[-1], options)) or _effect(made_for)
     for pixels in (size for size in SIZES if size < made_for.pixels):
         for extra in ({}, {"img_size": pixels}):
@@ -251,48 +247,49 @@ def build(subject: Subject) -> nn.Module:
     """The network, freshly drawn, made to look trained, in float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(subject.model, **subject.options).double()
+        model = _wake(timm.create_model(subject.model, **subject.options).double())
     return look_trained(model, _images(subject, 8, seed=1))
+
+
+@torch.no_grad()
+def _wake(model: nn.Module) -> nn.Module:
+    """Weights, tables and tokens that are drawn so small, or so even, that hardly anything comes of them, grow."""
+    for weight in model.parameters():
+        fan = weight[0].numel() if weight.dim() > 1 else 0
+        if fan and weight.std() < 0.5 / fan**0.5:
+            weight += torch.randn_like(weight) / fan**0.5
+    return model
 
 
 def measure(subject: Subject) -> Row:
     """Widen the network by FACTOR wherever it is free and compare on images that the growth has not seen."""
     model = build(subject)
     example, fresh = (_images(subject, 2, seed) for seed in (2, 3))
-    row = partial(Row, subject, sizes=(parameters(model),) * 2, wider=(0, len(_layers(model))))
-    row = partial(row, alive=zoo._spread(model, fresh))
+    row = partial(Row, subject, alive=zoo._spread(model, fresh))
     started = time.perf_counter()
     try:
         grown = widen(model, example, FACTOR)
         seconds = time.perf_counter() - started
-        row = partial(row, seconds, sizes=(parameters(model), parameters(grown)), wider=_wider(model, grown))
-        if parameters(grown) == parameters(model):
-            return row(reason=_held(model, example))
-        return row(error=equivalence(model, grown, fresh).max_relative)
+        sizes, wider = _growth(model, grown)
+        if sizes[0] == sizes[1]:
+            return row(seconds, sizes, wider, reason=_held(model, example))
+        return row(seconds, sizes, wider, error=equivalence(model, grown, fresh).max_relative)
     except TransferError as refusal:
-        return row(time.perf_counter() - started, reason=zoo._shorten(str(refusal)))
+        return row(time.perf_counter() - started, *_growth(model, model), reason=zoo._shorten(str(refusal)))
     except Exception as error:  # which ought never to come from inside: it is counted, and the table goes on
         reason = zoo._shorten(f"{type(error).__name__}: {error}")
-        return row(time.perf_counter() - started, reason=reason, fault="CRASHED")
+        return row(time.perf_counter() - started, *_growth(model, model), reason=reason, fault="CRASHED")
 
 
 def _images(subject: Subject, count: int, seed: int) -> Tensor:
     return zoo._images(count, subject.pixels, seed)
 
 
-def parameters(model: nn.Module) -> int:
-    """How many numbers a network learns."""
-    return zoo._parameters(model)
-
-
-def _layers(model: nn.Module) -> dict[str, int]:
-    """The units of every layer: the length of each weight with more than one axis."""
-    return {name: len(weight) for name, weight in model.named_parameters() if weight.dim() > 1}
-
-
-def _wider(model: nn.Module, grown: nn.Module) -> tuple[int, int]:
-    before, after = _layers(model), _layers(grown)
-    return sum(after[name] > units for name, units in before.items()), len(before)
+def _growth(model: nn.Module, grown: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The parameters before and after; how many layers have more units than before, and how many there are."""
+    before, after = ({n: len(w) for n, w in m.named_parameters() if w.dim() > 1} for m in (model, grown))
+    wider = sum(after[name] > units for name, units in before.items())
+    return (zoo._parameters(model), zoo._parameters(grown)), (wider, len(before))
 
 
 def _held(model: nn.Module, example: Tensor) -> str:
@@ -328,8 +325,9 @@ def isolated(subject: Subject) -> Row:
 
 def _send(subject: Subject, connection: Connection) -> None:
     torch.set_num_threads(1)  # sums in a fixed order
-    resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30,) * 2)
-    connection.send(measure(subject))
+    resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
+    with patch.object(Tensor, "float", Tensor.double):  # some networks compute parts in single precision
+        connection.send(measure(subject))
 
 
 # -- the page -----------------------------------------------------------------------------------------------------

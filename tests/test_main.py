@@ -63,7 +63,6 @@ def test_a_wrong_command_line_shows_how_it_is_used(arguments: list[str], capsys:
     assert end.value.code == 2 and "usage: python -m net2net" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="afterwards the default dtype is float32, whatever it was before")
 def test_the_callers_default_dtype_comes_back() -> None:
     torch.set_default_dtype(torch.float64)
     try:
@@ -73,7 +72,6 @@ def test_the_callers_default_dtype_comes_back() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.xfail(strict=True, reason="networks with a backbone are built with the backbone's trained weights")
 def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 

@@ -119,12 +119,7 @@ CASES = {
 }
 
 
-WRONG_WHEN_DEEPER = pytest.mark.xfail(
-    strict=True, reason="the count of copies counts what a new layer passes on once more: half the share"
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=WRONG_WHEN_DEEPER) if n == "deeper" else n for n in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_predicted_gradients_are_autograds(name: str) -> None:
     make, larger, inputs = CASES[name]
     for seed in range(3):
@@ -159,7 +154,6 @@ def test_what_the_teachers_gradient_does_not_say_is_not_a_number() -> None:
     assert all(not predicted[name].isnan().any() for name in predicted if record.origins[name].how == "shared")
 
 
-@pytest.mark.xfail(strict=True, reason="a layer before such a norm shares its gradient with the means: it is no copy")
 def test_padding_of_a_layer_norm_is_not_predicted_as_if_it_were_a_copy() -> None:
     """What is predicted at all is right also where the width is no multiple of the teacher's."""
 
@@ -211,9 +205,6 @@ def trained(teacher: nn.Module, make: Callable[..., Optimizer], steps: int, *sha
     [
         pytest.param(
             kind,
-            marks=pytest.mark.xfail(
-                strict=True, reason="RMSprop's momentum is of steps, which have no scale: copies take it whole"
-            ),
         )
         if kind == "RMSprop, momentum"
         else kind
@@ -303,7 +294,6 @@ def test_groups_rates_and_steps_are_kept() -> None:
     assert {float(state["step"]) for state in new.state.values()} == {3.0}
 
 
-@pytest.mark.xfail(strict=True, reason="what a parametrisation is made of counts as new: first group, no state")
 def test_a_parametrised_weight_stays_in_its_group() -> None:
     def make(n: int) -> tuple[nn.Module, Optimizer]:
         model = nn.Sequential(weight_norm(nn.Linear(3, n)), nn.Tanh(), nn.Linear(n, 5))
@@ -378,13 +368,11 @@ def test_a_record_from_a_file_must_be_told_its_networks(tmp_path) -> None:
             lambda t, s: torch.optim.Adafactor([t.fc.weight]),
             lambda t, s: torch.optim.Adafactor([s.fc.weight]),
             "Adafactor",
-            marks=pytest.mark.xfail(strict=True, reason="state of another shape is copied as if it were a step count"),
         ),
         pytest.param(
             lambda t, s: torch.optim.LBFGS(t.parameters()),
             lambda t, s: torch.optim.LBFGS(s.parameters()),
             "LBFGS",
-            marks=pytest.mark.xfail(strict=True, reason="state of another shape is copied as if it were a step count"),
         ),
     ],
 )
@@ -480,7 +468,7 @@ def test_copies_that_are_told_apart_part_at_once(split: str, step) -> None:
     "split",
     [
         "uneven",
-        pytest.param("paired", marks=pytest.mark.xfail(strict=True, reason="a layer in groups gets no paired noise")),
+        pytest.param("paired"),
     ],
 )
 def test_copies_in_groups_part_too(split: str) -> None:

@@ -217,7 +217,6 @@ def axis(data: dict) -> dict:
         broken(lambda data: axis(data).update(index=[[1], [1, 2]])),
         pytest.param(
             broken(lambda data: data["origins"]["conv1.weight"].update(of=[])),
-            marks=pytest.mark.xfail(strict=True, reason="an IndexError is not caught"),
         ),
         broken(lambda data: data.update(measured=3)),
     ],
@@ -247,20 +246,16 @@ def test_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
         pytest.param(
             lambda: chain(4, 4),
             lambda: chain(7, 13),
-            marks=pytest.mark.xfail(strict=True, reason="a larger teacher than the record's loses units in silence"),
         ),
         pytest.param(
             lambda: chain(3, 4),
             lambda: chain(7, 13, new=1),
-            marks=pytest.mark.xfail(
-                strict=True, reason="layers that the record does not know are left fresh in silence"
-            ),
         ),
     ],
 )
 def test_networks_of_other_shapes_are_refused(teacher, student) -> None:
     *_, record, _ = grow("wider")
-    with pytest.raises(TransferError, match="The record is of other networks"):
+    with pytest.raises(TransferError, match="The record is of another (teacher|student)"):
         replay(record, teacher(), student())
 
 

@@ -98,9 +98,17 @@ def test_a_layout_is_exact(name: str, wide: tuple[int, int], split: str) -> None
 @pytest.mark.parametrize(
     ("body", "reads", "message"),
     [
-        (lambda u, v: u.softmax(1).mean((2, 3)), lambda a, b: a, "first.weight cannot grow .* as softmax .* mixes them"),
+        (
+            lambda u, v: u.softmax(1).mean((2, 3)),
+            lambda a, b: a,
+            "first.weight cannot grow .* as softmax .* mixes them",
+        ),
         (lambda u, v: torch.fft.fft(u, dim=1).real.mean((2, 3)), lambda a, b: a, "first.weight cannot grow .* fft"),
-        (lambda u, v: F.group_norm(u, 1).mean((2, 3)), lambda a, b: a, "has 5 units and its teacher 3: .* equally often"),
+        (
+            lambda u, v: F.group_norm(u, 1).mean((2, 3)),
+            lambda a, b: a,
+            "has 5 units and its teacher 3: .* equally often",
+        ),
         (lambda u, v: u.mean(1).flatten(1), lambda a, b: 20, "first.weight cannot grow .* as mean .* mixes them"),
         (
             lambda u, v: u.mean((2, 3)) * torch.arange(1.0, 1 + u.shape[1]),
@@ -172,9 +180,7 @@ class Grouped(nn.Module):
 
 def test_a_grouped_convolution_keeps_its_width() -> None:
     net2net.transfer(Grouped(4), Grouped(4), torch.randn(2, 3, 5, 5))
-    with pytest.raises(
-        net2net.TransferError, match=r"cannot grow from 4 to 8 units: it is the network.s output"
-    ):
+    with pytest.raises(net2net.TransferError, match=r"cannot grow from 4 to 8 units: it is the network.s output"):
         net2net.transfer(Grouped(4), Grouped(8), torch.randn(2, 3, 5, 5))
 
 
