@@ -118,14 +118,14 @@ def turned(value: Tensor, dim: int, seed: int) -> Tensor:
     the layer that reads them."""
     drawn = torch.randn(2 * (value.shape[dim],), generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     rotation = torch.linalg.qr(drawn).Q.to(value)
-    return torch.tensordot(value, rotation, ([dim], [1])).movedim(-1, dim)
+    return (value.movedim(dim, -1) @ rotation.T).movedim(-1, dim)
 
 
 def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
     """The teacher's tensor, gathered along every axis of units and shared out along the ones that read.
 
-    Entries that no teacher entry stands for are zero, a mean, or the student's own. Where it can be the result is made in
-    `target`: there is no room for another copy of a large network's largest tensor.
+    Entries that no teacher entry stands for are zero, a mean, or the student's own. Where it can be the result is made
+    in `target`: there is no room for another copy of a large network's largest tensor.
     """
     pad = split == "pad"
     shape = target.shape

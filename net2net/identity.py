@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def calibrate(student: nn.Module, plan: Plan, batches: Tensor | dict[str, Any] |
     if passes_on:
         with _measuring(passes_on):
             for batch in [batches] if isinstance(batches, (Tensor, dict)) else batches:
-                run(student, Inputs.of(batch))
+                run(student, Inputs.of(cast(Example, batch)))
         restore_scale(student, plan)
 
 

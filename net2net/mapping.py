@@ -471,7 +471,8 @@ class _Choice:
                 norm.kind == "layer"
             )
             raise TransferError(
-                f"The norm {norm.module or 'in the network'} has {len(group)} units and its teacher {len(theirs)}: it takes "
+                f"The norm {norm.module or 'in the network'} has {len(group)} units and its teacher "
+                f"{len(theirs)}: it takes "
                 f"the mean over all units, which stays what it is only if each is copied equally often{or_means}."
             )
         raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")

@@ -51,8 +51,8 @@ class Origin:
     teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
     normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor is multiplied by
     `factor`, and along its first axis by `rows`. With `turn` a layer's units, or what reads them, are turned by a
-    random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says how many groups the
-    teacher's layer has, and how many of them make one of the student's, with zeros between them.
+    random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says how many
+    groups the teacher's layer has, and how many of them make one of the student's, with zeros between them.
     """
 
     how: str
@@ -73,8 +73,8 @@ class Transfer:
     """The record of a transfer: where every tensor of the student came from, and what was measured.
 
     `eps` holds the new eps of norms that see padding. `state` is the state of the generator from which shares and
-    noise were drawn. `shapes` are those of all tensors of the teacher and of the student. `measured` is the difference of the two networks on the example, before noise; None for
-    `random_pad`.
+    noise were drawn. `shapes` are those of all tensors of the teacher and of the student. `measured` is the difference
+    of the two networks on the example, before noise; None for `random_pad`.
     """
 
     origins: dict[str, Origin]

@@ -330,7 +330,7 @@ def deepen(
         units, dims = _units_of(traced, name)
         new = make(units, dims) if make else nn.Sequential(_layer(units, dims), Blend(activation()))
         module = copied.get_submodule(name)
-        reference = next((p for part in (module, copied) for p in part.parameters() if p.is_floating_point()))
+        reference = next(p for part in (module, copied) for p in part.parameters() if p.is_floating_point())
         place = "deeper"
         while hasattr(module, place):
             place += "_"
@@ -344,7 +344,7 @@ def deepen(
 
 
 class _Deeper:
-    """The hook that sends a module's result through its child: a class of its own, so that copies and pickles keep it."""
+    """The hook that sends a module's result through its child: a class, so that copies and pickles keep it."""
 
     def __init__(self, place: str) -> None:
         self.place = place

@@ -184,7 +184,7 @@ def blend(trace: Trace, call: Call) -> None:
 
 
 def assignment(trace: Trace, call: Call) -> None:
-    """A part of an activation is overwritten: by units of another, or by constants where these do not tell units apart."""
+    """A part of an activation is overwritten: by units of another, or by constants."""
     x, index, value = call.args
     labels, new = trace.labels(x), trace.labels(value)
     if any(hasattr(i, "_net2net_labels") for i in tensors_in([index])):

@@ -42,14 +42,15 @@ def transfer(
     unit; or "paired": equal shares, and noise on the weights that the copies of a unit cancel among themselves. The
     last two tell copies apart without changing the function, under any optimizer. `noise` is the standard
     deviation of Gaussian noise added to the incoming weights of all but the first copy, in units of the tensor's own
-    standard deviation (section 3.3; it changes the function). `depth` says what a new layer on the way of units becomes:
-    "identity" (section 3.4), or "dense" where no activation stands between it and the layer behind it: a random rotation
-    of the units, which that layer undoes (a factorisation of one layer into two, after Network Morphism). `calibrate`, one batch of inputs or several, measures
-    the statistics of new batch norms (section 3.4): without it they are exact in eval mode only.
+    standard deviation (section 3.3; it changes the function). `depth` says what a new layer on the way of units
+    becomes: "identity" (section 3.4), or "dense" where no activation stands between it and the layer behind it: a
+    random rotation of the units, which that layer undoes (a factorisation of one layer into two, after Network
+    Morphism). `calibrate`, one batch of inputs or several, measures the statistics of new batch norms (section 3.4):
+    without it they are exact in eval mode only.
 
     The eps of a layer norm that sees padding (its width no multiple of the teacher's) changes in the student's module.
-    The check is on `example` and on random inputs like it: a teacher whose output does not depend on its features (a head
-    of zeros) proves nothing.
+    The check is on `example` and on random inputs like it: a teacher whose output does not depend on its features (a
+    head of zeros) proves nothing.
 
     Raises TransferError, before the student is changed, if it is smaller than its teacher anywhere or if units would
     grow that an operation pins; and, with the student filled but unusable, if the result on `example` differs
@@ -290,7 +291,8 @@ class _Builder:
                     axes[dim] = taps
             elif mine.shape[dim] != other.shape[dim]:
                 raise TransferError(
-                    f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does not "
+                    f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and "
+                    f"axis {dim} does not "
                     "carry units that the forward pass can follow: such axes keep their size."
                 )
         times = plan.teacher.merged.get(theirs, 1)
@@ -377,7 +379,7 @@ class _Builder:
         return index, tuple(means)
 
     def _inside(self, name: str, units: Tensor, source: Tensor, groups: int, reads: bool) -> Tensor:
-        """The axis inside a group: for every student group its entries' places in the teacher's group that it copies."""
+        """The axis inside a group: for every student group its places in the teacher's group that it copies."""
         plan = self.plan
         other = plan.teacher.inner.get(plan.names[name] or "")
         if other is None:
@@ -412,7 +414,8 @@ class _Builder:
             if root not in self.open:
                 why = next((f", as {why}" for units, why in self.why if root in units), "")
                 raise TransferError(
-                    f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more than "
+                    f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of "
+                    "one unit, more than "
                     f"its teacher. They move as a whole{why}."
                 )
 
@@ -438,8 +441,10 @@ class _Builder:
             takers = before
         else:
             raise TransferError(
-                f"{name} embeds and is read by a layer: its copies would have to be whole for the one and shared out for "
-                "the other. That is exact only if a norm with a weight, or a layer, stands before that layer, and before "
+                f"{name} embeds and is read by a layer: its copies would have to be whole for the one "
+                "and shared out for "
+                "the other. That is exact only if a norm with a weight, or a layer, stands before "
+                "that layer, and before "
                 "no other."
             )
         share = origins[name].axes[axis].share
@@ -515,8 +520,10 @@ def _taps(layer: Layer, other: Layer, mine: int, theirs: int, dim: int) -> Axis 
     if lost or options[0]["stride"] != options[1]["stride"]:
         raise TransferError(
             f"The kernel of {layer.name} ({mine} taps, padding {options[0]['padding']}, stride {options[0]['stride']}, "
-            f"dilation {options[0]['dilation']}) does not look at every place that the teacher's looks at ({theirs} taps, "
-            f"padding {options[1]['padding']}, stride {options[1]['stride']}, dilation {options[1]['dilation']}): a larger "
+            f"dilation {options[0]['dilation']}) does not look at every place that the teacher's "
+            f"looks at ({theirs} taps, "
+            f"padding {options[1]['padding']}, stride {options[1]['stride']}, dilation "
+            f"{options[1]['dilation']}): a larger "
             "kernel has the teacher's in its middle, and more padding."
         )
     where = {place: tap for tap, place in enumerate(places[1])}

@@ -287,7 +287,7 @@ def _images(subject: Subject, count: int, seed: int) -> Tensor:
 
 def _growth(model: nn.Module, grown: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
     """The parameters before and after; how many layers have more units than before, and how many there are."""
-    before, after = ({n: len(w) for n, w in m.named_parameters() if w.dim() > 1} for m in (model, grown))
+    before, after = ({n: len(w) for n, w in m.named_parameters() if w.dim() > 1 < len(w)} for m in (model, grown))
     wider = sum(after[name] > units for name, units in before.items())
     return (zoo._parameters(model), zoo._parameters(grown)), (wider, len(before))
 
@@ -349,7 +349,7 @@ def page(rows: Sequence[Row]) -> str:
         "",
         f"- **Result:** {len(rows)} networks: {count['exact']} exact, {count['refused']} refused, {wrong}{faults}",
         f"- **Exact:** largest |before - after| at most {EXACT:.0e} of the largest |output|",
-        "- **Layers wider:** weights with more units than before, of all that have more than one axis",
+        "- **Layers wider:** weights with more units than before, of all weights with more axes than one",
         "- **Alive:** standard deviation of the output between the images over its mean size; under "
         f"{zoo.ALIVE:.0e} nothing counts",
         "- **Seconds:** of `net2net.widen`, its check included",

@@ -255,7 +255,7 @@ def test_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
 )
 def test_networks_of_other_shapes_are_refused(teacher, student) -> None:
     *_, record, _ = grow("wider")
-    with pytest.raises(TransferError, match="The record is of another (teacher|student)"):
+    with pytest.raises(TransferError, match=r"The record is of another (teacher|student)"):
         replay(record, teacher(), student())
 
 
