@@ -88,6 +88,13 @@ def described(traced: Trace) -> Description:
     pinned, whole = _reasons(traced.pinned, roots), _reasons(traced.reasons, roots)
     for contraction in traced.contractions:
         whole |= dict.fromkeys(roots[contraction.left].tolist(), "the units of a head, queries by keys")
+    heads = [roots[contraction.left] for contraction in traced.contractions]
+    for children, parents in traced.relations.values():
+        if heads:
+            valued = roots[children][torch.isin(roots[parents], torch.cat(heads))]
+            whole |= dict.fromkeys(valued.tolist(), "the units of a head, values")
+        owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
+        whole = owners | whole
     norms: dict[int, dict[str, None]] = defaultdict(dict)
     for norm in traced.norms:
         for root in torch.unique(roots[norm.units]).tolist():

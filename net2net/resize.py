@@ -152,6 +152,7 @@ def _resized(model: nn.Module, traced: Trace, groups: Description, factors: dict
     copied = _copied(model)
     stand_ins = {f"{name}.{weight}".lstrip("."): (module, weight) for name, module, weight in parametrised(copied)}
     generator = torch.Generator().manual_seed(0)
+    places = _places(copied)
     for name, shape in shapes.items():
         old = traced.tensors[name]
         if shape == old.shape:
@@ -159,7 +160,7 @@ def _resized(model: nn.Module, traced: Trace, groups: Description, factors: dict
         if name in stand_ins:
             _set_parametrised(*stand_ins[name], _drawn(old, shape, generator), name)
         else:
-            _replace(copied, model, name, _drawn(old, shape, generator))
+            _replace(places[name], _drawn(old, shape, generator))
     for name, module in copied.named_modules():
         _set_attributes(module, model.get_submodule(name))
     return copied
@@ -254,17 +255,26 @@ def _layout(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _replace(copied: nn.Module, model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor of a new shape wherever the copy has the old one: tied weights stay tied, tags stay on."""
-    old = copied.get_parameter(name) if name in dict(model.named_parameters()) else copied.get_buffer(name)
+def _places(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Where modules hold each tensor of the network, by its first name: tied ones in several places."""
+    found: dict[int, tuple[str, list[tuple[dict[str, Any], str]]]] = {}
+    for prefix, module in model.named_modules():
+        for store in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers)):
+            for key, held in store.items():
+                if held is not None:
+                    found.setdefault(id(held), (f"{prefix}.{key}".lstrip("."), []))[1].append((store, key))
+    return dict(found.values())
+
+
+def _replace(places: list[tuple[dict[str, Any], str]], value: Tensor) -> None:
+    """Put a tensor of a new shape wherever the old one is: tied weights stay tied, tags stay on."""
+    store, key = places[0]
+    old = store[key]
     new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
     for tag, what in vars(old).items():
         setattr(new, tag, what)
-    for module in copied.modules():
-        for store in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers)):
-            for key, held in store.items():
-                if held is old:
-                    store[key] = new
+    for store, key in places:
+        store[key] = new
 
 
 def _set_attributes(module: nn.Module, before: nn.Module) -> None:

@@ -271,11 +271,47 @@ PAIRS = [
 
 # Why no filling of the student computes the teacher's function, by the name of the pair.
 EXPLANATIONS: dict[str, str] = {
-    "regnet_y_400mf -> regnet_y_800mf": "No step-up of every stage, whatever the names suggest: the fourth "
-    "has 6 blocks in the teacher and 2 in the student.",
-    "regnet_x_16gf -> regnet_x_32gf": "A grouped convolution's output reads one group. In the fourth stage the teacher "
-    "has 16 groups of 128 units and the student 15 of 168: each can hold one whole group of the teacher's, and the "
-    "sixteenth has no place.",
+    "regnet_y_400mf -> regnet_y_800mf": (
+        "No step-up of every stage, whatever the names suggest: the fourth has 6 blocks in the teacher and 2 "
+        "in the student."
+    ),
+    "convnext_small -> convnext_base": (
+        "Every block's LayerNorm takes the mean over the output of a depthwise convolution. That stays what "
+        "it is only if every channel is copied equally often, and 128 is no multiple of 96; a channel that "
+        "holds the mean of the others cannot come out of a convolution that reads one channel."
+    ),
+    "convnext_base -> convnext_large": ("As convnext_small -> convnext_base: 192 is no multiple of 128."),
+    "swin_s -> swin_b": (
+        "The stream begins with the output of a LayerNorm with a weight for every channel, and the next "
+        "LayerNorm takes its mean. 128 is no multiple of 96; the channel that would hold the mean leaves the "
+        "first norm as a constant, whatever its weight."
+    ),
+    "swin_v2_s -> swin_v2_b": (
+        "The stream is a sum of LayerNorms' outputs, over which the last norm takes the mean. 1024 is no "
+        "multiple of 768, and a channel that holds a mean before a LayerNorm holds a constant behind it."
+    ),
+    "efficientnet_v2_s -> efficientnet_v2_m": (
+        "The new seventh stage stands on the stream, without a sum around its first block, and applies SiLU "
+        "twice, which is not idempotent: no single filter passes a unit through. (Pairs of units do: silu(x) "
+        "- silu(-x) = x. That rule is missing.)"
+    ),
+    "shufflenet_v2_x1_0 -> shufflenet_v2_x1_0, deeper": (
+        "A rule is missing: the new blocks could be identities on their half of the stream, and their readers"
+        " take the shuffled order into account."
+    ),
+    "regnet_y_16gf -> regnet_y_32gf": (
+        "A rule is missing: 27 groups of 112 would fit into 16 of 232 two by two, with one left over; groups "
+        "are merged by a common divisor only."
+    ),
+    "regnet_x_1_6gf -> regnet_x_3_2gf": (
+        "A rule is missing: 3 groups of 24 would fit into 2 of 48, two and one; groups are merged by a common"
+        " divisor only."
+    ),
+    "regnet_x_16gf -> regnet_x_32gf": (
+        "A grouped convolution's output reads one group. In the fourth stage the teacher has 16 groups of 128"
+        " units and the student 15 of 168: each can hold one whole group of the teacher's, and the sixteenth "
+        "has no place."
+    ),
 }
 
 
