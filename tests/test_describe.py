@@ -83,7 +83,7 @@ PINNED = "pinned: it is the network's output"
             [
                 (("embed", "out", "down"), ("q", "k", "v", "up", "head"), 8, "seen by the norm n1 and 1 more"),
                 (("q", "k"), (), 8, "as a whole: the units of a head, queries by keys"),
-                (("v",), ("out",), 8, "free"),
+                (("v",), ("out",), 8, "as a whole: the units of a head, values"),
                 (("up",), ("down",), 12, "free"),
                 (("head",), (), 5, PINNED),
             ],
