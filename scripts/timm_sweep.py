@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import timm
+import timm  # pyright: ignore[reportMissingImports] (the extra "zoo")
 import torch
 from torch import Tensor, nn
 
