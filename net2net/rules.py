@@ -425,6 +425,8 @@ def matmul(trace: Trace, call: Call) -> None:
     a, b = call.args[0], call.arg(1, "other", call.kwargs.get("mat2"))
     if not hasattr(b, "_net2net_labels") and trace.weight(b) is not None and b.dim() == 2:
         return mix(trace, call, a, b, -1, (0, 1))
+    if not hasattr(a, "_net2net_labels") and trace.weight(a) is not None and a.dim() == 2 and b.dim() > 1:
+        return mix(trace, call, b, a, -2, (1, 0))
     if not (a.dim() > 1 and b.dim() > 1) or not (trace.follows(a) or trace.follows(b)):
         return give_up(trace, call, f"{call} multiplies vectors")
     contract(trace, call, a, b, call.out.shape)

@@ -427,7 +427,10 @@ class _Builder:
         layer = self.plan.student.layers.get(name)
         entries = None if axis is None or layer is None else self.plan.student.axes[name][axis]
         tied = layer is not None and layer.options.get("embedding") and entries is not None
-        return bool(tied) and bool((self.count[self.plan.teacher_of[self.plan.student_roots[entries]]] > 1).any())
+        if not tied or entries is None:
+            return False
+        copied = self.plan.teacher_of[self.plan.student_roots[entries]]
+        return bool(((copied < 0) | (self.count[copied] > 1)).any())  # `count` of a code is never looked at
 
     def untied(self, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
         """A tied table holds copies as they are; the norm before the layer that reads it takes the shares instead."""
@@ -448,12 +451,25 @@ class _Builder:
                 "no other."
             )
         share = origins[name].axes[axis].share
-        whole = origins[name].axes | {axis: replace(origins[name].axes[axis], reads=False)}
-        made = {name: replace(origins[name], axes=whole, tied=True)}
+        made = {name: replace(origins[name], axes=origins[name].axes | {axis: self._embedded(name, axis)}, tied=True)}
         for tensor in {taker.tensors[role] for taker in takers for role in taker.tensors.keys() & {"weight", "bias"}}:
             rows = origins[tensor].rows
             made[tensor] = replace(origins[tensor], rows=share if rows is None else rows * share, tied=True)
         return made
+
+    def _embedded(self, name: str, dim: int) -> Axis:
+        """The axis of a tied table as what embeds: padding holds what the norm before the reader makes zero of."""
+        theirs = self.plan.names[name]
+        assert theirs is not None
+        units, source = _entries(self.plan.student, name, dim), _entries(self.plan.teacher, theirs, dim)
+        assert units is not None and source is not None
+        axis, _ = self._axis(name, units, source, dim, reads=False)
+        if bool((axis.index == NEW).any()):
+            raise TransferError(
+                f"{name} embeds and is read by a layer, and grows by units that its teacher lacks: what is fresh for "
+                "the one would have to be zero for the other."
+            )
+        return axis
 
     def _readers(self, name: str) -> list[str]:
         """The layers that read what a layer produces, or a norm passes on."""

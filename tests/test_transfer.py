@@ -57,6 +57,17 @@ def tied(n: int) -> Net:
     return net
 
 
+def words(n: int, norm: type[nn.Module] | None) -> Net:
+    """A language model whose head is its table of words."""
+    net = Net(
+        {"e": nn.Embedding(5, n), "a": nn.Linear(n, 2 * n), "b": nn.Linear(2 * n, n), "head": nn.Linear(n, 5)}
+        | ({"norm": norm(n)} if norm else {}),
+        lambda net, x: net.head((net.norm if norm else F.relu)(net.e(x) + net.b(F.gelu(net.a(net.e(x)))))),
+    )
+    net.head.weight = net.e.weight
+    return net
+
+
 def dense(n: int) -> Net:
     def how(net: Net, x: Tensor) -> Tensor:
         features = [net.stem(x)]
@@ -132,6 +143,16 @@ CASES = {
     "dense": (dense, 2, 5),
     "tied weights": (tied, 3, 8),
     "functional": (functional, 3, 8),
+    "parameters as the left factor": (
+        lambda n: Net(
+            {"a": nn.Linear(3, n), "b": nn.Linear(n, n, bias=False), "fc": nn.Linear(n, 4, bias=False)},
+            lambda net, x: torch.einsum(
+                "oh,bh->bo", net.fc.weight, F.relu((net.b.weight @ F.relu(net.a(x.mean((2, 3)))).mT).mT)
+            ),
+        ),
+        3,
+        8,
+    ),
     "halves gate each other": (
         head(lambda net, x: (lambda a, b: (a * torch.sigmoid(b)).mean((2, 3)))(*x.chunk(2, 1)), lambda n: n // 2),
         4,
@@ -708,10 +729,29 @@ class TestRefusals:
         with pytest.raises(TransferError, match=r"no counterpart of the teacher's c\.weight"):
             transfer(teacher, student, images())
 
+    def test_of_a_tied_table_that_grows_by_fresh_units(self) -> None:
+        """The block's fresh units join the stream: the table cannot be fresh for the one and zero for the other."""
+        teacher, student = words(6, None), words(9, None)
+        with pytest.raises(TransferError, match=r"e\.weight"):
+            transfer(teacher, student, torch.arange(5)[None])
+
     def test_the_ties_of_the_teacher_may_be_broken(self) -> None:
         teacher, student = tied(3), tied(8)
         student.c.weight = nn.Parameter(torch.randn(8, 8))
         assert_exact(teacher, student, split="uneven")
+
+
+@pytest.mark.parametrize("width", [7, 9, 12])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_tied_table_of_words_grows_to_any_width_behind_a_norm(norm: type[nn.Module], width: int) -> None:
+    """A padded table holds, for the embedding, what the norm makes zero of before the head reads it."""
+    teacher, student = words(6, norm), words(width, norm)
+    inputs = torch.arange(20).view(4, 5) % 5
+    assert_exact(teacher, student, inputs=inputs)
+    assert student.head.weight is student.e.weight
+    with torch.no_grad():
+        student.e.weight[:, -1] += 0.1  # negative control: what pads the table matters
+    assert equivalence(teacher, student, inputs).max_relative > 1e-3
 
 
 # -- any network of a small grammar ------------------------------------------------------------------------------------
