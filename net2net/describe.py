@@ -42,7 +42,7 @@ class Group:
         if self.whole is not None:
             return f"as a whole: {self.whole}"
         return (
-            f"seen by the norm {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1)
+            f"seen by the {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1)
             if self.norms
             else "free"
         )
@@ -98,7 +98,7 @@ def described(traced: Trace) -> Description:
     norms: dict[int, dict[str, None]] = defaultdict(dict)
     for norm in traced.norms:
         for root in torch.unique(roots[norm.units]).tolist():
-            norms[root][norm.module or "in the network"] = None
+            norms[root][f"{'mean' if norm.kind == 'mean' else 'norm'} {norm.module or 'in the network'}"] = None
     found = []
     for members in of.values():
         units = torch.unique(torch.cat([roots[layer.produces] for layer in members]))

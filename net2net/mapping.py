@@ -470,8 +470,9 @@ class _Choice:
             or_means = ", or if means can be added to them, which the layers before it cannot do" * (
                 norm.kind == "layer"
             )
+            what = "mean" if norm.kind == "mean" else "norm"
             raise TransferError(
-                f"The norm {norm.module or 'in the network'} has {len(group)} units and its teacher "
+                f"The {what} {norm.module or 'in the network'} has {len(group)} units and its teacher "
                 f"{len(theirs)}: it takes "
                 f"the mean over all units, which stays what it is only if each is copied equally often{or_means}."
             )

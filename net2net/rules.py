@@ -529,7 +529,8 @@ def channelwise(trace: Trace, call: Call) -> None:
 
 
 def reduction(trace: Trace, call: Call) -> None:
-    """A mean or sum over positions keeps the units; one over units makes one of them, which moves as a whole."""
+    """A mean or sum over positions keeps the units. A mean or an extreme over units is a unit of its own, which stays
+    what it is if each is copied equally often; any other result makes one of them, which moves as a whole."""
     labels = trace.labels(call.args[0])
     if labels is None:
         return unknown(trace, call)
@@ -540,7 +541,10 @@ def reduction(trace: Trace, call: Call) -> None:
     dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
     if any(trace.follows(x) for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
         return pointwise(trace, call)  # the maximum of two
-    units = trace.bundle(labels.units, list(dims), f"{call} mixes them")
+    if _plain(call.name) in ("mean", "amax", "amin", "max", "min"):
+        units = _across(trace, call, labels.units, dims)
+    else:
+        units = trace.bundle(labels.units, list(dims), f"{call} mixes them")
     shape = [1 if d in dims else size for d, size in enumerate(labels.units.shape)]
     linear = _plain(call.name) in ("mean", "sum")
     for out in tensors_in(call.out):
@@ -552,6 +556,23 @@ def reduction(trace: Trace, call: Call) -> None:
                 units_out, labels.sources, labels.via, gain, linear and labels.linear, labels.normed if linear else None
             ),
         )
+
+
+def _across(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) -> Tensor:
+    """A new unit for each set of units that `dims` hold together; one that is alone stays itself."""
+    units = trace.tight(units)
+    mixed = [d for d in dims if units.shape[d] > 1]
+    if not mixed:
+        return units
+    kept = [1 if d in mixed else size for d, size in enumerate(units.shape)]
+    rows = units.movedim(mixed, list(range(-len(mixed), 0))).flatten(-len(mixed)).reshape(math.prod(kept), -1)
+    rows, which = torch.unique(trace.find(rows), dim=0, return_inverse=True)  # the same at several positions
+    key = trace.key("across", call.module)
+    trace.norms.append(Norm(key, "mean", rows, {}, 0.0, call.module, padded=False))
+    made = trace.fresh(len(rows), key)
+    if len(rows) > 1:
+        trace.relate(key, rows, made[:, None].expand_as(rows))
+    return made[which].reshape(kept)
 
 
 def lengthwise(trace: Trace, call: Call) -> None:

@@ -73,10 +73,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation across units: exact if each of its groups sees all units of the teacher's equally often.
+    """What takes a mean across units: exact if each of its groups sees all units of the teacher's equally often.
 
-    `units` holds the labels of every group, one row each. `kind` is `layer` (subtracts the mean) or `rms`; `padded`
-    says that the units before it could hold means, or zeros, which it can undo.
+    `units` holds the labels of every group, one row each. `kind` is `layer` (subtracts the mean), `rms`, or `mean` (no
+    normalisation: a mean, or an extreme); `padded` says that the units before it could hold means, or zeros, which it
+    can undo.
     """
 
     key: str

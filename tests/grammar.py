@@ -618,6 +618,16 @@ for _name, _family, _act, _more, *_meet in (
 ):
     OPERATIONS[_name] = Operation(_name, _family, KINDS, deeper(_act, _more, *_meet))
 
+@op("strange", ["map"])
+def spatial_attention(d: Draw, x: Value):
+    """A gate on every position, of the mean and the extremes over all units (CBAM)."""
+    few = x.to((3, 3))
+
+    def how(net: Net, v: Tensor) -> Tensor:
+        return v * torch.sigmoid(net.f(torch.stack([v.mean(1), v.amax(1), v.min(1)[0]], 1)))
+
+    return x, net(how, f=mix(few, (1, 1), 3))
+
 # -- one module in several places ------------------------------------------------------------------------------------
 
 @op("shared", KINDS)

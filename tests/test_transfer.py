@@ -143,6 +143,31 @@ CASES = {
     "dense": (dense, 2, 5),
     "tied weights": (tied, 3, 8),
     "functional": (functional, 3, 8),
+    "attention over the means and extremes of all units": (
+        head(
+            lambda net, x: (x * net.gate(torch.stack([x.mean(1), x.amax(1), x.min(1)[0]], 1)).sigmoid()).mean((2, 3)),
+            gate=lambda n: conv(3, 1),
+        ),
+        4,
+        12,
+    ),
+    "a layer norm by hand": (
+        head(
+            lambda net, x: ((x - x.mean(1, keepdim=True)) / (x.pow(2).mean(1, keepdim=True) + 1).sqrt()).flatten(1),
+            lambda n: 48 * n,
+        ),
+        3,
+        9,
+    ),
+    "means over halves": (
+        head(
+            lambda net, x: (
+                (x.unflatten(1, (2, -1)) - x.unflatten(1, (2, -1)).mean(2, keepdim=True)).flatten(1, 2).mean((2, 3))
+            )
+        ),
+        4,
+        8,
+    ),
     "parameters as the left factor": (
         lambda n: Net(
             {"a": nn.Linear(3, n), "b": nn.Linear(n, n, bias=False), "fc": nn.Linear(n, 4, bias=False)},
