@@ -6,6 +6,7 @@ Nothing here imports torch: a typo, `--help` and `--cfg job` answer before it is
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import hydra
@@ -16,10 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .cases import resolve
 from .config import Config, ExperimentError, check, flatten, nearest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-FREE = ("model", "inception", "teacher", "students", "rates")  # their keys are not in the schema
+FREE = ("model", "inception", "teacher", "students", "rates", "cases")  # their keys are not in the schema
 
 
 def main(arguments: list[str]) -> int:
@@ -66,25 +68,49 @@ def register() -> None:
 
 
 def run(composed: DictConfig) -> None:
-    """Run one composed configuration."""
-    for key in flatten(OmegaConf.to_container(composed)):  # type: ignore[arg-type]
-        if key.partition(".")[0] not in FREE and key not in _keys():  # added with +
-            raise ExperimentError(_no_setting(key))
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    check(config)
+    """Run one composed configuration, or each of its cases; all of them are checked before the first is run.
+
+    A case that fails does not stop the others. Raises ExperimentError in the end, with what each failed for.
+    """
+    configs = configurations(composed, HydraConfig.get().overrides.task)
     from rich.console import Console
 
     console = Console()
-    if config.scale == default_scale() and not any(a.startswith("scale=") for a in sys.argv[1:]):
-        found = "a GPU was found" if config.scale == "gpu" else "no GPU was found"
-        console.print(f"scale={config.scale}: {found}; choose another with scale=...", highlight=False)
+    if configs[0].scale == default_scale() and not any(a.startswith("scale=") for a in sys.argv[1:]):
+        found = "a GPU was found" if configs[0].scale == "gpu" else "no GPU was found"
+        console.print(f"scale={configs[0].scale}: {found}; choose another with scale=...", highlight=False)
     from . import mirror
     from .compare import compare
 
-    picture = compare(config, console)
-    console.print(f"figure    {picture}", highlight=False, soft_wrap=True)
-    console.print(f"log       {mirror.note(config)}", highlight=False, soft_wrap=True)
+    failed: list[str] = []
+    for config in configs:
+        try:
+            console.print(f"figure    {compare(config, console)}", highlight=False, soft_wrap=True)
+            console.print(f"log       {mirror.note(config)}", highlight=False, soft_wrap=True)
+        except ExperimentError as error:
+            if config.case is None:
+                raise
+            failed.append(f"case={config.case}: {error}")
+            console.print(failed[-1], highlight=False, soft_wrap=True, markup=False)  # the others may take hours
+    if failed:
+        raise ExperimentError("\n".join(failed))
+
+
+def configurations(composed: DictConfig, overrides: Iterable[str]) -> list[Config]:
+    """What is run for a composed configuration and the settings that the command line named: a Config a case.
+
+    Raises ExperimentError, or what OmegaConf raises, for one that cannot be run.
+    """
+    configs: list[Config] = []
+    for resolved in resolve(composed, overrides):
+        for key in flatten(OmegaConf.to_container(resolved)):  # type: ignore[arg-type]
+            if key.partition(".")[0] not in FREE and key not in _keys():  # added with +, or by a case
+                raise ExperimentError(_no_setting(key))
+        config = OmegaConf.to_object(resolved)
+        assert isinstance(config, Config)
+        check(config)
+        configs.append(config)
+    return configs
 
 
 def default_scale() -> str:
@@ -96,7 +122,10 @@ def listing() -> str:
     """The experiments, each with its claim."""
     lines = ["Experiments (python train.py experiment=NAME):", ""]
     for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
-        lines += [f"  {path.stem:<18} {OmegaConf.select(OmegaConf.load(path), 'claim')}"]
+        text = OmegaConf.load(path)
+        lines += [f"  {path.stem:<18} {OmegaConf.select(text, 'claim')}"]
+        cases = OmegaConf.select(text, "cases") or {}
+        lines += [f"  {'':<18} case={', '.join(cases)}"] * bool(cases)
     scales = ", ".join(sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml")))
     return "\n".join([*lines, "", f"Scales: {scales}. Every setting: python train.py experiment=NAME --cfg job"])
 

@@ -44,7 +44,7 @@ class Run:
     @property
     def experiment(self) -> Path:
         """Where all seeds of the experiment are written."""
-        return Path(self.config.runs) / self.config.experiment
+        return Path(self.config.runs) / self.config.name
 
     def fresh(self, student: str | None) -> nn.Module:
         """A network as its constructor draws it; the teacher for None."""
@@ -216,7 +216,7 @@ def _train(
     job = run.job(name, student, rate)
     began = ledger.read_manifest(job.folder)
     manifest: dict[str, Any] = {
-        "experiment": run.config.experiment,
+        "experiment": run.config.name,
         "arm": arm,
         "student": student,
         "seed": run.config.seed,
@@ -279,7 +279,7 @@ def _announce(
     config = run.config
     say = lambda text: run.console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
     precision = str(run.precision).removeprefix("torch.")
-    say(f"[bold]{config.experiment}[/bold]: {config.claim}")
+    say(f"[bold]{config.name}[/bold]: {config.claim}")
     say(f"data      {run.splits.description}")
     say(f"machine   {describe(run.device)}, {precision}, scale={config.scale}")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)

@@ -68,6 +68,8 @@ class Config:
 
     experiment: str = "???"
     claim: str = "???"  # one line: what the paper says, and where
+    cases: dict[str, Any] = field(default_factory=dict)  # name -> settings it changes; each runs as an experiment
+    case: str | None = None  # the case to run; None: all, one after another
     seed: int = 0
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
@@ -92,6 +94,11 @@ class Config:
     precision: str = "auto"  # auto, float32, bfloat16
     logger: str = "wandb"  # wandb, none
     runs: str = "runs"  # where runs are written
+
+    @property
+    def name(self) -> str:
+        """The experiment, with its case if it has one: where under `runs` and `results/curves` its seeds lie."""
+        return self.experiment if self.case is None else f"{self.experiment}/{self.case}"
 
 
 _DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it)$")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.files import write
-from experiments.report import Curves, flops_unit, load, ordered, split_arm, spread, teacher_flops
+from experiments.report import Curves, flops_unit, load, name, ordered, split_arm, spread, teacher_flops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,5 +165,5 @@ def draw_runs(experiment_dir: Path) -> Path:
 
     Raises ExperimentError if there is no finished arm.
     """
-    curves, _ = load(experiment_dir)
-    return draw(curves, experiment_dir.name, experiment_dir / "figure", formats=("png",))[0]
+    curves, manifests = load(experiment_dir)
+    return draw(curves, name(manifests), experiment_dir / "figure", formats=("png",))[0]

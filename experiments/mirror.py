@@ -78,12 +78,13 @@ def _start(config: Config, name: str, manifest: Mapping[str, Any]) -> Any:
     import wandb
 
     Path(config.runs).mkdir(parents=True, exist_ok=True)
-    identity = f"{config.experiment}-seed{config.seed}-{name}"
+    group = config.name.replace("/", "-")  # which W&B does not allow in an identity
+    identity = f"{group}-seed{config.seed}-{name}"
     return wandb.init(
         project="net2net",
         id=identity,
         name=identity,
-        group=config.experiment,
+        group=group,
         job_type=name,
         resume="allow",
         mode=mode(),  # type: ignore[arg-type]

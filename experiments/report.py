@@ -141,6 +141,18 @@ def arm_files(directory: Path) -> list[tuple[int, str, Path, Path]]:
     return sorted(found, key=lambda entry: entry[0])
 
 
+def experiments(directory: Path) -> dict[str, Path]:
+    """The folder of each experiment and of each case below `runs` or `results/curves`, in order of their names.
+
+    A case goes by `experiment/case`. A folder counts if it has a seed in it.
+    """
+    folders = [folder for pattern in ("*/seed*", "*/*/seed*") for folder in directory.glob(pattern) if folder.is_dir()]
+    return {
+        path.relative_to(directory).as_posix(): path
+        for path in sorted({folder.parent for folder in folders if re.fullmatch(r"seed\d+", folder.name)})
+    }
+
+
 def load(directory: Path) -> tuple[Curves, Manifests]:
     """Curves and manifests of the finished arms under an experiment's folder; errors as `read_complete`."""
     curves: Curves = {}
@@ -229,6 +241,11 @@ def agreement(manifests: dict[int, dict[str, Any]]) -> str:
     return f"{agree} of {total}" + (f" (error {max(errors):.1e})" if errors else "")
 
 
+def name(manifests: Manifests) -> str:
+    """The experiment that was run, with its case."""
+    return next(iter(next(iter(manifests.values())).values()))["experiment"]
+
+
 def target_arm(manifests: Manifests) -> str:
     """The arm that the configuration counts steps to."""
     return next(iter(next(iter(manifests.values())).values()))["config"]["target"]
@@ -291,7 +308,7 @@ def table(experiment_dir: Path) -> "Table":
     notes += ["total: with the teacher's, for arms that start from it"]
     notes += [f"{arm}, step 0, float64: top-1 as teacher's {text}" for arm, text in agreements.items() if text]
     result = Table(
-        title=f"{experiment_dir.name}, test accuracy (%)",
+        title=f"{name(manifests)}, test accuracy (%)",
         caption="\n".join(notes),
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),

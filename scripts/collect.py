@@ -1,8 +1,9 @@
 """Copies finished runs into the results that are committed: python scripts/collect.py [experiment ...].
 
 Each finished arm's curve and manifest go from runs/<experiment>/seed<k>/<arm>/ to
-results/curves/<experiment>/seed<k>/<arm>.csv and .json. Unfinished arms are skipped, a curve that differs
-from what its manifest was written for is refused, nothing is deleted. Safe while runs go on.
+results/curves/<experiment>/seed<k>/<arm>.csv and .json, with a case's folder in between where there are
+cases. Unfinished arms are skipped, a curve that differs from what its manifest was written for is refused,
+nothing is deleted. Safe while runs go on.
 """
 
 import argparse
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.config import ExperimentError
 from experiments.files import write
-from experiments.report import arm_files, parse_curve, read_complete
+from experiments.report import arm_files, experiments, parse_curve, read_complete
 
 # An absolute path inside a longer text; not the slashes of a URL, of `a/b` or of `~/a`.
 _PATH = re.compile(r"(?<![\w.~/-])/(?!/)[^\s'\"`,;:=()\[\]{}]+")
@@ -87,16 +88,23 @@ def copy(curve: Path, manifest: Path, target: Path) -> str | None:
     return accuracy + ("" if changed else " (unchanged)")
 
 
-def experiments_in(runs: Path, names: list[str]) -> list[Path]:
-    """The experiments' folders, all of them if none is named; raises ExperimentError if one is not there."""
+def experiments_in(runs: Path, names: list[str]) -> dict[str, Path]:
+    """The folders of the experiments named, with all their cases, or of all if none is named.
+
+    Raises ExperimentError if one is not there.
+    """
     if not runs.is_dir():
         raise ExperimentError(f"There is no folder {runs}: run an experiment first, or give its place with --runs.")
-    there = {folder.name: folder for folder in sorted(runs.iterdir()) if folder.is_dir()}
+    there = experiments(runs)
     for name in names:
-        if name not in there:
+        if not any(_belongs(found, name) for found in there):
             known = ", ".join(there) or "none"
             raise ExperimentError(f"There is no experiment {name} in {runs}: name one of those there ({known}).")
-    return [there[name] for name in names or there]
+    return {found: path for found, path in there.items() if not names or any(_belongs(found, name) for name in names)}
+
+
+def _belongs(found: str, name: str) -> bool:
+    return found == name or found.startswith(f"{name}/")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,9 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 1
-    for folder in folders:
+    for experiment, folder in folders.items():
         for seed, arm, curve, manifest in arm_files(folder):
-            name = f"{folder.name}/seed{seed}/{arm}"
+            name = f"{experiment}/seed{seed}/{arm}"
             try:
                 copied = copy(curve, manifest, options.results / "curves" / name)
             except ExperimentError as error:

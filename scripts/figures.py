@@ -198,10 +198,10 @@ def fill_block(readme: Path, name: str, text: str) -> bool:
 
 def read_results(folder: Path) -> Results:
     """Every experiment under results/curves; raises ExperimentError if none is or a curve was changed."""
-    found = sorted(path for path in (folder / "curves").glob("*") if path.is_dir())
+    found = report.experiments(folder / "curves")
     if not found:
         raise ExperimentError(f"There are no curves under {folder / 'curves'}: run python scripts/collect.py first.")
-    return {path.name: report.load(path) for path in found}
+    return {name: report.load(path) for name, path in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

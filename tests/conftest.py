@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from experiments import command
 from experiments.config import Config
@@ -31,19 +30,28 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def composed(*overrides: str) -> Config:
-    """The configuration that the command line with these settings has."""
+def cases(*overrides: str) -> list[Config]:
+    """The configurations that the command line with these settings runs."""
     command.register()
     with initialize_config_dir(str(command.CONFIGS), version_base="1.3"):
-        config = OmegaConf.to_object(compose("train", list(overrides)))
-    assert isinstance(config, Config)
-    return config
+        return command.configurations(compose("train", list(overrides)), overrides)
+
+
+def composed(*overrides: str) -> Config:
+    """The configuration that the command line with these settings runs; the first, if it has cases."""
+    return cases(*overrides)[0]
 
 
 @pytest.fixture(name="composed")
 def composed_fixture() -> Callable[..., Config]:
     """`composed` as a fixture."""
     return composed
+
+
+@pytest.fixture(name="cases")
+def cases_fixture() -> Callable[..., list[Config]]:
+    """`cases` as a fixture."""
+    return cases
 
 
 @pytest.fixture
