@@ -625,12 +625,12 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing
 
 
 def _unite_passed(student: Trace, identity: set[str]) -> None:
-    """A new layer that passes on units which move as a whole (the network's input) passes each entry on for itself."""
+    """A new layer that is as wide as what it reads passes each entry on for itself: what reads it then, reads that."""
     for name in identity:
         layer = student.layers[name]
         if layer.kind == "mix" and layer.reads is not None and layer.produces is not None:
             read = student.find(layer.reads)
-            if len(torch.unique(read)) < len(read) == len(layer.produces):
+            if len(read) == len(layer.produces):
                 student.unite(layer.produces, layer.reads)
 
 

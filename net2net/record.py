@@ -52,7 +52,8 @@ class Origin:
     normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor is multiplied by
     `factor`, and along its first axis by `rows`. With `turn` a layer's units, or what reads them, are turned by a
     random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says how many
-    groups the teacher's layer has, and how many of them make one of the student's, with zeros between them.
+    groups the teacher's layer has, and how many of them make one of the student's, with zeros between them (the last
+    is of what is left).
     """
 
     how: str

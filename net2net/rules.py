@@ -340,18 +340,19 @@ def mix(
     if labels is not None:
         reads = trace.line(labels.units, dim, f"{name} reads them with one weight")
     (in_dim, in_taken), (out_dim, out_taken) = found.axes[axes[0]], found.axes[axes[1]]
-    if (times := trace.merged.get(name, 1)) > 1:
+    times = trace.merged.get(name, 1)
+    if times > 1:
         if trace.tensors[name] is weight:
             trace.tensors[name] = merged(weight, groups, times)
-        weight, groups = trace.tensors[name], groups // times
+        weight = trace.tensors[name]
     split = f"{name}|groups" in trace.alike
-    grouped = groups > 1 or name in trace.alike or split
+    grouped = groups > times or name in trace.alike or split
     if grouped and reads is None:
         return give_up(trace, call, f"{name} is grouped and reads what is not followed")
     if grouped and reads is not None:
         if weight.shape[0] == groups and weight.shape[1] == 1 and not split:
             return _depthwise(trace, call, labels, reads, dim, tensors, options)
-        produced = _grouped(trace, name, reads, groups, transposed=axes == (0, 1))
+        produced = _grouped(trace, name, reads, groups, times, transposed=axes == (0, 1))
     else:
         if reads is not None:
             trace.axis(name, in_dim, reads, in_taken)
@@ -384,18 +385,20 @@ def _depthwise(
     trace.label(call.out, Labels(spread(reads, dim, call.out.shape), labels.sources, labels.via | {name}))
 
 
-def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Units read and produced inside one group belong to it."""
+def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, times: int, transposed: bool) -> Tensor:
+    """Units read and produced inside one group belong to it; `times` groups in turn are one, the last what is left."""
+    packs = -(-groups // times)
     if transposed:
         trace.axis(name, 0, reads)
-        produced = trace.inside(name, groups)
+        produced = trace.inside(name, packs)
+        produced = produced[: len(produced) * groups // (packs * times)]
     else:
-        trace.inside(name, groups, reads)
+        places = trace.fresh((packs * times - groups) * len(reads) // groups, whole=False)  # of groups that are not
+        trace.inside(name, packs, torch.cat([reads, places]))
         produced = trace.axis(name, 0)
     key = f"{name}|groups"
-    owners = trace.families[key] if key in trace.families else trace.fresh(groups, key)
-    members = [units.reshape(groups, -1) for units in (reads, produced)]
-    owned = [owners[:, None].expand_as(units).reshape(-1) for units in members]
+    owners = trace.families[key] if key in trace.families else trace.fresh(packs, key)
+    owned = [owners[torch.arange(len(units)) * groups // len(units) // times] for units in (reads, produced)]
     trace.relate(key, torch.cat([reads, produced]), torch.cat(owned))
     return produced
 

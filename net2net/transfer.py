@@ -160,7 +160,7 @@ def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rena
     for layer in mine.layers.values():
         other = theirs.layers.get(names.get(layer.name) or "")
         if other is not None and (groups := layer.options.get("groups", 1)) < (more := other.options.get("groups", 1)):
-            times = next(k for k in range(1, more + 1) if more % k == 0 and more // k <= groups)
+            times = -(-more // groups)
             room = mine.tensors[layer.name].shape[1] // theirs.tensors[other.name].shape[1]
             merged |= {other.name: times} if times <= room else {}
     alike -= merged.keys()
@@ -295,9 +295,12 @@ class _Builder:
                     f"axis {dim} does not "
                     "carry units that the forward pass can follow: such axes keep their size."
                 )
-        times = plan.teacher.merged.get(theirs, 1)
-        merged = (plan.teacher.layers[theirs].options["groups"], times) if times > 1 else (1, 1)
-        return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=merged)
+        return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=self._merged(theirs))
+
+    def _merged(self, theirs: str) -> tuple[int, int]:
+        """Into how many groups a layer of the teacher's falls, and how many of them are one here."""
+        times = self.plan.teacher.merged.get(theirs, 1)
+        return (self.plan.teacher.layers[theirs].options["groups"], times) if times > 1 else (1, 1)
 
     def _whole(self, name: str, theirs: str, why: str) -> Origin:
         if self.plan.student.tensors[name].shape != self.plan.teacher.tensors[theirs].shape:
@@ -385,6 +388,8 @@ class _Builder:
         if other is None:
             raise TransferError(f"{name} is in groups that its teacher's counterpart does not fit into.")
         theirs = plan.teacher_roots[source].reshape(other[1], -1)
+        among, times = self._merged(plan.names[name] or "")
+        empty = (-among % times) * theirs.shape[1] // times  # places in the last group that nothing fills
         rows = []
         for mine in plan.student_roots[units].reshape(groups, -1):
             copied = plan.teacher_of[mine]
@@ -394,7 +399,8 @@ class _Builder:
             index = _matched(
                 mine, copied, theirs[owner[0]], (torch.zeros_like(mine), torch.zeros_like(theirs[owner[0]]))
             )
-            self._check_complete(name, index, theirs.shape[1], 1)
+            entries = theirs.shape[1] - (empty if int(owner[0]) == len(theirs) - 1 else 0)
+            self._check_complete(name, index, entries, 1)
             self._check_closed(name, mine, index)
             rows.append(index)
         return torch.cat(rows)

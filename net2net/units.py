@@ -642,7 +642,8 @@ def trace(
     """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
 
     Tensors named in `alike` are seen as those of one group or head, of which another network may have more; of those
-    in `merged` so many groups are seen as one, with zeros between them, where another network has fewer.
+    in `merged` so many groups in turn are seen as one (the last of what is left), with zeros between them, where
+    another network has fewer.
 
     A network with parameters that the eval mode does not reach (auxiliary heads) runs once in training mode, too.
     The network is left as it was. The output's units are pinned: a network's result keeps its width. Raises

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from networks import Net, chain, conv, mlp, randomise, state, unchanged, without
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.shufflenetv2 import ShuffleNetV2
 
 import net2net
 from experiments.models import build
@@ -454,6 +455,19 @@ class TestDeepening:
         randomise(teacher, 1, x)
         transfer(teacher, student, x[:1])
         assert equivalence(teacher, student, x).max_relative <= BAR
+
+    @pytest.mark.parametrize("width", [8, 16], ids=["as wide", "twice as wide"])
+    def test_new_blocks_of_shuffled_halves(self, width: int, monkeypatch) -> None:
+        """New blocks pass their half of the stream on: which layer reads a unit then, the shuffles decide."""
+        x = images(3, 3, 32, 32)
+        teacher = randomise(ShuffleNetV2([2, 3, 2], [4, 8, 16, 32, 32], 5), 1, x)
+        make = lambda: ShuffleNetV2([4, 5, 3], [width // 2, width, 2 * width, 4 * width, 32], 5)  # noqa: E731
+        student = randomise(make(), 2)
+        transfer(teacher, student, x)
+        assert equivalence(teacher, student, images(3, 3, 32, 32)).max_relative <= BAR
+        without(monkeypatch, lambda origin: origin.fill == "pass")
+        with pytest.raises(TransferError):
+            transfer(teacher, randomise(make(), 2), x)
 
 
 class TestCalibration:
