@@ -84,9 +84,11 @@ def fill_new(
         target.copy_((mine[origin.of[0]].double() + origin.of[1]).sqrt())
     elif origin.fill == "tap":
         target.zero_()[(slice(None), slice(None), *(k // 2 for k in target.shape[2:]))] = 1.0
+        target.copy_(_by_rows(target, origin, target))
     elif origin.fill == "pass":
         weight = passing(origin, target)
-        weight = weight * _shares(origin.axes[1], weight, 1, generator, split)
+        weight = weight * _shares(origin.axes[1], weight, 1, generator, split) * origin.factor
+        weight = _by_rows(weight, origin, weight)
         target.copy_(weight if origin.turn is None else turned(weight, 0, origin.turn))
 
 
@@ -149,8 +151,8 @@ def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Ge
             own = _either(own, entrywise(axis, value, dim, missing))
     if not pad and origin.factor != 1.0:
         value = _times(value, origin.factor, source)
-    if not pad and origin.rows is not None:
-        value = _times(value, origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1)), source)
+    if not pad:
+        value = _by_rows(value, origin, source)
     if not pad and origin.turn is not None:
         (reading,) = (dim for dim, axis in origin.axes.items() if axis.reads and dim < 2)
         value = turned(value, reading, origin.turn)
@@ -158,6 +160,12 @@ def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Ge
         value, own = _times(value, ~zero, source), None if own is None else own & ~zero
     value = value.to(target.dtype)
     return (value if own is None else torch.where(own, target, value)).reshape(shape)
+
+
+def _by_rows(value: Tensor, origin: Origin, source: Tensor) -> Tensor:
+    if origin.rows is None:
+        return value
+    return _times(value, origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1)), source)
 
 
 def _times(value: Tensor, factor: Tensor | float, source: Tensor) -> Tensor:
@@ -198,7 +206,7 @@ def entrywise(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
 def _shared(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str, source: Tensor) -> Tensor:
     if axis.copies:
         value = _times(value, _shares(axis, value, dim, generator, split), source)
-    if split != "paired" or not axis.copies:
+    if split != "paired" or not axis.copies or axis.signed:
         return value
     if axis.groups > 1:
         return _paired_in_groups(axis, value, dim, generator)
@@ -235,7 +243,7 @@ def _shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | No
     Broadcasts against `value`. Uneven shares differ from one reading unit to the next: a factor common to all
     readers of a copy would only scale its gradient, which RMSProp and Adam undo.
     """
-    if split != "uneven" or not axis.copies:
+    if split != "uneven" or not axis.copies or axis.signed:
         return entrywise(axis, value, dim, axis.share).to(value)
     other = 1 - dim if value.dim() > 1 else dim  # the axis that produces
     inside = axis.groups > 1 and dim == 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import TransferError
+from .passage import Bends, bends
 from .units import Layer, Norm, Trace
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
@@ -37,6 +38,7 @@ class Plan:
     `fresh` name the student's layers that the teacher lacks: those that pass their units through, those that end a
     branch which must add nothing, and those that are read with zero weights only. `rescaled` gives, for norms that see
     padding, the factor of their mean square; `eps` what modules with another eps than their teacher's must have.
+    `bends` are the activations behind identities whose units pass them in pairs, `patterns` the signs of these units.
     """
 
     teacher: Trace
@@ -51,6 +53,8 @@ class Plan:
     fresh: frozenset[str]
     rescaled: dict[str, tuple[Norm, float]]
     eps: dict[str, float]
+    bends: dict[str, Bends]
+    patterns: Tensor
 
     def student_units(self, name: str, dim: int) -> Tensor | None:
         """For each entry of a student tensor's axis its unit; None if not followed."""
@@ -132,18 +136,29 @@ def key_names(names: dict[str, str | None]) -> Callable[[str], str | None]:
 # -- the plan -----------------------------------------------------------------------------------------------------
 
 
-def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Generator, passing_all: bool = False) -> Plan:
+def plan(
+    teacher: Trace,
+    student: Trace,
+    rename: Rename,
+    generator: torch.Generator,
+    passing_all: bool = False,
+    paired: bool = False,
+) -> Plan:
     """Decide which teacher unit every student unit copies (paper, section 3.3) and what each new layer becomes.
 
     With `passing_all` every new layer passes its units on that does not join a stream which is carried already: right
-    for a block that works on a part of a stream, and shuffles it with the rest.
+    for a block that works on a part of a stream, and shuffles it with the rest. With `paired` units pass activations
+    behind new layers in pairs, where those have room for them.
 
     Raises TransferError where the student is smaller than its teacher, or where units would have to grow that an
     operation pins; the message names the layer, and by how much or why.
     """
     names = teacher_names(student, teacher, rename)
+    teacher, student = teacher.copied(), student.copied()  # another attempt begins with what the passes told
     roles = _roles(teacher, student, names, passing_all)
-    _unite_passed(student, roles["identity"])
+    idle = roles["silent"] | roles["fresh"]
+    behind = bends(student.layers.values(), roles["identity"], idle) if paired else {}
+    _unite_passed(student, roles["identity"], behind)
     choice = _Choice(teacher, student, names, generator)
     shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
     for layer in shared:
@@ -160,7 +175,7 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
         for family in now:
             choice.copy(family)
     for layer in passing:
-        choice.pass_through(layer)
+        choice.pass_through(layer, len(behind.get(layer.name, ())))
     for family in families:
         choice.check(family)
     choice.check_pins()
@@ -176,6 +191,8 @@ def plan(teacher: Trace, student: Trace, rename: Rename, generator: torch.Genera
         **{role: frozenset(layers) for role, layers in roles.items()},
         rescaled=rescaled,
         eps=eps,
+        bends=behind,
+        patterns=choice.patterns,
     )
 
 
@@ -205,6 +222,7 @@ class _Choice:
         close(teacher, {other for key in student.relations if " in " in key and (other := self.key(key)) is not None})
         self.teacher_roots, self.roots = teacher.roots(), student.roots()
         self.g = torch.full((len(self.roots),), NEW)
+        self.patterns = torch.zeros_like(self.g)  # of units that pass activations in pairs: a bit for each sign
         self.narrowest = torch.full((len(self.roots),), len(self.roots))  # of the layers that a unit is in, the width
         self.means: list[Tensor] = []
         self.owners, self.teacher_owners = self._owners()
@@ -387,8 +405,9 @@ class _Choice:
         else:
             self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
 
-    def pass_through(self, layer: Layer) -> None:
-        """The units of a layer that the teacher lacks are those that it reads, in the same order, then copies."""
+    def pass_through(self, layer: Layer, bends: int) -> None:
+        """The units of a layer that the teacher lacks are those that it reads, in the same order, then copies; before
+        activations that pairs pass, each with every pattern of signs."""
         if layer.reads is None:
             raise TransferError(f"The new layer {layer.name} would have to pass on what is not followed unit by unit.")
         mine = self.roots[layer.produces]
@@ -400,6 +419,14 @@ class _Choice:
                 f"The student is smaller than its teacher: the new layer {layer.name} has {len(mine)} units and "
                 f"must pass {len(distinct)} through, {len(distinct) - len(mine)} too few."
             )
+        if bends:
+            if len(mine) < len(distinct) << bends:
+                raise TransferError(
+                    f"The new layer {layer.name} has {len(mine)} units and must pass {len(distinct)} on through an "
+                    f"activation that is not idempotent: that takes {2**bends} for each."
+                )
+            place = torch.arange(len(mine))
+            self.g[mine], self.patterns[mine] = distinct[place % len(distinct)], place // len(distinct) % 2**bends
         first = read if len(mine) >= len(read) else distinct
         free = self.g[mine[: len(first)]] == NEW
         self.g[mine[: len(first)][free]] = first[free]
@@ -588,7 +615,7 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing
             needed = needed - met
             if met and name not in identity:
                 identity.add(name)
-                demand(new[name], met)
+                demand(new[name], met - {theirs(source) for source in new[name].sources - mixers})
 
     readers = [layer for layer in student.layers.values() if layer.name not in new]
     for reader in readers:
@@ -624,10 +651,12 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing
     return {"identity": identity, "silent": silent, "fresh": set(new) - identity - silent}
 
 
-def _unite_passed(student: Trace, identity: set[str]) -> None:
+def _unite_passed(student: Trace, identity: set[str], bends: Collection[str]) -> None:
     """A new layer that is as wide as what it reads passes each entry on for itself: what reads it then, reads that."""
     for name in identity:
         layer = student.layers[name]
+        if name in bends or not layer.sources.isdisjoint(bends):
+            continue
         if layer.kind == "mix" and layer.reads is not None and layer.produces is not None:
             read = student.find(layer.reads)
             if len(read) == len(layer.produces):

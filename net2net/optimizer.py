@@ -40,6 +40,7 @@ def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tens
     source = merged(source, *origin.merged, between=float("nan"))
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
     padded = any(axis.means and not axis.reads for axis in origin.axes.values())  # the mean's gradient falls to all
+    padded |= any(axis.reads and axis.signed for axis in origin.axes.values())  # no unit of a pair is the teacher's
     if origin.tied or padded or origin.turn is not None:
         return unknown
     axes = {

@@ -26,7 +26,8 @@ class Axis:
     Negative entries come from no single one: -1 is the student's own, -2 zero, and -3 - k the mean of the teacher's
     entries `means[k]`. `first` marks the entries that are not copies of an earlier one. `reads` says that the axis
     reads units, so that its entries are shared out among copies. `share` is what part of the teacher's outgoing
-    weight (if it reads) or gradient (if it does not) each entry takes. With `groups` entries are shared among those of
+    weight (if it reads) or gradient (if it does not) each entry takes; a negative one belongs to a unit that has the
+    other sign, of a pair that passes an activation. With `groups` entries are shared among those of
     one group; if `index` is longer than the axis it has one row a group.
     """
 
@@ -42,6 +43,11 @@ class Axis:
         """How many entries repeat an earlier one."""
         return int(((self.index >= 0) & ~self.first).sum())
 
+    @property
+    def signed(self) -> bool:
+        """Whether it reads pairs of units, which are no copies of each other."""
+        return bool((self.share < 0).any())
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -49,9 +55,9 @@ class Origin:
 
     `axes` says it axis by axis; of a `flat` tensor it is of all elements in one row. `fill` is what a tensor that the
     teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
-    normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor is multiplied by
-    `factor`, and along its first axis by `rows`. With `turn` a layer's units, or what reads them, are turned by a
-    random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says how many
+    normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor, and a pass-through,
+    are multiplied by `factor`, and along the first axis by `rows`. With `turn` a layer's units, or what reads them, are
+    turned by a random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says how many
     groups the teacher's layer has, and how many of them make one of the student's, with zeros between them (the last
     is of what is left).
     """

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .filling import merged
+from .passage import NOTHING, Passage, gated
 from .units import Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
@@ -117,8 +118,22 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     linear = name in (_LINEAR | {"add", "sub"}) and not scaled and all(labels.linear for labels in met)
     linear = linear and len(met) == len([x for x in operands if x.numel() > 1])
     normed = met[0].normed if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
-    made = _made(first, met, gain=gain, linear=linear, normed=normed)
+    past = _passage(trace, call, operands, met, len(activations))
+    made = _made(first, met, gain=gain, linear=linear, normed=normed, past=past)
     trace.label(out, replace(made, via=made.via | passed))
+
+
+def _passage(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence[Labels], activations: int) -> Passage:
+    """What the elementwise result of `operands`, the first of which are activations, has met."""
+    name, past = _plain(call.name), met[0].past
+    if len(operands) == 1:
+        if name in _LINEAR:
+            return past.scaled(_gain(trace, call))
+        rest = {key: value for key, value in call.kwargs.items() if key != "out"}
+        return past.bent(lambda x: call.func(x, *call.args[1:], **rest)) if call.args else NOTHING
+    if activations == 1:
+        return replace(past, rest=None) if name in _SCALES else NOTHING
+    return gated([(labels.past, labels.sources) for labels in met]) if name == "mul" else NOTHING
 
 
 def _broadcast(operands: Sequence[Tensor]) -> torch.Size | None:
@@ -227,7 +242,8 @@ def batch_norm(trace: Trace, call: Call) -> None:
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else trace.key("norm", call.module)
     options = {"eps": call.arg(7, "eps", 1e-5), "module": call.module}
     trace.add(Layer("norm", name, tensors, units, labels.sources, labels.via, options))
-    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via | {name}))
+    past = replace(labels.past, rest=None)
+    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via | {name}, past=past))
 
 
 def layer_norm(trace: Trace, call: Call) -> None:
@@ -365,11 +381,10 @@ def mix(
     gain = found.gain if labels is None else found.gain * labels.gain
     every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
     read = labels or Labels(produced)  # of constants: nothing is known
-    layer = Layer(
-        "mix", name, tensors, every[0], read.sources, read.via, options, every[1], gain, read.linear, read.normed
-    )
-    trace.add(layer)
-    trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True))
+    state = (gain, read.linear, read.normed, read.past)
+    trace.add(Layer("mix", name, tensors, every[0], read.sources, read.via, options, every[1], *state))
+    past = Passage(carrier=name, rest=0.0)
+    trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True, past=past))
 
 
 def _depthwise(
@@ -382,7 +397,8 @@ def _depthwise(
     name = tensors["weight"]
     roles = {"taps": name} | ({"shift": tensors["bias"]} if "bias" in tensors else {})
     trace.add(Layer("scale", name, roles, reads, labels.sources, labels.via, options))
-    trace.label(call.out, Labels(spread(reads, dim, call.out.shape), labels.sources, labels.via | {name}))
+    past = replace(labels.past, carrier=name, rest=None)
+    trace.label(call.out, Labels(spread(reads, dim, call.out.shape), labels.sources, labels.via | {name}, past=past))
 
 
 def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, times: int, transposed: bool) -> Tensor:
@@ -496,8 +512,9 @@ def movement(trace: Trace, call: Call) -> None:
     gain = known[0].gain if len({one.gain for one in known}) == 1 else 1.0
     linear = all(one is not None and one.linear for one in labels)
     normed = known[0].normed if len({one and one.normed for one in labels}) == 1 else None
+    past = known[0].past if len({one and one.past for one in labels}) == 1 else NOTHING
     for out, new in zip(tensors_in(call.out), moved, strict=True):
-        trace.label(out, _made(new, known, gain=gain, linear=linear, normed=normed))
+        trace.label(out, _made(new, known, gain=gain, linear=linear, normed=normed, past=past))
 
 
 def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
@@ -526,9 +543,8 @@ def channelwise(trace: Trace, call: Call) -> None:
     units = trace.line(labels.units, dim, f"{call} mixes positions")
     for out in tensors_in(call.out):
         linear = labels.linear and "avg" in name
-        trace.label(
-            out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, labels.gain, linear, labels.normed)
-        )
+        state = (labels.gain, linear, labels.normed, labels.past if "avg" in name else NOTHING)
+        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, *state))
 
 
 def reduction(trace: Trace, call: Call) -> None:
@@ -553,12 +569,10 @@ def reduction(trace: Trace, call: Call) -> None:
     for out in tensors_in(call.out):
         units_out = units.expand(shape).reshape(out.shape)
         gain = labels.gain if linear else 1.0
-        trace.label(
-            out,
-            Labels(
-                units_out, labels.sources, labels.via, gain, linear and labels.linear, labels.normed if linear else None
-            ),
-        )
+        made = Labels(units_out, labels.sources, labels.via, gain)
+        if linear:
+            made = replace(made, linear=labels.linear, normed=labels.normed, past=labels.past)
+        trace.label(out, made)
 
 
 def _across(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) -> Tensor:
@@ -806,8 +820,9 @@ _OPERATORS = {
     "mm": "matmul",
 }
 _POINTWISE = """
-    relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid softplus logsigmoid
-    softsign tanhshrink hardshrink softshrink threshold sign sin cos erf expm1 log1p reciprocal ceil floor round trunc
+    relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid softplus
+    logsigmoid log_sigmoid softsign tanhshrink hardshrink softshrink threshold sign sin cos erf expm1 log1p reciprocal
+    ceil floor round trunc
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
     clamp clamp_min clamp_max clip maximum minimum where masked_fill lerp addcmul addcdiv copysign nan_to_num
     add sub mul div neg abs exp log sqrt rsqrt square pow to float double half bfloat16 type type_as detach clone

@@ -12,6 +12,7 @@ from .errors import TransferError
 from .filling import SPLITS, add_noise, fill, named_tensors
 from .mapping import MEAN, NEW, ZERO, Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .matching import candidates
+from .passage import signs, undone
 from .record import Axis, Origin, Transfer
 from .units import Example, Inputs, Layer, Trace, run, tensors_in, trace, unwrap
 
@@ -67,8 +68,8 @@ def transfer(
     inputs, traces = _traced(teacher, student, example)
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
-    def grow(names: Rename, passing_all: bool) -> Transfer:
-        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all)
+    def grow(names: Rename, passing_all: bool, paired: bool) -> Transfer:
+        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all, paired)
         identity.check_identity(prepared)
         record = _record(prepared, student, split, noise, generator)
         if depth == "dense":
@@ -107,8 +108,8 @@ def random_pad(
     teacher, student = unwrap(teacher), unwrap(student)
     inputs, traces = _traced(teacher, student, example)
 
-    def pad(names: Rename, passing_all: bool) -> Transfer:
-        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all)
+    def pad(names: Rename, passing_all: bool, paired: bool) -> Transfer:
+        prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all, paired)
         return _record(prepared, student, "pad", 0.0, generator)
 
     record = _first(pad, teacher, student, rename, generator).of(teacher, student)
@@ -168,7 +169,7 @@ def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rena
 
 
 def _first(
-    grow: Callable[[Rename, bool], Transfer],
+    grow: Callable[[Rename, bool, bool], Transfer],
     teacher: nn.Module,
     student: nn.Module,
     rename: Rename,
@@ -178,10 +179,10 @@ def _first(
     state, refused = generator.get_state(), None
     pairings = candidates(teacher, student) if rename is None else [rename]
     deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
-    for passing_all in (False, True)[: 1 + deeper]:
+    for passing_all, paired in ((False, False), (True, False), (False, True))[: 3 if deeper else 1]:
         for names in pairings:
             try:
-                return grow(names, passing_all)
+                return grow(names, passing_all, paired)
             except TransferError as error:
                 refused = error if refused is None or isinstance(refused, Unpaired) else refused
                 generator.set_state(state)
@@ -268,7 +269,7 @@ class _Builder:
         layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
         factor = 1.0
         if layer and counterpart and layer.kind == "mix":
-            factor = counterpart.gain / layer.gain
+            factor = counterpart.gain / layer.gain * self._undone(layer)
         if name in plan.student.values:
             if name in plan.student.axes or theirs in plan.teacher.axes:
                 return self._whole(name, theirs, "a layer reads it, and another adds it up")
@@ -297,6 +298,11 @@ class _Builder:
                 )
         return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=self._merged(theirs))
 
+    def _undone(self, layer: Layer) -> float:
+        """By what its weight is multiplied for the sake of what its units have passed in new layers."""
+        bends = layer.past.bends if layer.past.bends[:1] and layer.past.bends[0][0] in self.plan.bends else ()
+        return undone(layer.past, bends, self.plan.silent)
+
     def _merged(self, theirs: str) -> tuple[int, int]:
         """Into how many groups a layer of the teacher's falls, and how many of them are one here."""
         times = self.plan.teacher.merged.get(theirs, 1)
@@ -315,13 +321,34 @@ class _Builder:
             assert layer.produces is not None and layer.reads is not None
             produced, read = self._entries_of(layer.produces), self._entries_of(layer.reads)
             groups = plan.student.inner[name][1] if name in plan.student.inner else 1
-            return Origin("identity", axes={0: _axis(produced, False), 1: _axis(read, True, groups)}, fill="pass")
+            axes = {0: _axis(produced, False), 1: self._reading(read, plan.student_roots[layer.reads], groups)}
+            turned = self._turned(name, layer.produces)
+            return Origin("identity", axes=axes, fill="pass", factor=self._undone(layer), rows=turned)
         if name in self.new:
-            return self.new[name]
+            taps = layer is not None and layer.kind == "scale" and layer.reads is not None
+            return replace(self.new[name], rows=self._turned(name, layer.reads)) if taps else self.new[name]  # type: ignore
         for layer in plan.student.layers.values():  # a bias that only the student has, on a layer of both
             if name in (layer.tensors.get("bias"), layer.tensors.get("shift")) and layer.name not in plan.fresh:
                 return Origin("identity", fill="zero")
         return Origin("fresh")
+
+    def _turned(self, name: str, units: Tensor) -> Tensor | None:
+        """The signs that a new layer gives to the units that pass an activation behind it in pairs."""
+        for bends in self.plan.bends.values():
+            for k, (carrier, _) in enumerate(bends):
+                if carrier == name:
+                    return signs(self.plan.patterns[self.plan.student_roots[units]], k)
+        return None
+
+    def _reading(self, index: Tensor, roots: Tensor, groups: int, means: tuple[Tensor, ...] = ()) -> Axis:
+        """The axis that reads units: of pairs the difference, with the shares of copies that have the same signs."""
+        patterns = self.plan.patterns[roots]
+        if not bool(patterns.any()):
+            return _axis(index, True, groups, means=means)
+        keyed = torch.where(index >= 0, index * (int(patterns.max()) + 1) + patterns, index)
+        axis = _axis(keyed, True, groups)
+        first = _axis(index, True, groups).first
+        return Axis(index, first, True, axis.share * signs(patterns), groups, means)
 
     def _entries_of(self, units: Tensor) -> Tensor:
         """For each label the entry of a teacher's unit that it stands for; -1 for units that the teacher lacks."""
@@ -354,6 +381,8 @@ class _Builder:
                 rows = torch.tensor([self.gains.get(label, 1.0) for label in apart.tolist()], dtype=torch.double)
             share = 1.0 / self.count[plan.teacher_of[roots].clamp(min=0)].clamp(min=1).double()
         index, means = self._means(index, roots, theirs)
+        if reads:
+            return self._reading(index, roots, groups, means), rows
         return _axis(index, reads, groups, share, means), rows
 
     def _matched(self, units: Tensor, source: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ of the smaller one stays inside a copy of the larger one.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import TransferError
+from .passage import NOTHING, Passage
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Labels:
     `via` names the normalisations that it has passed since. `gain` is the product of the plain numbers that it was
     multiplied by since a layer produced it. `linear` says that it is a plain sum of what layers produced, so that
     one of its units can hold the mean of others. `normed` names the norm that it comes from directly: units which that
-    saw as its mean, or as zero, are zero here.
+    saw as its mean, or as zero, are zero here. `past` tells of activations and gates.
     """
 
     units: Tensor
@@ -41,6 +43,7 @@ class Labels:
     gain: float = 1.0
     linear: bool = False
     normed: str | None = None
+    past: Passage = NOTHING
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Layer:
     gain: float = 1.0
     linear: bool = False
     normed: str | None = None
+    past: Passage = NOTHING
 
     @property
     def module(self) -> str:
@@ -178,6 +182,12 @@ class Trace:
         self._apart: list[Tensor] = []  # 2 x k: the same without those that a contraction joined
         self._count = 0
         self._calls: Counter[str] = Counter()
+
+    def copied(self) -> "Trace":
+        """The same, in which more units can be joined and related."""
+        other = copy(self)
+        other._pending, other._apart, other.relations = list(self._pending), list(self._apart), dict(self.relations)
+        return other
 
     # -- labels -------------------------------------------------------------------------------------------------
 
@@ -426,6 +436,7 @@ class Trace:
                 options=first.options | layer.options,
                 via=first.via | layer.via,
                 normed=layer.normed if first.reads is None or first.normed == layer.normed else None,
+                past=layer.past if first.past == layer.past else NOTHING,
             )
         self.layers[layer.name] = layer
 
