@@ -18,7 +18,7 @@ from .describe import Description, Group, described
 from .errors import TransferError
 from .filling import parametrised
 from .transfer import transfer
-from .units import Example, Inputs, Trace, trace, unwrap
+from .units import Example, Inputs, Trace, run, trace, unwrap
 
 Widths = float | Mapping[str, float | int]
 
@@ -51,6 +51,7 @@ def widen(
 
     def grown(factors: dict[int, float]) -> nn.Module:
         copied = _resized(model, traced, groups, factors)
+        run(copied, inputs)  # which refuses a width that is written into the forward pass sooner than a transfer does
         draws = torch.Generator()
         draws.set_state(state)
         copied.growth = transfer(model, copied, example, generator=draws, split=split, noise=noise)  # type: ignore
@@ -114,30 +115,29 @@ def _asked(groups: Description, widths: Mapping[str, float | int], second: list[
 
 
 def _as_much_as_can_be(grown: Callable[[dict[int, float]], nn.Module], factors: dict[int, float]) -> nn.Module:
-    """All groups, or else those of each half that can grow, together."""
+    """All groups; or else, half by half, those that grow beside the ones that were found to."""
+    held: dict[int, float] = {}
+    best: list[nn.Module] = []
     refused: list[TransferError] = []
 
-    def able(part: dict[int, float]) -> dict[int, float]:
-        try:
-            grown(part)
-            return part
-        except TransferError as error:
-            refused.append(error)
-        if len(part) == 1:
-            return {}
-        half = len(part) // 2
-        items = list(part.items())
-        return able(dict(items[:half])) | able(dict(items[half:]))
+    def add(part: dict[int, float], fails: bool = False) -> bool:
+        """Grow `part`, too, as far as that goes; whether all of it does. It need not be tried if it is known to fail."""
+        if not fails:
+            try:
+                best[:] = [grown(held | part)]
+                held.update(part)
+                return True
+            except TransferError as error:
+                refused.append(error)
+        if len(part) > 1:
+            items, half = list(part.items()), len(part) // 2
+            add(dict(items[half:]), fails=add(dict(items[:half])))
+        return False
 
-    try:
-        return grown(factors)
-    except TransferError as error:
-        refused.append(error)
-    items, half = list(factors.items()), len(factors) // 2
-    some = able(dict(items[:half])) | able(dict(items[half:])) if half else {}
-    if not some:
+    add(factors)
+    if not best:
         raise refused[0]
-    return grown(some)
+    return best[0]
 
 
 # -- shapes -------------------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ def unknown(trace: Trace, call: Call) -> None:
 
 def pointwise(trace: Trace, call: Call) -> None:
     """Every element on its own: the result carries its operands' units; units that meet are one unit."""
+    if _plain(call.name) in ("to", "type_as"):  # another tensor says of what dtype, on what device
+        return join(trace, call, tensors_in(call.args[0]))
     join(trace, call, [x for x in tensors_in([*call.args, *call.kwargs.values()]) if x is not call.kwargs.get("out")])
 
 
@@ -490,7 +492,8 @@ def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int
 def movement(trace: Trace, call: Call) -> None:
     """Apply the function itself to the labels."""
     operands = tensors_in(call.args[0])
-    if any(hasattr(x, "_net2net_labels") for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
+    where = [] if call.name.endswith("_as") else [*call.args[1:], *call.kwargs.values()]  # that asks for a shape alone
+    if any(hasattr(x, "_net2net_labels") for x in tensors_in(where)):
         return give_up(trace, call, f"{call} moves it to where the values say")
     if not any(hasattr(x, "_net2net_labels") for x in operands) and len(operands) == 1:
         view = trace.view(operands[0])
@@ -520,7 +523,7 @@ def movement(trace: Trace, call: Call) -> None:
 def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
     outs = tensors_in(call.out)
     units = [labels.detach() for labels in units]  # objects of their own, which an in-place form may reshape
-    if _plain(call.name) in ("view", "reshape"):  # a view of expanded labels would need a copy
+    if _plain(call.name) in ("view", "reshape", "view_as", "reshape_as"):  # a view of expanded labels would need a copy
         same = len(outs) == 1 and outs[0].numel() == units[0].numel()  # a view as another dtype is not
         return [units[0].reshape(outs[0].shape)] if same else None
     args = [units if isinstance(call.args[0], (list, tuple)) else units[0], *call.args[1:]]

@@ -70,6 +70,8 @@ LAYOUTS = {
     "roll": (lambda a, b: a, lambda u, v: u.roll(2, 1).mean((2, 3))),
     "slices": (lambda a, b: a, lambda u, v: torch.cat([u[:, ::2], u[:, 1::2]], 1).mean((2, 3))),
     "stack": (lambda a, b: 2 * a, lambda u, v: torch.stack([u, u * 0.5], 2).flatten(1, 2).mean((2, 3))),
+    "as another": (lambda a, b: a, lambda u, v: u.flatten(2).reshape_as(u).type_as(v).mean((2, 3))),
+    "spread as another": (lambda a, b: 20 * a, lambda u, v: u[:, :, :1, :1].expand_as(u).flatten(1).to(v)),
     "pools": (lambda a, b: a, lambda u, v: F.adaptive_avg_pool2d(F.max_pool2d(u, 3, 2, 1), 1).flatten(1)),
 }
 JOINED = {  # both convolutions are one stream: they are widened alike
