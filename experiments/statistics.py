@@ -28,6 +28,7 @@ class Estimate:
     low: float
     high: float
     values: tuple[float, ...]
+    sides: tuple[int, ...] = ()  # on which sides of some values the truth may lie: -1 below, 1 above
 
     @property
     def n(self) -> int:
@@ -104,7 +105,7 @@ def seeds_needed(found: Estimate, low: float, high: float, headline: bool = Fals
     target that some seed never reached (which takes a larger budget, not more seeds), or more than a thousand.
     """
     least = HEADLINE_SEEDS if headline else CLAIM_SEEDS
-    if found.n < 2 or math.isinf(found.low) or math.isinf(found.high):
+    if found.n < 2 or found.sides:
         return None
     distance = min(abs(found.mean - end) for end in (low, high))
     spread = deviation(found.values)
@@ -139,4 +140,9 @@ def log_ratio(costs: Sequence[tuple[Reached, Reached]]) -> Estimate:
     """
     found = estimate([math.log(one.cost / other.cost) for one, other in costs])
     sides = {side for one, other in costs for side in (one.side, -other.side)}
-    return replace(found, low=-math.inf if -1 in sides else found.low, high=math.inf if 1 in sides else found.high)
+    return replace(
+        found,
+        low=-math.inf if -1 in sides else found.low,
+        high=math.inf if 1 in sides else found.high,
+        sides=tuple(sorted(sides - {0})),
+    )

@@ -1,0 +1,210 @@
+"""Claims: their verdicts on curves made up for the purpose, and that the committed ones name what exists."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import claims
+from experiments.claims import Claim, judge, read_claims
+from experiments.config import Config, ExperimentError
+from experiments.report import COLUMNS, Point, split_arm
+from experiments.statistics import HEADLINE_SEEDS
+from scripts import claims as script
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = read_claims(ROOT / "results/claims.yaml")
+Arms = dict[str, list[list[float]]]  # arm -> seeds -> accuracies, a point every ten steps
+
+
+def curve(accuracies: list[float], flops: float = 1.0) -> list[Point]:
+    last = max(1, len(accuracies) - 1)
+    return [
+        dict.fromkeys(COLUMNS, 0.0)
+        | {"step": 10.0 * i, "flops": flops * i / last, "holdout_accuracy": a, "test_accuracy": a}
+        for i, a in enumerate(accuracies)
+    ]
+
+
+def results(experiments: dict[str, Arms], costs: dict[str, float] | None = None) -> claims.Results:
+    """Curves and manifests; an experiment's students cost what `costs` says, teachers 1."""
+    found: dict[str, Any] = {}
+    for name, arms in experiments.items():
+        cost = (costs or {}).get(name, 1.0)
+        found[name] = (
+            {
+                arm: {s: curve(c, 1.0 if arm == "teacher" else cost) for s, c in enumerate(seeds)}
+                for arm, seeds in arms.items()
+            },
+            {
+                arm: {
+                    seed: {
+                        "command": f"python train.py experiment={name}",
+                        "config": {"target": "random_init"},
+                        "step0": {"agree": 100, "of": 100} if arm == "net2net" else None,
+                    }
+                    for seed in range(len(seeds))
+                }
+                for arm, seeds in arms.items()
+            },
+        )
+    return found
+
+
+def claim(measure: str, of: str, against: str = "", **region: Any) -> Claim:
+    return Claim("c", "s", "p", measure, of, against, **(region or {"above": 0}))
+
+
+def test_a_difference_is_paired_by_seed() -> None:
+    # Seeds differ by ten points and arms by one, always: unpaired, nothing could be said.
+    made = results(
+        {"e": {"net2net": [[0, 0.61], [0, 0.71], [0, 0.81]], "random_init": [[0, 0.60], [0, 0.70], [0, 0.80]]}}
+    )
+    found = judge(claim("final", "e:net2net", "e:random_init"), made)
+    assert (found.verdict, found.shown) == ("holds", "+1.00 points of final test accuracy (+1.00 to +1.00), n = 3")
+    assert judge(claim("final", "e:random_init", "e:net2net"), made).verdict == "fails"
+    assert judge(claim("final", "e:random_init", "e:net2net", within=1.5), made).verdict == "holds"
+
+
+def test_two_seeds_decide_nothing_and_a_headline_takes_five() -> None:
+    seeds = [[0, 0.6 + i / 1000] for i in range(4)]
+    low = [[0, 0.5]] * 4
+    for n, headline, said in (
+        (2, False, "undecided (about 3 seeds would tell)"),
+        (1, False, "undecided (3 seeds at least)"),
+        (3, False, "holds"),
+        (4, True, "undecided (about 5 seeds would tell)"),
+    ):
+        made = results({"e": {"net2net": seeds[:n], "random_init": low[:n]}})
+        assert judge(claim("final", "e:net2net", "e:random_init", above=0, headline=headline), made).verdict == said
+
+
+def test_what_was_not_run_is_not_judged() -> None:
+    made = results({"e": {"net2net": [[0, 0.6]] * 3}})
+    for of, against in (("e:net2net", "e:random_init"), ("f:net2net", "e:net2net"), ("e/best:random_pad", "e:net2net")):
+        found = judge(claim("final", of, against), made)
+        assert (found.verdict, found.shown) == ("not run", "–")
+        assert script.line(found)[-1].startswith("`python train.py experiment=")
+    assert judge(claim("mismatch", "e:net2net", within=0), made).verdict == "holds"
+
+
+def test_steps_to_the_target_and_targets_that_are_never_reached() -> None:
+    scratch = [[0.1, 0.5, 0.6, 0.7]] * 3
+    made = results(
+        {
+            "fast": {"net2net": [[0.5, 0.7, 0.7, 0.8]] * 3, "random_init": scratch},
+            "ahead": {"net2net": [[0.75, 0.7, 0.7, 0.8]] * 3, "random_init": scratch},
+            "never": {"net2net": [[0.5, 0.6, 0.6, 0.65]] * 3, "random_init": scratch},
+            "once": {
+                "net2net": [[0.5, 0.7, 0.7, 0.7], [0.5, 0.7, 0.7, 0.7], [0.5, 0.6, 0.6, 0.65]],
+                "random_init": scratch,
+            },
+        }
+    )
+    found = {name: judge(claim("steps", f"{name}:net2net", f"{name}:random_init", below=1), made) for name in made}
+    assert {name: one.verdict.partition(" (")[0] for name, one in found.items()} == {
+        "fast": "holds",
+        "ahead": "holds",
+        "never": "undecided",  # it needs at least as many steps; how many more was not seen
+        "once": "undecided",
+    }
+    assert found["fast"].shown == "0.33 × the steps to the target (0.33 to 0.33), n = 3"
+    assert found["ahead"].shown == "≤ 0.33 × the steps to the target (up to 0.33), n = 3"
+    assert found["once"].verdict == "undecided (a larger or smaller budget, not more seeds)"
+    assert found["never"].shown.startswith("≥ 1.00 × the steps")
+
+
+def frontier(net2net: list[float], random_init: list[float], seeds: int = 3) -> claims.Results:
+    """One case a budget of 1, 2, 4, ...: what either arm ends with, less 0.001 a seed."""
+    cases: dict[str, Arms] = {}
+    for i, ends in enumerate(zip(net2net, random_init, strict=True)):
+        arms = {
+            arm: [[0.1, end - s / 1000] for s in range(seeds)]
+            for arm, end in zip(("net2net", "random_init"), ends, strict=True)
+        }
+        cases[f"f/{2**i}ep"] = arms | {"teacher": [[0.1, 0.5]] * seeds}
+    return results(cases, {f"f/{2**i}ep": 2.0**i for i in range(len(net2net))})
+
+
+def test_the_budget_is_interpolated_between_those_that_were_run() -> None:
+    made = frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75])
+    found = judge(claim("budget", "f:net2net", "f/4ep:random_init", below=1), made)
+    assert (found.verdict, found.shown) == ("holds", "0.71 × the budget (0.71 to 0.71), n = 3")  # 2 * sqrt(2) of 4
+    # With the teacher's unit: budgets of 3 and 5 reach it at sqrt(15), of 4.
+    found = judge(claim("total_budget", "f:net2net", "f/4ep:random_init", below=1), made)
+    assert found.shown == "0.97 × the budget, teachers' included (0.97 to 0.97), n = 3"
+    assert judge(claim("budget", "f:net2net", "f/2ep:random_init", below=1), made).shown.startswith("≤ 0.50 ×")
+    other = judge(claim("budget", "f:random_init", "f/4ep:net2net", above=1), made)
+    assert (other.verdict, other.shown) == (
+        "holds",
+        "≥ 1.00 × the budget (from 1.00), n = 3",
+    )
+
+
+def test_the_best_case_is_chosen_on_the_holdout_and_measured_on_the_test_images() -> None:
+    made = results(
+        {f"t/{name}": {"net2net": [[0, value]] * 3} for name, value in (("low", 0.5), ("high", 0.7), ("mid", 0.6))}
+    )
+    for points in made["t/mid"][0]["net2net"].values():
+        points[-1]["holdout_accuracy"] = 0.9
+    found = judge(claim("final", "t/best:net2net", "t/high:net2net"), made)
+    assert found.shown == "-10.00 points of final test accuracy (-10.00 to -10.00), n = 3; best: t/mid"
+
+
+def test_average_accuracy_is_an_area() -> None:
+    assert claims.mean(curve([0.0, 0.4, 0.4])) == pytest.approx(0.3)
+    uneven = curve([0.0, 0.4, 0.4])
+    uneven[2]["step"] = 50.0
+    assert claims.mean(uneven) == pytest.approx((0.2 * 10 + 0.4 * 40) / 50)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (
+            "{claim: c, source: s, paper: p, measure: finel, of: 'e:a', above: 0}",
+            "no measure 'finel' (did you mean 'final'?)",
+        ),
+        ("{claim: c, source: s, paper: p, measure: final, of: 'e:a', over: 0}", "A claim has no 'over'"),
+        ("{claim: c, source: s, paper: p, measure: final, of: 'e:a'}", "by one of above, below and within"),
+        ("{claim: c, source: s, measure: final, of: 'e:a', above: 0}", "paper"),
+    ],
+)
+def test_a_malformed_claim_is_named(tmp_path: Path, entry: str, said: str) -> None:
+    (tmp_path / "claims.yaml").write_text(f"- {entry}\n")
+    with pytest.raises(ExperimentError, match=f"the claim 'c': .*{re.escape(said)}"):
+        read_claims(tmp_path / "claims.yaml")
+
+
+def test_several_runs_where_one_is_needed() -> None:
+    made = frontier([0.6, 0.7], [0.5, 0.6])
+    with pytest.raises(ExperimentError, match=r"there are 2 \(f/1ep, f/2ep\): name a case"):
+        judge(claim("final", "f:net2net", "f/1ep:random_init"), made)
+
+
+def test_the_committed_claims_cover_the_paper_and_some_are_headlines() -> None:
+    assert len(COMMITTED) > 30
+    sources = " ".join(one.source for one in COMMITTED)
+    for section in ("3.3", "3.4", "4.2", "4.3", "4.4", "appendix A"):
+        assert section in sources
+    assert HEADLINE_SEEDS == 5 and sum(one.headline for one in COMMITTED) >= 5
+
+
+OPERANDS = sorted({text for one in COMMITTED for text in (one.of, one.against) if text})
+
+
+@pytest.mark.parametrize("experiment", sorted({re.split("[/:]", text)[0] for text in OPERANDS}))
+def test_every_operand_is_an_arm_of_a_case_of_an_experiment(
+    cases: Callable[..., list[Config]], experiment: str
+) -> None:
+    configs = cases(f"experiment={experiment}")
+    for text in (text for text in OPERANDS if re.split("[/:]", text)[0] == experiment):
+        name, _, label = text.partition(":")
+        case = name.partition("/")[2]
+        chosen = [config for config in configs if case in ("", "best", config.case)]
+        assert chosen, f"{experiment} has no case {case}"
+        student, arm = split_arm(label)
+        assert any(arm in (*config.arms, "teacher") for config in chosen), text
+        assert student is None or all(student in config.students for config in chosen), text
