@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint figures bench lock clean
+.PHONY: help setup demo test lint figures verify bench lock clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ lint: .venv/.installed ## style, format and types
 
 figures: .venv/.installed ## draw the figures and the table from results/curves
 	$(RUN) scripts/figures.py
+
+verify: .venv/.installed ## check every committed curve against its manifest and the history
+	$(RUN) scripts/verify.py
 
 bench: .venv/.installed ## measure speed
 	$(RUN) scripts/bench.py
