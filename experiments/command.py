@@ -5,6 +5,7 @@ Nothing here imports torch: a typo, `--help` and `--cfg job` answer before it is
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .cases import resolve
 from .config import Config, ExperimentError, check, flatten, nearest
+from .signals import Interrupted
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FREE = ("model", "inception", "teacher", "students", "rates", "cases")  # their keys are not in the schema
@@ -56,8 +58,10 @@ def main(arguments: list[str]) -> int:
     except (ExperimentError, HydraException, OmegaConfBaseException) as error:
         say(explain(error))
     except KeyboardInterrupt as stop:
-        print(f"\nInterrupted. {stop}{'. ' if str(stop) else ''}Run the same command again to go on.", file=sys.stderr)
-        return 130
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        what = "Interrupted" if number == signal.SIGINT else f"Stopped by {number.name}"
+        print(f"\n{what}. {stop}{'. ' if str(stop) else ''}Run the same command again to go on.", file=sys.stderr)
+        return 128 + number
     return 1 if said else 0
 
 
@@ -85,7 +89,9 @@ def run(composed: DictConfig) -> None:
     failed: list[str] = []
     for config in configs:
         try:
-            console.print(f"figure    {compare(config, console)}", highlight=False, soft_wrap=True)
+            picture = compare(config, console, skip_busy=HydraConfig.get().mode is RunMode.MULTIRUN)
+            if picture is not None:
+                console.print(f"figure    {picture}", highlight=False, soft_wrap=True)
             console.print(f"log       {mirror.note(config)}", highlight=False, soft_wrap=True)
         except ExperimentError as error:
             if config.case is None:

@@ -2,94 +2,33 @@
 
 import copy
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import net2net
 
-from . import arms, figure, files, flops, ledger, mirror, progress, report
+from . import arms, checkpoint, figure, files, locks, progress, report, teachers
 from .config import Config, ExperimentError, steps
-from .data import Splits, complete_batches, load
+from .data import complete_batches, load
 from .device import describe, pick_device, pick_precision
+from .memory import out_of_memory
 from .optimizers import make_optimizer
-from .stages import is_complete
-from .training import Interrupted, Job, learn, load_network, train
-
-TEACHER = "teacher"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One experiment of one seed: configuration, images and machine."""
-
-    config: Config
-    splits: Splits
-    device: torch.device
-    precision: torch.dtype
-    console: Console
-
-    @property
-    def folder(self) -> Path:
-        """Where the seed's stages are written."""
-        return self.experiment / f"seed{self.config.seed}"
-
-    @property
-    def experiment(self) -> Path:
-        """Where all seeds of the experiment are written."""
-        return Path(self.config.runs) / self.config.name
-
-    def fresh(self, student: str | None) -> nn.Module:
-        """A network as its constructor draws it; the teacher for None."""
-        images, _ = next(self.splits.test.ordered(1))
-        return arms.fresh(self.config, student, self.splits.classes, images.shape[1])
-
-    def images(self, count: int) -> Tensor:
-        """The first `count` training images of the run's own order and augmentation (all, if there are fewer)."""
-        data, count = self.config.data, min(count, len(self.splits.train))
-        batches = self.splits.train.batches(
-            count, epoch=0, seed=self.config.seed, augment=True, pad=data.pad, flip=data.flip
-        )
-        return next(iter(batches))[0]
-
-    def job(self, name: str, student: str | None, rate: float) -> Job:
-        """The training run of one stage."""
-        return Job(
-            self.folder / name,
-            self.config,
-            self.splits,
-            self.device,
-            self.precision,
-            rate * self.config.schedule.lr,
-            self.epochs(name),
-            self.costs[student][1],
-        )
-
-    def epochs(self, name: str) -> str:
-        """How long a stage trains."""
-        schedule = self.config.schedule
-        return (schedule.teacher_epochs if name == TEACHER else None) or schedule.epochs
-
-    @cached_property
-    def costs(self) -> dict[str | None, tuple[int, int]]:
-        """FLOPs an image, of a forward pass and of a training step, of the teacher (None) and each student."""
-        images, _ = next(self.splits.test.ordered(1))
-        return {
-            student: flops.count(self.fresh(student), images.shape[1], self.config.data.size)
-            for student in (None, *self.config.students)
-        }
+from .run import TEACHER, Run
+from .stages import carry_out, is_complete
+from .training import learn
 
 
-def compare(config: Config, console: Console) -> Path:
+@out_of_memory()
+def compare(config: Config, console: Console, skip_busy: bool = False) -> Path | None:
     """Run what is missing of an experiment, print its table and return the path of its figure.
 
+    Each stage has one writer: what another process is training is waited for if it is the teacher; an arm raises
+    BusyError, or is left to that process with `skip_busy`. None if no arm is finished then.
     Raises ExperimentError for what the user can put right, before anything is trained wherever that can be known.
     """
     device = pick_device(config.device)
@@ -105,17 +44,21 @@ def compare(config: Config, console: Console) -> Path:
         stages = {TEACHER: (TEACHER, None)} | stages
     todo = [name for name, (arm, student) in stages.items() if not _done(run, name, arm, student)]
     _announce(run, networks, stages, todo)
-    teacher = networks[None]
-    if TEACHER in todo:
-        _train(run, TEACHER, TEACHER, None, teacher, 1.0, {})
-    elif TEACHER in stages:
-        load_network(teacher, ledger.load_checkpoint(run.folder / TEACHER), run.folder / TEACHER)
-    stages.pop(TEACHER, None)
-    for name, (arm, student) in stages.items():
-        if name in todo:
-            _run_arm(run, name, arm, student, teacher)
-    console.print(report.table(run.experiment))
-    return figure.draw_runs(run.experiment)
+    if TEACHER in stages:
+        teachers.obtain(run, networks[None])
+    for name in todo:
+        if name != TEACHER:
+            try:
+                _run_arm(run, name, *stages[name], networks[None])
+            except locks.BusyError as busy:
+                if not skip_busy:
+                    raise
+                run.console.print(f"{name:<22} skipped: {busy}", highlight=False, soft_wrap=True)
+    with locks.hold(run.experiment, waiting=lambda _: None):  # or a job that read fewer curves might draw last
+        if skip_busy and not any(is_complete(run.folder / name, run.settings(*stages[name])) for name in stages):
+            return None
+        console.print(report.table(run.experiment))
+        return figure.draw_runs(run.experiment)
 
 
 def _check_lengths(run: Run) -> None:
@@ -136,54 +79,36 @@ def _check_growth(run: Run, networks: dict[str | None, nn.Module]) -> None:
             arms.fill(arm, teacher, trial, run.config, run.images)
 
 
-def _settings(run: Run, arm: str, student: str | None) -> dict[str, Any]:
-    """All that determines the product of a stage, and nothing else."""
-    config = asdict(run.config)
-    data = {key: value for key, value in config["data"].items() if key not in ("root", "cache", "workers")}
-    schedule = dict(config["schedule"])
-    settings = {
-        "seed": config["seed"],
-        "data": data | {"description": run.splits.description},
-        "network": config["model"] | (config["teacher"] if student is None else config["students"][student]),
-        "schedule": schedule,
-        "precision": str(run.precision).removeprefix("torch."),
-    }
-    if arm == TEACHER:
-        schedule["epochs"] = schedule.pop("teacher_epochs") or schedule["epochs"]
-        return settings
-    settings["rate"] = config["rates"][arm]
-    if arm in report.STARTS_FROM_TEACHER:
-        settings["teacher"] = config["model"] | config["teacher"]
-    else:
-        schedule.pop("teacher_epochs")
-    if arm == "net2net":
-        settings["growth"] = config["growth"]
-    return settings
-
-
 def _done(run: Run, name: str, arm: str, student: str | None) -> bool:
-    done = is_complete(run.folder / name, _settings(run, arm, student))
+    done = teachers.is_trained(run) if arm == TEACHER else is_complete(run.folder / name, run.settings(arm, student))
     if done:
         run.console.print(f"{name:<22} complete, skipped ({run.folder / name})", highlight=False, soft_wrap=True)
     return done
 
 
 def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Module) -> None:
-    """Fill the student (or go on with the teacher), measure how far it is from the teacher, train it."""
-    facts: dict[str, Any] = {}
-    if arm == arms.CONTINUED:
-        network = copy.deepcopy(teacher)
-    else:
-        network = run.fresh(student)
-        started = time.perf_counter()
-        teacher.to(run.device)
-        record = arms.fill(arm, teacher, network.to(run.device), run.config, run.images)
-        if record is not None:
-            facts["growth"] = {"record": str(record), "seconds": time.perf_counter() - started}
-        if arm == "net2net" and not (run.folder / name / "checkpoint.pt").exists():
-            facts["step0"] = _agreement(run, teacher, network)
-            run.console.print(f"{name:<22} {_shown(facts['step0'])}", highlight=False, soft_wrap=True)
-    _train(run, name, arm, student, network, run.config.rates[arm], facts)
+    """Fill the student (or go on with the teacher), measure how far it is from the teacher, train it.
+
+    Raises BusyError if another process does.
+    """
+    job = run.job(name, student, run.config.rates[arm])
+    with locks.hold(job.folder):
+        if is_complete(job.folder, run.settings(arm, student)):  # since we looked
+            return
+        facts: dict[str, Any] = {}
+        if arm == arms.CONTINUED:
+            network = copy.deepcopy(teacher)
+        else:
+            network = run.fresh(student)
+            started = time.perf_counter()
+            teacher.to(run.device)
+            record = arms.fill(arm, teacher, network.to(run.device), run.config, run.images)
+            if record is not None:
+                facts["growth"] = {"record": str(record), "seconds": time.perf_counter() - started}
+            if arm == "net2net" and not checkpoint.exists(job.folder):
+                facts["step0"] = _agreement(run, teacher, network)
+                run.console.print(f"{name:<22} {_shown(facts['step0'])}", highlight=False, soft_wrap=True)
+        carry_out(run, job, arm, student, network, facts)
 
 
 def _agreement(run: Run, teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
@@ -207,66 +132,6 @@ def _shown(step0: dict[str, Any]) -> str:
         f"agrees with its teacher on {step0['agree']} of {step0['of']} test images in float64 "
         f"(error {step0['max_relative_error']:.0e}), on {single['agree']} in float32"
     )
-
-
-def _train(
-    run: Run, name: str, arm: str, student: str | None, network: nn.Module, rate: float, facts: dict[str, Any]
-) -> None:
-    """Train one stage and write its manifest: first as incomplete, so that a folder always says what it holds."""
-    job = run.job(name, student, rate)
-    began = ledger.read_manifest(job.folder)
-    manifest: dict[str, Any] = {
-        "experiment": run.config.name,
-        "arm": arm,
-        "student": student,
-        "seed": run.config.seed,
-        "settings": _settings(run, arm, student),
-        "config": asdict(run.config),
-        "data": run.splits.description,
-        "device": str(run.device),
-        "hardware": describe(run.device),
-        "precision": str(run.precision).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "forward_flops": run.costs[student][0],
-        "train_flops_per_image": job.flops,
-        "teacher": TEACHER if arm in report.STARTS_FROM_TEACHER else None,
-        "complete": False,
-    }
-    manifest |= ledger.provenance() | facts
-    if began is not None:  # an interrupted run: what was measured before its first step still holds
-        manifest |= {key: began[key] for key in ("growth", "step0") if key in began}
-    ledger.write_manifest(job.folder, manifest)
-    first = 0 if began is None else _steps_done(job.folder)
-    with (
-        progress.follow(run.console, name, job.total, first, run.config.schedule.batch_size) as follower,
-        mirror.mirror(run.config, name, manifest, run.console) as log,
-    ):
-        try:
-            train(network, job, _Both(follower, log))
-        except Interrupted as stop:
-            raise KeyboardInterrupt(str(stop)) from None
-    ledger.write_manifest(
-        job.folder, manifest | {"complete": True, "curve_sha256": ledger.checksum(job.folder / "curve.csv")}
-    )
-
-
-def _steps_done(folder: Path) -> int:
-    return int(ledger.load_checkpoint(folder)["step"]) if (folder / "checkpoint.pt").exists() else 0
-
-
-@dataclass(frozen=True)
-class _Both:
-    """The terminal and the mirror are told of the same rows."""
-
-    follower: progress.Follower
-    log: mirror.Log
-
-    def advance(self, step: int, loss: float) -> None:
-        self.follower.advance(step, loss)
-
-    def row(self, row: Mapping[str, float]) -> None:
-        self.follower.row(row)
-        self.log(row)
 
 
 def _announce(

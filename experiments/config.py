@@ -71,7 +71,9 @@ class Config:
     cases: dict[str, Any] = field(default_factory=dict)  # name -> settings it changes; each runs as an experiment
     case: str | None = None  # the case to run; None: all, one after another
     seed: int = 0
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    arms: Any = field(
+        default_factory=lambda: list(ARMS)
+    )  # a list of names; one alone may be a word: a sweep passes such
     model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
     inception: dict[str, Any] = field(default_factory=dict)  # what the scale makes of the paper's network
     teacher: dict[str, Any] = field(default_factory=dict)  # what the teacher changes in it
@@ -94,6 +96,10 @@ class Config:
     precision: str = "auto"  # auto, float32, bfloat16
     logger: str = "wandb"  # wandb, none
     runs: str = "runs"  # where runs are written
+    checkpoint_seconds: float = 60.0  # a run that is killed loses at most so much, and at most an epoch
+
+    def __post_init__(self) -> None:
+        self.arms = [str(arm) for arm in (self.arms if isinstance(self.arms, list) else [self.arms])]
 
     @property
     def name(self) -> str:
@@ -159,6 +165,7 @@ def _check_numbers(config: Config) -> None:
             raise ExperimentError(f"{key} is {number}: it has to be above 0.")
     smallest = {
         "seed": (config.seed, 0),
+        "checkpoint_seconds": (config.checkpoint_seconds, 0),
         "schedule.batch_size": (schedule.batch_size, 2),  # batch norm needs two
         "schedule.momentum": (schedule.momentum, 0),
         "schedule.weight_decay": (schedule.weight_decay, 0),

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: a curve, a manifest, a checkpoint; each complete under its name, or not there at all."""
+"""What a run leaves on disk to be read: a curve and a manifest, each complete under its name, or not there at all."""
 
 import csv
 import hashlib
@@ -9,11 +9,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .config import ExperimentError
 from .files import write
@@ -57,25 +56,18 @@ def checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write everything that a run needs to go on, or that a student needs of its teacher."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    write(folder / "checkpoint.pt", buffer.getvalue())
+def processes(before: Mapping[str, Any] | None, now: Mapping[str, Any], first: int) -> list[dict[str, Any]]:
+    """The processes that made the steps of a stage, and which: the last is this one, from `first` on.
 
-
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote (plain data and tensors, nothing executed); ExperimentError if it cannot be read."""
-    path = folder / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes its reader raise
-        raise ExperimentError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}): delete {folder} to run this stage anew."
-        ) from error
-    if not isinstance(state, dict) or not {"network", "optimizer", "step", "rows"} <= set(state):
-        raise ExperimentError(f"{path} is not a checkpoint of this project: delete {folder} to run this stage anew.")
-    return state
+    `before` is the manifest so far, `now` the provenance of this process. `to` is None until the stage is done, or
+    another process has gone on from where this one was saved; a process whose steps were all lost is not named.
+    """
+    made: list[dict[str, Any]] = []
+    for process in (before or {}).get("processes", ()):
+        last = first if process["to"] is None else min(first, process["to"])
+        made += [process | {"to": last}] * (last > process["from"])
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return [*made, {"started": started, "commit": now["commit"], "dirty": now["dirty"], "from": first, "to": None}]
 
 
 def provenance() -> dict[str, Any]:

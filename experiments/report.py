@@ -241,14 +241,20 @@ def agreement(manifests: dict[int, dict[str, Any]]) -> str:
     return f"{agree} of {total}" + (f" (error {max(errors):.1e})" if errors else "")
 
 
+def own(manifests: Manifests) -> list[dict[str, Any]]:
+    """The manifests of the experiment's own arms, or else the teacher's, which another experiment may have trained."""
+    records = [record for arm, seeds in manifests.items() if arm != "teacher" for record in seeds.values()]
+    return records or [record for seeds in manifests.values() for record in seeds.values()]
+
+
 def name(manifests: Manifests) -> str:
     """The experiment that was run, with its case."""
-    return next(iter(next(iter(manifests.values())).values()))["experiment"]
+    return own(manifests)[0]["experiment"]
 
 
 def target_arm(manifests: Manifests) -> str:
     """The arm that the configuration counts steps to."""
-    return next(iter(next(iter(manifests.values())).values()))["config"]["target"]
+    return own(manifests)[0]["config"]["target"]
 
 
 def flops_unit(largest: float) -> tuple[float, str]:

@@ -1,11 +1,17 @@
 """Stages: the teacher and each arm. A stage whose product exists is skipped; one made otherwise is refused."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import ledger
+from torch import nn
+
+from . import checkpoint, ledger, mirror, progress, report
 from .config import ExperimentError, flatten
+from .device import describe
+from .run import TEACHER, Run
+from .training import Job, train
 
 
 def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -15,7 +21,7 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
     """
     manifest = ledger.read_manifest(folder)
     if manifest is None:
-        if (folder / "checkpoint.pt").exists():
+        if checkpoint.exists(folder):
             raise ExperimentError(
                 f"{folder} holds a checkpoint but no manifest, so nobody knows what made it: delete the folder."
             )
@@ -32,3 +38,61 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
             "Delete that folder to run it anew, or write elsewhere with runs=FOLDER."
         )
     return bool(manifest["complete"])
+
+
+def carry_out(
+    run: Run, job: Job, arm: str, student: str | None, network: nn.Module, facts: dict[str, Any] | None = None
+) -> None:
+    """Train one stage and write its manifest: first as incomplete, so that a folder always says what it holds.
+
+    `facts` are added to the manifest. Only for who holds the folder's lock.
+    """
+    began = ledger.read_manifest(job.folder)
+    manifest: dict[str, Any] = {
+        "experiment": run.config.name,
+        "arm": arm,
+        "student": student,
+        "seed": run.config.seed,
+        "settings": run.settings(arm, student),
+        "config": asdict(run.config),
+        "data": run.splits.description,
+        "device": str(run.device),
+        "hardware": describe(run.device),
+        "precision": str(run.precision).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "forward_flops": run.costs[student][0],
+        "train_flops_per_image": job.flops,
+        "teacher": TEACHER if arm in report.STARTS_FROM_TEACHER else None,
+        "complete": False,
+    }
+    provenance, state = ledger.provenance(), checkpoint.resume(job.folder)
+    manifest |= provenance | (facts or {})
+    manifest["processes"] = ledger.processes(began, provenance, state["step"])
+    if began is not None:  # an interrupted run: what was measured before its first step still holds
+        manifest |= {key: began[key] for key in ("growth", "step0") if key in began}
+    ledger.write_manifest(job.folder, manifest)
+    with (
+        progress.follow(run.console, job.name, job.total, state["step"], run.config.schedule.batch_size) as follower,
+        mirror.mirror(run.config, job.name, manifest, run.console) as log,
+    ):
+        train(network, job, _Both(follower, log), state)
+    if arm != TEACHER:  # whose weights others need
+        checkpoint.drop_previous(job.folder)
+    manifest["processes"][-1]["to"] = job.total
+    manifest |= {"complete": True, "curve_sha256": ledger.checksum(job.folder / "curve.csv")}
+    ledger.write_manifest(job.folder, manifest)
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The terminal and the mirror are told of the same rows."""
+
+    follower: progress.Follower
+    log: mirror.Log
+
+    def advance(self, step: int, loss: float) -> None:
+        self.follower.advance(step, loss)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        self.follower.row(row)
+        self.log(row)

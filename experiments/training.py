@@ -1,8 +1,7 @@
 """The training loop: one network, one schedule, one curve."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ledger
+from . import checkpoint, ledger
 from .config import Config, ExperimentError, steps
 from .data import Splits, complete_batches
 from .device import autocast
 from .optimizers import make_optimizer, rate_at
 from .progress import Follower
 from .randomness import derive_seed
+from .signals import Asked, Requests
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Job:
     rate: float  # initial learning rate
     epochs: str
     flops: int  # of training on one image
+    name: str = "training"  # what the stage is called
 
     @property
     def per_epoch(self) -> int:
@@ -45,64 +46,98 @@ class Job:
         return steps(self.epochs, self.per_epoch)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and has written what it needs to go on."""
-
-
-def train(network: nn.Module, job: Job, follower: Follower) -> list[dict[str, float]]:
+def train(
+    network: nn.Module, job: Job, follower: Follower, state: dict[str, Any] | None = None
+) -> list[dict[str, float]]:
     """Train `network` in place and return its curve, one row an evaluation, the first at step 0.
 
-    The curve and a checkpoint are written at every evaluation. A run whose folder has a checkpoint goes on from there;
-    data order, augmentation and dropout depend on seed and step alone, so it sees what it would have seen.
-    Raises ExperimentError at a loss that is not finite (the last checkpoint stays), Interrupted after Ctrl-C.
+    Goes on from `state`, or from the checkpoint in the job's folder: data order, augmentation and dropout depend on
+    seed and step alone, so it sees what it would have seen. A checkpoint is written at every epoch, at every
+    evaluation and after `checkpoint_seconds`, the curve at every evaluation.
+    Raises ExperimentError at a loss that is not finite (the last checkpoint stays) or at images that cannot be read,
+    signals.Interrupted, or what a launcher's handler raises, when it was asked to stop; these two are saved first.
     """
     schedule, device = job.config.schedule, job.device
     network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(network, schedule)
+    state = checkpoint.resume(job.folder) if state is None else state
+    _restore(network, optimizer, state, job.folder)
+    step, rows, meter = int(state["step"]), list(state["rows"]), _Meter(device, state["meter"])
     warmup, every = (steps(d, job.per_epoch) for d in (schedule.warmup, schedule.evaluate))
-    state = _resume(network, optimizer, job)
-    rows, first, meter = state["rows"], state["step"], _Meter(device, state["meter"])
+    batches, watch = _batches(job, step), _Watch(state["seconds"])
+    saved, pause = time.monotonic(), 0.0  # when; how long the last evaluation took
+
+    def save() -> None:
+        nonlocal saved
+        meter.check()
+        _save(network, optimizer, job, step, rows, watch.seconds(), meter.state())
+        saved = time.monotonic()
+
+    def where() -> str:
+        return f"{job.name} stopped at step {step} of {job.total}"
+
     if rows:
-        ledger.write_curve(job.folder, rows)  # the checkpoint may be one evaluation ahead of it
-    else:
-        rows.append(_row(job, 0, 0.0, None, None) | evaluate_all(network, job))
-        _save(network, optimizer, job, 0, rows, 0.0)
-    follower.row(rows[-1])
-    started = time.perf_counter() - state["seconds"]
-    with _stop_request() as stop:
-        for step, (images, labels) in zip(range(first, job.total), _batches(job, first), strict=False):
+        ledger.write_curve(job.folder, rows)  # the checkpoint may be an evaluation ahead of it, or behind
+        follower.row(rows[-1])
+    with Requests() as requests:
+        while True:
+            evaluating = _is_due(step, every, job.total) and not (rows and rows[-1]["step"] == step)
+            if step == job.total and not evaluating:
+                requests.deliver(where())
+                return rows
+            began = time.monotonic()
+            if evaluating:
+                meter.check()  # which also waits for the device, so that no training is taken for evaluation
+            found, batch = {}, None
+            try:
+                if evaluating:
+                    with watch.paused():
+                        found = evaluate_all(network, job, requests)
+                else:
+                    batch = next(batches)
+            except Asked:  # a long evaluation is left for a signal, and done again
+                save()
+                requests.deliver(where())
+                continue
+            except ExperimentError:  # the images are gone, but not what was learned from them
+                save()
+                raise
+            if batch is None:
+                rows.append(_row(job, step, watch.seconds(), *meter.take()) | found)
+                with watch.paused():
+                    save()
+                    ledger.write_curve(job.folder, rows)
+                pause = time.monotonic() - began
+                follower.row(rows[-1])
+                continue
             for group in optimizer.param_groups:
                 group["lr"] = job.rate * rate_at(step, job.total, warmup, schedule.decay)
             torch.manual_seed(derive_seed(job.config.seed, "dropout", step))
-            logits, loss = learn(network, optimizer, images, labels, device, job.precision)
-            meter.add(step, loss, logits, labels)
-            follower.advance(step + 1, meter.shown)
-            last = step + 1 == job.total
-            if (step + 1) % every == 0 or last:
-                meter.check()
-                pause = time.perf_counter()
-                rows.append(_row(job, step + 1, pause - started, *meter.take()) | evaluate_all(network, job))
-                started += time.perf_counter() - pause  # evaluation is not counted as training
-                follower.row(rows[-1])
-                _save(network, optimizer, job, step + 1, rows, rows[-1]["seconds"])
-            if stop():
-                meter.check()
-                _save(network, optimizer, job, step + 1, rows, time.perf_counter() - started, meter.state())
-                raise Interrupted(f"{job.folder.name} stopped at step {step + 1} of {job.total}")
-    return rows
+            logits, loss = learn(network, optimizer, *batch, device, job.precision)
+            meter.add(step, loss, logits, batch[1])
+            step += 1
+            follower.advance(step, meter.shown)
+            ahead = _is_due(step, every, job.total)  # an evaluation, which saves
+            late = time.monotonic() - saved + ahead * pause >= job.config.checkpoint_seconds
+            if requests.pending or late or (step % job.per_epoch == 0 and not ahead):
+                save()
+                requests.deliver(where())
 
 
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> dict[str, Any]:
-    """What the folder's checkpoint holds, loaded into network and optimizer; the initial state without one."""
-    if not (job.folder / "checkpoint.pt").exists():
-        return {"step": 0, "rows": [], "seconds": 0.0, "meter": None}
-    state = ledger.load_checkpoint(job.folder)
-    load_network(network, state, job.folder)
+def _is_due(step: int, every: int, total: int) -> bool:
+    """Whether there is an evaluation after so many steps."""
+    return step % every == 0 or step == total
+
+
+def _restore(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], folder: Path) -> None:
+    """Load a checkpoint's state; the one before the first step changes nothing."""
+    if "network" not in state:
+        return
+    load_network(network, state, folder)
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(_foreign(job.folder)) from error
-    return state
+        raise ExperimentError(_foreign(folder)) from error
 
 
 def load_network(network: nn.Module, state: Mapping[str, Any], folder: Path) -> None:
@@ -154,13 +189,19 @@ def evaluate(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tu
     return loss.item() / seen, right / seen
 
 
-def evaluate_all(network: nn.Module, job: Job) -> dict[str, float]:
-    """The columns of a row that come from evaluation."""
+def evaluate_all(network: nn.Module, job: Job, requests: Requests) -> dict[str, float]:
+    """The columns of a row that come from evaluation. Raises signals.Asked if a signal comes meanwhile."""
     row = {}
     for name in ("holdout", "test"):
         batches = getattr(job.splits, name).ordered(4 * job.config.schedule.batch_size)
-        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, batches)
+        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, _until_asked(batches, requests))
     return row
+
+
+def _until_asked(batches: Iterator[tuple[Tensor, Tensor]], requests: Requests) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        requests.check()
+        yield batch
 
 
 def _batches(job: Job, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -178,6 +219,26 @@ def _batches(job: Job, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         ):
             yield images.contiguous(memory_format=torch.channels_last), labels
         epoch, start = epoch + 1, 0
+
+
+class _Watch:
+    """The seconds spent on training, those of the runs before included."""
+
+    def __init__(self, seconds: float) -> None:
+        self.since = time.perf_counter() - seconds
+
+    def seconds(self) -> float:
+        """Until now."""
+        return time.perf_counter() - self.since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the block takes is not counted."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - began
 
 
 class _Meter:
@@ -242,7 +303,7 @@ def _row(job: Job, step: int, seconds: float, loss: float | None, accuracy: floa
         "step": step,
         "epoch": step / job.per_epoch,
         "examples": examples,
-        "seconds": seconds,
+        "seconds": seconds if step else 0.0,
         "flops": examples * job.flops,
     }
     return row if loss is None or accuracy is None else row | {"train_loss": loss, "train_accuracy": accuracy}
@@ -254,34 +315,17 @@ def _save(
     job: Job,
     step: int,
     rows: list[dict[str, float]],
-    spent: float,
-    meter: Mapping[str, float] | None = None,
+    seconds: float,
+    meter: Mapping[str, float],
 ) -> None:
     state = {
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "rows": rows,
-        "seconds": spent,
+        "seconds": seconds,
         "meter": meter,
     }
     if not all(bool(t.isfinite().all()) for t in network.state_dict().values()):
         raise ExperimentError(_not_finite("A weight is", step))  # the next loss would not be
-    ledger.save_checkpoint(job.folder, state)
-    ledger.write_curve(job.folder, rows)
-
-
-@contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a question that the loop asks between two steps; a second one stops at once."""
-    asked = []
-
-    def ask(*_: object) -> None:
-        asked.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    checkpoint.save(job.folder, state)

@@ -20,7 +20,18 @@ from experiments.files import write
 
 COMMAND = "python scripts/figures.py"
 # Settings that may differ between seeds of one experiment without making their mean meaningless.
-_PER_RUN = {"seed", "arms", "claim", "device", "logger", "runs", "data.root", "data.cache", "data.workers"}
+_PER_RUN = {
+    "seed",
+    "arms",
+    "claim",
+    "device",
+    "logger",
+    "runs",
+    "checkpoint_seconds",
+    "data.root",
+    "data.cache",
+    "data.workers",
+}
 
 Results = dict[str, tuple[report.Curves, report.Manifests]]
 
@@ -77,7 +88,8 @@ def command_phrase(records: list[dict[str, Any]]) -> str:
 def section(name: str, curves: report.Curves, manifests: report.Manifests) -> str:
     """One experiment's part of results/README.md."""
     records = [record for seeds in manifests.values() for record in seeds.values()]
-    config = records[0]["config"]
+    own = report.own(manifests)
+    config = own[0]["config"]
     seeds = sorted({seed for arm in curves.values() for seed in arm})
     versions = [", ".join(f"{k} {v}" for k, v in sorted(record["versions"].items())) for record in records]
     hardware = [f"{record['device']}: {record['hardware']}, {record['precision']}" for record in records]
@@ -87,14 +99,14 @@ def section(name: str, curves: report.Curves, manifests: report.Manifests) -> st
     facts = {
         "Claim": config["claim"],
         "Command": command_phrase(records),
-        "Data": "; ".join(distinct(data_phrase(record) for record in records)),
+        "Data": "; ".join(distinct(data_phrase(record) for record in own)),
         "Schedule": schedule_phrase(config),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
         "Hardware": "; ".join(distinct(hardware)),
         "Versions": "; ".join(distinct(versions)),
         "Commit": "; ".join(distinct(commits)),
     }
-    mixed = mixed_settings(records)
+    mixed = mixed_settings(own)
     if mixed:
         facts["Not all curves share"] = ", ".join(mixed)
     heads, lines = report.cells(report.summarise(curves, config["target"]), manifests)

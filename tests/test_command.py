@@ -60,7 +60,8 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
         ("seed=x", "seed=x: Value 'x' of type 'str' could not be converted to Integer."),
         ("data.size=8.5", "data.size=8.5: Value '8.5'"),
         ("data.size=9", "set data.size=8"),
-        ("arms=net2net", "arms=net2net: "),
+        ("arms=net2ne", "arms: there is no 'net2ne' (did you mean 'net2net'?"),
+        ("arms=3", "arms: there is no '3'"),
         ("arms=net2net,random_init", "write a list, arms=[net2net,random_init], or add -m"),
         ("schedule=3", "schedule=3: "),
         ("students.wider=3", "students.wider=3 is no network"),
@@ -99,6 +100,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "data.pad": (-1, "data.pad is -1"),
     "data.size": (0, "data.size is 0"),
     "data.workers": (-1, "data.workers is -1"),
+    "checkpoint_seconds": (-1.0, "checkpoint_seconds is -1.0"),
 }
 
 

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import arms, compare, ledger, training
+from experiments import arms, checkpoint, compare, stages, training
 from experiments.config import Config, ExperimentError
 from experiments.data import load
 from experiments.report import read_arm
+from experiments.run import Run
 
 Make = Callable[..., Config]
 Main = Callable[..., int]
@@ -21,8 +22,8 @@ STUDENT_ARMS = ("net2net", "random_pad", "random_init", "random_init_low_lr")
 CPU = torch.device("cpu")
 
 
-def run_of(config: Config) -> compare.Run:
-    return compare.Run(config, load(config.data), CPU, torch.float32, Console())
+def run_of(config: Config) -> Run:
+    return Run(config, load(config.data), CPU, torch.float32, Console())
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -36,19 +37,19 @@ def traced(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, A
     config = tiny("schedule.epochs=3it", "schedule.evaluate=3it", "schedule.warmup=1it")
     train, learn = training.train, training.learn
 
-    def spy_train(network: nn.Module, job: training.Job, follower: Any) -> Any:
+    def spy_train(network: nn.Module, job: training.Job, *rest: Any) -> Any:
         weights = {key: value.clone() for key, value in network.state_dict().items()}
-        found[job.folder.name] = {"weights": weights, "batches": [], "rates": [], "total": job.total}
+        found[job.name] = {"weights": weights, "batches": [], "rates": [], "total": job.total}
 
         def spy_learn(net: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, *rest: Any) -> Any:
-            found[job.folder.name]["batches"].append((images.clone(), labels.clone()))
-            found[job.folder.name]["rates"].append(optimizer.param_groups[0]["lr"])
+            found[job.name]["batches"].append((images.clone(), labels.clone()))
+            found[job.name]["rates"].append(optimizer.param_groups[0]["lr"])
             return learn(net, optimizer, images, labels, *rest)
 
         monkeypatch.setattr(training, "learn", spy_learn)
-        return train(network, job, follower)
+        return train(network, job, *rest)
 
-    monkeypatch.setattr(compare, "train", spy_train)
+    monkeypatch.setattr(stages, "train", spy_train)
     compare.compare(config, Console(quiet=True))
     return found
 
@@ -79,7 +80,7 @@ def test_arms_share_everything_but_weights_and_rate(traced: dict[str, dict[str, 
 def test_the_continued_teacher_starts_at_the_teachers_last_weights(
     traced: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    trained = ledger.load_checkpoint(tmp_path / "runs/quickstart/seed0/teacher")["network"]
+    trained = checkpoint.load(tmp_path / "runs/quickstart/seed0/teacher")["network"]
     assert all(torch.equal(trained[key], value) for key, value in traced["teacher_continued"]["weights"].items())
 
 
@@ -175,7 +176,7 @@ def test_what_is_to_come_is_said_before_it_comes(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "train", stop)
+    monkeypatch.setattr(stages, "train", stop)
     assert train_py("schedule.teacher_epochs=2ep") == 130
     out = capsys.readouterr().out
     assert "quickstart: A wider student" in out

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import ledger, training
+from experiments import checkpoint, ledger, training
 from experiments.config import ExperimentError
 from experiments.stages import is_complete
 
@@ -118,7 +118,7 @@ def test_an_interrupted_experiment_goes_on_to_the_same_curves(
     for stage in STAGES:
         whole, resumed = (tmp_path / runs / "quickstart/seed0" / stage for runs in ("whole", "runs"))
         assert rows(whole) == rows(resumed)
-        a, b = (ledger.load_checkpoint(folder)["network"] for folder in (whole, resumed))
+        a, b = (checkpoint.load(folder)["network"] for folder in (whole, resumed))
         assert all(torch.equal(a[key], b[key]) for key in a)
         records = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, resumed)]
         assert records[0].get("step0") == records[1].get("step0")
@@ -166,14 +166,20 @@ def test_a_checkpoint_of_another_network_is_refused(
     assert "is another network's: delete runs/quickstart/seed0/teacher" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(
+def damage(folder: Path, *names: str) -> None:
+    for name in names:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+
+def test_damaged_checkpoints_are_refused_by_name(
     train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(copied / "net2net")
-    checkpoint = copied / "teacher" / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    damage(copied / "teacher", "checkpoint.pt", "checkpoint.previous.pt")
     assert train_py() == 1
-    assert "The checkpoint runs/quickstart/seed0/teacher/checkpoint.pt cannot be read" in capsys.readouterr().err
+    assert "Neither checkpoint in runs/quickstart/seed0/teacher can be read (" in capsys.readouterr().err
 
 
 def test_a_stage_begun_is_not_complete(tmp_path: Path) -> None:

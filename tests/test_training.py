@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import device, flops, ledger, progress, training
+from experiments import checkpoint, device, flops, progress, training
 from experiments.config import Config, Data, ExperimentError, Schedule
 from experiments.data import Images, Splits
 from experiments.optimizers import make_optimizer, rate_at
 from experiments.report import parse_curve
-from experiments.training import Interrupted, Job, evaluate, train
+from experiments.signals import Interrupted
+from experiments.training import Job, evaluate, train
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def job(tmp_path: Path) -> Job:
     schedule = Schedule(batch_size=8, evaluate="4it", lr=0.01, warmup="2it", momentum=0.9, weight_decay=0.01)
     config = Config(experiment="any", schedule=schedule, data=Data(pad=1))
     splits = Splits(images(28, 1), images(9, 2), images(10, 3), 3, (0.5,), (0.25,), "noise")
-    return Job(tmp_path / "arm", config, splits, CPU, torch.float32, 0.01, "4ep", 100)
+    return Job(tmp_path / "arm", config, splits, CPU, torch.float32, 0.01, "4ep", 100, "arm")
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,13 +123,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert follower.steps == list(range(step + 1, 13))
     assert without_seconds(again) == without_seconds(rows)
     assert same(resumed, whole)
-    states = [ledger.load_checkpoint(folder)["optimizer"]["state"] for folder in (job.folder, tmp_path / "whole")]
+    states = [checkpoint.load(folder)["optimizer"]["state"] for folder in (job.folder, tmp_path / "whole")]
     for key, state in states[0].items():
         assert all(torch.equal(torch.as_tensor(state[name]), torch.as_tensor(states[1][key][name])) for name in state)
 
 
-def test_a_killed_run_goes_on_from_its_last_evaluation(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("killed", "saved"), [(3, 0), (4, 3), (6, 4), (7, 6), (12, 9)])
+def test_a_killed_run_goes_on_from_its_last_epoch_or_evaluation(
+    job: Job, tmp_path: Path, killed: int, saved: int
 ) -> None:
     whole = network()
     rows = train(whole, replace(job, folder=tmp_path / "whole"), Quiet())
@@ -138,14 +140,14 @@ def test_a_killed_run_goes_on_from_its_last_evaluation(
 
     class Dies(Quiet):
         def advance(self, step: int, loss: float) -> None:
-            if step == 7:
+            if step == killed:
                 raise KilledError
 
     with pytest.raises(KilledError):
         train(network(), job, Dies())
     resumed, follower = network(), Quiet()
     assert without_seconds(train(resumed, job, follower)) == without_seconds(rows)
-    assert follower.steps[0] == 5
+    assert follower.steps[0] == saved + 1
     assert same(resumed, whole)
 
 
@@ -191,8 +193,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(training, "learn", diverges)
     with pytest.raises(ExperimentError, match="The loss is not finite at step 7; the last good checkpoint is kept"):
         train(network(), job, Quiet())
-    state = ledger.load_checkpoint(job.folder)
-    assert state["step"] == 4
+    state = checkpoint.load(job.folder)
+    assert state["step"] == 6
     network().load_state_dict(state["network"])
 
 
@@ -211,7 +213,7 @@ def test_the_step_is_named_when_losses_are_looked_at_in_batches() -> None:
 def test_a_rate_that_is_too_high_never_leaves_a_broken_checkpoint(job: Job) -> None:
     with pytest.raises(ExperimentError, match=r"(The loss|A weight) is not finite at step \d+; .* lower schedule\.lr"):
         train(network(), replace(job, rate=1e38), Quiet())
-    for value in ledger.load_checkpoint(job.folder)["network"].values():
+    for value in checkpoint.load(job.folder)["network"].values():
         assert bool(value.isfinite().all())
 
 
@@ -221,8 +223,8 @@ def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
     with torch.no_grad():
         net[0].weight[0] = float("nan")  # type: ignore[index, union-attr]
     with pytest.raises(ExperimentError, match="A weight is not finite at step 5"):
-        training._save(net, make_optimizer(net, job.config.schedule), job, 5, rows, 0.0)
-    assert ledger.load_checkpoint(job.folder)["step"] == 4
+        training._save(net, make_optimizer(net, job.config.schedule), job, 5, rows, 0.0, {})
+    assert checkpoint.load(job.folder)["step"] == 4
 
 
 def test_evaluation_is_in_eval_mode_over_all_images(job: Job) -> None:

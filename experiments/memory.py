@@ -1,0 +1,35 @@
+"""What to do when the memory is not enough."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .config import ExperimentError
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Turn the ways in which memory runs out while the block runs into an ExperimentError with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ExperimentError(
+            f"The memory is not enough ({first}). The last checkpoint is kept: free some, or take a larger machine, and"
+            " the same command goes on from it. Less is needed with fewer data.workers, or with a smaller "
+            "schedule.batch_size or growth.calibrate, which make another run: give it another folder with runs=FOLDER."
+        ) from error
+
+
+def _is_shortage(error: Exception) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in text
+        or "CUDA out of memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        or ("DataLoader worker" in text and "Killed" in text)  # what the kernel does when the machine has no more
+    )

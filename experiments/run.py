@@ -1,0 +1,114 @@
+"""One experiment of one seed on this machine: what its stages are made of, and where they lie."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from . import arms, flops, report
+from .config import Config
+from .data import Splits
+from .training import Job
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment of one seed: configuration, images and machine."""
+
+    config: Config
+    splits: Splits
+    device: torch.device
+    precision: torch.dtype
+    console: Console
+
+    @property
+    def folder(self) -> Path:
+        """Where the seed's stages are written."""
+        return self.experiment / f"seed{self.config.seed}"
+
+    @property
+    def experiment(self) -> Path:
+        """Where all seeds of the experiment are written."""
+        return Path(self.config.runs) / self.config.name
+
+    def fresh(self, student: str | None) -> nn.Module:
+        """A network as its constructor draws it; the teacher for None."""
+        images, _ = next(self.splits.test.ordered(1))
+        return arms.fresh(self.config, student, self.splits.classes, images.shape[1])
+
+    def images(self, count: int) -> Tensor:
+        """The first `count` training images of the run's own order and augmentation (all, if there are fewer)."""
+        data, count = self.config.data, min(count, len(self.splits.train))
+        batches = self.splits.train.batches(
+            count, epoch=0, seed=self.config.seed, augment=True, pad=data.pad, flip=data.flip
+        )
+        return next(iter(batches))[0]
+
+    def job(self, name: str, student: str | None, rate: float, folder: Path | None = None) -> Job:
+        """The training run of one stage, written into the folder, or else where its name says."""
+        return Job(
+            folder or self.folder / name,
+            self.config,
+            self.splits,
+            self.device,
+            self.precision,
+            rate * self.config.schedule.lr,
+            self.epochs(name),
+            self.costs[student][1],
+            name,
+        )
+
+    def epochs(self, name: str) -> str:
+        """How long a stage trains."""
+        schedule = self.config.schedule
+        return (schedule.teacher_epochs if name == TEACHER else None) or schedule.epochs
+
+    @cached_property
+    def costs(self) -> dict[str | None, tuple[int, int]]:
+        """FLOPs an image, of a forward pass and of a training step, of the teacher (None) and each student."""
+        images, _ = next(self.splits.test.ordered(1))
+        return {
+            student: flops.count(self.fresh(student), images.shape[1], self.config.data.size)
+            for student in (None, *self.config.students)
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells the images from any others."""
+        return self.splits.fingerprint()
+
+    def settings(self, arm: str, student: str | None) -> dict[str, Any]:
+        """All that determines the product of a stage, and nothing else."""
+        config = asdict(self.config)
+        data = {key: value for key, value in config["data"].items() if key not in ("root", "cache", "workers")}
+        schedule = dict(config["schedule"])
+        length = schedule.pop("teacher_epochs") or schedule["epochs"]
+        settings = {
+            "seed": config["seed"],
+            "data": data | {"description": self.splits.description, "fingerprint": self.fingerprint},
+            "network": config["model"] | (config["teacher"] if student is None else config["students"][student]),
+            "schedule": schedule,
+            "precision": str(self.precision).removeprefix("torch."),
+        }
+        if arm == TEACHER:
+            return settings | {"schedule": schedule | {"epochs": length}}
+        settings["rate"] = config["rates"][arm]
+        if arm in report.STARTS_FROM_TEACHER:
+            settings["teacher"] = self.teacher
+        if arm == "net2net":
+            settings["growth"] = config["growth"]
+        return settings
+
+    @cached_property
+    def teacher(self) -> str:
+        """The teacher's name among all teachers: a hash of all that determines it."""
+        text = json.dumps(self.settings(TEACHER, None), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,71 @@
+"""The teacher: trained once, for all arms and experiments that start from the same.
+
+It lies in `runs/teachers/<hash>`, where the hash is of all that determines it, and each seed of an experiment has a
+link to it where its other stages are.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from torch import nn
+
+from . import checkpoint, locks
+from .config import ExperimentError
+from .run import TEACHER, Run
+from .stages import carry_out, is_complete
+from .training import load_network
+
+
+def is_trained(run: Run) -> bool:
+    """Whether nobody has to train the teacher any more.
+
+    Raises ExperimentError, showing the difference, if the seed's stages started from another one.
+    """
+    settings = run.settings(TEACHER, None)
+    return is_complete(run.folder / TEACHER, settings) or is_complete(_place(run), settings)
+
+
+def obtain(run: Run, network: nn.Module) -> None:
+    """Load the trained teacher into `network`: train it, or wait for the process that does, if it is not there."""
+    place = _place(run)
+    if place != run.folder / TEACHER:
+        _link(run.folder / TEACHER, place)
+    if _load(run, network, place):
+        return
+    with locks.hold(place, lambda owner: _say(run, f"waits for {owner}, which trains it ({place})")):
+        if not _load(run, network, place):
+            carry_out(run, run.job(TEACHER, None, 1.0, place), TEACHER, None, network)
+
+
+def _place(run: Run) -> Path:
+    """Where the teacher lies: among all teachers, unless the seed has one of its own, as a copy without links does."""
+    own = run.folder / TEACHER
+    return own if own.is_dir() and not own.is_symlink() else Path(run.config.runs) / "teachers" / run.teacher
+
+
+def _load(run: Run, network: nn.Module, place: Path) -> bool:
+    """Load the teacher if it is there, whole and trained to its end."""
+    if not is_complete(place, run.settings(TEACHER, None)):
+        return False
+    state = checkpoint.load(place)
+    load_network(network, state, place)
+    return state["step"] == run.job(TEACHER, None, 1.0).total  # not if the reserve had to do
+
+
+def _link(link: Path, place: Path) -> None:
+    target = os.path.relpath(place, link.parent)
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink() and os.readlink(link) != target:  # to a teacher that is no longer there
+            link.unlink()
+        with suppress(FileExistsError):  # by another process, a moment ago
+            link.symlink_to(target)
+    except OSError as error:
+        raise ExperimentError(
+            f"The link {link} cannot be made ({error.strerror}): choose a file system that has links with runs=FOLDER."
+        ) from error
+
+
+def _say(run: Run, text: str) -> None:
+    run.console.print(f"{TEACHER:<22} {text}", highlight=False, soft_wrap=True)
