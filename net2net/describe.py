@@ -99,15 +99,15 @@ def described(traced: Trace) -> Description:
     for norm in traced.norms:
         for root in torch.unique(roots[norm.units]).tolist():
             norms[root][f"{'mean' if norm.kind == 'mean' else 'norm'} {norm.module or 'in the network'}"] = None
-    found = []
-    for members in of.values():
+    found, carriers, readers = [], _carriers(traced, roots, group), _readers(traced, roots, group)
+    for number, members in of.items():
         units = torch.unique(torch.cat([roots[layer.produces] for layer in members]))
         seen = units.tolist()
         found.append(
             Group(
                 tuple(layer.module for layer in members),
-                tuple(_carriers(traced, roots, units)),
-                tuple(_readers(traced, roots, units)),
+                tuple(carriers[number]),
+                tuple(readers[number]),
                 max(len(layer.produces) for layer in members if layer.produces is not None),
                 next((pinned[root] for root in seen if root in pinned), None),
                 next((whole[root] for root in seen if root in whole), None),
@@ -126,23 +126,26 @@ def _reasons(pairs: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
     return found
 
 
-def _carriers(traced: Trace, roots: Tensor, units: Tensor) -> dict[str, None]:
-    """The modules, in the order of the forward pass, that have an entry for each unit and produce none."""
+def _carriers(traced: Trace, roots: Tensor, group: Tensor) -> dict[int, dict[str, None]]:
+    """For every group the modules, in the order of the forward pass, that have an entry for each unit and produce
+    none."""
     producers = {layer.name for layer in traced.layers.values() if layer.kind == "mix"}
     carried = {name: axes[0] for name, axes in traced.axes.items() if axes and axes[0] is not None} | traced.values
-    return {
-        name.rpartition(".")[0] or name: None
-        for name, labels in carried.items()
-        if name not in producers and bool(torch.isin(roots[labels], units).any())
-    }
+    found: dict[int, dict[str, None]] = defaultdict(dict)
+    for name, labels in carried.items():
+        for number in torch.unique(group[roots[labels]]).tolist() if name not in producers else ():
+            found[number][name.rpartition(".")[0] or name] = None
+    return found
 
 
-def _readers(traced: Trace, roots: Tensor, units: Tensor) -> list[str]:
-    return [
-        layer.module
-        for layer in traced.layers.values()
-        if layer.kind == "mix" and layer.reads is not None and bool(torch.isin(roots[layer.reads], units).any())
-    ]
+def _readers(traced: Trace, roots: Tensor, group: Tensor) -> dict[int, list[str]]:
+    """For every group the modules that read its units."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for layer in traced.layers.values():
+        if layer.kind == "mix" and layer.reads is not None:
+            for number in torch.unique(group[roots[layer.reads]]).tolist():
+                found[number].append(layer.module)
+    return found
 
 
 def _components(sets: list[Tensor], count: int) -> Tensor:

@@ -531,21 +531,47 @@ def _in_order(values: Tensor) -> Tensor:
 def close(trace: Trace, nested: Collection[str] = ()) -> None:
     """A unit belongs to one unit in every relation: where labels of one unit belong to several, those are one.
 
-    Two relations over the same units are compared: groups that coincide are one group, smaller groups belong to the
-    larger ones around them. `nested` are keys of the other network's that say which are smaller there: here they
-    are not made one even if they coincide.
+    So are units that belong to each other, in a circle. Two relations over the same units are compared: groups that
+    coincide are one group, smaller groups belong to the larger ones around them. `nested` are keys of the other
+    network's that say which are smaller there: here they are not made one even if they coincide.
     """
-    while True:
-        merged = False
-        for children, parents in trace.relations.values():
-            a, b = trace.find(children), trace.find(parents)
-            order = torch.argsort(a, stable=True)
-            same = (a[order][1:] == a[order][:-1]) & (b[order][1:] != b[order][:-1])
-            if bool(same.any()):
-                trace.unite(b[order][1:][same], b[order][:-1][same])
-                merged = True
-        if not merged and not _nest(trace, nested):
+    while trace.relations:
+        related = list(trace.relations.values())
+        which = torch.arange(len(related)).repeat_interleave(torch.tensor([len(children) for children, _ in related]))
+        children, parents = (trace.find(torch.cat(side)) for side in zip(*related, strict=True))
+        order = torch.argsort(children, stable=True)
+        order = order[torch.argsort(which[order], stable=True)]
+        which, a, b = which[order], children[order], parents[order]
+        same = (which[1:] == which[:-1]) & (a[1:] == a[:-1]) & (b[1:] != b[:-1])
+        if bool(same.any()):
+            trace.unite(b[1:][same], b[:-1][same])
+        elif len(circular := _circular(torch.stack([a, b])[:, a != b])):
+            trace.unite(*circular.T)
+        elif not _nest(trace, nested):
             return
+
+
+def _circular(edges: Tensor) -> Tensor:
+    """Those edges, from a unit to one that it belongs to, from whose end a way leads back to their start."""
+    edges = torch.unique(edges, dim=1)
+    while True:  # an edge on a circle goes on at both ends
+        on = torch.isin(edges[0], edges[1]) & torch.isin(edges[1], edges[0])
+        if bool(on.all()):
+            break
+        edges = edges[:, on]
+    owners: dict[int, set[int]] = defaultdict(set)
+    for child, parent in edges.T.tolist():
+        owners[child].add(parent)
+
+    def reached(start: int) -> set[int]:
+        found, waiting = set(), [start]
+        while waiting:
+            new = owners[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return found
+
+    return torch.tensor([edge for edge in map(tuple, edges.T.tolist()) if edge[0] in reached(edge[1])])
 
 
 def _nest(trace: Trace, nested: Collection[str]) -> bool:
@@ -562,21 +588,22 @@ def _nest(trace: Trace, nested: Collection[str]) -> bool:
         for i, a in enumerate(keys):
             for b in keys[i + 1 :]:
                 together[a, b].add((owners[a], owners[b]))
+    joined: set[str] = set()  # relations whose units are no longer those in `together`
     for (a, b), pairs in together.items():
         pairs = {(x, y) for x, y in pairs if x != y}
         lefts, rights = {x for x, _ in pairs}, {y for _, y in pairs}
-        if not pairs or (len(lefts) < len(pairs) and len(rights) < len(pairs)):
+        if not pairs or (len(lefts) < len(pairs) and len(rights) < len(pairs)) or joined & {a, b}:
             continue
         x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
         smaller = [f"{a} in {b}" in nested, f"{b} in {a}" in nested]
         if len(lefts) == len(rights) == len(pairs) and not any(smaller):
             trace.unite(x, y)
-            return True
-        if len(lefts) == len(pairs) and not smaller[1]:
+            joined |= {a, b}
+        elif len(lefts) == len(pairs) and not smaller[1]:
             trace.relate(f"{a} in {b}", x, y)
         else:
             trace.relate(f"{b} in {a}", y, x)
-    return False
+    return bool(joined)
 
 
 def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing_all: bool) -> dict[str, set[str]]:

@@ -49,9 +49,15 @@ def widen(
     groups = described(traced)
     state = (generator or torch.Generator().manual_seed(0)).get_state()
 
+    parts = _parts(traced, groups)
+
+    def runs(factors: dict[int, float]) -> nn.Module:
+        copied = _resized(model, traced, _counts(traced, parts, factors), trial=True)
+        run(copied, inputs)
+        return copied
+
     def grown(factors: dict[int, float]) -> nn.Module:
-        copied = _resized(model, traced, groups, factors)
-        run(copied, inputs)  # which refuses a width that is written into the forward pass sooner than a transfer does
+        copied = _resized(model, traced, _counts(traced, parts, factors))
         draws = torch.Generator()
         draws.set_state(state)
         copied.growth = transfer(model, copied, example, generator=draws, split=split, noise=noise)  # type: ignore
@@ -69,7 +75,8 @@ def widen(
         raise TransferError(
             f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}."
         )
-    return _as_much_as_can_be(grown, {k: widths for k in free})
+    running, _ = _as_much_as_can_be(runs, {k: widths for k in free})  # a width written into the forward pass stays
+    return _as_much_as_can_be(grown, running)[1]
 
 
 def _number(width: object, what: str) -> None:
@@ -114,8 +121,10 @@ def _asked(groups: Description, widths: Mapping[str, float | int], second: list[
     return factors
 
 
-def _as_much_as_can_be(grown: Callable[[dict[int, float]], nn.Module], factors: dict[int, float]) -> nn.Module:
-    """All groups; or else, half by half, those that grow beside the ones that were found to."""
+def _as_much_as_can_be(
+    grown: Callable[[dict[int, float]], nn.Module], factors: dict[int, float]
+) -> tuple[dict[int, float], nn.Module]:
+    """All groups; or else, half by half, those that grow beside the ones that were found to; and the network grown."""
     held: dict[int, float] = {}
     best: list[nn.Module] = []
     refused: list[TransferError] = []
@@ -137,19 +146,22 @@ def _as_much_as_can_be(grown: Callable[[dict[int, float]], nn.Module], factors: 
     add(factors)
     if not best:
         raise refused[0]
-    return best[0]
+    return held, best[0]
 
 
 # -- shapes -------------------------------------------------------------------------------------------------------
 
 
-def _resized(model: nn.Module, traced: Trace, groups: Description, factors: dict[int, float]) -> nn.Module:
-    """A copy of `model` with room for the new units; what it holds is drawn like the old, and means nothing."""
-    count = _counts(traced, groups, factors)
-    shapes = {name: _shape(traced, name, count) for name in traced.tensors}
+def _resized(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
+    """A copy of `model` with room for the new units; what it holds is drawn like the old, and means nothing.
+
+    For a `trial`, which is to show whether it runs, it holds zeros where it grows, and elsewhere the model's own tensors.
+    """
+    roots = traced.roots()
+    shapes = {name: _shape(traced, roots, name, count) for name in traced.tensors}
     if all(shape == traced.tensors[name].shape for name, shape in shapes.items()):
         raise TransferError("Nothing grows: every width stays what it is.")
-    copied = _copied(model)
+    copied = _copied(model, shared=trial and not traced.stand_ins)  # a parametrisation is set in place
     stand_ins = {f"{name}.{weight}".lstrip("."): (module, weight) for name, module, weight in parametrised(copied)}
     generator = torch.Generator().manual_seed(0)
     places = _places(copied)
@@ -157,19 +169,24 @@ def _resized(model: nn.Module, traced: Trace, groups: Description, factors: dict
         old = traced.tensors[name]
         if shape == old.shape:
             continue
+        value = old.new_zeros(shape) if trial else _drawn(old, shape, generator)
         if name in stand_ins:
-            _set_parametrised(*stand_ins[name], _drawn(old, shape, generator), name)
+            _set_parametrised(*stand_ins[name], value, name)
         else:
-            _replace(places[name], _drawn(old, shape, generator))
+            _replace(places[name], value)
     for name, module in copied.named_modules():
         _set_attributes(module, model.get_submodule(name))
     return copied
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy that knows of no growth; attributes of parameters, which copying drops, stay on."""
-    copied = copy.deepcopy(model)
+def _copied(model: nn.Module, shared: bool = False) -> nn.Module:
+    """A copy that knows of no growth, of other tensors or of the same; attributes of parameters, which copying drops,
+    stay on."""
+    tensors = [*model.parameters(), *model.buffers()] if shared else []
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     copied.__dict__.pop("growth", None)
+    if shared:
+        return copied
     theirs = dict(model.named_parameters())
     for name, parameter in copied.named_parameters():
         for tag, what in vars(theirs[name]).items():
@@ -189,13 +206,17 @@ def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) 
         raise TransferError(f"The parametrisation of {name} cannot be given another width: {error}") from error
 
 
-def _counts(traced: Trace, groups: Description, factors: dict[int, float]) -> Tensor:
+def _parts(traced: Trace, groups: Description) -> list[list[Tensor]]:
+    """The units of every group in parts that grow by themselves."""
+    signature = _signatures(traced, traced.roots())
+    return [signature(group.units) for group in groups.groups]
+
+
+def _counts(traced: Trace, parts: list[list[Tensor]], factors: dict[int, float]) -> Tensor:
     """By how many units each unit is replaced, on average over those that are alike."""
-    roots = traced.roots()
-    count = torch.ones(len(roots), dtype=torch.double)
-    signature = _signatures(traced, roots)
+    count = torch.ones(len(traced.roots()), dtype=torch.double)
     for k, factor in factors.items():
-        for alike in signature(groups.groups[k].units):
+        for alike in parts[k]:
             count[alike] = max(len(alike), round(len(alike) * factor + 1e-9)) / len(alike)
     return count
 
@@ -222,8 +243,8 @@ def _signatures(traced: Trace, roots: Tensor) -> Callable[[Tensor], list[Tensor]
     return parts
 
 
-def _shape(traced: Trace, name: str, count: Tensor) -> torch.Size:
-    roots, tensor = traced.roots(), traced.tensors[name]
+def _shape(traced: Trace, roots: Tensor, name: str, count: Tensor) -> torch.Size:
+    tensor = traced.tensors[name]
     shape = list(tensor.shape)
     if name in traced.values:
         units = traced.values[name].reshape(tensor.shape)
