@@ -57,9 +57,9 @@ class Origin:
     teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
     normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor, and a pass-through,
     are multiplied by `factor`, and along the first axis by `rows`. With `turn` a layer's units, or what reads them, are
-    turned by a random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says how many
-    groups the teacher's layer has, and how many of them make one of the student's, with zeros between them (the last
-    is of what is left).
+    turned by a random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says
+    how many groups the teacher's layer has, and how many of them make one of the student's, with zeros between them
+    (the last is of what is left).
     """
 
     how: str

@@ -133,7 +133,7 @@ def test_every_part_of_a_teacher_that_looks_trained_has_a_say() -> None:
 
 def row(name: str, error: float | None = 1e-15, reason: str | None = None) -> zoo.Row:
     """A made-up measurement."""
-    return zoo.Row(named(name), (1_260_000, 2_000_000), 0.5, 1.23, error, reason)
+    return zoo.Row(named(name), (1_260_000, 2_000_000), 0.5, 2e-15, 1.23, error, reason)
 
 
 def test_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +143,10 @@ def test_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     page = zoo.page(rows)
     for line in (
         "- **Result:** 3 pairs: 1 exact, 1 refused, **1 WRONG**",
-        "| ResNet | resnet18 | resnet34 | depth | 1.3 → 2.0 | 0.5 | 1.0e-15 | 1.2 | exact |",
+        "| ResNet | resnet18 | resnet34 | depth | 1.3 → 2.0 | 0.5 | 2e-15 | 1.0e-15 | 1.2 | exact |",
         "| Inception | inception_v3 (96 pixels) | inception_v3, 7x7 x1.5 | width "
-        "| 1.3 → 2.0 | 0.5 | 1.0e-09 | 1.2 | WRONG |",
-        "| ConvNeXt | convnext_small | convnext_base | width | 1.3 → 2.0 | 0.5 | – | 1.2 | refused |",
+        "| 1.3 → 2.0 | 0.5 | 2e-15 | 1.0e-09 | 1.2 | WRONG |",
+        "| ConvNeXt | convnext_small | convnext_base | width | 1.3 → 2.0 | 0.5 | 2e-15 | – | 1.2 | refused |",
         "- **convnext_small → convnext_base:** Mathematics. In its own words: “No.”",
         "- inception_v3, 7x7 x1.5: `inception_v3(channels_7x7=1.5)`",
     ):
