@@ -3,60 +3,23 @@
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from loops import CPU, Quiet, network, same, without_seconds
 from rich.console import Console
 from torch import Tensor, nn
 
 from experiments import checkpoint, device, flops, progress, training
-from experiments.config import Config, Data, ExperimentError, Schedule
-from experiments.data import Images, Splits
+from experiments.config import ExperimentError, Schedule
 from experiments.optimizers import make_optimizer, rate_at
 from experiments.report import parse_curve
 from experiments.signals import Interrupted
 from experiments.training import Job, evaluate, train
-
-CPU = torch.device("cpu")
-
-
-class Quiet:
-    """A follower that remembers the steps that it was told of."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def advance(self, step: int, loss: float) -> None:
-        self.steps.append(step)
-
-    def row(self, row: Mapping[str, float]) -> None:
-        pass
-
-
-def images(count: int, seed: int) -> Images:
-    pixels = torch.randint(256, (count, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Images(pixels, torch.arange(count) % 3, (0.5,), (0.25,))
-
-
-def network() -> nn.Module:
-    """Convolution, batch norm and dropout: weights, buffers, and randomness of its own."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)
-    )
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """Twelve steps, three an epoch, an evaluation every four."""
-    schedule = Schedule(batch_size=8, evaluate="4it", lr=0.01, warmup="2it", momentum=0.9, weight_decay=0.01)
-    config = Config(experiment="any", schedule=schedule, data=Data(pad=1))
-    splits = Splits(images(28, 1), images(9, 2), images(10, 3), 3, (0.5,), (0.25,), "noise")
-    return Job(tmp_path / "arm", config, splits, CPU, torch.float32, 0.01, "4ep", 100, "arm")
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +34,6 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return learn(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training, "learn", learn_and_stop)
-
-
-def without_seconds(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_the_curve_has_a_row_at_step_0_and_at_every_evaluation(job: Job) -> None:

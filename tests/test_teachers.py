@@ -1,0 +1,231 @@
+"""One teacher for all arms and experiments that start from the same, trained once. The processes are real."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from experiments import checkpoint, compare, locks, report, teachers, training
+from experiments.config import ARMS, Config, ExperimentError
+from experiments.data import load
+from experiments.run import Run
+from scripts import torture
+
+Make = Callable[..., Config]
+SMALL = [*torture.SETTINGS[1:], "schedule.epochs=8it", "schedule.evaluate=4it", "growth.calibrate=0"]
+
+
+@pytest.fixture
+def small(composed: Make, tmp_path: Path) -> Make:
+    """A smaller experiment than the smallest; eight steps a stage."""
+    return lambda *settings: composed(torture.SETTINGS[0], *SMALL, f"runs={tmp_path}/runs", *settings)
+
+
+def compare_as(config: Config, log: Path) -> None:
+    """Run an experiment in this process."""
+    torch.set_num_threads(1)
+    with open(log, "w") as text:
+        compare.compare(config, Console(file=text))
+
+
+def trained_teacher(runs: Path) -> tuple[Path, dict[str, Any]]:
+    (folder,) = (runs / "teachers").iterdir()
+    return folder, json.loads((folder / "manifest.json").read_text())
+
+
+def test_twenty_arms_at_once_train_it_once_and_wait(small: Make, tmp_path: Path) -> None:
+    processes = {}
+    for experiment in ("one", "two", "three", "four"):
+        for arm in ARMS:
+            config = small(f"arms={arm}", f"target={arm}")
+            config.experiment = experiment
+            log = tmp_path / f"{experiment}-{arm}.txt"
+            processes[log] = torture.context.Process(target=compare_as, args=(config, log))
+    for process in processes.values():
+        process.start()
+    for process in processes.values():
+        process.join()
+    assert {process.exitcode for process in processes.values()} == {0}
+    folder, manifest = trained_teacher(tmp_path / "runs")
+    assert manifest["complete"] and [(p["from"], p["to"]) for p in manifest["processes"]] == [(0, 8)]
+    logs = {log.stem: log.read_text() for log in processes}
+    need = {name for name in logs if "random_init" not in name}
+    trained = [name for name, text in logs.items() if "teacher                step" in text]
+    assert len(trained) == 1 and len(need) == 12
+    waited = [name for name, text in logs.items() if "waits for process" in text]
+    assert waited and set(waited) <= need - set(trained)
+    for name in waited:
+        assert logs[name].count("waits for process") == 1
+    for name in need:
+        seed = tmp_path / "runs" / name.partition("-")[0] / "seed0"
+        assert os.readlink(seed / "teacher") == f"../../teachers/{folder.name}"
+        manifest = json.loads((seed / name.partition("-")[2] / "manifest.json").read_text())
+        assert manifest["complete"] and manifest["settings"]["teacher"] == folder.name
+    assert not list((tmp_path / "runs").rglob(".*"))
+
+
+def test_who_waits_goes_on_where_a_killed_trainer_was(small: Make, tmp_path: Path) -> None:
+    compare.compare(small("arms=random_pad", "target=random_pad", f"runs={tmp_path}/whole"), Console(quiet=True))
+    logs = [tmp_path / f"{number}.txt" for number in range(3)]
+    processes = []
+    for number, log in enumerate(logs):
+        config = small("arms=random_pad", "target=random_pad", "checkpoint_seconds=0")
+        config.experiment = f"experiment{number}"
+        processes.append(torture.context.Process(target=compare_as, args=(config, log)))
+        processes[-1].start()
+    killed: list[int] = []
+    while len(killed) < 2:
+        for number, log in enumerate(logs):
+            text = log.read_text() if log.exists() else ""
+            reached = "teacher                step      4/8" in text or (
+                killed and "teacher                step" in text
+            )
+            if number not in killed and reached and processes[number].is_alive():
+                os.kill(processes[number].pid or 0, signal.SIGKILL)
+                killed.append(number)
+                break
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode or 0 for process in processes) == [-9, -9, 0]
+    folder, manifest = trained_teacher(tmp_path / "runs")
+    worked = [(process["from"], process["to"]) for process in manifest["processes"]]
+    assert worked[0][0] == 0 and worked[-1][1] == 8 and len(worked) > 1
+    assert [to for _, to in worked[:-1]] == [start for start, _ in worked[1:]]
+    whole, _ = trained_teacher(tmp_path / "whole")
+    assert whole.name == folder.name
+    assert torture.equal(checkpoint.load(folder)["network"], checkpoint.load(whole)["network"])
+
+
+def test_another_experiment_uses_it(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare.compare(small("arms=random_pad", "target=random_pad"), Console(quiet=True))
+    monkeypatch.setattr(compare, "_announce", lambda *_: None)  # which measures the speed of some steps
+    other = small("arms=random_pad", "target=random_init", "students.wider.width=0.6")
+    other.experiment = "other"
+    learn, learned = training.learn, []
+
+    def counted(*arguments: Any) -> Any:
+        learned.append(arguments)
+        return learn(*arguments)
+
+    monkeypatch.setattr(training, "learn", counted)
+    compare.compare(other, Console(quiet=True))
+    assert len(learned) == 8  # of the arm
+    (tmp_path / "runs").rename(tmp_path / "moved")  # the links are relative
+    other.runs = f"{tmp_path}/moved"
+    compare.compare(other, Console(quiet=True))
+    assert len(learned) == 8
+    # Figure and table follow the experiment's own configuration, not that of the teacher's first user.
+    manifests = report.load(tmp_path / "moved/other")[1]
+    assert manifests["teacher"][0]["experiment"] == "quickstart"
+    assert report.target_arm(manifests) == "random_init"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("seed=1", "teacher.width=0.3", "schedule.lr=0.02", "schedule.teacher_epochs=9it", "precision=bfloat16"),
+        *("data.pad=0", "+model.inner=1.5", "schedule.batch_size=16"),
+    ],
+)
+def test_what_determines_it_gives_it_another_name(small: Make, setting: str) -> None:
+    assert run_of(small()).teacher != run_of(small(setting)).teacher
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("students.wider.width=0.7", "arms=[random_init]", "rates.net2net=1", "growth.noise=0.1", "target=random_pad"),
+        *("checkpoint_seconds=1", "data.workers=3", "logger=none", "schedule.teacher_epochs=8it"),
+    ],
+)
+def test_what_does_not_determine_it_leaves_its_name(small: Make, setting: str) -> None:
+    assert run_of(small()).teacher == run_of(small(setting)).teacher
+
+
+def run_of(config: Config) -> Run:
+    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    return Run(config, load(config.data), torch.device("cpu"), precision, Console(quiet=True))
+
+
+def test_other_images_are_another_teachers(small: Make) -> None:
+    run = run_of(small())
+    other = run_of(small())
+    other.splits.train.images[0, 0, 0, 0] ^= 1  # type: ignore[union-attr]
+    assert run.teacher != other.teacher
+
+
+def test_the_arms_of_another_teacher_are_refused(small: Make, tmp_path: Path) -> None:
+    compare.compare(small("arms=random_pad", "target=random_pad"), Console(quiet=True))
+    seed = tmp_path / "runs/quickstart/seed0"
+    other = small("arms=random_pad", "target=random_pad", "teacher.width=0.3")
+    with pytest.raises(
+        ExperimentError, match=r"seed0/teacher holds a run made with other settings:\n  network.width: "
+    ):
+        compare.compare(other, Console(quiet=True))
+    (seed / "teacher").unlink()
+    with pytest.raises(
+        ExperimentError, match=r"seed0/random_pad holds a run made with other .*:\n  teacher: \w+ there,"
+    ):
+        compare.compare(other, Console(quiet=True))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_damaged_one_is_not_taken_for_trained(small: Make, tmp_path: Path, last: bool, capsys: Any) -> None:
+    config = small("arms=random_pad", "target=random_pad")
+    compare.compare(config, Console(quiet=True))
+    folder, manifest = trained_teacher(tmp_path / "runs")
+    whole = checkpoint.load(folder)["network"]
+    if not last:
+        shutil.copy(folder / "checkpoint.previous.pt", folder / "kept")
+    content = bytearray((folder / "checkpoint.pt").read_bytes())
+    content[1000] ^= 1
+    (folder / "checkpoint.pt").write_bytes(content)
+    if last:  # the reserve is of the last step, too: the evaluation alone was missing
+        state = checkpoint.load(folder)
+        checkpoint.save(tmp_path / "new", state | {"network": whole, "step": 8})
+        shutil.copy(tmp_path / "new/checkpoint.pt", folder / "checkpoint.previous.pt")
+    run, network = run_of(config), run_of(config).fresh(None)
+    capsys.readouterr()
+    teachers.obtain(run, network)
+    assert "checkpoint.pt cannot be read (its checksum is wrong); going on from checkpoint.previous.pt" in (
+        capsys.readouterr().err
+    )
+    assert torture.equal(dict(network.state_dict()), dict(whole))
+    after = trained_teacher(tmp_path / "runs")[1]
+    assert after["complete"] and after["curve_sha256"]
+    worked = [(process["from"], process["to"]) for process in after["processes"]]
+    assert worked == ([(0, 8)] if last else [(0, 4), (4, 8)])
+    assert last or checkpoint.load(folder)["step"] == 8
+    assert manifest["settings"] == after["settings"]
+
+
+def test_a_copy_without_links_is_used(small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small("arms=random_pad", "target=random_pad")
+    compare.compare(config, Console(quiet=True))
+    shutil.copytree(tmp_path / "runs/quickstart", tmp_path / "copy/quickstart")
+    shutil.rmtree(tmp_path / "copy/quickstart/seed0/random_pad")
+    config.runs = f"{tmp_path}/copy"
+    monkeypatch.setattr(teachers, "carry_out", lambda *_: pytest.fail("trained again"))
+    compare.compare(config, Console(quiet=True))
+    assert not (tmp_path / "copy/teachers").exists()
+
+
+def test_a_link_to_what_is_gone_is_made_anew(small: Make, tmp_path: Path) -> None:
+    config = small("arms=random_pad", "target=random_pad")
+    seed = tmp_path / "runs/quickstart/seed0"
+    seed.mkdir(parents=True)
+    (seed / "teacher").symlink_to("../../teachers/gone")
+    compare.compare(config, Console(quiet=True))
+    assert os.readlink(seed / "teacher") == f"../../teachers/{run_of(config).teacher}"
+
+
+def test_no_lock_is_left(small: Make, tmp_path: Path) -> None:
+    compare.compare(small(), Console(quiet=True))
+    assert not list(tmp_path.rglob(".*")) and not locks._open
