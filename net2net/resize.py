@@ -130,7 +130,7 @@ def _as_much_as_can_be(
     refused: list[TransferError] = []
 
     def add(part: dict[int, float], fails: bool = False) -> bool:
-        """Grow `part`, too, as far as that goes; whether all of it does. It need not be tried if it is known to fail."""
+        """Grow `part` too, as far as that goes; whether all of it does. It need not be tried if known to fail."""
         if not fails:
             try:
                 best[:] = [grown(held | part)]
@@ -155,7 +155,7 @@ def _as_much_as_can_be(
 def _resized(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
     """A copy of `model` with room for the new units; what it holds is drawn like the old, and means nothing.
 
-    For a `trial`, which is to show whether it runs, it holds zeros where it grows, and elsewhere the model's own tensors.
+    For a `trial`, which is to show whether it runs, it holds zeros where it grows, and elsewhere the model's tensors.
     """
     roots = traced.roots()
     shapes = {name: _shape(traced, roots, name, count) for name in traced.tensors}
