@@ -15,7 +15,8 @@ from typing import Any
 ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
 OPTIMIZERS = ("rmsprop", "sgd")
 DECAYS = ("linear", "constant")
-SPLITS = ("equal", "uneven")
+SPLITS = ("equal", "uneven", "paired")
+STATES = ("dropped", "carried")
 LOGGERS = ("wandb", "none")
 
 
@@ -50,6 +51,8 @@ class Schedule:
     weight_decay: float = 0.0
     warmup: str = "0it"  # linear warm-up from zero
     decay: str = "linear"  # linear to zero, or constant
+    teacher_decay: str | None = None  # the teacher's own; None: as the students'
+    teacher_augment: bool = True  # whether the teacher, too, sees cropped and mirrored images
     evaluate: str = "0.5ep"  # how often the holdout and test sets are evaluated
 
 
@@ -58,8 +61,12 @@ class Growth:
     """How the student is filled from the teacher."""
 
     noise: float = 0.0  # on incoming weights of copies, in units of each weight's own standard deviation
-    split: str = "uneven"  # equal, uneven: shares of the outgoing weights among the copies of a unit
+    split: str = "uneven"  # equal, uneven, paired: shares of the outgoing weights among the copies of a unit
     calibrate: int = 1024  # training images that measure the statistics of new batch norms
+    optimizer_state: str = (
+        "dropped"  # dropped, carried: what the teacher's optimizer gathered, for net2net and teacher_continued
+    )
+    warmup: str = "0it"  # linear warm-up from zero of the arms that start from the teacher
 
 
 @dataclass
@@ -133,6 +140,7 @@ def check(config: Config) -> None:
             raise ExperimentError(f"students.{name}={spec} is no network: write what it changes, as in {{width: 1.0}}.")
     _check_words(config)
     _check_numbers(config)
+    steps(config.growth.warmup, 1)
     for key in ("epochs", "teacher_epochs", "evaluate", "warmup"):
         duration = getattr(config.schedule, key)
         if duration is not None and steps(duration, 10**9) < (key != "warmup"):
@@ -146,7 +154,9 @@ def _check_words(config: Config) -> None:
         ("target", config.target, ARMS),
         ("schedule.optimizer", config.schedule.optimizer, OPTIMIZERS),
         ("schedule.decay", config.schedule.decay, DECAYS),
+        ("schedule.teacher_decay", config.schedule.teacher_decay or config.schedule.decay, DECAYS),
         ("growth.split", config.growth.split, SPLITS),
+        ("growth.optimizer_state", config.growth.optimizer_state, STATES),
         ("logger", config.logger, LOGGERS),
     ]
     for key, word, known in words:

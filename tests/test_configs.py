@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import arms, command
-from experiments.config import Config, check
+from experiments import arms, command, flops
+from experiments.config import Config, check, steps
 from experiments.models import build
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +28,22 @@ def test_there_are_experiments_and_scales() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_at_every_scale(composed: Callable[..., Config], experiment: str, scale: str) -> None:
-    config = composed(f"experiment={experiment}", f"scale={scale}")
-    check(config)
-    assert config.experiment == experiment
-    assert config.claim and "\n" not in config.claim
+def test_every_case_of_every_experiment_composes_at_every_scale(
+    cases: Callable[..., list[Config]], experiment: str, scale: str
+) -> None:
+    configs = cases(f"experiment={experiment}", f"scale={scale}")
+    for config in configs:
+        check(config)
+        assert config.experiment == experiment
+        assert config.claim and "\n" not in config.claim
+        with torch.device("meta"):
+            sizes = [
+                sum(p.numel() for p in build(config.model | spec, 10, 3).parameters())
+                for spec in (config.teacher, *config.students.values())
+            ]
+        assert sizes[0] < min(sizes[1:])
+    names = [config.name for config in configs]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -58,37 +69,54 @@ def test_code_that_names_an_open_question_names_one_that_exists() -> None:
         assert set(re.findall(r"\bO\d+\b", path.read_text())) <= known, path
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_student_is_larger_than_its_teacher(composed: Callable[..., Config], experiment: str, scale: str) -> None:
-    config = composed(f"experiment={experiment}", f"scale={scale}")
-    with torch.device("meta"):
-        sizes = [
-            sum(p.numel() for p in build(config.model | spec, 10, 3).parameters())
-            for spec in (config.teacher, *config.students.values())
-        ]
-    assert sizes[0] < min(sizes[1:])
-
-
 @pytest.mark.parametrize(
     ("experiment", "scale"), [*((experiment, "cpu") for experiment in EXPERIMENTS), ("wider_inception", "imagenet")]
 )
 def test_every_student_can_be_filled_from_its_teacher(
-    composed: Callable[..., Config], experiment: str, scale: str
+    cases: Callable[..., list[Config]], experiment: str, scale: str
 ) -> None:
-    config = composed(f"experiment={experiment}", f"scale={scale}", "model.slim=0.03", "growth.calibrate=8")
-    size = min(config.data.size, 64)  # smaller pictures than ImageNet's do as well
-    teacher = arms.fresh(config, None, 10, 3)
+    configs = cases(f"experiment={experiment}", f"scale={scale}")
+    done: list[object] = []
+    for config in configs:
+        if "slim" in config.model:
+            config.model["slim"] = 0.03
+        config.growth.calibrate = min(config.growth.calibrate, 8)
+        what = (config.teacher, config.students, config.growth)  # cases that differ in how they train grow alike
+        if what in done:
+            continue
+        done.append(what)
+        size = min(config.data.size, 64)  # smaller pictures than ImageNet's do as well
+        teacher = arms.fresh(config, None, 10, 3)
 
-    def images(count: int) -> torch.Tensor:
-        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+        def images(count: int, size: int = size) -> torch.Tensor:
+            return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
-    for student in config.students:
-        for arm in ("net2net", "random_pad"):
-            record = arms.fill(arm, teacher, arms.fresh(config, student, 10, 3), config, images)
-            assert record is not None
-            if arm == "net2net":
-                assert record.measured is not None and record.measured.max_relative < 1e-4
+        for student in config.students:
+            for arm in ("net2net", "random_pad"):
+                record = arms.fill(arm, teacher, arms.fresh(config, student, 10, 3), config, images)
+                assert record is not None
+                if arm == "net2net" and not config.growth.noise:
+                    assert record.measured is not None and record.measured.max_relative < 1e-4
+
+
+def test_the_ways_to_spend_the_compute_of_grow_schedule_cost_the_same(cases: Callable[..., list[Config]]) -> None:
+    spent: dict[str, float] = {}
+    for config in cases("experiment=grow_schedule"):
+        epochs = steps(config.schedule.epochs, 351)
+        with_teacher = "net2net" in config.arms
+        assert with_teacher != ("random_init" in config.arms)
+        own, teacher = (
+            flops.count(build(config.model | spec, 10, 3), 3, 32)[1]
+            for spec in (config.students["wider"], config.teacher)
+        )
+        spent[config.case or ""] = own * epochs + with_teacher * teacher * steps(
+            config.schedule.teacher_epochs or "", 351
+        )
+    whole = spent.pop("start")
+    assert spent.pop("start_half") == pytest.approx(whole / 2, rel=0.01)
+    assert spent.pop("start_double") == pytest.approx(whole * 2, rel=0.01)
+    assert len(spent) >= 8
+    assert list(spent.values()) == pytest.approx([whole] * len(spent), rel=0.01)
 
 
 def test_the_quickstart_is_the_same_on_every_machine(
