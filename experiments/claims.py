@@ -6,7 +6,7 @@ holdout images; what is said of it is measured on the test images, which chose n
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Operand:
     arm: str
     curves: Curves
     manifests: Manifests
+    best: bool = False  # chosen among the cases
 
     @property
     def runs(self) -> dict[int, list[Point]]:
@@ -104,25 +105,23 @@ def read_claims(path: Path) -> list[Claim]:
 
 def judge(claim: Claim, results: Results) -> Finding:
     """The verdict on a claim: holds, fails, undecided (and what it would take), or not run."""
-    measure = MEASURES[claim.measure]
-    sides = [operands(results, text) for text in (claim.of, claim.against) if text]
-    if not all(sides):
-        return Finding(claim, "not run", "–", ())
-    found = measure.of(*sides)
-    used = tuple(operand for side in sides for operand in side)
+    found, used = measured(claim.measure, results, claim.of, claim.against)
     if found is None:
-        return Finding(claim, "not run", "–", used)  # no seed that both sides have
+        return Finding(claim, "not run", "–", used)
     low, high = claim.region
     said = statistics.verdict(found, low, high, claim.headline)
     if said == "undecided":
         said += f" ({_takes(found, low, high, claim.headline)})"
-    chosen = [
-        operand.name
-        for text, side in zip((claim.of, claim.against), sides, strict=False)
-        for operand in side
-        if "/best:" in text
-    ]
-    return Finding(claim, said, _shown(found, measure) + "".join(f"; best: {name}" for name in chosen), used)
+    chosen = "".join(f"; best: {one.name}" for one in used if one.best)
+    return Finding(claim, said, shown(found, claim.measure) + chosen, used)
+
+
+def measured(measure: str, results: Results, of: str, against: str = "") -> tuple[Estimate | None, tuple[Operand, ...]]:
+    """What the measure gives for these operands and the runs it was taken from; None if some of them were not run."""
+    sides = [operands(results, text) for text in (of, against) if text]
+    if not all(sides):
+        return None, ()
+    return MEASURES[measure].of(*sides), tuple(operand for side in sides for operand in side)
 
 
 def operands(results: Results, text: str) -> list[Operand]:
@@ -140,7 +139,8 @@ def operands(results: Results, text: str) -> list[Operand]:
     common = set.intersection(*(set(one.runs) for one in found)) if found else set()
     if not common:
         return []
-    return [max(found, key=lambda one: sum(one.last("holdout_accuracy")[seed] for seed in common))]
+    chosen = max(found, key=lambda one: sum(one.last("holdout_accuracy")[seed] for seed in common))
+    return [replace(chosen, best=True)]
 
 
 def _final(of: list[Operand], against: list[Operand]) -> Estimate | None:
@@ -248,17 +248,19 @@ MEASURES = {
 }
 
 
-def _shown(found: Estimate, measure: Measure) -> str:
+def shown(found: Estimate, measure: str, unit: bool = True) -> str:
     """`+1.20 points (0.80 to 1.60), n = 3`; an end that nothing bounds is left open."""
+    kind = MEASURES[measure]
 
-    signed = "" if measure.ratio or measure.unit.startswith("%") else "+"
+    signed = "" if kind.ratio or kind.unit.startswith("%") else "+"
     mean, low, high = (
-        f"{math.exp(value) if measure.ratio else value:{signed}.2f}" if math.isfinite(value) else None
+        f"{math.exp(value) if kind.ratio else value:{signed}.2f}" if math.isfinite(value) else None
         for value in (found.mean, found.low, found.high)
     )
     ends = {(True, True): f" ({low} to {high})", (True, False): f" (from {low})", (False, True): f" (up to {high})"}
     bound = {(): "", (-1,): "≤ ", (1,): "≥ ", (-1, 1): "bounded from neither side: "}[found.sides]
-    return f"{bound}{mean} {measure.unit}{ends.get((low is not None, high is not None), '')}, n = {found.n}"
+    words = f" {kind.unit}" if unit else ""
+    return f"{bound}{mean}{words}{ends.get((low is not None, high is not None), '')}, n = {found.n}"
 
 
 def _takes(found: Estimate, low: float, high: float, headline: bool) -> str:

@@ -2,6 +2,8 @@
 
 import io
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from experiments.report import Curves, flops_unit, load, name, ordered, split_ar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLE = Path(__file__).resolve().parents[1] / "scripts" / "paper.mplstyle"
 FORMATS = ("png", "svg")
@@ -93,61 +96,104 @@ def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORM
     accuracy over training FLOPs, the teacher's included. The same curves give the same bytes under the same
     matplotlib.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # Given a file, rc_context also resets what a user's own matplotlibrc may have set.
-    with matplotlib.rc_context(fname=STYLE):
+    with canvas() as new:
         arms = [arm for arm in ordered(curves) if arm != "teacher"]
-        styles = looks(arms)
-        rows = math.ceil((len(arms) + 2) / 3)
-        figure = Figure(figsize=(6.6, 4.75 + 0.19 * rows))
+        figure = new(4.75 + 0.19 * math.ceil((len(arms) + 2) / 3))
         axes = figure.subplots(2, 2)
         over_steps, training, zoomed, over_flops = axes.flat
-        size, unit = flops_unit(max(max(band(curves, arm, "test_accuracy")[1], default=0) for arm in curves))
-
-        def panel(ax: "Axes", column: str, heading: str, flops: bool = False) -> None:
-            for place, arm in enumerate(arms if not flops else [*arms, "teacher"]):
-                if arm not in curves:
-                    continue
-                step, total, mean, low, high = band(curves, arm, column)
-                x = [value / size for value in total] if flops else step
-                if arm == "teacher":
-                    ax.plot(x, mean, **{**TEACHER, "linestyle": "-"}, label="teacher")
-                    continue
-                every = math.ceil(len(x) / MARKERS) or 1
-                style = styles[arm]
-                # Each arm's markers begin elsewhere, so that curves that coincide are still told apart.
-                marks = (place % every, every)
-                ax.plot(x, mean, **style, markevery=marks, label=arm)
-                if len(curves[arm]) > 1:
-                    ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            if "teacher" in curves:
-                final = spread([100 * curve[-1][column] for curve in curves["teacher"].values()]).mean
-                ax.axhline(final, **TEACHER, label="teacher at its end")
-            ax.set_title(heading, loc="left")
-            ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
-            ax.set_xlim(left=0)
-
-        panel(over_steps, "test_accuracy", "(a) test")
-        panel(training, "train_accuracy", "(b) training")
-        panel(zoomed, "test_accuracy", "(c) test, enlarged")
+        panel(over_steps, curves, arms, "test_accuracy", "(a) test")
+        panel(training, curves, arms, "train_accuracy", "(b) training")
+        panel(zoomed, curves, arms, "test_accuracy", "(c) test, enlarged")
         zoomed.set_ylim(late_limits(curves, "test_accuracy"))
-        panel(over_flops, "test_accuracy", "(d) test, by compute", flops=True)
+        panel(over_flops, curves, arms, "test_accuracy", "(d) test, by compute", flops=True)
         for ax in (over_steps, zoomed):
             ax.set_ylabel("accuracy (%)")
         figure.suptitle(f"{title}: {seeds_phrase(curves)}", fontsize=10)
         handles, labels = over_flops.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        return save(figure, path, formats)
 
-        written: list[Path] = []
-        for suffix in formats:
-            # Dates and versions in the file would make every drawing a change.
-            metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
-            image = io.BytesIO()
-            figure.savefig(image, format=suffix, metadata=metadata)
-            written.append(path.with_name(f"{path.name}.{suffix}"))
-            write(written[-1], image.getvalue())
+
+def draw_paper(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Writes a figure as the paper has it (its figures 4 to 6): training and validation accuracy over training steps.
+
+    With the arms of the paper alone; where a student was not trained from scratch, with the teacher's own curve,
+    as in figure 6. The validation images are the test images here.
+    """
+    with canvas() as new:
+        arms = [arm for arm in ordered(curves) if split_arm(arm)[1] in ("net2net", "random_pad", "random_init")]
+        scratch = any(split_arm(arm)[1] == "random_init" for arm in arms)
+        figure = new(2.9)
+        training, validation = figure.subplots(1, 2)
+        for ax, column, heading in (
+            (training, "train_accuracy", "(a) training"),
+            (validation, "test_accuracy", "(b) validation"),
+        ):
+            panel(ax, curves, arms, column, heading, teacher="" if scratch else "the original, from scratch")
+        training.set_ylabel("accuracy (%)")
+        figure.suptitle(f"{title}: {seeds_phrase({arm: curves[arm] for arm in arms})}", fontsize=10)
+        handles, labels = validation.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        return save(figure, path, formats)
+
+
+def panel(
+    ax: "Axes",
+    curves: Curves,
+    arms: list[str],
+    column: str,
+    heading: str,
+    flops: bool = False,
+    teacher: str | None = None,
+) -> None:
+    """One column of the arms' curves over steps, or over FLOPs with the teacher's.
+
+    The teacher is a line at the height of its end, and over FLOPs a curve; or, if it is named, a curve over its own
+    steps; with the name "" it is left out.
+    """
+    styles = looks(arms)
+    size, unit = flops_unit(max(max(band(curves, arm, "test_accuracy")[1], default=0) for arm in curves))
+    shown = [*arms, "teacher"] if flops or teacher else arms
+    for place, arm in enumerate(arm for arm in shown if arm in curves):
+        step, total, mean, low, high = band(curves, arm, column)
+        x = [value / size for value in total] if flops else step
+        if arm == "teacher":
+            ax.plot(x, mean, **{**TEACHER, "linestyle": "-"}, label=teacher or "teacher")
+            continue
+        every = math.ceil(len(x) / MARKERS) or 1
+        # Each arm's markers begin elsewhere, so that curves that coincide are still told apart.
+        ax.plot(x, mean, **styles[arm], markevery=(place % every, every), label=arm)
+        if len(curves[arm]) > 1:
+            ax.fill_between(x, low, high, color=styles[arm]["color"], alpha=0.15, linewidth=0)
+    if "teacher" in curves and teacher is None:
+        final = spread([100 * curve[-1][column] for curve in curves["teacher"].values()]).mean
+        ax.axhline(final, **TEACHER, label="teacher at its end")
+    ax.set_title(heading, loc="left")
+    ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
+    ax.set_xlim(left=0)
+
+
+@contextmanager
+def canvas() -> "Iterator[Callable[[float], Figure]]":
+    """Gives what makes a figure as wide as the page and so many inches high, in the paper's style."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Given a file, rc_context also resets what a user's own matplotlibrc may have set.
+    with matplotlib.rc_context(fname=STYLE):
+        yield lambda height: Figure(figsize=(6.6, height))
+
+
+def save(figure: "Figure", path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Writes the figure to `path` + .png and so on, whole or not at all, and returns those paths."""
+    written: list[Path] = []
+    for suffix in formats:
+        # Dates and versions in the file would make every drawing a change.
+        metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
+        image = io.BytesIO()
+        figure.savefig(image, format=suffix, metadata=metadata)
+        written.append(path.with_name(f"{path.name}.{suffix}"))
+        write(written[-1], image.getvalue())
     return written
 
 

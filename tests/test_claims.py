@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from experiments import claims
+from experiments import claims, pages
 from experiments.claims import Claim, judge, read_claims
 from experiments.config import Config, ExperimentError
 from experiments.report import COLUMNS, Point, split_arm
 from experiments.statistics import HEADLINE_SEEDS
-from scripts import claims as script
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = read_claims(ROOT / "results/claims.yaml")
@@ -86,7 +85,7 @@ def test_what_was_not_run_is_not_judged() -> None:
     for of, against in (("e:net2net", "e:random_init"), ("f:net2net", "e:net2net"), ("e/best:random_pad", "e:net2net")):
         found = judge(claim("final", of, against), made)
         assert (found.verdict, found.shown) == ("not run", "–")
-        assert script.line(found)[-1].startswith("`python train.py experiment=")
+        assert pages.claim_line(found)[-1].startswith("`python train.py experiment=")
     assert judge(claim("mismatch", "e:net2net", within=0), made).verdict == "holds"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments import figure, report
+from experiments import figure, pages, report
 from experiments.config import ExperimentError
 from scripts import collect, figures
 
@@ -420,7 +420,7 @@ def test_a_line_for_each_student_in_the_summary() -> None:
         ("deeper_net2net", [0.5, 0.9]),
     )
     manifests = {arm: {0: manifest("both", arm, 0, b"")} for arm in curves}
-    table = [line for line in figures.summary({"both": (curves, manifests)}).splitlines() if line.startswith("| [")]
+    table = [line for line in pages.summary({"both": (curves, manifests)}, []).splitlines() if line.startswith("| [")]
     assert table == [
         "| [both](results/README.md#both), deeper | 1 | 50.00 | 90.00 | – | 0 / – |",
         "| [both](results/README.md#both), wider | 1 | 50.00 | 70.00 | 60.00 | 10 / 10 |",
@@ -429,11 +429,11 @@ def test_a_line_for_each_student_in_the_summary() -> None:
 
 def test_curves_of_other_settings_are_told() -> None:
     records = [manifest("wider", "net2net", seed, b"") for seed in (0, 1)]
-    assert figures.mixed_settings(records) == []
+    assert pages.mixed_settings(records) == []
     records[1]["config"]["schedule"]["lr"] = 0.02
     records[1]["config"]["data"]["root"] = "elsewhere"  # where the images lie changes nothing
     records[1]["precision"] = "float32"
-    assert figures.mixed_settings(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
+    assert pages.mixed_settings(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
 
 
 def test_a_result_that_was_edited_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

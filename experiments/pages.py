@@ -1,0 +1,297 @@
+"""The pages that are made from curves: results/README.md, and the tables of README.md and PAPER.md."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import costs, family, report
+from .claims import Finding
+from .config import ARMS, flatten
+from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS, Estimate
+
+COMMAND = "python scripts/figures.py"
+# Settings that may differ between seeds of one experiment without making their mean meaningless.
+_PER_RUN = {
+    "seed",
+    "arms",
+    "claim",
+    "device",
+    "logger",
+    "runs",
+    "checkpoint_seconds",
+    "data.root",
+    "data.cache",
+    "data.workers",
+}
+
+Results = Mapping[str, tuple[report.Curves, report.Manifests]]
+
+
+def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table whose first column is left-aligned and the others right-aligned."""
+    rule = [":--"] + ["--:"] * (len(heads) - 1)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
+
+
+def mixed_settings(records: list[dict[str, Any]]) -> list[str]:
+    """`schedule.lr (0.01, 0.02)` for each setting that should be the same in all curves and is not."""
+    # A precision of "auto" is another one on another device.
+    settings = [flatten(record["config"]) | {"precision": record["precision"]} for record in records]
+    result: list[str] = []
+    for key in dict.fromkeys(key for one in settings for key in one):
+        values = distinct(one.get(key) for one in settings)
+        if key not in _PER_RUN and len(values) > 1:
+            result.append(f"`{key}` ({', '.join(values)})")
+    return result
+
+
+def distinct(values: Iterable[Any]) -> list[str]:
+    """The different ones among `values` as text, in order of appearance."""
+    return list(dict.fromkeys(str(value) for value in values))
+
+
+def data_phrase(record: dict[str, Any]) -> str:
+    """What the images are and what is done to them."""
+    data = record["config"]["data"]
+    parts = [record["data"], f"{data['size']} × {data['size']} pixels"]
+    parts.append(f"{100 * data['holdout']:g} % of the training images held out to make choices")
+    parts.append(f"random crop after {data['pad']} pixels of padding" if data["pad"] else "no random crop")
+    parts.append("random flip" if data["flip"] else "no flip")
+    return ", ".join(parts)
+
+
+def schedule_phrase(config: dict[str, Any]) -> str:
+    """How long and how the networks are trained."""
+    schedule = config["schedule"]
+    teacher = schedule.get("teacher_epochs") or schedule["epochs"]
+    return (
+        f"students {schedule['epochs']}, teacher {teacher}, batches of {schedule['batch_size']}, "
+        f"{schedule['optimizer']}, rate {schedule['lr']:g} times each arm's own, {schedule['decay']} decay; "
+        f"evaluated every {schedule['evaluate']}"
+    )
+
+
+def command_phrase(records: list[dict[str, Any]]) -> str:
+    """The commands that made the curves, each once, as code."""
+    return "<br>".join(f"`{command}`" for command in distinct(record["command"] for record in records))
+
+
+def facts(manifests: Iterable[report.Manifests]) -> dict[str, str]:
+    """What is to be known of an experiment, or of all cases of one: what was run where, on what, at which commit."""
+    manifests = list(manifests)
+    records = [record for one in manifests for seeds in one.values() for record in seeds.values()]
+    own = [record for one in manifests for record in report.own(one)]
+    seeds = sorted({record["seed"] for record in records})
+    versions = [", ".join(f"{k} {v}" for k, v in sorted(record["versions"].items())) for record in records]
+    hardware = [f"{record['device']}: {record['hardware']}, {record['precision']}" for record in records]
+    commits = [
+        str(record["commit"])[:10] + (" with uncommitted changes" if record["dirty"] else "") for record in records
+    ]
+    found = {
+        "Claim": own[0]["config"]["claim"],
+        "Command": command_phrase(records),
+        "Data": "; ".join(distinct(data_phrase(record) for record in own)),
+        "Schedule": "; ".join(distinct(schedule_phrase(record["config"]) for record in own)),
+        "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
+        "Hardware": "; ".join(distinct(hardware)),
+        "Versions": "; ".join(distinct(versions)),
+        "Commit": "; ".join(distinct(commits)),
+    }
+    return found
+
+
+def bullets(found: Mapping[str, str]) -> str:
+    """Facts as a list."""
+    return "\n".join(f"- **{fact}:** {text}" for fact, text in found.items())
+
+
+def section(name: str, curves: report.Curves, manifests: report.Manifests) -> str:
+    """The part of results/README.md on an experiment without cases."""
+    found = facts([manifests])
+    mixed = mixed_settings(report.own(manifests))
+    if mixed:
+        found["Not all curves share"] = ", ".join(mixed)
+    target = report.target_arm(manifests)
+    heads, lines = report.cells(report.summarise(curves, target), manifests)
+    parts = [
+        f"## {name}",
+        bullets(found),
+        f"![Accuracy of each arm over training steps and over compute: {name}](figures/{name}.png)",
+        f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
+        f"The target is the final holdout accuracy of `{report.target_source(curves, target)}`.",
+        markdown_table(heads, code_first(lines)),
+    ]
+    spent = costs.costs(curves, target)
+    if any(cost.own for cost in spent):
+        heads, lines = costs.cells(spent)
+        parts += ["What it took to reach the target, on average over the seeds that did:"]
+        parts += [markdown_table(heads, code_first(lines))]
+    return "\n\n".join(parts)
+
+
+def code_first(lines: list[list[str]]) -> list[list[str]]:
+    """The lines with the first cell of each as code."""
+    return [[f"`{line[0]}`", *line[1:]] for line in lines]
+
+
+def family_section(name: str, cases: family.Cases) -> str:
+    """The part of results/README.md on an experiment with cases."""
+    frontier = family.is_frontier(cases)
+    shown = "Accuracy against training budget" if frontier else "Accuracy of each case"
+    parts = [
+        f"## {name}",
+        bullets(facts(manifests for _, manifests in cases.values())),
+        f"![{shown}: {name}](figures/{name}.png)",
+        f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
+    ]
+    if frontier:
+        heads, lines = family.budgets(name, cases)
+        parts += [
+            """Which share of a budget of `random_init` an arm needs to end as well as it does: the geometric mean over
+seeds, its 95 % interval, n. Between the budgets that were run it is interpolated; ≤ and ≥ stand where the smallest
+or the largest of them says no more than that. The last column is the same run read as a curve: the share of the
+steps of `random_init`, under one schedule, until the holdout accuracy is what it ends with.""",
+            markdown_table(heads, lines),
+        ]
+    found = family.lines(cases)
+    size, unit = report.flops_unit(max(line.flops_total or line.flops for line in found))
+    heads = ["case", "arm", "n", "test accuracy at step 0 (%)", "final test accuracy (%)", "final holdout accuracy (%)"]
+    heads += [f"{unit}, own", f"{unit}, with teacher's"]
+    table = [
+        [
+            f"`{line.case}`",
+            f"`{line.arm}`",
+            str(line.final.n),
+            report.percent(line.start),
+            interval(line.final),
+            f"{100 * line.holdout:.2f}",
+            f"{line.flops / size:.3g}",
+            "–" if line.flops_total is None else f"{line.flops_total / size:.3g}",
+        ]
+        for line in found
+    ]
+    parts += [markdown_table(heads, table)]
+    best = [f"`{arm}` `{case}` ({100 * accuracy:.2f} %)" for arm, (case, accuracy) in family.best(cases).items()]
+    if best:
+        parts += [f"Best by holdout accuracy: {', '.join(best)}."]
+    return "\n\n".join(parts)
+
+
+def interval(found: Estimate) -> str:
+    """`61.20 (60.80 to 61.60)`, in per cent; the mean alone of one seed."""
+    mean, low, high = (f"{100 * value:.2f}" for value in (found.mean, found.low, found.high))
+    return mean if found.n == 1 else f"{mean} ({low} to {high})"
+
+
+def claim_line(finding: Finding) -> list[str]:
+    """The cells of one claim."""
+    claim = finding.claim
+    names = list(dict.fromkeys(text.partition(":")[0].partition("/")[0] for text in (claim.of, claim.against) if text))
+    configs = ", ".join(f"[{name}](../configs/experiment/{name}.yaml)" for name in names)
+    commands = [record["command"] for one in finding.operands for record in one.manifests[one.arm].values()]
+    planned = [] if commands else [f"python train.py experiment={name}" for name in names]
+    shown = "<br>".join(f"`{command}`" for command in dict.fromkeys(commands or planned))
+    said = f"**{finding.verdict}**" if finding.verdict in ("holds", "fails") else finding.verdict
+    return [claim.claim, claim.source, claim.paper, finding.shown, said, configs, shown]
+
+
+def tally(found: Iterable[Finding]) -> str:
+    """`3 holds, 1 fails, 4 undecided, 20 not run`."""
+    counts = Counter(finding.verdict.partition(" (")[0] for finding in found)
+    return ", ".join(f"{counts[word]} {word}" for word in ("holds", "fails", "undecided", "not run") if counts[word])
+
+
+def claims_section(found: list[Finding]) -> str:
+    """The table of the claims."""
+    heads = ["claim", "source", "paper", "ours", "verdict", "config", "command"]
+    return "\n\n".join(
+        [
+            "## Claims",
+            f"""Each claim is a test in [claims.yaml](claims.yaml), judged from the curves alone: {tally(found)}.
+Differences and ratios are paired by seed; in brackets their 95 % interval, the wider of Student's t and the bootstrap
+at either end ([statistics.py](../experiments/statistics.py) says why). A claim holds if all of the interval lies where
+it says, fails if none of it does. There is no verdict on fewer than {CLAIM_SEEDS} seeds, and none on what is to be
+quoted on fewer than {HEADLINE_SEEDS}; of what is undecided the table says what would tell.""",
+            markdown_table(heads, [claim_line(finding) for finding in found]),
+        ]
+    )
+
+
+def results_readme(results: Results, findings: list[Finding]) -> str:
+    """The text of results/README.md."""
+    intro = f"""<!-- Generated by `{COMMAND}` from curves/. Do not edit: the next run overwrites it. -->
+# Results
+
+Generated by `{COMMAND}` from the curves in [curves/](curves), which `python scripts/collect.py` copied from
+finished runs with the manifest of each.
+
+Numbers are means over seeds; in brackets, and as bands in the figures, the lowest and highest seed, unless a table
+says otherwise. Steps to target: the first evaluated step at which an arm's holdout accuracy is at least the target's,
+the final holdout accuracy of the target arm of the same student and seed, or the teacher's where there is none; where
+some seeds alone reach it, the mean is over those, as said in brackets. FLOPs are those of training; "with
+teacher's" adds what the teacher cost to the arms that start from it. Top-1 as teacher's: on how many test
+images the student's first choice is the teacher's before it is trained, over all seeds, and the largest
+relative error of its outputs, both computed in float64."""
+    parts = [intro, *([claims_section(findings)] if findings else [])]
+    parts += [section(name, *loaded) for name, loaded in results.items() if "/" not in name]
+    parts += [family_section(name, cases) for name, cases in family.families(results).items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Results, findings: list[Finding]) -> str:
+    """For the top-level README: a line for each experiment and student, and how the claims stand."""
+    lines: list[list[str]] = []
+    used: set[str] = set()
+    texts: list[tuple[str, str, dict[str, str], dict[str, str]]] = []
+    for name, (curves, manifests) in results.items():
+        if "/" in name:  # a case: its table is in results/README.md
+            continue
+        rows = report.summarise(curves, report.target_arm(manifests))
+        split = [(*report.split_arm(row.arm), row) for row in rows]
+        students = {student for student, _, _ in split if student is not None} or {None}
+        for student in sorted(students, key=str):
+            mine = {arm: row for owner, arm, row in split if owner in (student, None)}
+            counts = sorted({row.n for row in mine.values()})
+            n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+            label = f"[{name}](results/README.md#{name})" + (f", {student}" if student else "")
+            accuracy = {arm: report.percent(row.final) for arm, row in mine.items()}
+            steps = {arm: report.steps_cell(row) for arm, row in mine.items()}
+            used |= set(accuracy)
+            texts.append((label, n, accuracy, steps))
+    arms = [arm for arm in ("teacher", *ARMS) if arm in used]
+    raced = [arm for arm in ("net2net", "random_init") if arm in used]
+    for label, n, accuracy, steps in texts:
+        final = [accuracy.get(arm, "–") for arm in arms]
+        lines.append([label, n, *final, " / ".join(steps.get(arm, "–") for arm in raced)])
+    heads = ["experiment", "n", *(f"`{arm}`" for arm in arms), f"steps to target: {' / '.join(raced)}"]
+    return "\n\n".join(
+        [
+            "Final test accuracy in per cent, mean over n seeds (lowest–highest).",
+            markdown_table(heads, lines),
+            *(
+                [f"The claims, each a test: {tally(findings)} ([the table](results/README.md#claims))."]
+                if findings
+                else []
+            ),
+            f"Figures, settings and costs: [results/README.md](results/README.md). Generated by `{COMMAND}`.",
+        ]
+    )
+
+
+def trials(folder: Path) -> str:
+    """The table of rate trials: one run each, made to choose the optimizer's defaults; best first."""
+    lines: list[tuple[float, list[str]]] = []
+    for trial in sorted(folder.glob("*/curves/*")):
+        curves, manifests = report.load(trial)
+        for arm, seeds in curves.items():
+            for seed, points in seeds.items():
+                record, last = manifests[arm][seed], points[-1]
+                schedule = record["config"]["schedule"]
+                setting = f"{schedule['optimizer']}, {schedule['lr']:g}"
+                score = last["holdout_accuracy"]
+                facts = [setting, f"`{arm}` of {trial.name}", schedule["epochs"], str(seed), f"{100 * score:.2f}"]
+                lines.append((-score, facts))
+    heads = ["optimizer, initial rate", "run", "length", "seed", "holdout accuracy (%)"]
+    ranked = [facts for _, facts in sorted(lines)]
+    return f"{markdown_table(heads, ranked)}\n\nOne run each. Generated by `{COMMAND}` from `results/trials`."
