@@ -546,7 +546,7 @@ def close(trace: Trace, nested: Collection[str] = ()) -> None:
         if bool(same.any()):
             trace.unite(b[1:][same], b[:-1][same])
         elif len(circular := _circular(torch.stack([a, b])[:, a != b])):
-            trace.unite(*circular.T)
+            trace.unite(circular[:, 0], circular[:, 1])
         elif not _nest(trace, nested):
             return
 

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ def widen(
     grow are left as they are.
 
     The model is left as it was; `split`, `noise` and `generator` are those of `transfer`, whose record is the copy's
-    `growth`. The forward pass must not depend on widths written into it as numbers.
+    `growth`. A width that the forward pass has as a number must be an attribute of a module, which then follows.
 
     Raises TransferError if a name fits no layer, if its units cannot grow as asked, or if nothing can grow.
     """
@@ -51,13 +52,21 @@ def widen(
 
     parts = _parts(traced, groups)
 
-    def runs(factors: dict[int, float]) -> nn.Module:
-        copied = _resized(model, traced, _counts(traced, parts, factors), trial=True)
-        run(copied, inputs)
+    def runs(factors: dict[int, float], trial: bool = True) -> nn.Module:
+        count = _counts(traced, parts, factors)
+        copied = _resized(model, traced, count, trial)
+        try:
+            run(copied, inputs)
+        except TransferError as error:
+            _let_numbers_follow(copied, traced, count)
+            with suppress(TransferError):
+                run(copied, inputs)
+                return copied
+            raise error
         return copied
 
     def grown(factors: dict[int, float]) -> nn.Module:
-        copied = _resized(model, traced, _counts(traced, parts, factors))
+        copied = runs(factors, trial=False)
         draws = torch.Generator()
         draws.set_state(state)
         copied.growth = transfer(model, copied, example, generator=draws, split=split, noise=noise)  # type: ignore
@@ -130,7 +139,7 @@ def _as_much_as_can_be(
     refused: list[TransferError] = []
 
     def add(part: dict[int, float], fails: bool = False) -> bool:
-        """Grow `part` too, as far as that goes; whether all of it does. It need not be tried if known to fail."""
+        """Grow `part`, too, as far as that goes; whether all of it does. What is known to fail need not be tried."""
         if not fails:
             try:
                 best[:] = [grown(held | part)]
@@ -328,6 +337,44 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
         module.embedding_dim = shape[1]
     elif isinstance(module, nn.PReLU) and shape is not None:
         module.num_parameters = shape[0]
+
+
+_KNOWN = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
+
+
+def _let_numbers_follow(copied: nn.Module, traced: Trace, count: Tensor) -> None:
+    """Let whole numbers that modules of the user's own hold follow the widths in these modules that they are equal to,
+    where all of the widths that grow become the same."""
+    sizes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # of a module -> before -> after
+
+    def note(name: str, before: int, after: int) -> None:
+        if before != after:
+            parts = name.split(".")
+            for depth in range(len(parts) + 1):  # every module around it
+                sizes[".".join(parts[:depth])][before].add(after)
+
+    roots = traced.roots()
+    for name, labels in traced.outputs.items():
+        units = traced.tight(labels.units)
+        for dim, size in enumerate(units.shape):
+            if size > 1:
+                note(name, size, round(float(count[roots[units.movedim(dim, 0).reshape(size, -1)[:, 0]]].sum())))
+    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+        if name in traced.tensors:
+            for before, after in zip(traced.tensors[name].shape, tensor.shape, strict=True):
+                note(name, before, after)
+    for name, module in copied.named_modules():
+        if name in sizes and not isinstance(module, _KNOWN):
+            for key, value in vars(module).items():
+                if isinstance(value, (list, tuple)) and all(type(number) is int for number in value):
+                    vars(module)[key] = type(value)(_followed(number, sizes[name]) for number in value)
+                elif type(value) is int:
+                    vars(module)[key] = _followed(value, sizes[name])
+
+
+def _followed(number: int, sizes: Mapping[int, set[int]]) -> int:
+    after = sizes.get(number, set())
+    return next(iter(after)) if len(after) == 1 else number
 
 
 # -- depth --------------------------------------------------------------------------------------------------------

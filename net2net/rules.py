@@ -55,9 +55,7 @@ def _made(units: Tensor, of: Sequence[Labels], **flags: Any) -> Labels:
 def give_up(trace: Trace, call: Call, why: str) -> None:
     """Pin every unit that meets in `call` and follow none of them further: the result is one thing, of fixed size."""
     for x in tensors_in([*call.args, *call.kwargs.values()]):
-        if (
-            view := trace.view(x)
-        ) is not None and view.name not in trace.values:  # of no use to tell its elements apart
+        if (view := trace.view(x)) is not None and view.name not in trace.values:  # of no use to tell them apart
             trace.values[view.name] = trace.fresh(1, view.name, whole=False).expand(trace.tensors[view.name].numel())
     met = _operands(trace, call)
     for labels in met:

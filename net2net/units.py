@@ -339,7 +339,9 @@ class Trace:
         """Whether uniting the roots `left` and `right` makes one unit of two that came into being together."""
         before = self.roots()
         after = _joined(before, torch.stack([left, right]))
-        touched = torch.isin(before, torch.cat([left, right])).nonzero().flatten()
+        meeting = torch.zeros(self._count, dtype=torch.bool)
+        meeting[left] = meeting[right] = True
+        touched = meeting[before].nonzero().flatten()
         family = torch.bucketize(touched, torch.tensor(self._ends), right=True)
         whole = torch.tensor(self._whole)[family]
         touched, family = touched[whole], family[whole]

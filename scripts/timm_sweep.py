@@ -8,6 +8,7 @@ import fnmatch
 import json
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 from collections import Counter
@@ -34,8 +35,8 @@ from scripts.trained import look_trained  # noqa: E402
 
 PAGE = ROOT / "results" / "timm.md"
 FACTOR = 1.5
-EXACT = 1e-8  # the largest relative error that counts as rounding, in float64
-SECONDS = 120.0
+EXACT = 1e-10  # the largest relative error that counts as rounding, in float64
+SECONDS = 120  # of one core, so that other work on the machine does not count
 GIBIBYTES = 16
 SIZES = (64, 96, 128, 160, 192, 224)
 
@@ -266,19 +267,19 @@ def measure(subject: Subject) -> Row:
     model = build(subject)
     example, fresh = (_images(subject, 2, seed) for seed in (2, 3))
     row = partial(Row, subject, alive=zoo._spread(model, fresh))
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         grown = widen(model, example, FACTOR)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         sizes, wider = _growth(model, grown)
         if sizes[0] == sizes[1]:
             return row(seconds, sizes, wider, reason=_held(model, example))
         return row(seconds, sizes, wider, error=equivalence(model, grown, fresh).max_relative)
     except TransferError as refusal:
-        return row(time.perf_counter() - started, *_growth(model, model), reason=zoo._shorten(str(refusal)))
+        return row(time.process_time() - started, *_growth(model, model), reason=zoo._shorten(str(refusal)))
     except Exception as error:  # which ought never to come from inside: it is counted, and the table goes on
         reason = zoo._shorten(f"{type(error).__name__}: {error}")
-        return row(time.perf_counter() - started, *_growth(model, model), reason=reason, fault="CRASHED")
+        return row(time.process_time() - started, *_growth(model, model), reason=reason, fault="CRASHED")
 
 
 def _images(subject: Subject, count: int, seed: int) -> Tensor:
@@ -307,17 +308,18 @@ def isolated(subject: Subject) -> Row:
     context.set_forkserver_preload(["timm", "torchvision"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(subject, theirs))
-    started = time.perf_counter()
     process.start()
     theirs.close()
     try:
-        if ours.poll(SECONDS):
+        if ours.poll(10 * SECONDS):  # asleep, or of no share in the machine
             return ours.recv()
-        return Row(subject, SECONDS, reason=f"It takes longer than {SECONDS:.0f} s.", fault="SLOW")
+        return Row(subject, 0.0, reason=f"It gives no result within {10 * SECONDS} s.", fault="SLOW")
     except EOFError:
         process.join()
+        if process.exitcode == -signal.SIGXCPU:
+            return Row(subject, SECONDS, reason=f"It takes longer than {SECONDS} s.", fault="SLOW")
         reason = f"The process ended without a result, with exit code {process.exitcode}."
-        return Row(subject, time.perf_counter() - started, reason=reason, fault="CRASHED")
+        return Row(subject, 0.0, reason=reason, fault="CRASHED")
     finally:
         process.kill()
         process.join()
@@ -326,6 +328,7 @@ def isolated(subject: Subject) -> Row:
 def _send(subject: Subject, connection: Connection) -> None:
     torch.set_num_threads(1)  # sums in a fixed order
     resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 10))
     with patch.object(Tensor, "float", Tensor.double):  # some networks compute parts in single precision
         connection.send(measure(subject))
 
@@ -336,6 +339,7 @@ def _send(subject: Subject, connection: Connection) -> None:
 def page(rows: Sequence[Row]) -> str:
     """The results as markdown."""
     count = Counter(row.verdict for row in rows)
+    once = Counter(row.subject.module for row in rows) == Counter(timm.list_modules())
     faults = "".join(f", **{count[fault]} {fault}**" for fault in ("CRASHED", "SLOW", "DEAD") if count[fault])
     wrong = f"{count['WRONG']} wrong" if not count["WRONG"] else f"**{count['WRONG']} WRONG**"
     lines = [
@@ -348,12 +352,14 @@ def page(rows: Sequence[Row]) -> str:
         "seen. The images are the smallest on which no parameter loses its effect.",
         "",
         f"- **Result:** {len(rows)} networks: {count['exact']} exact, {count['refused']} refused, {wrong}{faults}",
+        f"- **Modules:** {'all' if once else '**not all**'} {len(timm.list_modules())} of `timm.list_modules()`, "
+        "one network each",
         f"- **Exact:** largest |before - after| at most {EXACT:.0e} of the largest |output|",
         "- **Layers wider:** weights with more units than before, of all weights with more axes than one",
         "- **Alive:** standard deviation of the output between the images over its mean size; under "
         f"{zoo.ALIVE:.0e} nothing counts",
-        "- **Seconds:** of `net2net.widen`, its check included",
-        f"- **Limits:** {SECONDS:.0f} s and {GIBIBYTES} GiB a network",
+        "- **Seconds:** of one core for `net2net.widen`, its check included",
+        f"- **Limits:** {SECONDS} s of one core, the making of the network included, and {GIBIBYTES} GiB a network",
         f"- **Versions:** torch {torch.__version__}, timm {timm.__version__}",
         f"- **Hardware:** {hardware(torch.device('cpu'))}",
         "- **Command:** `python scripts/timm_sweep.py`",

@@ -393,6 +393,38 @@ def test_a_factor_for_all_leaves_what_does_not_grow() -> None:
     assert size(grown, "a", "b", "c") == [6, 4, 6]
 
 
+class Numbers(nn.Module):
+    """Has its widths as numbers: one, several, and one that may merely equal a width."""
+
+    def __init__(self, equal: int = 3) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(3, 12), nn.Linear(4, 6), nn.Linear(8, 6), nn.Linear(6, 5)
+        self.width, self.parts, self.equal = 4, (4, 8), equal
+
+    def forward(self, x: Tensor) -> Tensor:
+        small, large = self.a(x).split(self.parts, -1)
+        return self.d(self.b(small[..., : self.width]).tanh() + self.c(large.tanh()) / self.equal)
+
+
+def test_numbers_that_modules_hold_follow_their_widths() -> None:
+    grown = assert_wider(Numbers(), lambda: images(6, 3), {"b": 1.5})
+    assert (grown.width, grown.parts, grown.equal) == (4, (4, 8), 3)  # nothing fails: no number moves
+    grown = assert_wider(Numbers(), lambda: images(6, 3), 1.5)
+    assert size(grown, "a", "b", "c") == [18, 9, 9] and (grown.width, grown.parts, grown.equal) == (6, (6, 12), 3)
+
+
+def test_a_number_that_merely_equals_a_width_makes_a_refusal() -> None:
+    with pytest.raises(TransferError, match="does not compute"):
+        widen(Numbers(equal=12), images(6, 3), {"a": 1.5})
+
+
+def test_a_model_keeps_its_numbers_and_tensors_whatever_is_tried() -> None:
+    model = Numbers(equal=12)
+    before, numbers = state(model), (model.width, model.parts, model.equal)
+    widen(model, images(6, 3), 1.5)
+    assert unchanged(model, before) and (model.width, model.parts, model.equal) == numbers
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_parametrisation_of_fixed_shape_is_refused() -> None:
     net = nn.Sequential(orthogonal(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))

@@ -868,3 +868,32 @@ def test_any_network_of_the_grammar_is_grown_exactly(data) -> None:
     assert net2net.equivalence(teacher, student, images(3, 3, 3, 4)).max_relative <= BAR
     if not any(new[k] for k, piece in enumerate(pieces) if piece == "conv"):
         assert net2net.equivalence(teacher, student, images(3, 3, 3, 4), mode="train").max_relative <= BAR
+
+
+class Windows(nn.Module):
+    """Two attentions whose values pass through filters of their own by windows of heads, the same for both."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, width = heads, 2 * heads
+        self.first, self.second = nn.Linear(3, 3 * width), nn.Linear(width, 3 * width)
+        self.filters = nn.ModuleList(nn.Conv1d(n, n, 3, padding=1, groups=n) for n in (2, width - 2))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            q, k, v = layer(x).unflatten(-1, (3, self.heads, 2)).permute(2, 0, 3, 1, 4)
+            rows = v.transpose(-1, -2).flatten(1, 2)
+            parts = zip(self.filters, rows.split([2, rows.shape[1] - 2], 1), strict=True)
+            passed = torch.cat([layer(part) for layer, part in parts], 1).unflatten(1, (self.heads, 2))
+            x = (q @ (k.softmax(2).transpose(-1, -2) @ v) + q * passed.transpose(-1, -2)).transpose(1, 2).flatten(2)
+        return self.head(x.mean(1))
+
+
+def test_units_that_belong_to_each_other_are_one() -> None:
+    """Queries meet values twice: in a product of two, and each with the one beside it."""
+    teacher, student = randomise(Windows(4), 1), randomise(Windows(4), 2)
+    transfer(teacher, student, images(2, 7, 3))
+    assert equivalence(teacher, student, images(3, 7, 3)).max_relative <= BAR
+    with pytest.raises(TransferError):  # the windows share heads out otherwise: no mapping is right for both filters
+        transfer(teacher, randomise(Windows(3), 2), images(2, 7, 3))
