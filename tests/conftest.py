@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from loops import small_job
 
 from experiments import command
 from experiments.config import Config
+from experiments.training import Job
 
 # The digits, a network of 3,000 weights, thirty steps: two seconds an arm.
 TINY = (
@@ -58,6 +60,12 @@ def cases_fixture() -> Callable[..., list[Config]]:
 def tiny(tmp_path: Path) -> Callable[..., Config]:
     """The smallest experiment, which writes under tmp_path/runs; more settings may be given."""
     return lambda *overrides: composed(*TINY, f"runs={tmp_path}/runs", *overrides)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """The smallest training run."""
+    return small_job(tmp_path / "arm")
 
 
 @pytest.fixture
