@@ -7,23 +7,15 @@ from torch import Tensor, nn
 
 import net2net
 
-from .config import Config, ExperimentError
+from .config import CONTINUED as CONTINUED
+from .config import Config, ExperimentError, arm_folders
 from .models import build
 from .randomness import derive_seed
-
-CONTINUED = "teacher_continued"  # the arm that has no student
 
 
 def folders(config: Config) -> dict[str, tuple[str, str | None]]:
     """The folder of each arm to run, with the arm and its student's name (None for the teacher continued)."""
-    result: dict[str, tuple[str, str | None]] = {}
-    for student in config.students:
-        for arm in config.arms:
-            if arm == CONTINUED:
-                result.setdefault(arm, (arm, None))
-            else:
-                result[arm if len(config.students) == 1 else f"{student}_{arm}"] = (arm, student)
-    return result
+    return arm_folders(config.students, config.arms)
 
 
 def fresh(config: Config, student: str | None, classes: int, channels: int) -> nn.Module:

@@ -5,10 +5,13 @@ Nothing here imports torch: a typo, `--help` and `--cfg job` answer before it is
 
 import os
 import re
+import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -18,12 +21,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from . import sweep
 from .cases import resolve
 from .config import Config, ExperimentError, check, flatten, nearest
 from .signals import Interrupted
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # what the user can put right
+LOST = ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError")  # the launchers'
 FREE = ("model", "inception", "teacher", "students", "rates", "cases")  # their keys are not in the schema
+
+
+class JobFailed(Exception):
+    """A job of a sweep failed, and has said why where it ran."""
+
+    def __init__(self, sentence: str, elsewhere: bool) -> None:
+        super().__init__(sentence, elsewhere)
+        self.sentence = sentence
+        self.elsewhere = elsewhere  # on another machine's terminal, in a log file
 
 
 def main(arguments: list[str]) -> int:
@@ -34,6 +49,9 @@ def main(arguments: list[str]) -> int:
         print(listing())
         return 2 if arguments else 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, to be said in a sentence
+    # Processes that a launcher starts import this package, wherever they are started.
+    path = [str(CONFIGS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
     # Hydra reads sys.argv, and wants its own options before the settings.
     sys.argv[1:] = sorted(arguments, key=lambda a: "=" in a and not a.startswith("-"))
     register()
@@ -45,23 +63,52 @@ def main(arguments: list[str]) -> int:
         said.add(sentence)
 
     def job(composed: DictConfig) -> None:
+        sweeping = HydraConfig.get().mode is RunMode.MULTIRUN
+        overrides = list(HydraConfig.get().overrides.task)
+        who = ""
         try:
-            run(composed)
-        except (ExperimentError, OmegaConfBaseException) as error:
-            say(explain(error))
+            configs = configurations(composed, overrides)
+            if not sweeping:
+                run(configs)
+                return
+            sys.argv = ["train.py", *overrides]  # what the manifest calls its command makes this job alone
+            who = f"{sweep.name(configs[0])}: "
+            if HydraConfig.get().runtime.choices["hydra/launcher"] == "local":
+                sweep.take_gpu()
+                with sweep.own_log(configs[0]) as log:
+                    run(configs, log)
+            else:
+                run(configs)
+        except Exception as error:
+            if not isinstance(error, KNOWN):
+                if not sweeping:
+                    raise
+                traceback.print_exc()
+            say(who + explain(error))
             # A launcher has to know what became of its jobs. A single run would only be told once more, by Hydra.
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
-                raise
+            if sweeping:
+                raise JobFailed(who + explain(error), elsewhere="SUBMITIT_EXECUTOR" in os.environ) from None
 
     try:
+        check_launcher(arguments)
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
-    except (ExperimentError, HydraException, OmegaConfBaseException) as error:
+    except JobFailed as failed:
+        if failed.elsewhere:
+            for sentence in (failed.sentence, *sweep.failures()):
+                say(sentence)
+        return 1
+    except KNOWN as error:
         say(explain(error))
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         what = "Interrupted" if number == signal.SIGINT else f"Stopped by {number.name}"
         print(f"\n{what}. {stop}{'. ' if str(stop) else ''}Run the same command again to go on.", file=sys.stderr)
         return 128 + number
+    except Exception as error:
+        if type(error).__name__ not in LOST:
+            raise
+        what = " ".join(str(error).split())[:300]
+        say(f"The launcher stopped: {what}. Slurm's jobs go on; the same command does what is missing after them.")
     return 1 if said else 0
 
 
@@ -69,17 +116,29 @@ def register() -> None:
     """Make the schema and the resolvers known to Hydra."""
     ConfigStore.instance().store("schema", Config)
     OmegaConf.register_new_resolver("default_scale", default_scale, replace=True)
+    OmegaConf.register_new_resolver("runs_at_once", sweep.runs_at_once, replace=True)
 
 
-def run(composed: DictConfig) -> None:
-    """Run one composed configuration, or each of its cases; all of them are checked before the first is run.
+def check_launcher(arguments: list[str]) -> None:
+    """Raise ExperimentError for a launcher that would not be used, or cannot be."""
+    launchers = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
+    if launchers and not {"-m", "--multirun", "--cfg", "-c"} & set(arguments):
+        raise ExperimentError(f"hydra/launcher={launchers[0]} starts the jobs of a sweep: add -m.")
+    if "slurm" in launchers and "-m" in arguments and shutil.which("sbatch") is None:
+        raise ExperimentError(
+            "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine: run it where that is, "
+            "or take hydra/launcher=local."
+        )
+
+
+def run(configs: list[Config], log: IO[str] | None = None) -> None:
+    """Run each of the configurations; what they have to say goes to the log, or else to the terminal.
 
     A case that fails does not stop the others. Raises ExperimentError in the end, with what each failed for.
     """
-    configs = configurations(composed, HydraConfig.get().overrides.task)
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=log)
     if configs[0].scale == default_scale() and not any(a.startswith("scale=") for a in sys.argv[1:]):
         found = "a GPU was found" if configs[0].scale == "gpu" else "no GPU was found"
         console.print(f"scale={configs[0].scale}: {found}; choose another with scale=...", highlight=False)
@@ -89,10 +148,12 @@ def run(composed: DictConfig) -> None:
     failed: list[str] = []
     for config in configs:
         try:
-            picture = compare(config, console, skip_busy=HydraConfig.get().mode is RunMode.MULTIRUN)
-            if picture is not None:
-                console.print(f"figure    {picture}", highlight=False, soft_wrap=True)
-            console.print(f"log       {mirror.note(config)}", highlight=False, soft_wrap=True)
+            sweeping = HydraConfig.get().mode is RunMode.MULTIRUN
+            with sweep.noting_failure(config, explain, new=sweeping):
+                picture = compare(config, console, skip_busy=sweeping)
+                if picture is not None:
+                    console.print(f"figure    {picture}", highlight=False, soft_wrap=True)
+                console.print(f"log       {mirror.note(config)}", highlight=False, soft_wrap=True)
         except ExperimentError as error:
             if config.case is None:
                 raise
@@ -141,6 +202,8 @@ def explain(error: Exception) -> str:
     text = str(error).strip()
     if isinstance(error, ExperimentError):
         return text
+    if not isinstance(error, KNOWN):
+        return f"{type(error).__name__}: {text}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} is no setting: write KEY=VALUE, and quote what has brackets: 'KEY=\"a(b)\"'."
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
@@ -180,3 +243,6 @@ def _keys() -> list[str]:
         return keys
 
     return walk(OmegaConf.structured(Config))
+
+
+register()  # a job that was sent to another process composes its configuration there

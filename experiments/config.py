@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
+CONTINUED = "teacher_continued"  # the arm that has no student
 OPTIMIZERS = ("rmsprop", "sgd")
 DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired")
@@ -192,6 +193,18 @@ def _check_numbers(config: Config) -> None:
         raise ExperimentError(f"schedule.momentum is {schedule.momentum}: it has to be below 1.")
     if not 0 < data.holdout < 1:
         raise ExperimentError(f"data.holdout is {data.holdout}: choose a share between 0 and 1, for instance 0.1.")
+
+
+def arm_folders(students: Iterable[str], arms: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """The folder of each arm to run, with the arm and its student's name (None for the teacher continued)."""
+    names, result = list(students), {}
+    for student in names:
+        for arm in arms:
+            if arm == CONTINUED:
+                result.setdefault(arm, (arm, None))
+            else:
+                result[arm if len(names) == 1 else f"{student}_{arm}"] = (arm, student)
+    return result
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
