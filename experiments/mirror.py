@@ -1,17 +1,23 @@
 """Weights & Biases, as a mirror of the ledger: losing it loses nothing, and without it it is not even imported."""
 
+import json
 import netrc
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .config import Config
+from .files import write
 
 Log = Callable[[Mapping[str, float]], None]
+PATIENCE = 10.0  # seconds that a run waits for W&B's server, at its beginning and at its end
+TOLD = "wandb.json"  # in an arm's folder: its identity in W&B, and the last step that was mirrored
+_unreachable = False  # it let a run of this process wait in vain: the others do not try
 
 
 def mode() -> str:
@@ -46,8 +52,9 @@ def note(config: Config) -> str:
 def mirror(config: Config, name: str, manifest: Mapping[str, Any], console: Console) -> Iterator[Log]:
     """A function that mirrors rows of the curve, grouped by experiment with the arm as job type, while the block runs.
 
-    Rows that were mirrored before an interruption are not repeated: every row carries its step. Whatever goes wrong
-    in W&B is said once, and the run goes on without it.
+    A run that goes on after an interruption goes on in W&B, where no row is repeated: the arm's folder keeps its
+    identity there and the last step it was told. Whatever goes wrong in W&B is said once, and the run goes on
+    without it.
     """
     if config.logger == "none" or mode() == "disabled":
         yield lambda row: None
@@ -65,30 +72,79 @@ def mirror(config: Config, name: str, manifest: Mapping[str, Any], console: Cons
             text = f"W&B fails ({type(error).__name__}: {error}). {name} goes on without it; its curve is on disk."
             console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    run = attempt(lambda: _start(config, name, manifest))
+    def log(row: Mapping[str, float]) -> None:
+        if row["step"] > told["step"]:
+            run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+            told["step"] = int(row["step"])
+            write(place, json.dumps(told).encode())
+
+    place = Path(config.runs) / config.name / f"seed{config.seed}" / name / TOLD
+    told = _told(place, f"{_group(config)}-seed{config.seed}-{name}")
+    run = attempt(lambda: _start(config, name, told["id"], manifest, console))
     try:
-        yield lambda row: attempt(
-            lambda: run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
-        )
+        yield lambda row: attempt(lambda: log(row))
     finally:
-        attempt(lambda: run.finish())
+        attempt(lambda: _finish(run, config, console))
 
 
-def _start(config: Config, name: str, manifest: Mapping[str, Any]) -> Any:
+def _group(config: Config) -> str:
+    return config.name.replace("/", "-")  # which W&B does not allow in an identity
+
+
+def _told(place: Path, name: str) -> dict[str, Any]:
+    """The run's identity in W&B, of its own even if another of the same name was there, and the last step of it."""
+    with suppress(OSError, ValueError):
+        return json.loads(place.read_bytes())
+    return {"id": f"{name}-{secrets.token_hex(4)}", "step": -1}
+
+
+def _start(config: Config, name: str, identity: str, manifest: Mapping[str, Any], console: Console) -> Any:
+    """Begin the run, or go on with it. Where its server does not answer, this and all later runs are kept offline."""
+    os.environ.setdefault(
+        "WANDB_ERROR_REPORTING", "false"
+    )  # or its telemetry waits at exit for a server that is silent
     import wandb
 
     Path(config.runs).mkdir(parents=True, exist_ok=True)
-    group = config.name.replace("/", "-")  # which W&B does not allow in an identity
-    identity = f"{group}-seed{config.seed}-{name}"
-    return wandb.init(
-        project="net2net",
-        id=identity,
-        name=identity,
-        group=group,
-        job_type=name,
-        resume="allow",
-        mode=mode(),  # type: ignore[arg-type]
-        dir=config.runs,
-        config={key: manifest[key] for key in ("settings", "parameters", "forward_flops", "commit", "hardware")},
-        settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+    patience = {"init_timeout": PATIENCE, "finish_timeout": PATIENCE, "finish_timeout_raises": True}
+
+    def start(mode: str) -> Any:
+        return wandb.init(
+            project="net2net",
+            id=identity,
+            name=f"{_group(config)}-seed{config.seed}-{name}",
+            group=_group(config),
+            job_type=name,
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=config.runs,
+            config={key: manifest[key] for key in ("settings", "parameters", "forward_flops", "commit", "hardware")},
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, **patience),
+        )
+
+    if mode() != "online" or _unreachable:
+        return start("offline" if _unreachable else mode())
+    try:
+        return start("online")
+    except wandb.errors.CommError as error:
+        _lose(config, console, error, "What follows is")
+        wandb.teardown()  # or the process that W&B started would go on with the run that failed, and write nothing
+        return start("offline")
+
+
+def _finish(run: Any, config: Config, console: Console) -> None:
+    """End the run; what its server did not take in time is on disk."""
+    try:
+        run.finish()
+    except TimeoutError as error:
+        _lose(config, console, error, "The run is")
+
+
+def _lose(config: Config, console: Console, error: Exception, what: str) -> None:
+    global _unreachable
+    _unreachable = True
+    reason = " ".join(str(error).split())[:200]
+    text = (
+        f"W&B does not answer ({reason}). {what} kept in {config.runs}/wandb; `wandb sync --include-online` uploads it."
     )
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -31,7 +31,7 @@ class Plan(Callback):
     """Hydra calls it in the process that starts a sweep, before the first job."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Every arm that the sweep is to run stands in its experiment's plan; what earlier jobs left of failures is gone.
+        """Every arm that the sweep is to run stands in its experiment's plan; no failure of before is left.
 
         But for a sweep over experiments, whose arms are known when they begin.
         """

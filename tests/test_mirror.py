@@ -1,15 +1,18 @@
 """The mirror may be absent, offline or broken: training goes on, and the ledger is whole."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
+from wandb_server import Server, serve
 
 from experiments import mirror
 from experiments.config import Config
@@ -136,7 +139,7 @@ def test_offline_a_folder_is_written_and_nothing_is_sent(tmp_path: Path) -> None
     assert "W&B fails" not in done.stdout
     assert f"W&B offline in {tmp_path}/runs/wandb: look with `wandb leet" in done.stdout
     (folder,) = (tmp_path / "runs/wandb").glob("offline-run-*")
-    assert folder.name.endswith("quickstart-seed0-random_init")
+    assert "quickstart-seed0-random_init" in folder.name
     assert list(folder.glob("*.wandb"))
 
 
@@ -163,3 +166,129 @@ def test_a_login_in_netrc_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert mirror.mode() == "offline"
     netrc.write_text("nonsense")
     assert mirror.mode() == "offline"
+
+
+# A process for each turn of a run, as W&B starts a service in it: rows from one step to another, told in no time but
+# for a pause that lets the server fall silent. Says how long the beginning, each row and the end took.
+TURN = """
+import sys, time
+from rich.console import Console
+from experiments import mirror
+from experiments.config import Config
+
+first, end, pause, mirror.PATIENCE = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), 3.0
+manifest = {"settings": {"seed": 0}, "parameters": 1, "forward_flops": 2, "commit": "abc", "hardware": "a CPU"}
+clock = time.monotonic
+for name in sys.argv[4:]:
+    marks = [clock()]
+    with mirror.mirror(Config(experiment="any", case="one", runs="runs"), name, manifest, Console()) as log:
+        marks.append(clock())
+        for index in range(first, end):
+            if index == pause:
+                print("paused", flush=True)
+                sys.stdin.readline()
+            began = clock()
+            log({"step": 10 * index, "epoch": index / 2, "test_accuracy": index / 100})
+            marks.append(clock() - began)
+        ending = clock()
+    print("took", marks[1] - marks[0], max(marks[2:]), clock() - ending, flush=True)
+"""
+ROWS = [{"_step": 10 * index, "epoch": index / 2, "test_accuracy": index / 100} for index in range(6)]
+
+
+def wandb_environment(folder: Path, url: str, mode: str) -> dict[str, str]:
+    """Where W&B's server is, for somebody who is logged in there."""
+    named = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": mode}
+    return named | {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)}
+
+
+def turn(folder: Path, url: str, mode: str, *arguments: object, silent: Event | None = None) -> tuple[str, list[float]]:
+    """What a turn of a run says, and the longest times of beginning, row and end of its last arm."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TURN, *map(str, arguments)],
+        cwd=folder,
+        env=wandb_environment(folder, url, mode),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin and process.stdout
+    said = ""
+    if silent:
+        for line in process.stdout:
+            said += line
+            if line == "paused\n":
+                break
+        silent.set()
+    out, err = process.communicate("\n", timeout=60)
+    assert process.returncode == 0, err
+    said += out
+    return said, [float(word) for word in said.splitlines()[-1].split()[1:]]
+
+
+def sync(folder: Path, server: Server) -> None:
+    """`wandb sync`, as the terminal says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *sorted(folder.glob("runs/wandb/*run-*"))],
+        cwd=folder,
+        env=wandb_environment(folder, server.url, "online"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_online_and_offline_with_sync_give_the_same_charts_in_one_turn_or_in_two(tmp_path: Path) -> None:
+    for mode in ("online", "offline"):
+        for turns in ([(0, 6)], [(0, 3), (2, 6)]):  # a run that goes on tells its last row again
+            folder = tmp_path / f"{mode}{len(turns)}"
+            folder.mkdir()
+            with serve() as server:
+                for first, end in turns:
+                    turn(folder, server.url, mode, first, end, -1, "net2net")
+                if mode == "offline":
+                    assert not server.runs
+                    sync(folder, server)
+                (run,) = server.runs
+                assert run.startswith("any-one-seed0-net2net-")
+                assert server.runs[run]["groupName"] == "any-one" and server.runs[run]["jobType"] == "net2net"
+                assert server.charts(run) == ROWS
+
+
+@pytest.mark.parametrize("outage", ["refused", "silent"])
+def test_a_server_that_does_not_answer_delays_a_process_once_and_loses_nothing(tmp_path: Path, outage: str) -> None:
+    with serve() as server:
+        if outage == "silent":
+            server.silent.set()
+        url = "http://127.0.0.1:9" if outage == "refused" else server.url
+        said, (begin, row, end) = turn(tmp_path, url, "online", 0, 6, -1, "net2net", "random_init")
+        assert said.count("W&B does not answer") == 1
+        waited = [float(line.split()[1]) for line in said.splitlines() if line.startswith("took")]
+        assert 2.5 < waited[0] < 3 + 3  # the patience of this test, and what W&B's start takes
+        assert max(begin, row, end) < 2.5  # the second arm waits for nothing
+        server.silent.clear()
+        server.runs.clear()
+        sync(tmp_path, server)
+        assert len(server.runs) == 2
+        assert all(server.charts(run) == ROWS for run in server.runs)
+
+
+def test_a_server_that_falls_silent_delays_the_end_alone_and_loses_nothing(tmp_path: Path) -> None:
+    with serve() as server:
+        arguments = (0, 6, 3, "net2net")
+        said, (_, row, end) = turn(tmp_path, server.url, "online", *arguments, silent=server.silent)
+        assert "W&B does not answer (Timed out" in said
+        assert row < 0.5 and end < 3 + 2
+        server.silent.clear()
+        sync(tmp_path, server)
+        (run,) = server.runs
+        assert server.charts(run) == ROWS
+
+
+def test_a_stage_that_is_made_anew_is_another_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        turn(tmp_path, "http://127.0.0.1:9", "offline", 0, 2, -1, "net2net")
+        (tmp_path / "runs/any/one/seed0/net2net" / mirror.TOLD).unlink()
+    names = {folder.name.rpartition("-")[2] for folder in tmp_path.glob("runs/wandb/offline-run-*")}
+    assert len(names) == 2
