@@ -1,5 +1,6 @@
 """The mirror may be absent, offline or broken: training goes on, and the ledger is whole."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_server import Server, serve
 
 from experiments import mirror
-from experiments.config import Config
+from experiments.config import Config, check
+from experiments.report import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 MANIFEST = {"settings": {"seed": 0}, "parameters": 1, "forward_flops": 2, "commit": "abc", "hardware": "a CPU"}
@@ -292,3 +296,33 @@ def test_a_stage_that_is_made_anew_is_another_run(tmp_path: Path) -> None:
         (tmp_path / "runs/any/one/seed0/net2net" / mirror.TOLD).unlink()
     names = {folder.name.rpartition("-")[2] for folder in tmp_path.glob("runs/wandb/offline-run-*")}
     assert len(names) == 2
+
+
+def test_the_sweep_file_drives_the_command_line(composed: Callable[..., Config]) -> None:
+    sweep = yaml.safe_load((ROOT / "configs/wandb_sweep.yaml").read_text())
+    assert (ROOT / sweep["program"]).is_file() and sweep["metric"]["name"] in COLUMNS
+    swept = {key: choice.get("values") or [choice["value"]] for key, choice in sweep["parameters"].items()}
+    found = set()
+    for values in itertools.product(*swept.values()):
+        # As W&B's agent makes a command of the file.
+        arguments = create_sweep_command_args(
+            {"args": {key: {"value": value} for key, value in zip(swept, values, strict=True)}}
+        )
+        command = create_sweep_command(list(sweep["command"]))
+        assert command == ["${env}", "python", "${program}", "${args_no_hyphens}"]
+        config = composed(*arguments["args_no_hyphens"])
+        check(config)
+        assert len(config.arms) == 1  # a run of the sweep is one curve
+        found.add((config.name, config.seed, *config.arms))
+    assert len(found) == 15
+
+
+def test_in_a_sweep_of_wandb_the_teacher_is_not_mirrored(
+    broken: Callable[[str], Broken], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = broken("")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    for name, calls in (("teacher", []), ("net2net", ["init", "log", "finish"])):
+        with mirror.mirror(Config(runs=str(tmp_path)), name, MANIFEST, Console(file=StringIO())) as log:
+            log({"step": 0, "test_accuracy": 0.1})
+        assert service.calls == calls
