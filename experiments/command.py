@@ -31,6 +31,15 @@ KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # what the us
 LOST = ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError")  # the launchers'
 FREE = ("model", "inception", "teacher", "students", "rates", "cases")  # their keys are not in the schema
 
+HELP = """\
+python train.py experiment=NAME [KEY=VALUE ...]        run an experiment, or go on with it
+python train.py experiment=NAME [KEY=VALUE ...] -m     every combination of values: seed=0,1,2
+python train.py experiment=NAME --cfg job              its settings; experiments/config.py says what they mean
+python train.py experiment=NAME --help                 the choices of each group, and its settings
+python train.py --hydra-help                           options of the command line itself
+
+{listing}"""
+
 
 class JobFailed(Exception):
     """A job of a sweep failed, and has said why where it ran."""
@@ -43,6 +52,12 @@ class JobFailed(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run the command line; return the exit status."""
+    if not any(a.startswith(("experiment=", "+experiment=")) for a in arguments):
+        if {"-h", "--help"} & set(arguments):
+            print(HELP.format(listing=listing()))
+            return 0
+        if {"-c", "--cfg"} & set(arguments):
+            arguments = [*arguments, "experiment=[]"]  # the settings that all have in common
     if not any(a.startswith(("experiment=", "-", "+experiment=")) for a in arguments):
         if arguments:
             print("Name an experiment, as in: python train.py experiment=quickstart " + " ".join(arguments) + "\n")

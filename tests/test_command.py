@@ -1,5 +1,6 @@
 """The command line: what is wrong with it is said in one sentence, at once, and nothing is left behind."""
 
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,6 +146,31 @@ def test_a_wrong_command_is_answered_without_torch() -> None:
         done = subprocess.run([sys.executable, "-c", program, typed], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0
         assert "Error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("--help", "wider_inception    Section 4.2"),
+        ("-h", "python train.py experiment=NAME --cfg job"),
+        ("--cfg job", "batch_size: 128"),
+        ("--help experiment=quickstart", "stem: 8"),
+        ("--cfg job experiment=quickstart", "batch_size: 32"),
+    ],
+)
+def test_questions_are_answered_at_once(typed: str, said: str) -> None:
+    program = (
+        "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
+        "sys.argv = ['train.py', *sys.argv[1:]];"
+        "from experiments.command import main; sys.exit(main(sys.argv[1:]))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", program, *typed.split()], cwd=ROOT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stderr) == (0, "False\n")
+    assert said in done.stdout
+    # The time of a processor: on a machine that has other work, too, the clock says nothing about us.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_without_arguments_the_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
