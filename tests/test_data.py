@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import pickle
+import random
 import subprocess
 import sys
 import tarfile
@@ -20,11 +21,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from torchvision.datasets import CIFAR10
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
 from experiments.config import Data, ExperimentError
-from experiments.data import Folder, Images, complete_batches, load
+from experiments.data import Folder, Images, complete_batches, load, parts, tree
 from experiments.data.cifar import cifar10
 from experiments.data.memory import crop_and_flip, statistics
 from experiments.data.splits import divide
@@ -468,9 +470,10 @@ def test_streamed_test_pictures_are_the_usual_centre(stream: Data):
     assert torch.allclose(images[0].double(), expected, atol=1e-5)
 
 
-def test_streamed_pictures_are_changed_each_in_its_own_way(stream: Data, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("experiments.data.streamed.picture", lambda file: Image.fromarray(pixels(20, 20, 3)))
+def test_streamed_pictures_are_changed_each_in_its_own_way(stream: Data):
     train = load(stream).train
+    for file in train.files:
+        Image.fromarray(pixels(20, 20, 3)).save(os.fsdecode(file))
     draws = [image for epoch, seed in [(0, 0), (1, 0), (0, 1)] for image in next(train.batches(4, epoch, seed))[0]]
     assert len({image.numpy().tobytes() for image in draws}) == 12
 
@@ -480,6 +483,113 @@ def test_worker_processes_change_nothing(stream: Data):
     stream.workers = 2
     assert same(load(stream).train.batches(4, 0, 0), alone.batches(4, 0, 0))
     assert not same(alone.batches(4, 0, 0), alone.batches(4, 0, 0, augment=False))
+
+
+def test_one_set_of_workers_serves_all_epochs(stream: Data, monkeypatch: pytest.MonkeyPatch):
+    stream.workers = 2
+    train = load(stream).train
+    monkeypatch.setattr("experiments.data.parts.RandomPart.__call__", lambda *_: Image.new("RGB", (1, 1), os.getpid()))
+
+    def workers(epoch: int) -> set[float]:
+        return {value for images, _ in train.batches(2, epoch, 0) for value in images[:, 0].unique().tolist()}
+
+    assert len(workers(0)) == 2
+    assert workers(0) == workers(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_may_be_left_and_may_overlap(stream: Data, workers: int):
+    expected = [list(load(stream).train.batches(4, epoch, 0)) for epoch in range(3)]
+    stream.workers = workers
+    train = load(stream).train
+    for epoch in (0, 1):
+        assert same([next(train.batches(4, epoch, 0))], expected[epoch][:1])  # left after a batch of three
+    outer, inner = train.batches(4, 1, 0), train.batches(4, 2, 0)
+    pairs = [(next(outer), next(inner)) for _ in expected[1]]
+    assert same([first for first, _ in pairs], expected[1])
+    assert same([second for _, second in pairs], expected[2])
+    assert same(train.batches(4, 0, 0), expected[0])
+
+
+def test_a_picture_that_cannot_be_read_ends_an_epoch_and_not_the_workers(stream: Data):
+    stream.workers = 2
+    train = load(stream).train
+    file = Path(os.fsdecode(train.files[0]))
+    content = file.read_bytes()
+    file.write_bytes(content[:200])
+    for _ in range(2):
+        with pytest.raises(ExperimentError, match=rf"^The image {file} cannot be read"):
+            list(train.batches(len(train), 0, 0))
+    file.write_bytes(content)
+    stream.workers = 0
+    assert same(train.batches(4, 0, 0), load(stream).train.batches(4, 0, 0))
+
+
+@pytest.mark.parametrize("shape", [(400, 500), (500, 400), (30, 1000), (1000, 30), (3, 3)])
+def test_random_parts_are_drawn_as_torchvision_draws_them(shape: tuple[int, int]):
+    height, width = shape
+    draw = random.Random(0)
+    boxes = torch.tensor([parts.random_box(width, height, draw) for _ in range(2000)]).double()
+    left, top, right, bottom = boxes.unbind(1)
+    assert bool((left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all())
+    torch.manual_seed(0)
+    template = torch.empty(3, height, width)
+    drawn = [RandomResizedCrop.get_params(template, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)]
+    theirs = torch.tensor(drawn).double()
+    ours = torch.stack([top, left, bottom - top, right - left], 1)
+    for quantile in (0.0, 0.1, 0.5, 0.9, 1.0):
+        found, expected = (values.quantile(quantile, 0) for values in (ours, theirs))
+        assert torch.allclose(found, expected, atol=max(1.0, 0.05 * max(shape))), quantile
+
+
+def test_a_random_part_has_the_pixels_of_torchvision(tmp_path: Path):
+    file = tmp_path / "a.png"
+    image = Image.fromarray(pixels(60, 80, 3))
+    image.save(file)
+    for seed in range(20):
+        found = np.array(parts.RandomPart(16, flip=True)(str(file), seed)).astype(int)
+        draw = random.Random(seed)
+        mirror = draw.random() < 0.5
+        left, top, right, bottom = parts.random_box(80, 60, draw)
+        usual = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [16, 16])
+        expected = np.array(v2.functional.horizontal_flip(usual) if mirror else usual).astype(int)
+        # The outermost pixels are interpolated with what lies beyond the part, and not cut off there.
+        assert np.abs(found - expected)[2:-2, 2:-2].max() <= 1
+
+
+def test_without_flip_no_part_is_mirrored(tmp_path: Path):
+    file = tmp_path / "a.png"
+    Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8)[:, None], (60, 1, 3))).save(file)
+    for flip in (False, True):
+        drawn = [np.array(parts.RandomPart(8, flip)(str(file), seed)).astype(int) for seed in range(40)]
+        mirrored = sum(image[0, 0, 0] > image[0, -1, 0] for image in drawn)
+        assert 10 < mirrored < 30 if flip else mirrored == 0
+
+
+def test_a_large_photograph_is_decoded_smaller_and_looks_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "china.jpg"
+    Image.fromarray(load_sample_image("china.jpg")).save(file, quality=95)  # 640 x 427
+    part = parts.RandomPart(64, flip=True)
+    sizes = set()
+
+    def picture(*arguments) -> Image.Image:
+        image = tree.picture(*arguments)
+        sizes.add(image.width)
+        return image
+
+    monkeypatch.setattr(parts, "picture", picture)
+    small = [np.array(part(str(file), seed)).astype(int) for seed in range(60)]
+    assert sizes == {640, 320}
+    monkeypatch.setattr(parts, "SPARE", 10**6)
+    sizes.clear()
+    full = [np.array(part(str(file), seed)).astype(int) for seed in range(60)]
+    assert sizes == {640}
+    errors = [np.sqrt(((one - other) ** 2).mean()) / 255 for one, other in zip(small, full, strict=True)]
+    assert 0 < max(errors) < 0.02
+    assert min(errors) == 0  # small parts need every pixel
+    monkeypatch.setattr(parts, "SPARE", 0.5)  # what is left out shows if nothing is to spare
+    coarse = [np.array(part(str(file), seed)).astype(int) for seed in range(60)]
+    assert max(np.sqrt(((one - other) ** 2).mean()) / 255 for one, other in zip(coarse, full, strict=True)) > 0.02
 
 
 def test_workers_ignore_the_signals_of_preemption(stream: Data, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,10 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.config import ExperimentError
 from experiments.data.batching import epoch_order, normaliser
+from experiments.data.parts import RandomPart
 from experiments.data.tree import centre, picture
 from experiments.randomness import derive_seed
 
-Decode = Callable[[str, int], Tensor]  # a file and its index -> uint8 (3, size, size)
+if TYPE_CHECKING:
+    from PIL import Image
+
+Decode = Callable[[str, int], "Image.Image"]  # a file and its index -> a square picture, RGB
+Task = tuple[Decode, Sequence[int]]  # how to decode, and the indices of a batch
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,14 @@ class Folder:
     workers: int
     flip: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    pool: "_Pool" = field(default_factory=lambda: _Pool(), repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Folder":
         """The same split, giving batches on `device`."""
-        return replace(self, device=torch.device(device))
+        return replace(self, device=torch.device(device), pool=_Pool())
 
     def batches(
         self,
@@ -61,8 +67,8 @@ class Folder:
         """
         order = epoch_order(len(self), batch_size, epoch, seed)[start:]
         flip = self.flip if flip is None else flip
-        decode = _Augmented(_random_part(self.size, flip), seed, epoch) if augment else _Centred(self.size)
-        return self._stream(order.tolist(), decode)
+        decode = _Augmented(RandomPart(self.size, flip), seed, epoch) if augment else _Centred(self.size)
+        return self._stream(order.tolist(), decode, self.pool)
 
     def ordered(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image once, in order: float32 normalised NCHW, int64 labels; the last batch may be small.
@@ -71,66 +77,89 @@ class Folder:
         """
         everything = range(len(self))
         batches = [everything[first : first + batch_size] for first in range(0, len(self), batch_size)]
-        return self._stream(batches, _Centred(self.size))
+        # Seldom and short: processes that wait between two evaluations would only hold memory.
+        return self._stream(batches, _Centred(self.size), _Pool())
 
-    def _stream(self, batches: Sequence[Sequence[int]], decode: Decode) -> Iterator[tuple[Tensor, Tensor]]:
+    def _stream(
+        self, batches: Sequence[Sequence[int]], decode: Decode, pool: "_Pool"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         normalise = normaliser(self.mean, self.std, self.device)
-        loader: DataLoader[Any] = DataLoader(
-            _Pictures(self.files, decode),
-            batch_size=None,  # an index of the sampler is a whole batch
-            sampler=batches,
-            num_workers=self.workers,
-            worker_init_fn=_ignore_preemption,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or every epoch would draw from the global stream
-        )
-        for chosen, pixels in zip(batches, loader, strict=True):
+        decoded = pool.decoded(self.files, [(decode, chosen) for chosen in batches], self.workers, self.device)
+        for chosen, pixels in zip(batches, decoded, strict=True):
             if isinstance(pixels, ExperimentError):
                 raise pixels
             labels = self.labels[list(chosen)].to(self.device, non_blocking=True)
-            yield normalise(pixels.to(self.device, non_blocking=True)), labels
+            # NHWC as decoded: a view as NCHW is what torch calls channels_last.
+            yield normalise(pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)), labels
+
+
+class _Pool:
+    """The decoding processes of a split. They live as long as it does, so that no epoch waits until they are there."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []  # the loader reads it anew whenever an epoch begins
+        self.loader: DataLoader[Any] | None = None
+        self.busy = False
+
+    def decoded(
+        self, files: NDArray[np.bytes_], tasks: Sequence[Task], workers: int, device: torch.device
+    ) -> Iterator[Tensor | ExperimentError]:
+        """The pictures of each task, uint8 NHWC. A stream that begins within another has processes of its own."""
+        if self.busy:
+            yield from _Pool().decoded(files, tasks, workers, device)
+            return
+        self.busy = True
+        self.tasks[:] = tasks
+        try:
+            self.loader = self.loader or DataLoader(
+                _Pictures(files),
+                batch_size=None,  # an entry of the sampler is a whole batch
+                sampler=self.tasks,
+                num_workers=workers,
+                worker_init_fn=_ignore_preemption,
+                persistent_workers=workers > 0,
+                pin_memory=device.type == "cuda",
+                generator=torch.Generator(),  # or every epoch would draw from the global stream
+            )
+            yield from self.loader
+        finally:
+            self.busy = False
 
 
 @dataclass(frozen=True)
 class _Pictures(Dataset[Any]):
     files: NDArray[np.bytes_]
-    decode: Decode
 
-    def __getitem__(self, index: Sequence[int]) -> Tensor | ExperimentError:
+    def __getitem__(self, task: Task) -> Tensor | ExperimentError:
+        decode, chosen = task
+        pixels: NDArray[np.uint8] | None = None
         try:
-            return torch.stack([self.decode(os.fsdecode(self.files[one]), one) for one in index])
+            for place, index in enumerate(chosen):
+                image = decode(os.fsdecode(self.files[index]), index)
+                if pixels is None:
+                    pixels = np.empty((len(chosen), image.height, image.width, 3), dtype=np.uint8)
+                pixels[place] = np.asarray(image)
         except ExperimentError as error:  # raised in a worker, its message would become a traceback
             return error
+        return torch.from_numpy(pixels)
 
 
 @dataclass(frozen=True)
 class _Centred:
     size: int
 
-    def __call__(self, file: str, index: int) -> Tensor:
-        return _pixels(centre(picture(file), self.size * 256 // 224, self.size))
+    def __call__(self, file: str, index: int) -> "Image.Image":
+        return centre(picture(file), self.size * 256 // 224, self.size)
 
 
 @dataclass(frozen=True)
 class _Augmented:
-    change: Callable[[Any], Any]
+    part: RandomPart
     seed: int
     epoch: int
 
-    def __call__(self, file: str, index: int) -> Tensor:
-        with torch.random.fork_rng(devices=()):  # torchvision draws from the global stream
-            torch.default_generator.manual_seed(derive_seed(self.seed, "augment", self.epoch, index))
-            return _pixels(self.change(picture(file)))
-
-
-def _random_part(size: int, flip: bool) -> Callable[[Any], Any]:
-    from torchvision.transforms import v2  # in the parent, once: a worker lives for one epoch
-
-    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
-
-
-def _pixels(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    def __call__(self, file: str, index: int) -> "Image.Image":
+        return self.part(file, derive_seed(self.seed, "augment", self.epoch, index))
 
 
 def _ignore_preemption(_worker: int) -> None:

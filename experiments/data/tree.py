@@ -1,6 +1,7 @@
 """A tree of pictures on disk, ROOT/train/CLASS/picture.jpg: what lies in it, and one picture of it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,12 +85,20 @@ def _part(folder: Path, classes: list[str]) -> Part:
     return Part(files, labels)
 
 
-def picture(file: str) -> "Image.Image":
-    """The decoded picture in `file`, RGB. Raises ExperimentError if it cannot be read to its end."""
+def picture(file: str, before: Callable[["Image.Image"], object] | None = None) -> "Image.Image":
+    """The decoded picture in `file`, RGB. Raises ExperimentError if it cannot be read to its end.
+
+    `before` is called with the opened picture, whose size is known, before it is decoded.
+    """
     from PIL import Image
 
     try:
         with Image.open(file) as opened:
+            if before is not None:
+                before(opened)
+            if opened.mode == "RGB":  # convert would copy it
+                opened.load()
+                return opened
             return opened.convert("RGB")
     except Exception as error:  # whatever a damaged file makes its decoder raise
         raise ExperimentError(f"The image {file} cannot be read ({error}): replace it, or delete it.") from error
