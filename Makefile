@@ -30,8 +30,8 @@ figures: .venv/.installed ## draw the figures and the table from results/curves
 verify: .venv/.installed ## check every committed curve against its manifest and the history
 	$(RUN) scripts/verify.py
 
-bench: .venv/.installed ## measure speed
-	$(RUN) scripts/bench.py
+bench: .venv/.installed ## measure speed; PHOTOS=FOLDER for the loader, too
+	$(RUN) scripts/bench.py $(if $(PHOTOS),--photos "$(PHOTOS)")
 
 # Pins that still satisfy pyproject.toml stay; LOCK_FLAGS=--upgrade takes the newest.
 lock: .venv/bin/uv ## bring requirements.lock in step with pyproject.toml

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import net2net
 from . import arms, checkpoint, figure, files, locks, progress, report, teachers
 from .config import Config, ExperimentError, steps
 from .data import complete_batches, load
-from .device import describe, pick_device, pick_precision
+from .device import describe, pick_device
 from .memory import out_of_memory
 from .optimizers import make_optimizer
 from .run import TEACHER, Run
@@ -32,9 +33,8 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
     Raises ExperimentError for what the user can put right, before anything is trained wherever that can be known.
     """
     device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
     files.writable(Path(config.runs), "set runs to one that can")
-    run = Run(config, load(config.data).to(device), device, precision, console)
+    run = Run(config, load(config.data).to(device), device, console)
     stages = arms.folders(config)
     networks = {None: run.fresh(None)} | {student: run.fresh(student) for student in config.students}
     _check_lengths(run)
@@ -143,10 +143,9 @@ def _announce(
     """Say what will be done, how large it is and how long it will take, before anything is trained."""
     config = run.config
     say = lambda text: run.console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
-    precision = str(run.precision).removeprefix("torch.")
     say(f"[bold]{config.name}[/bold]: {config.claim}")
     say(f"data      {run.splits.description}")
-    say(f"machine   {describe(run.device)}, {precision}, scale={config.scale}")
+    say(f"machine   {describe(run.device)}, {run.choice.arithmetic}, scale={config.scale}")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for head, justify in (
         ("network", "left"),
@@ -174,16 +173,18 @@ def _announce(
 
 def _seconds_a_step(run: Run, network: nn.Module) -> float:
     """The time of a training step, measured on a copy of the network."""
-    trial = copy.deepcopy(network).to(run.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    arithmetic = replace(run.choice.arithmetic, compile=False)
+    trial = copy.deepcopy(network).to(run.device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(trial, run.config.schedule)
     batch_size = run.config.schedule.batch_size
     images, labels = next(
         iter(run.splits.train.batches(batch_size, epoch=0, seed=run.config.seed, augment=False, pad=0, flip=False))
     )
+    images = images.contiguous(memory_format=arithmetic.memory_format)
     times = []
     for _ in range(4):
         started = time.perf_counter()
-        learn(trial, optimizer, images, labels, run.device, run.precision)
+        learn(trial, optimizer, images, labels, run.device, arithmetic)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

@@ -19,6 +19,8 @@ DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired")
 STATES = ("dropped", "carried")
 LOGGERS = ("wandb", "none")
+PRECISIONS = ("float32", "tf32", "bfloat16")
+LAYOUTS = ("channels_last", "contiguous")
 
 
 class ExperimentError(Exception):
@@ -101,7 +103,9 @@ class Config:
     growth: Growth = field(default_factory=Growth)
     scale: str = "???"
     device: str = "auto"  # auto, cpu, cuda
-    precision: str = "auto"  # auto, float32, bfloat16
+    precision: str = "auto"  # of a training step: float32, tf32, bfloat16; auto: what is measured to be fastest
+    layout: str = "auto"  # of images and weights in memory: channels_last, contiguous; auto: as above
+    compile: bool = False  # make the training step with torch.compile: minutes at the start, then faster or not
     logger: str = "wandb"  # wandb, none
     runs: str = "runs"  # where runs are written
     checkpoint_seconds: float = 60.0  # a run that is killed loses at most so much, and at most an epoch
@@ -159,6 +163,8 @@ def _check_words(config: Config) -> None:
         ("growth.split", config.growth.split, SPLITS),
         ("growth.optimizer_state", config.growth.optimizer_state, STATES),
         ("logger", config.logger, LOGGERS),
+        ("precision", config.precision, ("auto", *PRECISIONS)),
+        ("layout", config.layout, ("auto", *LAYOUTS)),
     ]
     for key, word, known in words:
         if word not in known:

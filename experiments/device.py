@@ -1,11 +1,13 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, and in which arithmetic."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .config import ExperimentError
+from .config import LAYOUTS, ExperimentError
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,16 +29,53 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that matrix products run in: bfloat16 where the hardware multiplies it, else float32, unless named.
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a training step computes. Weights, batch-norm statistics and the optimizer are float32 in any case."""
 
-    Weights, batch-norm statistics and the optimizer are float32 in any case (autocast).
-    """
-    if name == "auto":
-        name = "bfloat16" if _multiplies_bfloat16(device) else "float32"
-    if name not in ("float32", "bfloat16"):
-        raise ExperimentError(f"The precision {name!r} is unknown: use auto, float32 or bfloat16.")
-    return getattr(torch, name)
+    precision: str = "float32"  # of products: float32; tf32 (an NVIDIA GPU's 10-bit mantissa); bfloat16 (autocast)
+    layout: str = "channels_last"  # of images and weights in memory
+    compile: bool = False  # whether torch.compile makes the step
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.layout}{' compiled' * self.compile}"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """What torch calls the layout."""
+        return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A training step, its backward pass included, may round to TF32 if that is the precision, and only then."""
+        if self.precision != "tf32":
+            yield
+            return
+        _allow_tf32(True)
+        try:
+            yield
+        finally:
+            _allow_tf32(False)
+
+    def forward(self, device: torch.device) -> AbstractContextManager:
+        """The forward pass computes its products in bfloat16, if that is the precision."""
+        return torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+
+
+def candidates(device: torch.device, precision: str, layout: str, compile: bool) -> list[Arithmetic]:
+    """What may be chosen, the most precise first: all that the hardware computes itself, or what the names ask for."""
+    precisions = ["float32"]
+    if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0):
+        precisions.append("tf32")
+    if _multiplies_bfloat16(device):
+        precisions.append("bfloat16")
+    if precision == "tf32" and precision not in precisions:
+        raise ExperimentError(f"precision=tf32 was asked for, but {describe(device)} has none: use precision=float32.")
+    return [
+        Arithmetic(one, other, compile)
+        for one in (precisions if precision == "auto" else [precision])
+        for other in (LAYOUTS if layout == "auto" else [layout])
+    ]
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -46,11 +85,12 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
-    """Matrix products in `precision` while the block runs."""
-    if precision is torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, precision)
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+_allow_tf32(False)  # torch allows it in convolutions: equal functions would then differ in the third digit
 
 
 def describe(device: torch.device) -> str:

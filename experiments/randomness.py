@@ -20,3 +20,14 @@ def generator(*parts: int | str) -> torch.Generator:
     On the CPU, because its stream does not depend on the device that the numbers are used on.
     """
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def seed_layers(device: torch.device, *parts: int | str) -> None:
+    """Seed the stream that layers on `device` draw from, as `derive_seed(*parts)` says.
+
+    `torch.manual_seed` would seed the streams of all devices, which takes a tenth of a millisecond.
+    """
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(derive_seed(*parts))
+    else:
+        torch.default_generator.manual_seed(derive_seed(*parts))

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from . import arms, flops, report
+from .choice import Choice, choose
 from .config import Config
 from .data import Splits
 from .training import Job
@@ -26,7 +27,6 @@ class Run:
     config: Config
     splits: Splits
     device: torch.device
-    precision: torch.dtype
     console: Console
 
     @property
@@ -59,7 +59,7 @@ class Run:
             self.config,
             self.splits,
             self.device,
-            self.precision,
+            self.choice.arithmetic,
             rate * self.config.schedule.lr,
             self.epochs(name),
             self.costs[student][1],
@@ -81,6 +81,13 @@ class Run:
         }
 
     @cached_property
+    def choice(self) -> Choice:
+        """In which arithmetic all of it is trained."""
+        largest = max(self.costs, key=lambda student: self.costs[student][1])
+        batch = lambda count: next(iter(self.splits.train.batches(count, epoch=0, seed=0, augment=False)))  # noqa: E731
+        return choose(self.config, self.device, self.costs[largest][1], lambda: self.fresh(largest), batch)
+
+    @cached_property
     def fingerprint(self) -> str:
         """What tells the images from any others."""
         return self.splits.fingerprint()
@@ -96,7 +103,7 @@ class Run:
             "data": data | {"description": self.splits.description, "fingerprint": self.fingerprint},
             "network": config["model"] | (config["teacher"] if student is None else config["students"][student]),
             "schedule": schedule,
-            "precision": str(self.precision).removeprefix("torch."),
+            **asdict(self.choice.arithmetic),
         }
         if arm == TEACHER:
             return settings | {"schedule": schedule | {"epochs": length}}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from . import checkpoint, ledger
 from .config import Config, ExperimentError, steps
 from .data import Splits, complete_batches
-from .device import autocast
+from .device import Arithmetic
 from .optimizers import make_optimizer, rate_at
 from .progress import Follower
-from .randomness import derive_seed
+from .randomness import seed_layers
 from .signals import Asked, Requests
 
 
@@ -29,7 +29,7 @@ class Job:
     config: Config
     splits: Splits
     device: torch.device
-    precision: torch.dtype
+    arithmetic: Arithmetic
     rate: float  # initial learning rate
     epochs: str
     flops: int  # of training on one image
@@ -58,7 +58,8 @@ def train(
     signals.Interrupted, or what a launcher's handler raises, when it was asked to stop; these two are saved first.
     """
     schedule, device = job.config.schedule, job.device
-    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network.to(device, memory_format=job.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
+    learner = torch.compile(network) if job.arithmetic.compile else network  # with the same weights, under other names
     optimizer = make_optimizer(network, schedule)
     state = checkpoint.resume(job.folder) if state is None else state
     _restore(network, optimizer, state, job.folder)
@@ -112,8 +113,8 @@ def train(
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = job.rate * rate_at(step, job.total, warmup, schedule.decay)
-            torch.manual_seed(derive_seed(job.config.seed, "dropout", step))
-            logits, loss = learn(network, optimizer, *batch, device, job.precision)
+            seed_layers(device, job.config.seed, "dropout", step)
+            logits, loss = learn(learner, optimizer, *batch, device, job.arithmetic)
             meter.add(step, loss, logits, batch[1])
             step += 1
             follower.advance(step, meter.shown)
@@ -158,21 +159,26 @@ def learn(
     images: Tensor,
     labels: Tensor,
     device: torch.device,
-    precision: torch.dtype,
+    arithmetic: Arithmetic,
 ) -> tuple[Tensor, Tensor]:
     """One step of training; return logits (N x classes) and loss of the batch, detached."""
     network.train()
-    with autocast(device, precision):
-        logits = network(images)
-        loss = F.cross_entropy(logits.float(), labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+    with arithmetic.step():
+        with arithmetic.forward(device):
+            logits = network(images)
+            loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
     return logits.detach(), loss.detach()
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+def evaluate(
+    network: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    layout: torch.memory_format = torch.channels_last,
+) -> tuple[float, float]:
     """Mean loss and accuracy of the network, in eval mode, over all batches.
 
     In float32 whatever the precision of training: bfloat16 rounds a teacher and the student that computes the same
@@ -182,7 +188,7 @@ def evaluate(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tu
     loss = torch.zeros((), dtype=torch.float64)
     right = seen = 0
     for images, labels in batches:
-        logits = network(images.contiguous(memory_format=torch.channels_last))
+        logits = network(images.contiguous(memory_format=layout))
         loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
         right += int((logits.argmax(1) == labels).sum())
         seen += len(labels)
@@ -194,7 +200,9 @@ def evaluate_all(network: nn.Module, job: Job, requests: Requests) -> dict[str, 
     row = {}
     for name in ("holdout", "test"):
         batches = getattr(job.splits, name).ordered(4 * job.config.schedule.batch_size)
-        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, _until_asked(batches, requests))
+        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(
+            network, _until_asked(batches, requests), job.arithmetic.memory_format
+        )
     return row
 
 
@@ -217,7 +225,7 @@ def _batches(job: Job, first: int) -> Iterator[tuple[Tensor, Tensor]]:
             pad=data.pad,
             flip=data.flip,
         ):
-            yield images.contiguous(memory_format=torch.channels_last), labels
+            yield images.contiguous(memory_format=job.arithmetic.memory_format), labels
         epoch, start = epoch + 1, 0
 
 

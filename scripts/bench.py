@@ -1,6 +1,9 @@
-"""Speed and memory, with the bars that they have to meet. `python scripts/bench.py [training] [growth] [memory] [map]`
+"""Speed and memory, with the bars that they have to meet: python scripts/bench.py [part ...]
 
+startup   questions that need no torch
 training  the real loop against a bare forward/backward/step loop on one fixed batch
+choice    the paper's network at full width in each arithmetic, and how long choosing one takes
+loader    photographs from disk against torchvision's reference pipeline, and what the paper's network consumes
 growth    `net2net.transfer` against loading the student's weights and one forward pass of each network
 memory    what `net2net.transfer` needs on top of the two networks
 map       finding the mapping alone, for a vision transformer of 632M parameters on the meta device
@@ -15,8 +18,6 @@ import ctypes
 import multiprocessing
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,102 +27,19 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import net2net  # noqa: E402 (the checkout is not installed)
-from experiments import flops  # noqa: E402
-from experiments.config import Config, Data, Schedule  # noqa: E402
-from experiments.data import Images, Splits  # noqa: E402
-from experiments.device import describe, pick_device, pick_precision  # noqa: E402
-from experiments.models import build  # noqa: E402
-from experiments.optimizers import make_optimizer  # noqa: E402
-from experiments.training import Job, learn, train  # noqa: E402
-from net2net.mapping import plan  # noqa: E402
-from net2net.units import Inputs, trace  # noqa: E402
+import net2net
+from net2net.mapping import plan
+from net2net.units import Inputs, trace
+from scripts.bench_training import print_choice, print_loader, print_loop, print_startup
+from scripts.measure import seconds, verdict
 
 Make = Callable[[], nn.Module]
 MB = 2**20
 
 
-# -- training -----------------------------------------------------------------------------------------------------
-
-
-class Quiet:
-    """A follower that shows nothing."""
-
-    def advance(self, step: int, loss: float) -> None:
-        """Ignore a step."""
-
-    def row(self, row: object) -> None:
-        """Ignore an evaluation."""
-
-
-def synthetic(count: int, size: int) -> Images:
-    """Random images of ten classes: the loop's work does not depend on what they show."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-    return Images(pixels, torch.arange(count) % 10, (0.5,) * 3, (0.25,) * 3)
-
-
-def training(rounds: int, steps: int, slim: float | None) -> None:
-    """Print images/s of both loops and their ratio. Evaluation is not counted."""
-    device = pick_device("auto")
-    precision = pick_precision("auto", device)
-    slim = slim or (0.125 if device.type == "cpu" else 1.0)
-    batch_size = 128 if device.type == "cpu" else 256
-    config = Config(
-        experiment="bench",
-        schedule=Schedule(batch_size=batch_size, evaluate=f"{steps}it", lr=0.001),
-        data=Data(),
-    )
-    network = build({"name": "inception", "slim": slim}, 10, 3)
-    few = synthetic(batch_size, 32)
-    splits = Splits(synthetic(50_000, 32), few, few, 10, (0.5,) * 3, (0.25,) * 3, "synthetic").to(device)
-    cost = flops.count(network, 3, 32)[1]
-    network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = make_optimizer(network, config.schedule)
-    images, labels = next(iter(splits.train.batches(batch_size, epoch=0, seed=0, augment=False, pad=0, flip=False)))
-    images = images.contiguous(memory_format=torch.channels_last)
-
-    def bare() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(steps):
-            learn(network, optimizer, images, labels, device, precision)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return steps * batch_size / (time.perf_counter() - started)
-
-    def real() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            job = Job(Path(folder), config, splits, device, precision, 0.001, f"{steps}it", cost)
-            rows = train(network, job, Quiet())
-        return rows[-1]["examples"] / rows[-1]["seconds"]
-
-    bare()
-    real()
-    pairs = [(bare(), real()) for _ in range(rounds)]
-    plain, loop = (statistics.median(values) for values in zip(*pairs, strict=True))
-    ratio = statistics.median(b / a for a, b in pairs)
-    print(f"{describe(device)}, {str(precision).removeprefix('torch.')}, Inception x {slim}, batch {batch_size}")
-    print(f"bare {plain:,.0f} images/s, real loop {loop:,.0f} images/s, ratio {ratio:.3f} (median of {len(pairs)})")
-
-
 # -- growth -------------------------------------------------------------------------------------------------------
-
-
-def verdict(value: float, bar: float, unit: str = "") -> str:
-    """A measured value beside its bar."""
-    return f"{value:.2f}{unit}, bar {bar:.2f}{unit}: {'met' if value <= bar else 'NOT MET'}"
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def growth(make_teacher: Make, make_student: Make, images: Tensor, rounds: int) -> list[tuple[float, float]]:
@@ -259,13 +177,17 @@ def print_map() -> None:
 def main() -> None:
     """Print what is asked for, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="training, growth, memory, map; default: all")
+    parser.add_argument("what", nargs="*", help="the parts above; default: all")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--slim", type=float, default=None, help="width of the network; default: as the scale's")
+    parser.add_argument("--photos", help="folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, for the loader")
     options = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
-        "training": lambda: training(options.rounds, options.steps, options.slim),
+        "startup": print_startup,
+        "training": lambda: print_loop(options.rounds, options.steps, options.slim),
+        "choice": print_choice,
+        "loader": lambda: print_loader(options.rounds, options.photos),
         "growth": lambda: print_growth(options.rounds),
         "memory": print_memory,
         "map": print_map,

@@ -22,6 +22,7 @@ TINY = (
     "growth.calibrate=64",
     "device=cpu",
     "precision=float32",
+    "layout=channels_last",
     "logger=none",
 )
 

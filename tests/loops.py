@@ -8,6 +8,7 @@ from torch import nn
 
 from experiments.config import Config, Data, Schedule
 from experiments.data import Images, Splits
+from experiments.device import Arithmetic
 from experiments.training import Job
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def small_job(folder: Path) -> Job:
     schedule = Schedule(batch_size=8, evaluate="4it", lr=0.01, warmup="2it", momentum=0.9, weight_decay=0.01)
     config = Config(experiment="any", schedule=schedule, data=Data(pad=1))
     splits = Splits(images(28, 1), images(9, 2), images(10, 3), 3, (0.5,), (0.25,), "noise")
-    return Job(folder, config, splits, CPU, torch.float32, 0.01, "4ep", 100, "arm")
+    return Job(folder, config, splits, CPU, Arithmetic(), 0.01, "4ep", 100, "arm")
 
 
 def without_seconds(rows: list[dict[str, float]]) -> list[dict[str, float]]:

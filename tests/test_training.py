@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from experiments import checkpoint, device, flops, progress, training
 from experiments.config import ExperimentError, Schedule
 from experiments.optimizers import make_optimizer, rate_at
+from experiments.randomness import derive_seed, seed_layers
 from experiments.report import parse_curve
 from experiments.signals import Interrupted
 from experiments.training import Job, evaluate, train
@@ -194,15 +195,50 @@ def test_evaluation_is_in_eval_mode_over_all_images(job: Job) -> None:
 
 def test_evaluation_is_in_float32_whatever_training_is_in(job: Job) -> None:
     expected = train(network(), replace(job, epochs="1it"), Quiet())
-    rows = train(network(), replace(job, folder=job.folder / "b", precision=torch.bfloat16, epochs="1it"), Quiet())
+    rows = train(
+        network(),
+        replace(job, folder=job.folder / "b", arithmetic=device.Arithmetic("bfloat16"), epochs="1it"),
+        Quiet(),
+    )
     assert without_seconds(rows)[0] == without_seconds(expected)[0]
     assert rows[1]["train_loss"] != expected[1]["train_loss"]
 
 
 def test_training_in_bfloat16_keeps_float32_weights(job: Job) -> None:
     net = network()
-    train(net, replace(job, precision=torch.bfloat16, epochs="4it"), Quiet())
+    train(net, replace(job, arithmetic=device.Arithmetic("bfloat16"), epochs="4it"), Quiet())
     assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_a_compiled_step_trains_the_same_weights_under_their_own_names(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    real = torch.compile
+
+    def without_generating_code(net: nn.Module) -> nn.Module:
+        compiled.append(net)
+        return real(net, backend="eager")  # type: ignore[return-value]
+
+    monkeypatch.setattr(torch, "compile", without_generating_code)
+    plain, other = network(), network()
+    train(plain, replace(job, folder=job.folder / "plain"), Quiet())
+    assert not compiled
+    train(other, replace(job, arithmetic=device.Arithmetic(compile=True)), Quiet())
+    assert compiled == [other]
+    assert ledger.load_checkpoint(job.folder)["network"].keys() == plain.state_dict().keys()
+    for one, two in zip(plain.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_layers_draw_from_the_seed_of_the_step() -> None:
+    drawn = []
+    for parts in ((0, "dropout", 1), (0, "dropout", 2), (0, "dropout", 1)):
+        seed_layers(CPU, *parts)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    torch.manual_seed(derive_seed(0, "dropout", 1))
+    assert torch.equal(torch.rand(4), drawn[0])
 
 
 @pytest.mark.parametrize("decay", ["linear", "constant"])

@@ -65,7 +65,7 @@ class Images:
                 draw = generator(seed, "augment", epoch, number)
                 shifts = torch.randint(0, 2 * pad + 1, (2, len(chosen)), generator=draw)
                 mirrored = torch.randint(0, 2, (1, len(chosen)), generator=draw) * flip
-                rows, columns, mirror = torch.cat([shifts, mirrored]).to(device)
+                rows, columns, mirror = torch.cat([shifts, mirrored]).to(device, non_blocking=True)
                 images = crop_and_flip(images, rows, columns, mirror.bool(), pad, fill)
             yield normalise(images), self.labels[chosen]
 

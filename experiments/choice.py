@@ -1,0 +1,154 @@
+"""Which arithmetic a training step uses: chosen by timing a few steps, once, and remembered beside the runs.
+
+Curves are compared, so whatever trains one teacher's students, on however many machines, has to compute alike. The
+choice is therefore one file in the runs folder for a teacher, a batch and a kind of device; who comes later reads it.
+"""
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config, ExperimentError
+from .device import Arithmetic, candidates, describe
+from .files import write
+from .optimizers import make_optimizer
+
+GAIN = 1.05  # a less precise arithmetic has to be faster by so much
+ROUNDS, SECONDS = 4, 5.0  # timed steps of each candidate, and when to stop after a first one of each
+WORK = {"cpu": 5e10, "cuda": 2e13}  # FLOPs of a timed step, at most: half a second where arithmetic is slow
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An arithmetic, and how it came to be chosen."""
+
+    arithmetic: Arithmetic
+    why: dict[str, Any]  # for the manifest: what was measured, and where
+
+
+def choose(
+    config: Config,
+    device: torch.device,
+    flops: int,
+    network: Callable[[], nn.Module],
+    images: Callable[[int], tuple[Tensor, Tensor]],
+) -> Choice:
+    """The arithmetic that `config` forces, or that was chosen before for this teacher, or else the fastest.
+
+    `network` makes the largest network, whose training step takes `flops` an image; `images(n)` gives a batch.
+    """
+    possible = candidates(device, config.precision, config.layout, config.compile)
+    if len(possible) == 1:
+        return Choice(possible[0], {"forced": True})
+    file = Path(config.runs) / "choices" / f"{_key(config, device)}.json"
+    found = _read(file)
+    if found is None:
+        batch = images(max(2, min(config.schedule.batch_size, int(WORK[device.type] // flops))))
+        speeds = measure(possible, network(), batch, config, device)
+        why = {
+            "images_per_second": {str(arithmetic): speed for arithmetic, speed in speeds.items()},
+            "hardware": describe(device),
+            "batch_size": len(batch[1]),
+        }
+        found = _first(file, asdict(fastest(speeds)) | why)
+    names = Arithmetic.__dataclass_fields__
+    return Choice(
+        Arithmetic(**{key: found[key] for key in names}), {key: found[key] for key in found if key not in names}
+    )
+
+
+def measure(
+    possible: Sequence[Arithmetic],
+    network: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    config: Config,
+    device: torch.device,
+) -> dict[Arithmetic, float]:
+    """Images a second of a training step in each arithmetic, not compiled, the best of a few steps taken in turn.
+
+    One that is twice as slow as another is not timed again. The network stays as it was.
+    """
+    from .training import learn
+
+    steps: dict[Arithmetic, Callable[[], object]] = {}
+    for arithmetic in possible:
+        plain = Arithmetic(arithmetic.precision, arithmetic.layout)
+        trial = copy.deepcopy(network).to(device, memory_format=plain.memory_format)  # pyright: ignore[reportCallIssue]
+        optimizer = make_optimizer(trial, config.schedule)
+        images = batch[0].contiguous(memory_format=plain.memory_format)
+        steps[arithmetic] = partial(learn, trial, optimizer, images, batch[1], device, plain)
+    best = dict.fromkeys(possible, float("inf"))
+    started = time.perf_counter()
+    for turn in range(1 + ROUNDS):
+        for arithmetic in [one for one in possible if turn < 2 or best[one] <= 2 * min(best.values())]:
+            spent = _seconds(steps[arithmetic], device)
+            if turn > 0:  # the first step makes kernels and buffers
+                best[arithmetic] = min(best[arithmetic], spent)
+        if turn > 0 and time.perf_counter() - started > SECONDS:
+            break
+    return {arithmetic: len(batch[1]) / seconds for arithmetic, seconds in best.items()}
+
+
+def fastest(speeds: Mapping[Arithmetic, float]) -> Arithmetic:
+    """The first, thus the most precise, that none of the others outruns by `GAIN`."""
+    return next(one for one, speed in speeds.items() if speed * GAIN >= max(speeds.values()))
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _key(config: Config, device: torch.device) -> str:
+    """Not the hardware: the jobs of a sweep may run on machines that differ, and their curves are compared."""
+    determines = {
+        "network": config.model | config.teacher,
+        "data": [config.data.name, config.data.size],
+        "batch_size": config.schedule.batch_size,
+        "device": device.type,
+        "asked": [config.precision, config.layout, config.compile],
+    }
+    return sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text())
+        if not {*Arithmetic.__dataclass_fields__} <= found.keys():
+            raise ValueError("a key is missing")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExperimentError(
+            f"{file}, which says in which arithmetic these runs compute, cannot be read ({error}): delete it, and it "
+            "is measured anew; or force it with precision=... and layout=..., as the manifests have it."
+        ) from error
+    return found
+
+
+def _first(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file holds after this: `found`, or what another process wrote meanwhile."""
+    own = file.with_name(f"{file.stem}-{os.getpid()}-{os.urandom(4).hex()}.json")
+    write(own, (json.dumps(found, indent=1) + "\n").encode())
+    try:
+        os.link(own, file)  # unlike a rename, it fails if the file is there
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
+    first = _read(file)
+    assert first is not None
+    return first

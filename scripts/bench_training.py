@@ -1,0 +1,191 @@
+"""The parts of bench.py that are about training: how soon it answers, how fast it steps, how fast pictures come."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import flops
+from experiments.choice import WORK, fastest, measure
+from experiments.config import Config, Data, Schedule
+from experiments.data import Folder, Images, Splits, load
+from experiments.device import Arithmetic, candidates, describe, pick_device
+from experiments.models import build
+from experiments.optimizers import make_optimizer
+from experiments.training import Job, learn, train
+from scripts.measure import seconds, side_by_side, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = ("--help", "--cfg job", "experiment=wider_inception --help", "experiment=wider_inception --cfg job")
+
+
+class Quiet:
+    """A follower that shows nothing."""
+
+    def advance(self, step: int, loss: float) -> None:
+        """Ignore a step."""
+
+    def row(self, row: object) -> None:
+        """Ignore an evaluation."""
+
+
+def print_startup() -> None:
+    """How long a question takes that needs no torch."""
+    for question in QUESTIONS:
+        command = [sys.executable, str(ROOT / "train.py"), *question.split()]
+        times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(5)]  # noqa: B023
+        print(f"train.py {question}: {verdict(statistics.median(times), 1.0, ' s')} (median of 5)")
+
+
+# -- the loop -----------------------------------------------------------------------------------------------------
+
+
+def synthetic(count: int, size: int) -> Images:
+    """Random images of ten classes: the loop's work does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.arange(count) % 10, (0.5,) * 3, (0.25,) * 3)
+
+
+def loop(spec: Mapping[str, Any], batch_size: int, steps: int, rounds: int) -> tuple[Arithmetic, float, float, float]:
+    """Images/s of a bare forward/backward/step loop on one batch, of the real loop, and their ratio.
+
+    In the arithmetic that is the fastest here, which comes first. Evaluation is not counted.
+    """
+    device = pick_device("auto")
+    schedule = Schedule(batch_size=batch_size, evaluate=f"{steps}it", lr=0.001)
+    config = Config(experiment="bench", schedule=schedule, data=Data())
+    network = build(spec, 10, 3)
+    few = synthetic(batch_size, 32)
+    splits = Splits(synthetic(50_000, 32), few, few, 10, (0.5,) * 3, (0.25,) * 3, "synthetic").to(device)
+    images, labels = next(iter(splits.train.batches(batch_size, epoch=0, seed=0, augment=False, pad=0, flip=False)))
+    arithmetic = fastest(measure(candidates(device, "auto", "auto", False), network, (images, labels), config, device))
+    cost = flops.count(network, 3, 32)[1]
+    network.to(device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
+    optimizer = make_optimizer(network, config.schedule)
+    images = images.contiguous(memory_format=arithmetic.memory_format)
+
+    def bare() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            learn(network, optimizer, images, labels, device, arithmetic)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return steps * batch_size / (time.perf_counter() - started)
+
+    def real() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(Path(folder), config, splits, device, arithmetic, 0.001, f"{steps}it", cost)
+            rows = train(network, job, Quiet())
+        return rows[-1]["examples"] / rows[-1]["seconds"]
+
+    return arithmetic, *side_by_side(bare, real, rounds)
+
+
+def print_loop(rounds: int, steps: int, slim: float | None) -> None:
+    """The network of the scale that this machine has, and one that leaves nothing to hide behind."""
+    device = pick_device("auto")
+    slim = slim or (0.125 if device.type == "cpu" else 1.0)
+    batch_size = 128 if device.type == "cpu" else 256
+    specs = {
+        f"Inception x {slim}": {"name": "inception", "slim": slim},
+        "ResNet-8 x 0.5": {"name": "resnet", "blocks": 1, "width": 0.5},
+    }
+    for name, spec in specs.items():
+        arithmetic, plain, whole, ratio = loop(spec, batch_size, steps, rounds)
+        print(f"{name} on 32 pixels, batch {batch_size}, {arithmetic}, {describe(device)}:")
+        print(f"bare {plain:,.0f} images/s, real loop {whole:,.0f} images/s")
+        print(f"ratio {verdict(ratio, 0.97, least=True)} (median of {rounds})")
+
+
+# -- the arithmetic -----------------------------------------------------------------------------------------------
+
+
+def speeds(size: int, classes: int) -> dict[Arithmetic, float]:
+    """Images/s of a training step of the paper's network, at full width, in each arithmetic."""
+    device = pick_device("auto")
+    network = build({"name": "inception", "stem": size}, classes, 3)
+    cost = flops.count(network, 3, size)[1]
+    count = max(2, min(256, int(WORK[device.type] // cost)))
+    batch = torch.randn(count, 3, size, size, device=device), torch.arange(count, device=device) % classes
+    return measure(candidates(device, "auto", "auto", False), network, batch, Config(experiment="bench"), device)
+
+
+def print_choice() -> None:
+    """What a run at full width would choose, and how long it would take to."""
+    found: dict[Arithmetic, float] = {}
+    spent = seconds(lambda: found.update(speeds(32, 10)))
+    print(f"Inception x 1.0 on 32 pixels, {describe(pick_device('auto'))}:")
+    for arithmetic, speed in found.items():
+        print(f"{arithmetic!s:<24} {speed:,.0f} images/s")
+    print(f"chosen: {fastest(found)}, in {verdict(spent, 10.0, ' s')}")
+
+
+# -- pictures from disk -------------------------------------------------------------------------------------------
+
+
+def torchvisions(root: Path, files: int, size: int, batch_size: int, workers: int) -> Callable[[], Iterator[Any]]:
+    """An epoch of torchvision's reference pipeline, whose workers stay alive between epochs, as ours do."""
+    from torch.utils.data import DataLoader, Subset
+    from torchvision import datasets, transforms
+
+    change = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    pictures = datasets.ImageFolder(str(root / "train"), change)
+    chosen = Subset(pictures, range(0, len(pictures), max(1, len(pictures) // files))[:files])
+    loader: DataLoader[Any] = DataLoader(
+        chosen, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0, drop_last=True
+    )
+    return lambda: iter(loader)
+
+
+def ours(root: Path, files: int, size: int, batch_size: int, workers: int) -> Callable[[], Iterator[Any]]:
+    """An epoch of as many pictures of this project's pipeline, a new one at every call."""
+    whole = load(Data(name="imagenet", root=str(root), size=size, workers=workers, holdout=0.01)).train
+    assert isinstance(whole, Folder)
+    chosen = range(0, len(whole), max(1, len(whole) // files))[:files]
+    part = replace(whole, files=whole.files[chosen], labels=whole.labels[list(chosen)])
+    epochs = iter(range(10**9))
+    return lambda: part.batches(batch_size, epoch=next(epochs), seed=0)
+
+
+def print_loader(rounds: int, photos: str | None) -> None:
+    """Pictures a second: torchvision's pipeline, ours, and what the paper's network takes in."""
+    size, batch_size, files, workers = 224, 64, 1024, os.cpu_count() or 1
+    consumed = max(speeds(size, 1000).values())
+    print(f"Inception x 1.0 on {size} pixels, {describe(pick_device('auto'))}: consumes {consumed:,.0f} images/s")
+    if photos is None:
+        print("loader: not measured, no photographs: --photos FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG")
+        return
+
+    def speed(epoch: Callable[[], Iterator[Any]]) -> Callable[[], float]:
+        def images_per_second() -> float:
+            started = time.perf_counter()
+            seen = sum(len(labels) for _, labels in epoch())
+            return seen / (time.perf_counter() - started)
+
+        return images_per_second
+
+    theirs, own, ratio = side_by_side(
+        *(speed(make(Path(photos), files, size, batch_size, workers)) for make in (torchvisions, ours)), rounds
+    )
+    print(f"{files} photographs of {Path(photos).name} a round, {workers} workers:")
+    print(f"torchvision's pipeline {theirs:,.0f} images/s, ours {own:,.0f} images/s")
+    print(f"ratio {verdict(ratio, 1.0, least=True)} (median of {rounds})")
+    print(f"ours to what the network consumes {verdict(own / consumed, 1.0, least=True)}")
