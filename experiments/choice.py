@@ -24,8 +24,10 @@ from .files import write
 from .optimizers import make_optimizer
 
 GAIN = 1.05  # a less precise arithmetic has to be faster by so much
-ROUNDS, SECONDS = 4, 5.0  # timed steps of each candidate, and when to stop after a first one of each
-WORK = {"cpu": 5e10, "cuda": 2e13}  # FLOPs of a timed step, at most: half a second where arithmetic is slow
+ROUNDS, SECONDS = 3, 2.0  # timed steps of each candidate, and when to stop after a first one of each
+FEW, STEP = 8, 0.3  # images that tell how many make a timed step of so many seconds, the batch at most
+
+Images = Callable[[int], tuple[Tensor, Tensor]]  # so many of them, with their labels, on the device
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,12 @@ class Choice:
 def choose(
     config: Config,
     device: torch.device,
-    flops: int,
     network: Callable[[], nn.Module],
-    images: Callable[[int], tuple[Tensor, Tensor]],
+    images: Images,
 ) -> Choice:
     """The arithmetic that `config` forces, or that was chosen before for this teacher, or else the fastest.
 
-    `network` makes the largest network, whose training step takes `flops` an image; `images(n)` gives a batch.
+    `network` makes the largest network.
     """
     possible = candidates(device, config.precision, config.layout, config.compile)
     if len(possible) == 1:
@@ -53,12 +54,10 @@ def choose(
     file = Path(config.runs) / "choices" / f"{_key(config, device)}.json"
     found = _read(file)
     if found is None:
-        batch = images(max(2, min(config.schedule.batch_size, int(WORK[device.type] // flops))))
-        speeds = measure(possible, network(), batch, config, device)
+        speeds = measure(possible, network(), images, config, device)
         why = {
             "images_per_second": {str(arithmetic): speed for arithmetic, speed in speeds.items()},
             "hardware": describe(device),
-            "batch_size": len(batch[1]),
         }
         found = _first(file, asdict(fastest(speeds)) | why)
     names = Arithmetic.__dataclass_fields__
@@ -68,11 +67,7 @@ def choose(
 
 
 def measure(
-    possible: Sequence[Arithmetic],
-    network: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    config: Config,
-    device: torch.device,
+    possible: Sequence[Arithmetic], network: nn.Module, images: Images, config: Config, device: torch.device
 ) -> dict[Arithmetic, float]:
     """Images a second of a training step in each arithmetic, not compiled, the best of a few steps taken in turn.
 
@@ -80,23 +75,28 @@ def measure(
     """
     from .training import learn
 
-    steps: dict[Arithmetic, Callable[[], object]] = {}
-    for arithmetic in possible:
+    def step_of(arithmetic: Arithmetic, count: int) -> Callable[[], object]:
         plain = Arithmetic(arithmetic.precision, arithmetic.layout)
         trial = copy.deepcopy(network).to(device, memory_format=plain.memory_format)  # pyright: ignore[reportCallIssue]
-        optimizer = make_optimizer(trial, config.schedule)
-        images = batch[0].contiguous(memory_format=plain.memory_format)
-        steps[arithmetic] = partial(learn, trial, optimizer, images, batch[1], device, plain)
+        pixels, labels = images(count)
+        pixels = pixels.contiguous(memory_format=plain.memory_format)
+        return partial(learn, trial, make_optimizer(trial, config.schedule), pixels, labels, device, plain)
+
+    few = min(FEW, config.schedule.batch_size)
+    probe = step_of(possible[0], few)
+    spent = [_seconds(probe, device) for _ in range(2)][-1]  # the first step makes kernels and buffers
+    count = max(few, min(config.schedule.batch_size, int(few * STEP / spent)))
+    steps = {arithmetic: step_of(arithmetic, count) for arithmetic in possible}
     best = dict.fromkeys(possible, float("inf"))
     started = time.perf_counter()
     for turn in range(1 + ROUNDS):
         for arithmetic in [one for one in possible if turn < 2 or best[one] <= 2 * min(best.values())]:
             spent = _seconds(steps[arithmetic], device)
-            if turn > 0:  # the first step makes kernels and buffers
+            if turn > 0:
                 best[arithmetic] = min(best[arithmetic], spent)
         if turn > 0 and time.perf_counter() - started > SECONDS:
             break
-    return {arithmetic: len(batch[1]) / seconds for arithmetic, seconds in best.items()}
+    return {arithmetic: count / seconds for arithmetic, seconds in best.items()}
 
 
 def fastest(speeds: Mapping[Arithmetic, float]) -> Arithmetic:

@@ -85,7 +85,7 @@ class Run:
         """In which arithmetic all of it is trained."""
         largest = max(self.costs, key=lambda student: self.costs[student][1])
         batch = lambda count: next(iter(self.splits.train.batches(count, epoch=0, seed=0, augment=False)))  # noqa: E731
-        return choose(self.config, self.device, self.costs[largest][1], lambda: self.fresh(largest), batch)
+        return choose(self.config, self.device, lambda: self.fresh(largest), batch)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,11 +1,12 @@
 """The training loop: one network, one schedule, one curve."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,8 @@ def train(
     """
     schedule, device = job.config.schedule, job.device
     network.to(device, memory_format=job.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
-    learner = torch.compile(network) if job.arithmetic.compile else network  # with the same weights, under other names
+    # Compiled, it has the same weights under other names, which the checkpoint is not to have.
+    learner = cast(nn.Module, torch.compile(network)) if job.arithmetic.compile else network
     optimizer = make_optimizer(network, schedule)
     state = checkpoint.resume(job.folder) if state is None else state
     _restore(network, optimizer, state, job.folder)
@@ -276,11 +278,11 @@ class _Meter:
     def check(self) -> None:
         """Raise ExperimentError if any loss since the last check was not finite."""
         if self.pending:
-            finite = torch.stack(self.pending).isfinite()
-            self.shown = float(self.pending[-1])
-            if not bool(finite.all()):
-                step = self.since + int((~finite).int().argmax()) + 1
-                raise ExperimentError(_not_finite("The loss is", step))
+            losses = torch.stack(self.pending).tolist()
+            self.shown = losses[-1]
+            for step, loss in enumerate(losses, self.since + 1):
+                if not math.isfinite(loss):
+                    raise ExperimentError(_not_finite("The loss is", step))
         self.pending = []
 
     def take(self) -> tuple[float | None, float | None]:

@@ -9,7 +9,7 @@ memory    what `net2net.transfer` needs on top of the two networks
 map       finding the mapping alone, for a vision transformer of 632M parameters on the meta device
 
 What is compared runs in turn in one process, so that a noisy machine slows both; a ratio is the median over the rounds.
-The last three run on the CPU. `--rounds 8 --steps 20` sets how long it takes.
+The last three run on the CPU. `--rounds 8 --steps 150` sets how long it takes.
 """
 
 import argparse
@@ -179,13 +179,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="the parts above; default: all")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--slim", type=float, default=None, help="width of the network; default: as the scale's")
     parser.add_argument("--photos", help="folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, for the loader")
     options = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
         "startup": print_startup,
-        "training": lambda: print_loop(options.rounds, options.steps, options.slim),
+        "training": lambda: print_loop(options.steps, options.slim),
         "choice": print_choice,
         "loader": lambda: print_loader(options.rounds, options.photos),
         "growth": lambda: print_growth(options.rounds),

@@ -1,5 +1,6 @@
 """The parts of bench.py that are about training: how soon it answers, how fast it steps, how fast pictures come."""
 
+import copy
 import os
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments import flops
-from experiments.choice import WORK, fastest, measure
+from experiments.choice import fastest, measure
 from experiments.config import Config, Data, Schedule
 from experiments.data import Folder, Images, Splits, load
 from experiments.device import Arithmetic, candidates, describe, pick_device
@@ -25,16 +26,6 @@ from scripts.measure import seconds, side_by_side, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ("--help", "--cfg job", "experiment=wider_inception --help", "experiment=wider_inception --cfg job")
-
-
-class Quiet:
-    """A follower that shows nothing."""
-
-    def advance(self, step: int, loss: float) -> None:
-        """Ignore a step."""
-
-    def row(self, row: object) -> None:
-        """Ignore an evaluation."""
 
 
 def print_startup() -> None:
@@ -55,44 +46,62 @@ def synthetic(count: int, size: int) -> Images:
     return Images(pixels, torch.arange(count) % 10, (0.5,) * 3, (0.25,) * 3)
 
 
-def loop(spec: Mapping[str, Any], batch_size: int, steps: int, rounds: int) -> tuple[Arithmetic, float, float, float]:
-    """Images/s of a bare forward/backward/step loop on one batch, of the real loop, and their ratio.
+class Alternate:
+    """A follower of the real loop that lets the bare one do as many steps whenever the real one has done some."""
 
-    In the arithmetic that is the fastest here, which comes first. Evaluation is not counted.
-    """
+    def __init__(self, bare: Callable[[], object], device: torch.device) -> None:
+        self.bare, self.device = bare, device
+        self.block = 1 if device.type == "cpu" else 20  # waiting for a GPU after every step would cost both
+        self.pairs: list[tuple[float, float]] = []  # seconds of a block of the bare and of the real loop
+        self.began = 0.0
+
+    def advance(self, step: int, loss: float) -> None:
+        """Time what has been done since, then as much of the bare loop."""
+        if step % self.block:
+            return
+        real = self.now() - self.began
+        begin = self.now()
+        for _ in range(self.block):
+            self.bare()
+        self.began = self.now()
+        self.pairs.append((self.began - begin, real))
+
+    def row(self, row: object) -> None:
+        """Evaluation is not counted: the first is before the first step, the next after the last."""
+
+    def now(self) -> float:
+        """The time at which the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def loop(spec: Mapping[str, Any], batch_size: int, steps: int) -> tuple[Arithmetic, list[tuple[float, float]]]:
+    """The arithmetic that is the fastest here; seconds of a step of a bare loop on one batch, and of the real loop."""
     device = pick_device("auto")
-    schedule = Schedule(batch_size=batch_size, evaluate=f"{steps}it", lr=0.001)
+    schedule = Schedule(batch_size=batch_size, evaluate="1000ep", lr=0.001)
     config = Config(experiment="bench", schedule=schedule, data=Data())
     network = build(spec, 10, 3)
     few = synthetic(batch_size, 32)
     splits = Splits(synthetic(50_000, 32), few, few, 10, (0.5,) * 3, (0.25,) * 3, "synthetic").to(device)
-    images, labels = next(iter(splits.train.batches(batch_size, epoch=0, seed=0, augment=False, pad=0, flip=False)))
-    arithmetic = fastest(measure(candidates(device, "auto", "auto", False), network, (images, labels), config, device))
+
+    def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return next(iter(splits.train.batches(count, epoch=0, seed=0, augment=False)))
+
+    arithmetic = fastest(measure(candidates(device, "auto", "auto", False), network, batch, config, device))
     cost = flops.count(network, 3, 32)[1]
-    network.to(device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
-    optimizer = make_optimizer(network, config.schedule)
+    same = copy.deepcopy(network).to(device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
+    optimizer = make_optimizer(same, config.schedule)
+    images, labels = batch(batch_size)
     images = images.contiguous(memory_format=arithmetic.memory_format)
-
-    def bare() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(steps):
-            learn(network, optimizer, images, labels, device, arithmetic)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return steps * batch_size / (time.perf_counter() - started)
-
-    def real() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            job = Job(Path(folder), config, splits, device, arithmetic, 0.001, f"{steps}it", cost)
-            rows = train(network, job, Quiet())
-        return rows[-1]["examples"] / rows[-1]["seconds"]
-
-    return arithmetic, *side_by_side(bare, real, rounds)
+    alternate = Alternate(lambda: learn(same, optimizer, images, labels, device, arithmetic), device)
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Path(folder), config, splits, device, arithmetic, 0.001, f"{steps * alternate.block}it", cost)
+        train(network, job, alternate)
+    return arithmetic, [(bare / alternate.block, real / alternate.block) for bare, real in alternate.pairs[3:]]
 
 
-def print_loop(rounds: int, steps: int, slim: float | None) -> None:
+def print_loop(steps: int, slim: float | None) -> None:
     """The network of the scale that this machine has, and one that leaves nothing to hide behind."""
     device = pick_device("auto")
     slim = slim or (0.125 if device.type == "cpu" else 1.0)
@@ -102,10 +111,12 @@ def print_loop(rounds: int, steps: int, slim: float | None) -> None:
         "ResNet-8 x 0.5": {"name": "resnet", "blocks": 1, "width": 0.5},
     }
     for name, spec in specs.items():
-        arithmetic, plain, whole, ratio = loop(spec, batch_size, steps, rounds)
+        arithmetic, pairs = loop(spec, batch_size, steps)
+        bare, real = (batch_size / statistics.median(times) for times in zip(*pairs, strict=True))
         print(f"{name} on 32 pixels, batch {batch_size}, {arithmetic}, {describe(device)}:")
-        print(f"bare {plain:,.0f} images/s, real loop {whole:,.0f} images/s")
-        print(f"ratio {verdict(ratio, 0.97, least=True)} (median of {rounds})")
+        print(f"bare {bare:,.0f} images/s, real loop {real:,.0f} images/s")
+        ratio = statistics.median(one / other for one, other in pairs)
+        print(f"ratio {verdict(ratio, 0.97, least=True)} (median of {len(pairs)} pairs)")
 
 
 # -- the arithmetic -----------------------------------------------------------------------------------------------
@@ -115,10 +126,11 @@ def speeds(size: int, classes: int) -> dict[Arithmetic, float]:
     """Images/s of a training step of the paper's network, at full width, in each arithmetic."""
     device = pick_device("auto")
     network = build({"name": "inception", "stem": size}, classes, 3)
-    cost = flops.count(network, 3, size)[1]
-    count = max(2, min(256, int(WORK[device.type] // cost)))
-    batch = torch.randn(count, 3, size, size, device=device), torch.arange(count, device=device) % classes
-    return measure(candidates(device, "auto", "auto", False), network, batch, Config(experiment="bench"), device)
+
+    def noise(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(count, 3, size, size, device=device), torch.arange(count, device=device) % classes
+
+    return measure(candidates(device, "auto", "auto", False), network, noise, Config(experiment="bench"), device)
 
 
 def print_choice() -> None:
@@ -183,7 +195,9 @@ def print_loader(rounds: int, photos: str | None) -> None:
         return images_per_second
 
     theirs, own, ratio = side_by_side(
-        *(speed(make(Path(photos), files, size, batch_size, workers)) for make in (torchvisions, ours)), rounds
+        speed(torchvisions(Path(photos), files, size, batch_size, workers)),
+        speed(ours(Path(photos), files, size, batch_size, workers)),
+        rounds,
     )
     print(f"{files} photographs of {Path(photos).name} a round, {workers} workers:")
     print(f"torchvision's pipeline {theirs:,.0f} images/s, ours {own:,.0f} images/s")

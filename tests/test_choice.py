@@ -41,12 +41,12 @@ def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_multiplies_bfloat16", lambda _: True)
 
 
-def speeds(monkeypatch: pytest.MonkeyPatch, found: dict[Arithmetic, float]) -> list[int]:
-    """Measuring gives these; the sizes of the batches that it was given."""
-    measured: list[int] = []
+def speeds(monkeypatch: pytest.MonkeyPatch, found: dict[Arithmetic, float]) -> list[nn.Module]:
+    """Measuring gives these; what it was given."""
+    measured: list[nn.Module] = []
 
-    def fake(possible, network, batch, config, device):
-        measured.append(len(batch[1]))
+    def fake(possible, network, images, config, device):
+        measured.append(network)
         return {one: found.get(one, 1.0) for one in possible}
 
     monkeypatch.setattr(choice, "measure", fake)
@@ -86,7 +86,7 @@ def test_each_candidate_trains_a_copy_in_its_arithmetic(config: Config, monkeypa
     net = network()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     possible = [replace(FLOAT, compile=True), replace(HALF, compile=True)]
-    found = measure(possible, net, batch(8), config, CPU)
+    found = measure(possible, net, batch, config, CPU)
     assert list(found) == possible and min(found.values()) > 0
     assert set(seen) == {FLOAT, HALF}  # compiling would take minutes
     assert (set(seen[FLOAT]), set(seen[HALF])) == ({False}, {True})
@@ -94,7 +94,7 @@ def test_each_candidate_trains_a_copy_in_its_arithmetic(config: Config, monkeypa
 
 
 def test_what_is_twice_as_slow_is_not_timed_again(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = {FLOAT: 4.0, HALF: 1.0, replace(FLOAT, layout="channels_last"): 1.5}
+    taken = {FLOAT: 0.4, HALF: 0.1, replace(FLOAT, layout="channels_last"): 0.15}  # as probed: no more than a few
     order = list(taken)
     calls: list[Arithmetic] = []
 
@@ -103,38 +103,49 @@ def test_what_is_twice_as_slow_is_not_timed_again(config: Config, monkeypatch: p
         return taken[calls[-1]]
 
     monkeypatch.setattr(choice, "_seconds", seconds)
-    assert measure(order, network(), batch(8), config, CPU) == {one: 8 / taken[one] for one in order}
-    assert [calls.count(one) for one in order] == [2, 5, 5]
+    assert measure(order, network(), batch, config, CPU) == {one: 8 / taken[one] for one in order}
+    assert [calls.count(one) for one in order] == [2 + 2, 4, 4]
     calls.clear()
     monkeypatch.setattr(choice, "SECONDS", 0.0)
-    measure(order, network(), batch(8), config, CPU)
-    assert [calls.count(one) for one in order] == [2, 2, 2]  # a first step, and one that counts
+    measure(order, network(), batch, config, CPU)
+    assert [calls.count(one) for one in order] == [2 + 2, 2, 2]  # a first step, and one that counts
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 24), (1e-5, 128), (10.0, 8)])
+def test_a_timed_step_takes_a_fraction_of_a_second(
+    config: Config, monkeypatch: pytest.MonkeyPatch, seconds: float, count: int
+) -> None:
+    monkeypatch.setattr(choice, "_seconds", lambda step, on: seconds * len(step.args[3]) / 8)
+    asked: list[int] = []
+    found = measure([FLOAT], network(), lambda n: (asked.append(n), batch(n))[1], config, CPU)
+    assert asked == [8, count]
+    assert found == {FLOAT: pytest.approx(8 / seconds)}
 
 
 @pytest.mark.usefixtures("bfloat16")
 def test_a_choice_is_made_once_and_read_by_all_who_come_later(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = speeds(monkeypatch, {HALF: 9.0})
-    first = choose(config, CPU, 10**9, network, batch)
+    first = choose(config, CPU, network, batch)
     assert first.arithmetic == HALF
     assert first.why["images_per_second"]["bfloat16 channels_last"] == 9.0
     assert first.why["hardware"] == device.describe(CPU)
     speeds(monkeypatch, {FLOAT: 9.0})  # another machine, where it would be otherwise
     config.seed, config.students, config.experiment = 7, {"other": {"width": 3}}, "another"
-    assert choose(config, CPU, 10**12, network, batch) == first
-    assert measured == [50]  # 5e10 FLOPs in a step
+    assert choose(config, CPU, network, batch) == first
+    assert len(measured) == 1
     config.teacher = {"width": 0.5}
-    assert choose(config, CPU, 10**9, network, batch).arithmetic == FLOAT
+    assert choose(config, CPU, network, batch).arithmetic == FLOAT
 
 
 @pytest.mark.usefixtures("bfloat16")
 def test_what_is_forced_is_not_measured(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = speeds(monkeypatch, {HALF: 9.0})
     config.precision, config.layout = "float32", "contiguous"
-    found = choose(config, CPU, 10**9, network, batch)
+    found = choose(config, CPU, network, batch)
     assert (found.arithmetic, found.why) == (FLOAT, {"forced": True})
     assert not measured and not Path(config.runs).exists()
     config.layout = "auto"  # one is forced: the other is measured
-    assert choose(config, CPU, 10**9, network, batch).arithmetic.precision == "float32"
+    assert choose(config, CPU, network, batch).arithmetic.precision == "float32"
     assert measured
 
 
@@ -142,11 +153,11 @@ def test_what_is_forced_is_not_measured(config: Config, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("damage", ["{", "[]", '{"precision": "float32"}'])
 def test_a_damaged_choice_is_named(config: Config, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     speeds(monkeypatch, {})
-    choose(config, CPU, 10**9, network, batch)
+    choose(config, CPU, network, batch)
     (file,) = (Path(config.runs) / "choices").iterdir()
     file.write_text(damage)
     with pytest.raises(ExperimentError, match=r"choices/.*json, which says in which arithmetic .*: delete it, and"):
-        choose(config, CPU, 10**9, network, batch)
+        choose(config, CPU, network, batch)
 
 
 def at_once(runs: str, start, favourite: Arithmetic, results) -> None:
@@ -154,7 +165,7 @@ def at_once(runs: str, start, favourite: Arithmetic, results) -> None:
     device._multiplies_bfloat16 = lambda _: True
     choice.measure = lambda possible, *_: {one: 9.0 if one == favourite else 1.0 for one in possible}
     start.wait()
-    results.put(choose(Config(experiment="any", runs=runs), CPU, 10**9, network, batch).arithmetic)
+    results.put(choose(Config(experiment="any", runs=runs), CPU, network, batch).arithmetic)
 
 
 def test_jobs_that_start_at_once_agree(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_compiled_step_trains_the_same_weights_under_their_own_names(
     assert not compiled
     train(other, replace(job, arithmetic=device.Arithmetic(compile=True)), Quiet())
     assert compiled == [other]
-    assert ledger.load_checkpoint(job.folder)["network"].keys() == plain.state_dict().keys()
+    assert checkpoint.load(job.folder)["network"].keys() == plain.state_dict().keys()
     for one, two in zip(plain.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.allclose(one, two, atol=1e-5)
 
