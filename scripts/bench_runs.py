@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments.config import ARMS
-from experiments.report import COLUMNS
+from experiments.config import ARMS  # noqa: E402 (the checkout is not installed)
+from experiments.report import COLUMNS  # noqa: E402
 
 STAGES = ("teacher", *ARMS[:4])
 SEEDS = 400  # of an experiment, at most
