@@ -85,7 +85,7 @@ def measure(
     few = min(FEW, config.schedule.batch_size)
     probe = step_of(possible[0], few)
     spent = [_seconds(probe, device) for _ in range(2)][-1]  # the first step makes kernels and buffers
-    count = max(few, min(config.schedule.batch_size, int(few * STEP / spent)))
+    count = max(few, min(config.schedule.batch_size, round(few * STEP / spent)))
     steps = {arithmetic: step_of(arithmetic, count) for arithmetic in possible}
     best = dict.fromkeys(possible, float("inf"))
     started = time.perf_counter()

@@ -48,7 +48,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
         ("schedule.optimizer=rmspropp", "schedule.optimizer: there is no 'rmspropp' (did you mean 'rmsprop'?"),
         ("schedule.decay=cosine", "schedule.decay: there is no 'cosine'"),
         ("growth.split=even", "growth.split: there is no 'even' (did you mean 'uneven'?"),
-        ("precision=float16", "precision: there is no 'float16' (did you mean 'float32'?"),
+        ("precision=float16", "precision: there is no 'float16' (did you mean 'bfloat16'?"),
         ("precision=tf32", "precision=tf32 was asked for, but "),
         ("layout=channelslast", "layout: there is no 'channelslast' (did you mean 'channels_last'?"),
         ("device=gpu", "The device 'gpu' is unknown: use auto, cpu or cuda."),

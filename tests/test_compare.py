@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def run_of(config: Config) -> Run:
-    return Run(config, load(config.data), CPU, torch.float32, Console())
+    return Run(config, load(config.data), CPU, Console())
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
