@@ -36,6 +36,7 @@ SETTINGS = (
     "target=net2net",
     "device=cpu",
     "precision=float32",
+    "layout=channels_last",
     "logger=none",
 )
 STAGES = ("teacher", "net2net")

@@ -150,8 +150,7 @@ def test_what_does_not_determine_it_leaves_its_name(small: Make, setting: str) -
 
 
 def run_of(config: Config) -> Run:
-    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    return Run(config, load(config.data), torch.device("cpu"), precision, Console(quiet=True))
+    return Run(config, load(config.data), torch.device("cpu"), Console(quiet=True))
 
 
 def test_other_images_are_another_teachers(small: Make) -> None:
