@@ -106,7 +106,6 @@ def _start(config: Config, name: str, identity: str, manifest: Mapping[str, Any]
         "WANDB_ERROR_REPORTING", "false"
     )  # or its telemetry waits at exit for a server that is silent
     import wandb
-    from wandb.errors import CommError
 
     Path(config.runs).mkdir(parents=True, exist_ok=True)
     patience = {"init_timeout": PATIENCE, "finish_timeout": PATIENCE, "finish_timeout_raises": True}
@@ -129,7 +128,7 @@ def _start(config: Config, name: str, identity: str, manifest: Mapping[str, Any]
         return start("offline" if _unreachable else mode())
     try:
         return start("online")
-    except CommError as error:
+    except wandb.errors.CommError as error:  # pyright: ignore[reportAttributeAccessIssue] (loaded by wandb itself)
         _lose(config, console, error, "What follows is")
         wandb.teardown()  # or the process that W&B started would go on with the run that failed, and write nothing
         return start("offline")
