@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint figures verify bench lock clean
+.PHONY: help setup demo test lint torture figures verify bench lock clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ lint: .venv/.installed ## style, format and types
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m basedpyright net2net experiments scripts train.py
+
+torture: .venv/.installed ## kill runs at 200 random moments, and compare what becomes of them
+	$(RUN) scripts/torture.py --kills 200
 
 figures: .venv/.installed ## draw the figures and the table from results/curves
 	$(RUN) scripts/figures.py

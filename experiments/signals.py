@@ -13,8 +13,12 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and has written what it needs to go on."""
 
     def __init__(self, number: int, where: str) -> None:
-        super().__init__(where)
+        super().__init__(number, where)  # both, so that it can be sent to another process
         self.number = signal.Signals(number)
+        self.where = where
+
+    def __str__(self) -> str:
+        return self.where
 
 
 class Asked(Exception):

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from .cases import resolve
 from .config import Config, ExperimentError, arm_folders
 from .files import write
+from .locks import BusyError
 
 PLAN = "plan.json"  # runs/<experiment>/plan.json: of each seed, the arms that sweeps were asked for
 FAILURE = "failure.txt"  # in an arm's folder: why the last job that was to run it ended
@@ -97,6 +98,8 @@ def noting_failure(config: Config, explain: Callable[[Exception], str], new: boo
             (folder / FAILURE).unlink(missing_ok=True)
     try:
         yield
+    except BusyError:  # they are another run's
+        raise
     except Exception as error:
         for folder in _unfinished(config):
             if new or folder.exists():

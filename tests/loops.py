@@ -54,3 +54,16 @@ def without_seconds(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def pictures(root: Path) -> None:
+    """A tree of small pictures, made up, in two classes."""
+    from PIL import Image
+
+    draw = torch.Generator().manual_seed(0)
+    for part, count in (("train", 40), ("val", 8)):
+        for label in ("a", "b"):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(256, (20, 20, 3), dtype=torch.uint8, generator=draw).numpy()
+                Image.fromarray(pixels).save(root / part / label / f"{number}.png")

@@ -1,8 +1,8 @@
 """A signal is obeyed between two steps, after all has been saved; a launcher's own handler is heard."""
 
 import os
+import pickle
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import Quiet, network, same, without_seconds
+from loops import Quiet, network, pictures, same, without_seconds
 
 from experiments import checkpoint, training
 from experiments.signals import Interrupted, Requests
@@ -94,6 +94,11 @@ def test_a_launcher_that_only_takes_note_lets_the_run_go_on(job: Job, launcher: 
     assert same(net, whole)
 
 
+def test_an_interruption_can_be_sent_to_another_process() -> None:
+    sent = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "net2net stopped")))
+    assert isinstance(sent, Interrupted) and (sent.number, str(sent)) == (signal.SIGTERM, "net2net stopped")
+
+
 def test_all_that_came_are_delivered_in_their_order(launcher: Any) -> None:
     noted: list[int] = []
     launcher(lambda number, _: noted.append(number))
@@ -146,19 +151,6 @@ def test_an_evaluation_is_left_for_a_signal_and_done_again(
     assert same(net, whole)
 
 
-def pictures(root: Path) -> None:
-    """A tree of small pictures, made up, in two classes."""
-    from PIL import Image
-
-    draw = torch.Generator().manual_seed(0)
-    for part, count in (("train", 40), ("val", 8)):
-        for label in ("a", "b"):
-            (root / part / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = torch.randint(256, (20, 20, 3), dtype=torch.uint8, generator=draw).numpy()
-                Image.fromarray(pixels).save(root / part / label / f"{number}.png")
-
-
 def run_in_a_group(settings: list[str], folder: Path, log: Path) -> None:
     os.setpgrp()
     torture.run(settings, folder, log)
@@ -173,15 +165,12 @@ def test_a_whole_job_is_signalled_and_its_workers_are_unharmed(tmp_path: Path) -
         *("arms=[random_init]", "schedule.batch_size=8", "schedule.epochs=30ep", "schedule.evaluate=30ep"),
     ]
     log, arm = tmp_path / "log", tmp_path / "runs/quickstart/seed0/random_init"
-    for number in HEARD:
+    for times, number in enumerate(HEARD, 1):
         process = torture.context.Process(target=run_in_a_group, args=(settings, tmp_path, log))
         process.start()
-        while process.is_alive() and not arm.exists():
+        # Until it has an evaluation behind it, from where on the workers are at work.
+        while process.is_alive() and (not log.exists() or log.read_text().count("random_init            step") < times):
             process.join(0.05)
-        before = len(log.read_bytes())
-        began = time.monotonic()
-        while process.is_alive() and time.monotonic() < began + 60 and "step" not in log.read_text()[before:]:
-            process.join(0.05)  # until the first evaluation, from where on the workers are at work
         process.join(0.3)
         assert process.is_alive()
         os.killpg(process.pid or 0, number)

@@ -1,0 +1,201 @@
+"""Full disks, full memory, images that vanish, clocks that jump: nothing that was done is lost, and no curve is wrong."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import pictures
+
+from experiments import checkpoint, command, training
+from experiments.config import ExperimentError
+from experiments.memory import out_of_memory
+from experiments.report import parse_curve
+from scripts import torture
+
+ARM = "runs/quickstart/seed0/random_init"
+ALONE = (*torture.SETTINGS, "arms=random_init", "target=random_init", "schedule.epochs=12it", "schedule.evaluate=4it")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that the command line is used in."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence on stderr, which has to be all that is there."""
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line)
+    assert line.startswith("Error: ")
+    return line
+
+
+@pytest.fixture
+def disk(here: Path) -> Iterator[Path]:
+    """A disk of 16 MB, mounted at `here`/runs; skipped where none can be."""
+    (here / "runs").mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", here / "runs"], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield here / "runs"
+    finally:
+        subprocess.run(["umount", "-l", here / "runs"], check=True)
+
+
+@pytest.mark.parametrize("left", [0.02, 0.5, 1.5, 2.5, 3.5, 5.5])
+def test_on_a_full_disk_nothing_is_lost_and_with_room_the_same_command_goes_on(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], left: float
+) -> None:
+    """With room for so many checkpoints: a stage needs three, and the teacher keeps two."""
+    settings = [*torture.SETTINGS, "schedule.epochs=12it", "schedule.evaluate=4it"]
+    assert command.main([*settings, f"runs={tmp_path}/whole"]) == 0
+    expected = torture.product(tmp_path / "whole/quickstart/seed0")
+    capsys.readouterr()
+    size = (tmp_path / "whole/quickstart/seed0/net2net/checkpoint.pt").stat().st_size
+    room = os.statvfs(disk)
+    with open(disk / "ballast", "wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, room.f_bavail * room.f_frsize - int(left * size))
+    assert command.main(settings) == 1
+    said = errors(capsys)
+    assert "cannot be written (No space left on device): " in said and "make room" in said or left < 0.1
+    kept = {}
+    for folder in (*disk.glob("teachers/*"), disk / "quickstart/seed0/net2net"):
+        if checkpoint.exists(folder):
+            kept[folder] = checkpoint.load(folder)["step"]
+        if (folder / "curve.csv").exists():
+            parse_curve((folder / "curve.csv").read_bytes(), "curve")
+    assert len(kept) == (0 if left < 1 else 1 if left < 5 else 2)
+    assert not list(disk.rglob("*.partial"))
+    assert capsys.readouterr().err == ""
+    (disk / "ballast").unlink()
+    assert command.main(settings) == 0
+    assert torture.equal(torture.product(disk / "quickstart/seed0"), expected)
+
+
+def the_allocator_fails() -> None:
+    torch.empty(1 << 50)
+
+
+def python_fails() -> None:
+    bytearray(1 << 60)
+
+
+def the_gpu_fails() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79.10 GiB\nmore")
+
+
+def a_worker_is_killed() -> None:
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize("fail", [the_allocator_fails, python_fails, the_gpu_fails, a_worker_is_killed])
+def test_without_memory_the_last_checkpoint_stays_and_advice_is_given(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fail: Any
+) -> None:
+    assert command.main([*ALONE, f"runs={tmp_path}/whole"]) == 0
+    learn, done = training.learn, 0
+
+    def fails(*arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 6:
+            fail()
+        return learn(*arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learn", fails)
+        assert command.main([*ALONE]) == 1
+    said = errors(capsys)
+    assert "The memory is not enough (" in said and "the same command goes on" in said and "schedule.batch_size" in said
+    assert checkpoint.load(here / ARM)["step"] == 4
+    assert command.main([*ALONE]) == 0
+    same_arm(here / ARM, tmp_path / "whole/quickstart/seed0/random_init")
+
+
+def same_arm(one: Path, other: Path) -> None:
+    """The same curve but for the seconds, weights and optimizer."""
+    a, b = (
+        [
+            [line.split(",")[:3] + line.split(",")[4:] for line in (arm / "curve.csv").read_text().splitlines()],
+            checkpoint.load(arm)["network"],
+            checkpoint.load(arm)["optimizer"],
+        ]
+        for arm in (one, other)
+    )
+    assert torture.equal(a, b)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("memory"), KeyError("x")):
+        with pytest.raises(type(error)) as raised, out_of_memory():
+            raise error
+        assert raised.value is error and not isinstance(error, ExperimentError)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("where", ["learn", "evaluate_all"])
+def test_when_the_images_vanish_what_was_learned_stays(
+    here: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    where: str,
+) -> None:
+    tree = tmp_path / "tree"
+    pictures(tree)
+    settings = [*ALONE, "data=imagenet", f"data.root={tree}", "data.size=16", f"data.workers={workers}"]
+    settings += ["data.holdout=0.1", "schedule.batch_size=8", "checkpoint_seconds=1000"]
+    assert command.main([*settings, f"runs={tmp_path}/whole"]) == 0
+    real, done = getattr(training, where), 0
+
+    def vanish(*arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == (6 if where == "learn" else 2):  # the second evaluation is after four steps
+            tree.rename(tmp_path / "elsewhere")
+        return real(*arguments)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, where, vanish)
+        assert command.main(settings) == 1
+    assert "cannot be read (" in errors(capsys)
+    step = checkpoint.load(here / ARM)["step"]
+    if where == "evaluate_all":
+        assert step == 4
+    elif workers:
+        assert 6 <= step < 12  # what they had read by then was still learned from
+    else:
+        assert step == 6
+    assert command.main(settings) == 1
+    assert f"data.root={tree} is not a folder" in errors(capsys)
+    (tmp_path / "elsewhere").rename(tree)
+    assert command.main(settings) == 0
+    same_arm(here / ARM, tmp_path / "whole/quickstart/seed0/random_init")
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*ALONE, f"runs={tmp_path}/whole"]) == 0
+    draw = random.Random(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: draw.uniform(0, 4e9))
+        assert command.main([*ALONE]) == 0
+    same_arm(here / ARM, tmp_path / "whole/quickstart/seed0/random_init")
+    seconds = [float(line.split(",")[3]) for line in (here / ARM / "curve.csv").read_text().splitlines()[1:]]
+    assert seconds == sorted(seconds) and 0 <= seconds[-1] < 60
