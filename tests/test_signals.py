@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from loops import Quiet, network, pictures, same, without_seconds
 
 from experiments import checkpoint, training
