@@ -164,7 +164,7 @@ def _as_much_as_can_be(
 def _resized(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
     """A copy of `model` with room for the new units; what it holds is drawn like the old, and means nothing.
 
-    For a `trial`, which is to show whether it runs, it holds zeros where it grows, and elsewhere the model's tensors.
+    For a `trial`, which is to show whether it runs, it holds zeros where it grows, and elsewhere the model's parameters.
     """
     roots = traced.roots()
     shapes = {name: _shape(traced, roots, name, count) for name in traced.tensors}
@@ -189,9 +189,9 @@ def _resized(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False
 
 
 def _copied(model: nn.Module, shared: bool = False) -> nn.Module:
-    """A copy that knows of no growth, of other tensors or of the same; attributes of parameters, which copying drops,
+    """A copy that knows of no growth, of parameters of its own or the same; attributes of those, which copying drops,
     stay on."""
-    tensors = [*model.parameters(), *model.buffers()] if shared else []
+    tensors = list(model.parameters()) if shared else []
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     copied.__dict__.pop("growth", None)
     if shared:
