@@ -164,7 +164,7 @@ def _as_much_as_can_be(
 def _resized(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
     """A copy of `model` with room for the new units; what it holds is drawn like the old, and means nothing.
 
-    For a `trial`, which is to show whether it runs, it holds zeros where it grows, and elsewhere the model's parameters.
+    For a `trial`, which shows whether it runs, it holds zeros where it grows, and elsewhere the model's parameters.
     """
     roots = traced.roots()
     shapes = {name: _shape(traced, roots, name, count) for name in traced.tensors}
