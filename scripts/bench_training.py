@@ -102,13 +102,13 @@ def loop(spec: Mapping[str, Any], batch_size: int, steps: int) -> tuple[Arithmet
 
 
 def print_loop(steps: int, slim: float | None) -> None:
-    """The network of the scale that this machine has, and one that leaves nothing to hide behind."""
+    """The network of the scale that this machine has, and a small one, beside which the loop weighs more."""
     device = pick_device("auto")
     slim = slim or (0.125 if device.type == "cpu" else 1.0)
     batch_size = 128 if device.type == "cpu" else 256
     specs = {
         f"Inception x {slim}": {"name": "inception", "slim": slim},
-        "ResNet-8 x 0.5": {"name": "resnet", "blocks": 1, "width": 0.5},
+        "ResNet-8": {"name": "resnet", "blocks": 1},
     }
     for name, spec in specs.items():
         arithmetic, pairs = loop(spec, batch_size, steps)
