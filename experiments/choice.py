@@ -6,7 +6,6 @@ choice is therefore one file in the runs folder for a teacher, a batch and a kin
 
 import copy
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import files, locks
 from .config import Config, ExperimentError
 from .device import Arithmetic, candidates, describe
-from .files import write
 from .optimizers import make_optimizer
 
 GAIN = 1.05  # a less precise arithmetic has to be faster by so much
@@ -54,12 +53,15 @@ def choose(
     file = Path(config.runs) / "choices" / f"{_key(config, device)}.json"
     found = _read(file)
     if found is None:
-        speeds = measure(possible, network(), images, config, device)
-        why = {
-            "images_per_second": {str(arithmetic): speed for arithmetic, speed in speeds.items()},
-            "hardware": describe(device),
-        }
-        found = _first(file, asdict(fastest(speeds)) | why)
+        with locks.hold(file.parent, waiting=lambda _: None):  # nor do those who start at once disturb the measurement
+            found = _read(file)
+            if found is None:
+                speeds = measure(possible, network(), images, config, device)
+                found = asdict(fastest(speeds)) | {
+                    "images_per_second": {str(arithmetic): speed for arithmetic, speed in speeds.items()},
+                    "hardware": describe(device),
+                }
+                files.write(file, (json.dumps(found, indent=1) + "\n").encode())
     names = Arithmetic.__dataclass_fields__
     return Choice(
         Arithmetic(**{key: found[key] for key in names}), {key: found[key] for key in found if key not in names}
@@ -137,18 +139,3 @@ def _read(file: Path) -> dict[str, Any] | None:
             "is measured anew; or force it with precision=... and layout=..., as the manifests have it."
         ) from error
     return found
-
-
-def _first(file: Path, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file holds after this: `found`, or what another process wrote meanwhile."""
-    own = file.with_name(f"{file.stem}-{os.getpid()}-{os.urandom(4).hex()}.json")
-    write(own, (json.dumps(found, indent=1) + "\n").encode())
-    try:
-        os.link(own, file)  # unlike a rename, it fails if the file is there
-    except FileExistsError:
-        pass
-    finally:
-        own.unlink()
-    first = _read(file)
-    assert first is not None
-    return first
