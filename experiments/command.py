@@ -72,8 +72,9 @@ def main(arguments: list[str]) -> int:
     register()
     said: set[str] = set()
 
-    def say(sentence: str) -> None:
-        if sentence not in said:
+    def say(sentence: str, shared: bool = False) -> None:
+        # Of the processes that torchrun starts, all find what is wrong with the command: one says it.
+        if sentence not in said and not (rank() and (shared or "experiments.compare" not in sys.modules)):
             print(f"\nError: {sentence}", file=sys.stderr)
         said.add(sentence)
 
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> int:
                 if not sweeping:
                     raise
                 traceback.print_exc()
-            say(who + explain(error))
+            say(who + explain(error), getattr(error, "shared", False))
             # A launcher has to know what became of its jobs. A single run would only be told once more, by Hydra.
             if sweeping:
                 raise JobFailed(who + explain(error), elsewhere="SUBMITIT_EXECUTOR" in os.environ) from None
@@ -117,7 +118,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         what = "Interrupted" if number == signal.SIGINT else f"Stopped by {number.name}"
-        print(f"\n{what}. {stop}{'. ' if str(stop) else ''}Run the same command again to go on.", file=sys.stderr)
+        if not rank():
+            print(f"\n{what}. {stop}{'. ' if str(stop) else ''}Run the same command again to go on.", file=sys.stderr)
         return 128 + number
     except Exception as error:
         if type(error).__name__ not in LOST:
@@ -153,7 +155,7 @@ def run(configs: list[Config], log: IO[str] | None = None) -> None:
     """
     from rich.console import Console
 
-    console = Console(file=log)
+    console = Console(file=log, quiet=rank() > 0)
     if configs[0].scale == default_scale() and not any(a.startswith("scale=") for a in sys.argv[1:]):
         found = "a GPU was found" if configs[0].scale == "gpu" else "no GPU was found"
         console.print(f"scale={configs[0].scale}: {found}; choose another with scale=...", highlight=False)
@@ -193,6 +195,11 @@ def configurations(composed: DictConfig, overrides: Iterable[str]) -> list[Confi
         check(config)
         configs.append(config)
     return configs
+
+
+def rank() -> int:
+    """Which of the processes is this that torchrun has started; 0 without it."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def default_scale() -> str:

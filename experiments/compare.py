@@ -19,6 +19,7 @@ from .data import complete_batches, load
 from .device import describe, pick_device
 from .memory import out_of_memory
 from .optimizers import make_optimizer
+from .ranks import join
 from .run import TEACHER, Run
 from .stages import carry_out, is_complete
 from .training import learn
@@ -32,14 +33,13 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
     BusyError, or is left to that process with `skip_busy`. None if no arm is finished then.
     Raises ExperimentError for what the user can put right, before anything is trained wherever that can be known.
     """
-    device = pick_device(config.device)
-    files.writable(Path(config.runs), "set runs to one that can")
-    run = Run(config, load(config.data).to(device), device, console)
+    ranks = join()
+    console = console if ranks.rank == 0 else Console(quiet=True)
+    device = ranks.together(lambda: pick_device(config.device))
+    ranks.first(lambda: files.writable(Path(config.runs), "set runs to one that can"))
+    run = Run(config, ranks.in_turn(lambda: load(config.data)).to(device), device, console, ranks)
+    networks = ranks.together(lambda: _checked_networks(run))
     stages = arms.folders(config)
-    networks = {None: run.fresh(None)} | {student: run.fresh(student) for student in config.students}
-    _check_lengths(run)
-    _ = run.costs  # which a network that cannot read the images has not
-    _check_growth(run, networks)
     if {arm for arm, _ in stages.values()} & set(report.STARTS_FROM_TEACHER):
         stages = {TEACHER: (TEACHER, None)} | stages
     todo = [name for name, (arm, student) in stages.items() if not _done(run, name, arm, student)]
@@ -54,11 +54,26 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
                 if not skip_busy:
                     raise
                 run.console.print(f"{name:<22} skipped: {busy}", highlight=False, soft_wrap=True)
+    return ranks.first(lambda: _shown_results(run, stages, skip_busy))
+
+
+def _shown_results(run: Run, stages: dict[str, tuple[str, str | None]], skip_busy: bool) -> Path | None:
+    """Print the table and return the path of the figure; with `skip_busy`, None if no arm is finished."""
     with locks.hold(run.experiment, waiting=lambda _: None):  # or a job that read fewer curves might draw last
         if skip_busy and not any(is_complete(run.folder / name, run.settings(*stages[name])) for name in stages):
             return None
-        console.print(report.table(run.experiment))
+        run.console.print(report.table(run.experiment))
         return figure.draw_runs(run.experiment)
+
+
+def _checked_networks(run: Run) -> dict[str | None, nn.Module]:
+    """The teacher (None) and the students, fresh; ExperimentError for what would fail later."""
+    networks = {None: run.fresh(None)} | {student: run.fresh(student) for student in run.config.students}
+    run.ranks.share(run.config.schedule.batch_size)
+    _check_lengths(run)
+    _ = run.costs  # which a network that cannot read the images has not
+    _check_growth(run, networks)
+    return networks
 
 
 def _check_lengths(run: Run) -> None:
@@ -80,10 +95,15 @@ def _check_growth(run: Run, networks: dict[str | None, nn.Module]) -> None:
 
 
 def _done(run: Run, name: str, arm: str, student: str | None) -> bool:
-    done = teachers.is_trained(run) if arm == TEACHER else is_complete(run.folder / name, run.settings(arm, student))
+    settings = run.settings(arm, student)
+    done = teachers.is_trained(run) if arm == TEACHER else _is_complete(run, run.folder / name, settings)
     if done:
         run.console.print(f"{name:<22} complete, skipped ({run.folder / name})", highlight=False, soft_wrap=True)
     return done
+
+
+def _is_complete(run: Run, folder: Path, settings: dict[str, Any]) -> bool:
+    return run.ranks.first(lambda: is_complete(folder, settings))
 
 
 def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Module) -> None:
@@ -92,8 +112,9 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
     Raises BusyError if another process does.
     """
     job = run.job(name, student, run.config.rates[arm])
-    with locks.hold(job.folder):
-        if is_complete(job.folder, run.settings(arm, student)):  # since we looked
+    settings = run.settings(arm, student)
+    with run.ranks.entered_by_first(lambda: locks.hold(job.folder)):
+        if _is_complete(run, job.folder, settings):  # since we looked
             return
         facts: dict[str, Any] = {}
         if arm == arms.CONTINUED:
@@ -105,7 +126,7 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
             record = arms.fill(arm, teacher, network.to(run.device), run.config, run.images)
             if record is not None:
                 facts["growth"] = {"record": str(record), "seconds": time.perf_counter() - started}
-            if arm == "net2net" and not checkpoint.exists(job.folder):
+            if arm == "net2net" and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
                 facts["step0"] = _agreement(run, teacher, network)
                 run.console.print(f"{name:<22} {_shown(facts['step0'])}", highlight=False, soft_wrap=True)
         carry_out(run, job, arm, student, network, facts)
@@ -176,10 +197,9 @@ def _seconds_a_step(run: Run, network: nn.Module) -> float:
     arithmetic = replace(run.choice.arithmetic, compile=False)
     trial = copy.deepcopy(network).to(run.device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(trial, run.config.schedule)
-    batch_size = run.config.schedule.batch_size
-    images, labels = next(
-        iter(run.splits.train.batches(batch_size, epoch=0, seed=run.config.seed, augment=False, pad=0, flip=False))
-    )
+    batch_size, seed = run.config.schedule.batch_size, run.config.seed
+    share = run.ranks.share(batch_size)
+    images, labels = next(iter(run.splits.train.batches(batch_size, epoch=0, seed=seed, augment=False, share=share)))
     images = images.contiguous(memory_format=arithmetic.memory_format)
     times = []
     for _ in range(4):

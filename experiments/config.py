@@ -26,6 +26,8 @@ LAYOUTS = ("channels_last", "contiguous")
 class ExperimentError(Exception):
     """Something the user can put right; the message names it and says how. Shown without a traceback."""
 
+    shared = False  # whether all processes that train together raise it, so that one of them has to say it
+
 
 @dataclass
 class Data:

@@ -1,5 +1,6 @@
 """Where a run computes, and in which arithmetic."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,9 +12,14 @@ from .config import LAYOUTS, ExperimentError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda, cuda:1 ...) stands for; ExperimentError if it is not there."""
+    """The device that `name` (auto, cpu, cuda, cuda:1 ...) stands for; ExperimentError if it is not there.
+
+    Of the processes that torchrun starts on a machine, each has its own GPU.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:

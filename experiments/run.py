@@ -15,6 +15,7 @@ from . import arms, flops, report
 from .choice import Choice, choose
 from .config import Config
 from .data import Splits
+from .ranks import ALONE, Ranks
 from .training import Job
 
 TEACHER = "teacher"
@@ -28,6 +29,7 @@ class Run:
     splits: Splits
     device: torch.device
     console: Console
+    ranks: Ranks = ALONE
 
     @property
     def folder(self) -> Path:
@@ -64,6 +66,7 @@ class Run:
             self.epochs(name),
             self.costs[student][1],
             name,
+            self.ranks,
         )
 
     def epochs(self, name: str) -> str:
@@ -84,8 +87,11 @@ class Run:
     def choice(self) -> Choice:
         """In which arithmetic all of it is trained."""
         largest = max(self.costs, key=lambda student: self.costs[student][1])
-        batch = lambda count: next(iter(self.splits.train.batches(count, epoch=0, seed=0, augment=False)))  # noqa: E731
-        return choose(self.config, self.device, lambda: self.fresh(largest), batch)
+
+        def batch(count: int) -> tuple[Tensor, Tensor]:
+            return next(iter(self.splits.train.batches(count, epoch=0, seed=0, augment=False)))
+
+        return self.ranks.first(lambda: choose(self.config, self.device, lambda: self.fresh(largest), batch))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,6 +111,8 @@ class Run:
             "schedule": schedule,
             **asdict(self.choice.arithmetic),
         }
+        if self.ranks.count > 1:  # batch norm sees a share of each batch
+            settings["ranks"] = self.ranks.count
         if arm == TEACHER:
             return settings | {"schedule": schedule | {"epochs": length}}
         settings["rate"] = config["rates"][arm]

@@ -52,6 +52,16 @@ class Requests:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
+    @property
+    def next(self) -> int:
+        """The signal that came first, 0 if none did."""
+        return self.pending[0] if self.pending else 0
+
+    def hear(self, number: int) -> None:
+        """A signal that another process of this run was given is this one's, too; 0 is none."""
+        if number and not self.pending:
+            self.pending.append(number)
+
     def check(self) -> None:
         """Raise Asked if a signal has come."""
         if self.pending:

@@ -45,8 +45,12 @@ def carry_out(
 ) -> None:
     """Train one stage and write its manifest: first as incomplete, so that a folder always says what it holds.
 
-    `facts` are added to the manifest. Only for who holds the folder's lock.
+    `facts` are added to the manifest. Only for who holds the folder's lock; of several ranks, rank 0 writes.
     """
+    state = run.ranks.first(lambda: checkpoint.resume(job.folder))
+    if run.ranks.rank > 0:
+        train(network, job, _Nobody(), state)
+        return
     began = ledger.read_manifest(job.folder)
     manifest: dict[str, Any] = {
         "experiment": run.config.name,
@@ -66,7 +70,7 @@ def carry_out(
         "teacher": TEACHER if arm in report.STARTS_FROM_TEACHER else None,
         "complete": False,
     }
-    provenance, state = ledger.provenance(), checkpoint.resume(job.folder)
+    provenance = ledger.provenance()
     manifest |= provenance | (facts or {})
     manifest["processes"] = ledger.processes(began, provenance, state["step"])
     if began is not None:  # an interrupted run: what was measured before its first step still holds
@@ -82,6 +86,16 @@ def carry_out(
     manifest["processes"][-1]["to"] = job.total
     manifest |= {"complete": True, "curve_sha256": ledger.checksum(job.folder / "curve.csv")}
     ledger.write_manifest(job.folder, manifest)
+
+
+class _Nobody:
+    """Is told and says nothing."""
+
+    def advance(self, step: int, loss: float) -> None:
+        pass
+
+    def row(self, row: Mapping[str, float]) -> None:
+        pass
 
 
 @dataclass(frozen=True)

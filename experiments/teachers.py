@@ -22,18 +22,19 @@ def is_trained(run: Run) -> bool:
 
     Raises ExperimentError, showing the difference, if the seed's stages started from another one.
     """
-    settings = run.settings(TEACHER, None)
-    return is_complete(run.folder / TEACHER, settings) or is_complete(_place(run), settings)
+    settings, place = run.settings(TEACHER, None), _place(run)
+    return run.ranks.first(lambda: is_complete(run.folder / TEACHER, settings) or is_complete(place, settings))
 
 
 def obtain(run: Run, network: nn.Module) -> None:
     """Load the trained teacher into `network`: train it, or wait for the process that does, if it is not there."""
-    place = _place(run)
+    place, ranks = _place(run), run.ranks
     if place != run.folder / TEACHER:
-        _link(run.folder / TEACHER, place)
+        ranks.first(lambda: _link(run.folder / TEACHER, place))
     if _load(run, network, place):
         return
-    with locks.hold(place, lambda owner: _say(run, f"waits for {owner}, which trains it ({place})")):
+    waiting = lambda owner: _say(run, f"waits for {owner}, which trains it ({place})")  # noqa: E731
+    with ranks.entered_by_first(lambda: locks.hold(place, waiting)):
         if not _load(run, network, place):
             carry_out(run, run.job(TEACHER, None, 1.0, place), TEACHER, None, network)
 
@@ -41,14 +42,17 @@ def obtain(run: Run, network: nn.Module) -> None:
 def _place(run: Run) -> Path:
     """Where the teacher lies: among all teachers, unless the seed has one of its own, as a copy without links does."""
     own = run.folder / TEACHER
-    return own if own.is_dir() and not own.is_symlink() else Path(run.config.runs) / "teachers" / run.teacher
+    if run.ranks.first(lambda: own.is_dir() and not own.is_symlink()):
+        return own
+    return Path(run.config.runs) / "teachers" / run.teacher
 
 
 def _load(run: Run, network: nn.Module, place: Path) -> bool:
     """Load the teacher if it is there, whole and trained to its end."""
-    if not is_complete(place, run.settings(TEACHER, None)):
+    settings = run.settings(TEACHER, None)
+    state = run.ranks.first(lambda: checkpoint.load(place) if is_complete(place, settings) else None)
+    if state is None:
         return False
-    state = checkpoint.load(place)
     load_network(network, state, place)
     return state["step"] == run.job(TEACHER, None, 1.0).total  # not if the reserve had to do
 

@@ -19,6 +19,7 @@ from .device import Arithmetic
 from .optimizers import make_optimizer, rate_at
 from .progress import Follower
 from .randomness import seed_layers
+from .ranks import ALONE, Ranks
 from .signals import Asked, Requests
 
 
@@ -35,6 +36,7 @@ class Job:
     epochs: str
     flops: int  # of training on one image
     name: str = "training"  # what the stage is called
+    ranks: Ranks = ALONE  # the processes that share each batch
 
     @property
     def per_epoch(self) -> int:
@@ -57,35 +59,40 @@ def train(
     evaluation and after `checkpoint_seconds`, the curve at every evaluation.
     Raises ExperimentError at a loss that is not finite (the last checkpoint stays) or at images that cannot be read,
     signals.Interrupted, or what a launcher's handler raises, when it was asked to stop; these two are saved first.
+    Of several ranks all do this and end alike; rank 0 alone writes.
     """
-    schedule, device = job.config.schedule, job.device
+    schedule, device, ranks = job.config.schedule, job.device, job.ranks
     network.to(device, memory_format=job.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
-    # Compiled, it has the same weights under other names, which the checkpoint is not to have.
-    learner = cast(nn.Module, torch.compile(network)) if job.arithmetic.compile else network
     optimizer = make_optimizer(network, schedule)
     state = checkpoint.resume(job.folder) if state is None else state
     _restore(network, optimizer, state, job.folder)
-    step, rows, meter = int(state["step"]), list(state["rows"]), _Meter(device, state["meter"])
+    step, rows, meter = int(state["step"]), list(state["rows"]), _Meter(device, state["meter"], ranks)
     warmup, every = (steps(d, job.per_epoch) for d in (schedule.warmup, schedule.evaluate))
+    # What learns has the network's weights under other names, which the checkpoint is not to have.
+    learner = ranks.wrapped(network, device)
+    learner = cast(nn.Module, torch.compile(learner)) if job.arithmetic.compile else learner
     batches, watch = _batches(job, step), _Watch(state["seconds"])
     saved, pause = time.monotonic(), 0.0  # when; how long the last evaluation took
 
     def save() -> None:
         nonlocal saved
         meter.check()
-        _save(network, optimizer, job, step, rows, watch.seconds(), meter.state())
+        counted = meter.state()
+        ranks.first(lambda: _save(network, optimizer, job, step, rows, watch.seconds(), counted))
         saved = time.monotonic()
 
     def where() -> str:
         return f"{job.name} stopped at step {step} of {job.total}"
 
     if rows:
-        ledger.write_curve(job.folder, rows)  # the checkpoint may be an evaluation ahead of it, or behind
+        # The checkpoint may be an evaluation ahead of it, or behind.
+        ranks.first(lambda: ledger.write_curve(job.folder, rows))
         follower.row(rows[-1])
     with Requests() as requests:
         while True:
             evaluating = _is_due(step, every, job.total) and not (rows and rows[-1]["step"] == step)
             if step == job.total and not evaluating:
+                requests.hear(*ranks.most(requests.next))
                 requests.deliver(where())
                 return rows
             began = time.monotonic()
@@ -97,7 +104,7 @@ def train(
                     with watch.paused():
                         found = evaluate_all(network, job, requests)
                 else:
-                    batch = next(batches)
+                    batch = ranks.together(lambda: next(batches))
             except Asked:  # a long evaluation is left for a signal, and done again
                 save()
                 requests.deliver(where())
@@ -109,19 +116,21 @@ def train(
                 rows.append(_row(job, step, watch.seconds(), *meter.take()) | found)
                 with watch.paused():
                     save()
-                    ledger.write_curve(job.folder, rows)
+                    ranks.first(lambda: ledger.write_curve(job.folder, rows))
                 pause = time.monotonic() - began
                 follower.row(rows[-1])
                 continue
             for group in optimizer.param_groups:
                 group["lr"] = job.rate * rate_at(step, job.total, warmup, schedule.decay)
-            seed_layers(device, job.config.seed, "dropout", step)
+            seed_layers(device, job.config.seed, "dropout", step, *ranks.own_stream)
             logits, loss = learn(learner, optimizer, *batch, device, job.arithmetic)
             meter.add(step, loss, logits, batch[1])
             step += 1
             follower.advance(step, meter.shown)
             ahead = _is_due(step, every, job.total)  # an evaluation, which saves
             late = time.monotonic() - saved + ahead * pause >= job.config.checkpoint_seconds
+            number, late = ranks.most(requests.next, int(late))
+            requests.hear(number)
             if requests.pending or late or (step % job.per_epoch == 0 and not ahead):
                 save()
                 requests.deliver(where())
@@ -180,31 +189,39 @@ def evaluate(
     network: nn.Module,
     batches: Iterator[tuple[Tensor, Tensor]],
     layout: torch.memory_format = torch.channels_last,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
-    """Mean loss and accuracy of the network, in eval mode, over all batches.
+    """Mean loss and accuracy of the network, in eval mode, over all batches of all ranks.
 
     In float32 whatever the precision of training: bfloat16 rounds a teacher and the student that computes the same
     function differently, and their accuracies would differ by some images.
     """
     network.eval()
-    loss = torch.zeros((), dtype=torch.float64)
-    right = seen = 0
-    for images, labels in batches:
-        logits = network(images.contiguous(memory_format=layout))
-        loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
-        right += int((logits.argmax(1) == labels).sum())
-        seen += len(labels)
-    return loss.item() / seen, right / seen
+
+    def here() -> tuple[float, int, int]:
+        loss = torch.zeros((), dtype=torch.float64)
+        right = seen = 0
+        for images, labels in batches:
+            logits = network(images.contiguous(memory_format=layout))
+            loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
+            right += int((logits.argmax(1) == labels).sum())
+            seen += len(labels)
+        return loss.item(), right, seen
+
+    loss, right, seen = ranks.sum(*ranks.together(here))
+    return loss / seen, right / seen
 
 
 def evaluate_all(network: nn.Module, job: Job, requests: Requests) -> dict[str, float]:
     """The columns of a row that come from evaluation. Raises signals.Asked if a signal comes meanwhile."""
-    row = {}
+    row, ranks = {}, job.ranks
+    ranks.copy_buffers(network)
     for name in ("holdout", "test"):
-        batches = getattr(job.splits, name).ordered(4 * job.config.schedule.batch_size)
-        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(
-            network, _until_asked(batches, requests), job.arithmetic.memory_format
-        )
+        size = max(1, 4 * job.config.schedule.batch_size // ranks.count)
+        batches = getattr(job.splits, name).ordered(size, ranks.rank, ranks.count)
+        if ranks.count == 1:  # one of several would leave the others waiting
+            batches = _until_asked(batches, requests)
+        row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, batches, job.arithmetic.memory_format, ranks)
     return row
 
 
@@ -226,6 +243,7 @@ def _batches(job: Job, first: int) -> Iterator[tuple[Tensor, Tensor]]:
             start=start,
             pad=data.pad,
             flip=data.flip,
+            share=job.ranks.share(job.config.schedule.batch_size),
         ):
             yield images.contiguous(memory_format=job.arithmetic.memory_format), labels
         epoch, start = epoch + 1, 0
@@ -252,15 +270,23 @@ class _Watch:
 
 
 class _Meter:
-    """Training loss and accuracy since the last evaluation, kept on the device so that no step waits for them."""
+    """Training loss and accuracy since the last evaluation, kept on the device so that no step waits for them.
 
-    def __init__(self, device: torch.device, state: Mapping[str, float] | None = None) -> None:
-        self.device = device
+    Of several ranks each counts its share; all of them look, take and save at the same steps.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        state: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.device, self.ranks = device, ranks
         self.shown = float("nan")  # the last loss that was looked at
         self.take()
         if state is not None:  # go on counting where an interrupted run stopped
-            self.loss += state["loss"]
-            self.right += state["right"]
+            self.loss += state["loss"][ranks.rank]
+            self.right += state["right"][ranks.rank]
             self.batches, self.images = int(state["batches"]), int(state["images"])
 
     def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -268,15 +294,19 @@ class _Meter:
         self.loss += loss
         self.right += (logits.argmax(1) == labels).sum()
         self.batches += 1
-        self.images += len(labels)
+        self.images += len(labels) * self.ranks.count
         if not self.pending:
             self.since = step
         self.pending.append(loss)
-        if self.device.type == "cpu" or len(self.pending) >= 50:  # on a GPU a look at the loss makes the CPU wait
+        alone = self.device.type == "cpu" and self.ranks.count == 1
+        if alone or len(self.pending) >= 50:  # a look at the loss makes the CPU wait for a GPU, or for other ranks
             self.check()
 
     def check(self) -> None:
-        """Raise ExperimentError if any loss since the last check was not finite."""
+        """Raise ExperimentError if any loss since the last check was not finite, on any rank."""
+        self.ranks.together(self._look)
+
+    def _look(self) -> None:
         if self.pending:
             losses = torch.stack(self.pending).tolist()
             self.shown = losses[-1]
@@ -289,15 +319,17 @@ class _Meter:
         """Mean loss and accuracy since the last call, which starts them anew."""
         mean = None, None
         if getattr(self, "batches", 0):
-            mean = float(self.loss) / self.batches, float(self.right) / self.images
+            state = self.state()
+            mean = sum(state["loss"]) / len(state["loss"]) / self.batches, sum(state["right"]) / self.images
         self.loss, self.right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.batches = self.images = self.since = 0
         self.pending: list[Tensor] = []
         return mean
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
         """What a new meter needs to go on counting after an interruption."""
-        return {"loss": float(self.loss), "right": float(self.right), "batches": self.batches, "images": self.images}
+        loss, right = self.ranks.each(float(self.loss)), self.ranks.each(float(self.right))
+        return {"loss": loss, "right": right, "batches": self.batches, "images": self.images}
 
 
 def _not_finite(what: str, step: int) -> str:
@@ -326,7 +358,7 @@ def _save(
     step: int,
     rows: list[dict[str, float]],
     seconds: float,
-    meter: Mapping[str, float],
+    meter: Mapping[str, Any],
 ) -> None:
     state = {
         "network": network.state_dict(),

@@ -8,6 +8,8 @@ from torch import Tensor
 from experiments.config import ExperimentError
 from experiments.randomness import generator
 
+EVERYTHING = slice(None)  # the share that one process alone takes of a batch
+
 
 def complete_batches(images: int, batch_size: int) -> int:
     """How many batches an epoch of so many training images has; ExperimentError if not even one."""

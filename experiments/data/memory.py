@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from experiments.data.batching import epoch_order, normaliser
+from experiments.data.batching import EVERYTHING, epoch_order, normaliser
 from experiments.randomness import generator
 
 
@@ -37,21 +37,23 @@ class Images:
         start: int = 0,
         pad: int | None = None,
         flip: bool | None = None,
+        share: slice = EVERYTHING,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The complete batches of an epoch from batch `start` on: float32 normalised NCHW, int64 labels.
 
         Stateless: a batch depends on (seed, epoch, its number) and not on the batches before it, so a run
         that starts at `start` sees what the uninterrupted run saw. With `augment`, each image is shifted by
-        up to `pad` pixels and, with `flip`, mirrored half of the time. Raises ExperimentError at the call if
-        the split is smaller than a batch.
+        up to `pad` pixels and, with `flip`, mirrored half of the time. `share` is the part of each batch that is
+        wanted; it is what it would be in the whole. Raises ExperimentError at the call if the split is smaller than a
+        batch.
         """
         order = epoch_order(len(self), batch_size, epoch, seed)
         pad = self.pad if pad is None else pad
         flip = self.flip if flip is None else flip
-        return self._batches(order, epoch, seed, start, pad if augment else 0, flip and augment)
+        return self._batches(order, epoch, seed, start, pad if augment else 0, flip and augment, share)
 
     def _batches(
-        self, order: Tensor, epoch: int, seed: int, start: int, pad: int, flip: bool
+        self, order: Tensor, epoch: int, seed: int, start: int, pad: int, flip: bool, share: slice
     ) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.images.device
         normalise = normaliser(self.mean, self.std, device)
@@ -59,20 +61,23 @@ class Images:
         fill = (torch.tensor(self.mean, device=device) * 255).round().to(torch.uint8)
         order = order.to(device)
         for number in range(start, len(order)):
-            chosen = order[number]
+            chosen = order[number][share]
             images = self.images.index_select(0, chosen)  # whole rows: four times as fast as indexing
             if pad or flip:
                 draw = generator(seed, "augment", epoch, number)
-                shifts = torch.randint(0, 2 * pad + 1, (2, len(chosen)), generator=draw)
-                mirrored = torch.randint(0, 2, (1, len(chosen)), generator=draw) * flip
-                rows, columns, mirror = torch.cat([shifts, mirrored]).to(device, non_blocking=True)
+                shifts = torch.randint(0, 2 * pad + 1, (2, len(order[number])), generator=draw)
+                mirrored = torch.randint(0, 2, (1, len(order[number])), generator=draw) * flip
+                rows, columns, mirror = torch.cat([shifts, mirrored])[:, share].to(device, non_blocking=True)
                 images = crop_and_flip(images, rows, columns, mirror.bool(), pad, fill)
             yield normalise(images), self.labels[chosen]
 
-    def ordered(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in order: float32 normalised NCHW, int64 labels; the last batch may be small."""
+    def ordered(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in order: float32 normalised NCHW, int64 labels; the last batch may be small.
+
+        Of several ranks each gets every so many-th batch, beginning with its own.
+        """
         normalise = normaliser(self.mean, self.std, self.images.device)
-        for first in range(0, len(self), batch_size):
+        for first in range(rank * batch_size, len(self), ranks * batch_size):
             chosen = slice(first, first + batch_size)
             yield normalise(self.images[chosen]), self.labels[chosen]
 

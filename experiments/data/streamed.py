@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.config import ExperimentError
-from experiments.data.batching import epoch_order, normaliser
+from experiments.data.batching import EVERYTHING, epoch_order, normaliser
 from experiments.data.parts import RandomPart
 from experiments.data.tree import centre, picture
 from experiments.randomness import derive_seed
@@ -57,26 +57,30 @@ class Folder:
         start: int = 0,
         pad: int | None = None,
         flip: bool | None = None,
+        share: slice = EVERYTHING,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The complete batches of an epoch from batch `start` on: float32 normalised NCHW, int64 labels.
 
         Stateless: an image depends on (seed, epoch, its index) alone. With `augment`, a random part of each
         picture is resized (8 % to 100 % of the area) and, with `flip`, mirrored half of the time; `pad`
-        belongs to images in memory and is ignored. Raises ExperimentError at the call if the split is smaller
-        than a batch, and on the way if a picture cannot be read.
+        belongs to images in memory and is ignored. `share` is the part of each batch that is wanted. Raises
+        ExperimentError at the call if the split is smaller than a batch, and on the way if a picture cannot be read.
         """
-        order = epoch_order(len(self), batch_size, epoch, seed)[start:]
+        order = epoch_order(len(self), batch_size, epoch, seed)[start:, share]
         flip = self.flip if flip is None else flip
         decode = _Augmented(RandomPart(self.size, flip), seed, epoch) if augment else _Centred(self.size)
         return self._stream(order.tolist(), decode, self.pool)
 
-    def ordered(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def ordered(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image once, in order: float32 normalised NCHW, int64 labels; the last batch may be small.
 
         The shorter side becomes 256/224 of the size, and the centre is cut out, as is usual for ImageNet.
+        Of several ranks each gets every so many-th batch, beginning with its own.
         """
         everything = range(len(self))
-        batches = [everything[first : first + batch_size] for first in range(0, len(self), batch_size)]
+        batches = [
+            everything[first : first + batch_size] for first in range(rank * batch_size, len(self), ranks * batch_size)
+        ]
         # Seldom and short: processes that wait between two evaluations would only hold memory.
         return self._stream(batches, _Centred(self.size), _Pool())
 
