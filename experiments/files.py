@@ -9,8 +9,10 @@ from pathlib import Path
 from .config import ExperimentError
 
 
-def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:
+def write(path: Path, content: bytes | memoryview, keep: Path | None = None, flush: bool = True) -> None:
     """Write a file that is never seen half-written: under a temporary name, to the disk, then renamed.
+
+    Without `flush` the disk is not waited for: for what can be made again, should the machine lose power meanwhile.
 
     What stood under the name before stands under `keep` afterwards, if that is given. The temporary name is nobody
     else's, so of several that write one file at once each leaves a whole one, the last for good.
@@ -21,8 +23,9 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(partial, path)

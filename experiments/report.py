@@ -81,12 +81,17 @@ def parse_curve(data: bytes, name: str | Path) -> list[Point]:
 
     Raises ExperimentError if a column is missing, a cell is no number or there is no point.
     """
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))
-    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    heads, *rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""))) or [[]]
+    missing = [column for column in COLUMNS if column not in heads]
     if missing:
         raise ExperimentError(f"The curve {name} has no column {missing[0]}: run its arm again.")
+    places = [heads.index(column) for column in COLUMNS]
+    padding = [""] * len(heads)  # a row may be cut off
     try:
-        points = [{c: float(row[c]) if row[c] else math.nan for c in COLUMNS} for row in reader]
+        points = [
+            dict(zip(COLUMNS, [float(cells[i]) if cells[i] else math.nan for i in places], strict=True))
+            for cells in (row + padding for row in rows if row)
+        ]
     except ValueError as error:
         raise ExperimentError(f"The curve {name} has a cell that is no number ({error}): run its arm again.") from None
     if not points:

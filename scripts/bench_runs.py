@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.config import ARMS  # noqa: E402 (the checkout is not installed)
 from experiments.report import COLUMNS  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("teacher", *ARMS[:4])
 SEEDS = 400  # of an experiment, at most
 
