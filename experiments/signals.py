@@ -20,6 +20,9 @@ class Interrupted(KeyboardInterrupt):
     def __str__(self) -> str:
         return self.where
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Interrupted, (self.number, str(self))  # from a job's process to the one that started the sweep
+
 
 class Asked(Exception):
     """A signal has come, and something long should be left for it."""

@@ -42,9 +42,10 @@ class Plan(Callback):
             for override in OverridesParser.create().parse_overrides(overrides)
             if override.is_sweep_override()
         }
+        planned.clear()
         if "experiment" in swept:
             return
-        with suppress(ExperimentError):  # its jobs will say it
+        with suppress(ExperimentError, OSError):  # its jobs will say it
             for case in resolve(config, overrides):
                 if case.case is None or case.case in swept.get("case", [case.case]):
                     _plan(case, swept)

@@ -22,12 +22,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments import locks
 from experiments.progress import duration
 from experiments.report import arm_files, ordered
 from experiments.sweep import FAILURE, PLAN, read_plan
 
 STATES = ("done", "running", "waiting", "failed", "stopped")
-LOCK = ".lock"  # in a folder that is written, as experiments/locks.py makes it
 QUIET = 600  # seconds without a word after which a process on another machine is taken for dead; it saves every minute
 CELL = 22  # characters of a seed's column
 MOST_LINES = 20  # of failures
@@ -73,7 +73,7 @@ def held(folder: Path) -> bool:
 
     Of a process on another machine, whether it has written in the last minutes.
     """
-    lock = folder / LOCK
+    lock = folder / locks.NAME
     if not lock.exists():
         return False
     owner = re.match(r"process (\d+) on (\S+)", _text(lock))

@@ -87,8 +87,8 @@ def test_a_preempted_and_a_requeued_job_go_on_where_they_were(
     slurm: Environment, pictures: Path, tmp_path: Path
 ) -> None:
     name = f"net2net-test-{os.getpid()}"
-    command = [sys.executable, ROOT / "train.py", "-m", *TINY, "seed=0,1,2", "arms=[random_init]"]
-    command += ["target=random_init", "schedule.epochs=60it", "schedule.evaluate=10it", "schedule.batch_size=16"]
+    command = [sys.executable, ROOT / "train.py", "-m", *TINY, "arms=net2net,random_pad,random_init"]
+    command += ["schedule.epochs=60it", "schedule.evaluate=10it", "schedule.batch_size=16"]
     command += ["data=imagenet", f"data.root={pictures}", "data.size=8", "data.workers=2", "data.holdout=0.1"]
     own = ["hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1", f"hydra.launcher.name={name}"]
 
@@ -99,18 +99,23 @@ def test_a_preempted_and_a_requeued_job_go_on_where_they_were(
     def ask(*words: str) -> str:
         return subprocess.run(words, env=slurm, capture_output=True, text=True, check=True).stdout.strip()
 
-    def curve(seed: int) -> list[dict[str, str]]:
-        return rows(tmp_path / f"slurm/quickstart/seed{seed}/random_init")
+    def signal(task: int, *words: str) -> None:
+        with suppress(subprocess.TimeoutExpired):  # scancel may repeat the signal until the job is back
+            subprocess.run([*words, f"{number}_{task}"], env=slurm, check=True, timeout=5)
+
+    def curve(arm: str, runs: str = "slurm") -> list[dict[str, str]]:
+        return rows(tmp_path / runs / "quickstart/seed0" / arm)
 
     drivers = [start("hydra/launcher=slurm", *own, "runs=slurm")]
     try:
-        # A job goes on after its signal at the row that it wrote last, or later.
-        for seed, signal in enumerate((["scancel", "--signal=USR2"], ["scontrol", "requeue"])):
-            wait(f"rows of seed {seed}", lambda seed=seed: len(curve(seed)) > 1, drivers[0])
-            number = ask("squeue", "-h", "-r", "-n", name, "-o", "%F").splitlines()[0]
-            with suppress(subprocess.TimeoutExpired):  # scancel may repeat the signal until the job is back
-                subprocess.run([*signal, f"{number}_{seed}"], env=slurm, check=True, timeout=5)
-            assert len(curve(seed)) < 7, "the job was done before it was signalled"
+        # Two jobs want the teacher: one trains it, the other waits for it. The first is preempted, the second requeued.
+        wait("rows of the teacher", lambda: len(curve("teacher")) > 1, drivers[0])
+        number = ask("squeue", "-h", "-r", "-n", name, "-o", "%F").splitlines()[0]
+        signal(0, "scancel", "--signal=USR2")
+        assert len(curve("net2net")) < 7, "the job was done before it was signalled"
+        wait("rows of random_pad", lambda: len(curve("random_pad")) > 1, drivers[0])
+        signal(1, "scontrol", "requeue")
+        assert len(curve("random_pad")) < 7, "the job was done before it was signalled"
         drivers += [start("runs=basic")]
         ends = [driver.communicate(timeout=240) for driver in drivers]
     finally:
@@ -118,8 +123,9 @@ def test_a_preempted_and_a_requeued_job_go_on_where_they_were(
             driver.kill()
         subprocess.run(["scancel", "-n", name], env=slurm)
     assert [driver.returncode for driver in drivers] == [0, 0], ends
-    restarts = [ask("scontrol", "show", "job", f"{number}_{seed}") for seed in range(3)]
+    restarts = [ask("scontrol", "show", "job", f"{number}_{task}") for task in range(3)]
     assert [int(re.findall(r"Restarts=(\d+)", text)[0]) for text in restarts] == [1, 1, 0]
-    for seed in range(3):
-        assert len(curve(seed)) == 7
-        assert curve(seed) == rows(tmp_path / f"basic/quickstart/seed{seed}/random_init")
+    assert len(list((tmp_path / "slurm/teachers").iterdir())) == 1
+    for arm in ("teacher", "net2net", "random_pad", "random_init"):
+        assert len(curve(arm)) == 7
+        assert curve(arm) == curve(arm, "basic")
