@@ -148,14 +148,18 @@ def experiments(runs: Path) -> list[Path]:
     return sorted(set(places))
 
 
-def tables(name: str, arms: dict[str, dict[int, Stage]], width: int) -> list[Table]:
-    """The experiment as tables that fit the width: arms by seeds or, where there are too many seeds, arms by states."""
-    seeds = sorted({seed for stages in arms.values() for seed in stages})
+def heading(name: str, arms: dict[str, dict[int, Stage]]) -> str:
+    """How many of the experiment's runs are in which state."""
     states = Counter(stage.state for stages in arms.values() for stage in stages.values())
-    title = f"{name}: " + ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+    return f"{name}: " + ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+
+
+def tables(arms: dict[str, dict[int, Stage]], width: int) -> list[Table]:
+    """An experiment as tables that fit the width: arms by seeds or, where there are too many seeds, arms by states."""
+    seeds = sorted({seed for stages in arms.values() for seed in stages})
     fit = max(1, (width - max(map(len, arms)) - 2) // CELL)
     if len(seeds) > 3 * fit:
-        result = _table(title, ["arm", "mean", *STATES, "left"])
+        result = _table(["arm", "mean", *STATES, "left"])
         for arm, stages in arms.items():
             counts = Counter(stage.state for stage in stages.values())
             done = [stage.accuracy for stage in stages.values() if stage.state == "done" and stage.accuracy is not None]
@@ -167,14 +171,14 @@ def tables(name: str, arms: dict[str, dict[int, Stage]], width: int) -> list[Tab
     blocks: list[Table] = []
     for first in range(0, len(seeds), fit):
         shown = seeds[first : first + fit]
-        blocks.append(_table(title if first == 0 else "", ["arm", *(f"seed {seed}" for seed in shown)]))
+        blocks.append(_table(["arm", *(f"seed {seed}" for seed in shown)]))
         for arm, stages in arms.items():
             blocks[-1].add_row(arm, *(str(stages.get(seed, "")) for seed in shown))
     return blocks
 
 
-def _table(title: str, heads: Sequence[str]) -> Table:
-    result = Table(title=title or None, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+def _table(heads: Sequence[str]) -> Table:
+    result = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for head in heads:
         result.add_column(head, no_wrap=True)
     return result
@@ -191,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"There are no runs in {runs}: start some, or name their folder.", file=sys.stderr)
         return 1
     for name, arms in found.items():
-        for table in tables(name, arms, console.width):
+        console.print(heading(name, arms), soft_wrap=True)
+        for table in tables(arms, console.width):
             console.print(table)
     stages = [stage for arms in found.values() for row in arms.values() for stage in row.values()]
     said = list(dict.fromkeys(stage.failure for stage in stages if stage.failure))
