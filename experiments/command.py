@@ -28,7 +28,12 @@ from .signals import Interrupted
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # what the user can put right
-LOST = ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError")  # the launchers'
+LOST = {  # what launchers raise, by the name of its class
+    "TerminatedWorkerError": "A process of the sweep was killed, as happens when memory is short",
+    "BrokenProcessPool": "A process of the sweep was killed, as happens when memory is short",
+    "UncompletedJobError": "Slurm ended a job; when the others are done",
+    "FailedJobError": "Slurm refused the jobs",
+}
 FREE = ("model", "inception", "teacher", "students", "rates", "cases")  # their keys are not in the schema
 
 HELP = """\
@@ -124,8 +129,8 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if type(error).__name__ not in LOST:
             raise
-        what = " ".join(str(error).split())[:300]
-        say(f"The launcher stopped: {what}. Slurm's jobs go on; the same command does what is missing after them.")
+        what = " ".join(str(error).split())[:200]
+        say(f"{LOST[type(error).__name__]} ({what}): the same command does what is missing.")
     return 1 if said else 0
 
 
