@@ -24,6 +24,9 @@ class Server(ThreadingHTTPServer):
         self.lines: dict[str, dict[int, str]] = defaultdict(dict)
         self.silent = threading.Event()  # while it is set, requests are taken and not answered
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a client that did not wait for its answer."""
+
     @property
     def url(self) -> str:
         """What WANDB_BASE_URL has to be."""
