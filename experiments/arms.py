@@ -1,6 +1,7 @@
 """The arms: ways to fill one student. They share network, loop, schedule and data order; only the weights differ."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ import net2net
 from .config import CONTINUED as CONTINUED
 from .config import Config, ExperimentError, arm_folders
 from .models import build
+from .optimizers import make_optimizer
 from .randomness import derive_seed
 
 
@@ -50,3 +52,21 @@ def fill(
     except net2net.TransferError as error:
         raise ExperimentError(str(error)) from error
     return None
+
+
+def carried(
+    record: net2net.Transfer | None, teacher: nn.Module, network: nn.Module, state: dict[str, Any], config: Config
+) -> dict[str, Any]:
+    """The state that the optimizer of `network` starts with: the teacher's, where each weight has come from it.
+
+    `record` says what came from where; without it, `network` is the teacher itself, trained on.
+    """
+    old, new = (make_optimizer(one, config.schedule) for one in (teacher, network))
+    old.load_state_dict(state)
+    if record is None:
+        return old.state_dict()
+    grown = make_optimizer(network, config.schedule)
+    record.optimizer_state(old, grown)
+    # It gives `grown` the teacher's groups; ours are by the kind of parameter, new layers' included.
+    new.state.update(grown.state)
+    return new.state_dict()

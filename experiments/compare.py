@@ -14,7 +14,7 @@ from torch import nn
 import net2net
 
 from . import arms, checkpoint, figure, files, locks, progress, report, teachers
-from .config import Config, ExperimentError, steps
+from .config import Config, DivergedError, ExperimentError, steps
 from .data import complete_batches, load
 from .device import describe, pick_device
 from .memory import out_of_memory
@@ -46,21 +46,31 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
     _announce(run, networks, stages, todo)
     if TEACHER in stages:
         teachers.obtain(run, networks[None])
+    diverged: list[str] = []
     for name in todo:
         if name != TEACHER:
             try:
                 _run_arm(run, name, *stages[name], networks[None])
+            except DivergedError as error:
+                if ranks.count > 1:  # the other ranks have not noticed, and wait for this one
+                    raise
+                diverged.append(f"{name}: {error}")
+                run.console.print(f"{name:<22} {error}", highlight=False, soft_wrap=True)
             except locks.BusyError as busy:
                 if not skip_busy:
                     raise
                 run.console.print(f"{name:<22} skipped: {busy}", highlight=False, soft_wrap=True)
-    return ranks.first(lambda: _shown_results(run, stages, skip_busy))
+    picture = ranks.first(lambda: _shown_results(run, stages, skip_busy or bool(diverged)))
+    if diverged:
+        raise DivergedError("\n".join(diverged))
+    return picture
 
 
-def _shown_results(run: Run, stages: dict[str, tuple[str, str | None]], skip_busy: bool) -> Path | None:
-    """Print the table and return the path of the figure; with `skip_busy`, None if no arm is finished."""
+def _shown_results(run: Run, stages: dict[str, tuple[str, str | None]], may_be_empty: bool) -> Path | None:
+    """Print the table and return the path of the figure; with `may_be_empty`, None if no arm is finished."""
     with locks.hold(run.experiment, waiting=lambda _: None):  # or a job that read fewer curves might draw last
-        if skip_busy and not any(is_complete(run.folder / name, run.settings(*stages[name])) for name in stages):
+        finished = any(is_complete(run.folder / name, run.settings(*stages[name])) for name in stages)
+        if not finished and may_be_empty:
             return None
         run.console.print(report.table(run.experiment))
         return figure.draw_runs(run.experiment)
@@ -117,6 +127,7 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
         if _is_complete(run, job.folder, settings):  # since we looked
             return
         facts: dict[str, Any] = {}
+        record = None
         if arm == arms.CONTINUED:
             network = copy.deepcopy(teacher)
         else:
@@ -129,7 +140,10 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
             if arm == "net2net" and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
                 facts["step0"] = _agreement(run, teacher, network)
                 run.console.print(f"{name:<22} {_shown(facts['step0'])}", highlight=False, soft_wrap=True)
-        carry_out(run, job, arm, student, network, facts)
+        optimizer = None
+        if run.config.growth.optimizer_state == "carried" and arm in ("net2net", arms.CONTINUED):
+            optimizer = arms.carried(record, teacher, network, teachers.optimizer_state(run), run.config)
+        carry_out(run, job, arm, student, network, facts, optimizer)
 
 
 def _agreement(run: Run, teacher: nn.Module, student: nn.Module) -> dict[str, Any]:

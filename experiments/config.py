@@ -29,6 +29,10 @@ class ExperimentError(Exception):
     shared = False  # whether all processes that train together raise it, so that one of them has to say it
 
 
+class DivergedError(ExperimentError):
+    """A network whose loss or weights are no longer finite: the other arms may fare better."""
+
+
 @dataclass
 class Data:
     """Which images. `holdout` of the training images make choices; the test images are only reported."""
@@ -68,10 +72,8 @@ class Growth:
     noise: float = 0.0  # on incoming weights of copies, in units of each weight's own standard deviation
     split: str = "uneven"  # equal, uneven, paired: shares of the outgoing weights among the copies of a unit
     calibrate: int = 1024  # training images that measure the statistics of new batch norms
-    optimizer_state: str = (
-        "dropped"  # dropped, carried: what the teacher's optimizer gathered, for net2net and teacher_continued
-    )
-    warmup: str = "0it"  # linear warm-up from zero of the arms that start from the teacher
+    optimizer_state: str = "dropped"  # dropped, carried: the teacher's, for net2net and teacher_continued
+    warmup: str | None = None  # of the arms that start from the teacher; None: schedule.warmup
 
 
 @dataclass
@@ -83,9 +85,7 @@ class Config:
     cases: dict[str, Any] = field(default_factory=dict)  # name -> settings it changes; each runs as an experiment
     case: str | None = None  # the case to run; None: all, one after another
     seed: int = 0
-    arms: Any = field(
-        default_factory=lambda: list(ARMS)
-    )  # a list of names; one alone may be a word: a sweep passes such
+    arms: Any = field(default_factory=lambda: list(ARMS))  # a list of names, or one: a sweep passes such
     model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
     inception: dict[str, Any] = field(default_factory=dict)  # what the scale makes of the paper's network
     teacher: dict[str, Any] = field(default_factory=dict)  # what the teacher changes in it
@@ -147,7 +147,7 @@ def check(config: Config) -> None:
             raise ExperimentError(f"students.{name}={spec} is no network: write what it changes, as in {{width: 1.0}}.")
     _check_words(config)
     _check_numbers(config)
-    steps(config.growth.warmup, 1)
+    steps(config.growth.warmup or "0it", 1)
     for key in ("epochs", "teacher_epochs", "evaluate", "warmup"):
         duration = getattr(config.schedule, key)
         if duration is not None and steps(duration, 10**9) < (key != "warmup"):

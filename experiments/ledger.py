@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def provenance() -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "torchvision", "hydra-core")},
-        "command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
 
 

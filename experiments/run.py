@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,23 +56,35 @@ class Run:
 
     def job(self, name: str, student: str | None, rate: float, folder: Path | None = None) -> Job:
         """The training run of one stage, written into the folder, or else where its name says."""
+        arm = report.split_arm(name)[1]
+        config = self.trained_with(arm)
         return Job(
             folder or self.folder / name,
-            self.config,
+            config,
             self.splits,
             self.device,
             self.choice.arithmetic,
-            rate * self.config.schedule.lr,
-            self.epochs(name),
+            rate * config.schedule.lr,
+            config.schedule.epochs,
             self.costs[student][1],
             name,
             self.ranks,
+            config.schedule.teacher_augment or arm != TEACHER,
         )
+
+    def trained_with(self, arm: str) -> Config:
+        """The configuration with the schedule of one stage, where the teacher's or its heirs' is another."""
+        config, schedule = self.config, self.config.schedule
+        if arm == TEACHER:
+            length, decay = schedule.teacher_epochs or schedule.epochs, schedule.teacher_decay or schedule.decay
+            schedule = replace(schedule, epochs=length, decay=decay)
+        elif arm in report.STARTS_FROM_TEACHER:
+            schedule = replace(schedule, warmup=config.growth.warmup or schedule.warmup)
+        return replace(config, schedule=schedule)
 
     def epochs(self, name: str) -> str:
         """How long a stage trains."""
-        schedule = self.config.schedule
-        return (schedule.teacher_epochs if name == TEACHER else None) or schedule.epochs
+        return self.trained_with(report.split_arm(name)[1]).schedule.epochs
 
     @cached_property
     def costs(self) -> dict[str | None, tuple[int, int]]:
@@ -100,10 +112,11 @@ class Run:
 
     def settings(self, arm: str, student: str | None) -> dict[str, Any]:
         """All that determines the product of a stage, and nothing else."""
-        config = asdict(self.config)
+        config = asdict(self.trained_with(arm))
         data = {key: value for key, value in config["data"].items() if key not in ("root", "cache", "workers")}
         schedule = dict(config["schedule"])
-        length = schedule.pop("teacher_epochs") or schedule["epochs"]
+        for key in ("teacher_epochs", "teacher_decay", "teacher_augment"):
+            schedule.pop(key)
         settings = {
             "seed": config["seed"],
             "data": data | {"description": self.splits.description, "fingerprint": self.fingerprint},
@@ -114,12 +127,14 @@ class Run:
         if self.ranks.count > 1:  # batch norm sees a share of each batch
             settings["ranks"] = self.ranks.count
         if arm == TEACHER:
-            return settings | {"schedule": schedule | {"epochs": length}}
+            return settings | {"augment": self.config.schedule.teacher_augment}
         settings["rate"] = config["rates"][arm]
         if arm in report.STARTS_FROM_TEACHER:
             settings["teacher"] = self.teacher
         if arm == "net2net":
             settings["growth"] = config["growth"]
+        if arm == arms.CONTINUED:
+            settings["optimizer_state"] = config["growth"]["optimizer_state"]
         return settings
 
     @cached_property

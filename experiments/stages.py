@@ -41,13 +41,22 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def carry_out(
-    run: Run, job: Job, arm: str, student: str | None, network: nn.Module, facts: dict[str, Any] | None = None
+    run: Run,
+    job: Job,
+    arm: str,
+    student: str | None,
+    network: nn.Module,
+    facts: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
 ) -> None:
     """Train one stage and write its manifest: first as incomplete, so that a folder always says what it holds.
 
-    `facts` are added to the manifest. Only for who holds the folder's lock; of several ranks, rank 0 writes.
+    `facts` are added to the manifest; `optimizer` is the state that the optimizer starts with. Only for who holds the
+    folder's lock; of several ranks, rank 0 writes.
     """
     state = run.ranks.first(lambda: checkpoint.resume(job.folder))
+    if optimizer is not None and "network" not in state:
+        state |= {"network": network.state_dict(), "optimizer": optimizer}
     if run.ranks.rank > 0:
         train(network, job, _Nobody(), state)
         return

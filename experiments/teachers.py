@@ -7,6 +7,7 @@ link to it where its other stages are.
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +38,11 @@ def obtain(run: Run, network: nn.Module) -> None:
     with ranks.entered_by_first(lambda: locks.hold(place, waiting)):
         if not _load(run, network, place):
             carry_out(run, run.job(TEACHER, None, 1.0, place), TEACHER, None, network)
+
+
+def optimizer_state(run: Run) -> dict[str, Any]:
+    """What the optimizer of the trained teacher had gathered in the end."""
+    return checkpoint.load(_place(run))["optimizer"]
 
 
 def _place(run: Run) -> Path:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, ledger
-from .config import Config, ExperimentError, steps
+from .config import Config, DivergedError, ExperimentError, steps
 from .data import Splits, complete_batches
 from .device import Arithmetic
 from .optimizers import make_optimizer, rate_at
@@ -37,6 +37,7 @@ class Job:
     flops: int  # of training on one image
     name: str = "training"  # what the stage is called
     ranks: Ranks = ALONE  # the processes that share each batch
+    augment: bool = True  # whether training images are cropped and mirrored
 
     @property
     def per_epoch(self) -> int:
@@ -239,7 +240,7 @@ def _batches(job: Job, first: int) -> Iterator[tuple[Tensor, Tensor]]:
             job.config.schedule.batch_size,
             epoch=epoch,
             seed=job.config.seed,
-            augment=True,
+            augment=job.augment,
             start=start,
             pad=data.pad,
             flip=data.flip,
@@ -312,7 +313,7 @@ class _Meter:
             self.shown = losses[-1]
             for step, loss in enumerate(losses, self.since + 1):
                 if not math.isfinite(loss):
-                    raise ExperimentError(_not_finite("The loss is", step))
+                    raise DivergedError(_not_finite("The loss is", step))
         self.pending = []
 
     def take(self) -> tuple[float | None, float | None]:
@@ -369,5 +370,5 @@ def _save(
         "meter": meter,
     }
     if not all(bool(t.isfinite().all()) for t in network.state_dict().values()):
-        raise ExperimentError(_not_finite("A weight is", step))  # the next loss would not be
+        raise DivergedError(_not_finite("A weight is", step))  # the next loss would not be
     checkpoint.save(job.folder, state)
