@@ -23,10 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from . import sweep
 from .cases import resolve
-from .config import Config, ExperimentError, check, flatten, nearest
+from .config import CONFIGS, Config, ExperimentError, check, flatten, nearest
 from .signals import Interrupted
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # what the user can put right
 LOST = {  # what launchers raise, by the name of its class
     "TerminatedWorkerError": "A process of the sweep was killed, as happens when memory is short",

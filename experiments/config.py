@@ -10,8 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
 CONTINUED = "teacher_continued"  # the arm that has no student
 OPTIMIZERS = ("rmsprop", "sgd")

@@ -1,10 +1,12 @@
 """An experiment with cases, as a whole: its table, the best case of each arm, and the budgets of a frontier."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from omegaconf import OmegaConf
+
 from . import claims, report, statistics
+from .config import CONFIGS
 from .report import Curves, Manifests, Spread
 from .statistics import Estimate
 
@@ -25,17 +27,19 @@ class Line:
 
 
 def families(results: Mapping[str, tuple[Curves, Manifests]]) -> dict[str, Cases]:
-    """The experiments that have cases, and these in the order of the numbers in their names."""
+    """The experiments that have cases, and these in the order of their configuration."""
     found: dict[str, Cases] = {}
-    for name in sorted(results, key=_in_order):
+    for name in results:
         experiment, _, case = name.partition("/")
         if case:
             found.setdefault(experiment, {})[case] = results[name]
-    return found
+    return {name: {case: cases[case] for case in _ordered(name, cases)} for name, cases in found.items()}
 
 
-def _in_order(name: str) -> list[tuple[float, str]]:
-    return [(float(part), "") if re.match(r"\d", part) else (-1.0, part) for part in re.split(r"(\d+(?:\.\d+)?)", name)]
+def _ordered(experiment: str, cases: Cases) -> list[str]:
+    path = CONFIGS / "experiment" / f"{experiment}.yaml"
+    written = list(OmegaConf.load(path).get("cases") or {}) if path.is_file() else []  # pyright: ignore
+    return sorted(cases, key=lambda case: (written.index(case) if case in written else len(written), case))
 
 
 def lines(cases: Cases) -> list[Line]:

@@ -123,7 +123,7 @@ def draw_paper(curves: Curves, title: str, path: Path, formats: tuple[str, ...] 
     with canvas() as new:
         arms = [arm for arm in ordered(curves) if split_arm(arm)[1] in ("net2net", "random_pad", "random_init")]
         scratch = any(split_arm(arm)[1] == "random_init" for arm in arms)
-        figure = new(2.9)
+        figure = new(3.1)
         training, validation = figure.subplots(1, 2)
         for ax, column, heading in (
             (training, "train_accuracy", "(a) training"),
@@ -131,7 +131,7 @@ def draw_paper(curves: Curves, title: str, path: Path, formats: tuple[str, ...] 
         ):
             panel(ax, curves, arms, column, heading, teacher="" if scratch else "the original, from scratch")
         training.set_ylabel("accuracy (%)")
-        figure.suptitle(f"{title}: {seeds_phrase({arm: curves[arm] for arm in arms})}", fontsize=10)
+        figure.suptitle(f"{title}\n{seeds_phrase({arm: curves[arm] for arm in arms})}", fontsize=10)
         handles, labels = validation.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return save(figure, path, formats)

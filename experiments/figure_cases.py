@@ -2,15 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import family, report
-from .figure import FORMATS, LOOKS, canvas, save
+from .figure import FORMATS, LOOKS, MARKERS, band, canvas, save
 from .report import flops_unit, ordered
 from .statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+CASES = [*LOOKS.values(), ("#009e73", (0, (3, 1, 1, 1)), "P")]  # colour, line and marker of a case
 
 
 def draw_family(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
@@ -48,32 +51,65 @@ def _frontier(name: str, cases: family.Cases, path: Path, formats: tuple[str, ..
 
 
 def _ends(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...]) -> list[Path]:
-    """What every arm of every case starts and ends with: a row a case, from above in their order."""
+    """How net2net learns in each case, or where it starts if there are many; and how every arm of every case ends."""
     lines = family.lines(cases)
     arms = ordered({line.arm for line in lines})
-    rows = {case: len(cases) - place for place, case in enumerate(cases)}
+    few = len(cases) <= len(CASES) and all("net2net" in curves for curves, _ in cases.values())
     with canvas() as new:
-        figure = new(1.5 + 0.3 * len(cases))
-        start, final = figure.subplots(1, 2, sharey=True)
-        for place, arm in enumerate(arms):
-            colour, _, marker = LOOKS.get(report.split_arm(arm)[1], ("#000000", "-", "x"))
-            mine = [line for line in lines if line.arm == arm]
-            # Arms of a case stand one above the other, so that equal ones do not hide each other.
-            heights = [rows[line.case] + 0.13 * ((len(arms) - 1) / 2 - place) for line in mine]
-            look = {"color": colour, "marker": marker, "linestyle": "none", "label": arm}
-            start.plot([100 * line.start.mean for line in mine], heights, **look)
-            middles, errors = _bars([line.final for line in mine])
-            final.errorbar(middles, heights, xerr=errors, capsize=2, elinewidth=0.8, **look)
-        start.set_yticks(list(rows.values()), list(rows))
-        start.set_ylim(0.4, len(cases) + 0.6)
-        start.set_title("(a) at step 0", loc="left")
-        final.set_title("(b) at the end", loc="left")
-        for ax in (start, final):
-            ax.set_xlabel("test accuracy (%)")
+        figure = new(max(3.2, 1.5 + 0.3 * len(cases)))
+        left, right = figure.subplots(1, 2)
+        if few:
+            _learning(left, cases)
+        else:
+            _rows(left, cases, lines, arms, start=True)
+            right.tick_params(labelleft=False)
+        _rows(right, cases, lines, arms)
+        left.set_title("(a) net2net, by step" if few else "(a) at step 0", loc="left")
+        right.set_title("(b) at the end", loc="left")
         figure.suptitle(f"{name}: {seeds_phrase(lines)}", fontsize=10)
-        handles, labels = final.get_legend_handles_labels()
+        handles, labels = right.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return save(figure, path, formats)
+
+
+def _learning(ax: "Axes", cases: family.Cases) -> None:
+    """Test accuracy of net2net over steps: a line a case."""
+    for place, (case, (curves, _)) in enumerate(cases.items()):
+        steps, _, mean, _, _ = band(curves, "net2net", "test_accuracy")
+        colour, line, marker = CASES[place]
+        every = math.ceil(len(steps) / MARKERS) or 1
+        look: dict[str, Any] = {
+            "color": colour,
+            "linestyle": line,
+            "marker": marker,
+            "markerfacecolor": "white" if place % 2 else colour,
+        }
+        ax.plot(steps, mean, **look, markevery=(place % every, every), label=case)
+    ax.set_xlabel("training steps")
+    ax.set_ylabel("test accuracy (%)")
+    ax.legend(fontsize=7.5)
+
+
+def _rows(ax: "Axes", cases: family.Cases, lines: list[family.Line], arms: list[str], start: bool = False) -> None:
+    """Test accuracy at the end, or at the start, of every arm: a row a case, from above in their order."""
+    heights = {case: len(cases) - place for place, case in enumerate(cases)}
+    for arm in arms:
+        colour, _, marker = LOOKS.get(report.split_arm(arm)[1], ("#000000", "-", "x"))
+        mine = [line for line in lines if line.arm == arm]
+        # Arms of a case stand one above the other, so that equal ones do not hide each other.
+        beside = {
+            line.case: [one for one in arms if any((x.case, x.arm) == (line.case, one) for x in lines)] for line in mine
+        }
+        rows = [heights[case] + 0.13 * ((len(there) - 1) / 2 - there.index(arm)) for case, there in beside.items()]
+        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "label": arm}
+        if start:
+            ax.plot([100 * line.start.mean for line in mine], rows, **look)
+        else:
+            middles, errors = _bars([line.final for line in mine])
+            ax.errorbar(middles, rows, xerr=errors, capsize=2, elinewidth=0.8, **look)
+    ax.set_yticks(list(heights.values()), list(heights))
+    ax.set_ylim(0.4, len(cases) + 0.6)
+    ax.set_xlabel("test accuracy (%)")
 
 
 def _interval_line(ax: "Axes", arm: str, x: list[float], found: list[Estimate]) -> None:

@@ -25,6 +25,8 @@ _PER_RUN = {
     "data.workers",
 }
 
+PAPER = {"wider_inception": 4, "deeper_inception": 5, "design_space": 6}  # experiment -> figure of the paper
+
 Results = Mapping[str, tuple[report.Curves, report.Manifests]]
 
 
@@ -61,14 +63,24 @@ def data_phrase(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def schedule_phrase(config: dict[str, Any]) -> str:
-    """How long and how the networks are trained."""
-    schedule = config["schedule"]
-    teacher = schedule.get("teacher_epochs") or schedule["epochs"]
+def schedule_phrase(configs: list[dict[str, Any]]) -> str:
+    """How long and how the networks are trained; where cases differ, each way once."""
+    teachers = [{"teacher": one["schedule"].get("teacher_epochs") or one["schedule"]["epochs"]} for one in configs]
+    schedules = [one["schedule"] | own for one, own in zip(configs, teachers, strict=True)]
+    said = {key: " / ".join(distinct(one.get(key) for one in schedules)) for key in schedules[0]}
     return (
-        f"students {schedule['epochs']}, teacher {teacher}, batches of {schedule['batch_size']}, "
-        f"{schedule['optimizer']}, rate {schedule['lr']:g} times each arm's own, {schedule['decay']} decay; "
-        f"evaluated every {schedule['evaluate']}"
+        f"students {said['epochs']}, teacher {said['teacher']}, batches of {said['batch_size']}, {said['optimizer']}, "
+        f"rate {said['lr']} times each arm's own, {said['decay']} decay; evaluated every {said['evaluate']}"
+    )
+
+
+def case_phrase(cases: family.Cases) -> str:
+    """What the cases change."""
+    settings = {case: flatten(report.own(manifests)[0]["config"]) for case, (_, manifests) in cases.items()}
+    keys = dict.fromkeys(key for one in settings.values() for key in one if key not in ("case", *_PER_RUN - {"arms"}))
+    varied = [key for key in keys if len(distinct(one.get(key) for one in settings.values())) > 1]
+    return "; ".join(
+        f"`{case}`: " + ", ".join(f"{key} {one.get(key)}" for key in varied) for case, one in settings.items()
     )
 
 
@@ -92,7 +104,7 @@ def facts(manifests: Iterable[report.Manifests]) -> dict[str, str]:
         "Claim": own[0]["config"]["claim"],
         "Command": command_phrase(records),
         "Data": "; ".join(distinct(data_phrase(record) for record in own)),
-        "Schedule": "; ".join(distinct(schedule_phrase(record["config"]) for record in own)),
+        "Schedule": schedule_phrase([record["config"] for record in own]),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
         "Hardware": "; ".join(distinct(hardware)),
         "Versions": "; ".join(distinct(versions)),
@@ -114,11 +126,15 @@ def section(name: str, curves: report.Curves, manifests: report.Manifests) -> st
         found["Not all curves share"] = ", ".join(mixed)
     target = report.target_arm(manifests)
     heads, lines = report.cells(report.summarise(curves, target), manifests)
+    as_printed = (
+        [f"![Figure {PAPER[name]} of the paper](figures/paper_figure_{PAPER[name]}.png)"] if name in PAPER else []
+    )
     parts = [
         f"## {name}",
         bullets(found),
         f"![Accuracy of each arm over training steps and over compute: {name}](figures/{name}.png)",
         f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
+        *as_printed,
         f"The target is the final holdout accuracy of `{report.target_source(curves, target)}`.",
         markdown_table(heads, code_first(lines)),
     ]
@@ -141,7 +157,7 @@ def family_section(name: str, cases: family.Cases) -> str:
     shown = "Accuracy against training budget" if frontier else "Accuracy of each case"
     parts = [
         f"## {name}",
-        bullets(facts(manifests for _, manifests in cases.values())),
+        bullets(facts(manifests for _, manifests in cases.values()) | {"Cases": case_phrase(cases)}),
         f"![{shown}: {name}](figures/{name}.png)",
         f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
     ]
@@ -173,7 +189,7 @@ steps of `random_init`, under one schedule, until the holdout accuracy is what i
     ]
     parts += [markdown_table(heads, table)]
     best = [f"`{arm}` `{case}` ({100 * accuracy:.2f} %)" for arm, (case, accuracy) in family.best(cases).items()]
-    if best:
+    if best and not frontier:
         parts += [f"Best by holdout accuracy: {', '.join(best)}."]
     return "\n\n".join(parts)
 

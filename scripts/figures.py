@@ -19,9 +19,7 @@ from experiments.family import families
 from experiments.figure import draw, draw_paper
 from experiments.figure_cases import draw_family
 from experiments.files import write
-from experiments.pages import Results, results_readme, summary, trials
-
-PAPER = {"wider_inception": 4, "deeper_inception": 5, "design_space": 6}  # experiment -> figure of the paper
+from experiments.pages import PAPER, Results, results_readme, summary, trials
 
 
 def fill_block(readme: Path, name: str, text: str) -> bool:

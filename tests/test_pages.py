@@ -1,0 +1,227 @@
+"""The pages: every number in them is that of the curves, every command composes, and experiments with cases are shown."""
+
+import html
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import simulated
+
+from experiments import costs, family, figure_cases, pages, report
+from experiments.config import Config
+from scripts import claims, figures, rates
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "PAPER.md", "results/README.md")
+Cases = Callable[..., list[Config]]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """What the pages are made from, and the pages, in a folder of their own."""
+    for name in ("curves", "trials"):
+        shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
+    shutil.copy(ROOT / "results/claims.yaml", tmp_path / "results")
+    for page in PAGES:
+        shutil.copy(ROOT / page, tmp_path / page)
+    return tmp_path
+
+
+def changed(folder: Path) -> list[str]:
+    """The pages that are others than those committed, after they were made anew from the curves in the folder."""
+    figures.write_pages(folder / "results", figures.read_results(folder / "results"))
+    return [page for page in PAGES if (folder / page).read_bytes() != (ROOT / page).read_bytes()]
+
+
+def test_every_number_in_the_pages_is_that_of_the_curves(copied: Path) -> None:
+    assert changed(copied) == [], "run python scripts/figures.py and commit what it writes"
+
+
+def test_a_changed_number_in_a_page_is_found(copied: Path) -> None:
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        number = re.findall(r"\| (\d+\.\d\d) \|", text)[-1]
+        (copied / page).write_text(text.replace(f"| {number} |", f"| {float(number) + 1:.2f} |"))
+        assert (copied / page).read_bytes() != (ROOT / page).read_bytes()
+    assert changed(copied) == []  # all of them are set right
+
+
+def test_a_changed_curve_changes_the_pages(copied: Path) -> None:
+    for curve in copied.glob("results/curves/*/seed0/net2net.csv"):
+        *lines, last = curve.read_text().splitlines()
+        cells = last.split(",")
+        cells[-1] = "0.123"
+        curve.write_text("\n".join([*lines, ",".join(cells)]) + "\n")
+    for curve in copied.glob("results/trials/*/curves/*/seed0/*.csv"):
+        *lines, last = curve.read_text().splitlines()
+        cells = last.split(",")
+        cells[-3] = "0.123"
+        curve.write_text("\n".join([*lines, ",".join(cells)]) + "\n")
+    with pytest.raises(report.ExperimentError, match="does not match curve_sha256"):
+        changed(copied)
+    for path in copied.rglob("*.json"):
+        text = path.read_text()
+        if path.with_suffix(".csv").is_file():
+            path.write_text(
+                re.sub('"curve_sha256": "[0-9a-f]+"', f'"curve_sha256": "{sha(path.with_suffix(".csv"))}"', text)
+            )
+    assert changed(copied) == list(PAGES)
+
+
+def sha(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_in_the_pages_composes(cases: Cases, page: str) -> None:
+    text = html.unescape((ROOT / page).read_text())
+    commands = {match.strip() for match in re.findall(r"python train\.py ([^`#\n]*experiment=[^`#\n]+)", text)}
+    assert commands or page == "PAPER.md"
+    for command in sorted(commands):
+        words = [word for word in shlex.split(command) if not word.startswith(("-", "hydra"))]
+        assert cases(*words), command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_figure_in_the_pages_is_there(page: str) -> None:
+    for target in re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Simulated results of a frontier, a search of rates and the growing schedule: nothing of it was ever run."""
+    from conftest import cases
+
+    folder = tmp_path_factory.mktemp("simulated") / "results"
+    for experiment in ("frontier_wider", "ablation_rate", "grow_schedule"):
+        simulated.write(folder, cases(f"experiment={experiment}", "scale=cpu"))
+    shutil.copy(ROOT / "results/claims.yaml", folder)
+    return folder
+
+
+def read(results: Path) -> dict[str, family.Cases]:
+    return family.families(figures.read_results(results))
+
+
+def test_cases_are_in_the_order_of_their_configuration(results: Path) -> None:
+    found = read(results)
+    assert list(found["frontier_wider"]) == ["1ep", "2ep", "4ep", "8ep"]
+    assert list(found["ablation_rate"]) == ["x0.03", "x0.1", "x0.3", "x1", "x3"]
+    assert list(found["grow_schedule"])[:4] == ["start", "start_half", "start_double", "quarter"]
+    assert {name for name, cases in found.items() if family.is_frontier(cases)} == {"frontier_wider"}
+
+
+def test_a_line_of_a_case_is_that_of_its_curves(results: Path) -> None:
+    cases = read(results)["frontier_wider"]
+    (line,) = [line for line in family.lines(cases) if (line.case, line.arm) == ("2ep", "net2net")]
+    curves = cases["2ep"][0]
+    ends = [curve[-1]["test_accuracy"] for curve in curves["net2net"].values()]
+    assert line.final.values == tuple(ends) and line.final.mean == pytest.approx(sum(ends) / 3)
+    assert line.flops == curves["net2net"][0][-1]["flops"]
+    assert line.flops_total == line.flops + curves["teacher"][0][-1]["flops"]
+    assert "teacher" not in {one.arm for one in family.lines(cases)}
+
+
+def test_the_budgets_of_a_frontier(results: Path) -> None:
+    heads, table = family.budgets("frontier_wider", read(results)["frontier_wider"])
+    assert [line[0] for line in table] == ["1ep", "2ep", "4ep", "8ep"]
+    cells = dict(zip(heads, table[0], strict=True))
+    assert cells["`net2net`"] == "≤ 1.00 (up to 1.00), n = 3"  # one epoch is the smallest budget
+    middle = dict(zip(heads, table[2], strict=True))
+    mean, low, high = (float(x) for x in re.findall(r"\d\.\d\d", middle["`net2net`"]))
+    assert low < mean < high < 1  # by the formula, net2net is ahead by three hundredths, an epoch's worth
+    assert float(middle["`net2net`, teacher's included"].split()[0]) > 1
+
+
+def test_the_page_of_a_family_and_the_claims_on_it(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures.write_pages(results, figures.read_results(results))
+    page = (results / "README.md").read_text()
+    assert "## frontier_wider" in page and "- **Cases:** `1ep`: schedule.epochs 1ep; `2ep`" in page
+    assert "students 1ep / 2ep / 4ep / 8ep, teacher 8ep" in page
+    assert re.search(r"Best by holdout accuracy: `net2net` `x[\d.]+` \(\d\d\.\d\d %\)", page)
+    table = [line for line in page.splitlines() if line.startswith("| Wider")]
+    assert any("| **holds** |" in line and "epochs with less training" in line for line in table)
+    assert any("undecided (about 5 seeds would tell)" in line for line in table)  # a headline takes five
+    assert any("not run" in line for line in page.splitlines() if line.startswith("| Deeper"))
+    assert claims.main(["--results", str(results)]) == 0
+    assert re.search(r"^\d+ holds, (\d+ fails, )?\d+ undecided, \d+ not run$", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_best_rate_of_each_arm(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rates.main(["--results", str(results), "ablation_rate"]) == 0
+    *arms, last = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in arms] == ["net2net", "random_pad", "random_init", "teacher_continued"]
+    values = {name: float(value) for name, value in re.findall(r"(x[\d.]+) (\d\d\.\d\d)", arms[0])}
+    assert len(values) == 5
+    assert arms[0].startswith(f"net2net: {max(values, key=lambda name: values[name])}")
+    assert f"net2net: {max(values, key=lambda name: values[name])[1:]}," in last.removeprefix("rates: {")
+    assert rates.main(["--results", str(results), "tune_wider"]) == 1
+    assert capsys.readouterr().err.startswith("There are no cases of tune_wider under ")
+
+
+@pytest.mark.parametrize("name", ["frontier_wider", "ablation_rate", "grow_schedule"])
+def test_the_figure_of_a_family_is_the_same_each_time(results: Path, tmp_path: Path, name: str) -> None:
+    cases = read(results)[name]
+    (first,) = figure_cases.draw_family(name, cases, tmp_path / "first", ("svg",))
+    (second,) = figure_cases.draw_family(name, cases, tmp_path / "second", ("svg",))
+    assert first.read_bytes() == second.read_bytes() and len(first.read_bytes()) > 10_000
+
+
+def test_what_it_costs_to_reach_the_target(results: Path) -> None:
+    curves, _ = read(results)["frontier_wider"]["4ep"]
+    found = {cost.arm: cost for cost in costs.costs(curves, "random_init")}
+    seeds = curves["net2net"]
+    reached = [
+        next(
+            point
+            for point in seeds[seed]
+            if point["holdout_accuracy"] >= curves["random_init"][seed][-1]["holdout_accuracy"]
+        )
+        for seed in seeds
+    ]
+    net2net = found["net2net"]
+    assert (net2net.reached, net2net.n) == (3, 3)
+    assert net2net.own["step"] == pytest.approx(sum(point["step"] for point in reached) / 3)
+    teacher = curves["teacher"][0][-1]
+    for column in ("step", "examples", "flops", "seconds"):
+        assert net2net.total[column] == pytest.approx(net2net.own[column] + teacher[column])
+    assert found["random_init"].own == found["random_init"].total
+    del curves["teacher"]
+    (alone,) = [cost for cost in costs.costs(curves, "random_init") if cost.arm == "net2net"]
+    assert alone.own and not alone.total
+    heads, (line, *_) = costs.cells([alone])
+    assert heads[:4] == ["arm", "reached by", "steps", "images"] and line[:2] == ["net2net", "3 of 3"]
+    assert line[-1] == "–"
+
+
+def test_a_target_that_none_reaches_costs_nothing_that_is_known() -> None:
+    curves = {
+        "net2net": {0: [dict.fromkeys(report.COLUMNS, 0.1)]},
+        "random_init": {0: [dict.fromkeys(report.COLUMNS, 0.9)]},
+    }
+    cost = costs.costs(curves, "random_init")[0]
+    assert (cost.arm, cost.reached, cost.own, cost.total) == ("net2net", 0, {}, {})
+    assert costs.cells([cost])[1][0][1:] == ["0 of 1", *["–"] * 8]
+
+
+def test_schedules_that_differ_are_all_told() -> None:
+    one = {
+        "schedule": {
+            "epochs": "1ep",
+            "batch_size": 8,
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "decay": "linear",
+            "evaluate": "1ep",
+        }
+    }
+    other = {"schedule": one["schedule"] | {"epochs": "2ep", "teacher_epochs": "4ep"}}
+    assert pages.schedule_phrase([one, other]).startswith(
+        "students 1ep / 2ep, teacher 1ep / 4ep, batches of 8, sgd, rate 0.1 "
+    )
