@@ -190,9 +190,10 @@ def configurations(composed: DictConfig, overrides: Iterable[str]) -> list[Confi
     Raises ExperimentError, or what OmegaConf raises, for one that cannot be run.
     """
     configs: list[Config] = []
+    known = set(_keys())
     for resolved in resolve(composed, overrides):
         for key in flatten(OmegaConf.to_container(resolved)):  # type: ignore[arg-type]
-            if key.partition(".")[0] not in FREE and key not in _keys():  # added with +, or by a case
+            if key.partition(".")[0] not in FREE and key not in known:  # added with +, or by a case
                 raise ExperimentError(_no_setting(key))
         config = OmegaConf.to_object(resolved)
         assert isinstance(config, Config)

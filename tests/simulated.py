@@ -1,4 +1,4 @@
-"""Results of experiments that were never run: curves and manifests by a formula, in a folder that a test throws away."""
+"""Results of experiments that were never run: curves and manifests by a formula, for a test to throw away."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""The pages: every number in them is that of the curves, every command composes, and experiments with cases are shown."""
+"""The pages: every number in them is that of the curves, every command composes, and cases are shown."""
 
 import html
 import re
