@@ -22,7 +22,7 @@ SHORT = ("schedule.epochs=6it", "schedule.evaluate=2it", "schedule.teacher_epoch
 
 
 def run_of(config: Config) -> Run:
-    return Run(config, load(config.data), torch.device("cpu"), torch.float32, Console())
+    return Run(config, load(config.data), torch.device("cpu"), Console())
 
 
 def curve(folder: Path, arm: str) -> list[dict[str, str]]:
