@@ -54,7 +54,7 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
             except DivergedError as error:
                 if ranks.count > 1:  # the other ranks have not noticed, and wait for this one
                     raise
-                diverged.append(f"{name}: {error}")
+                diverged.append(f"{name}: {error}" if len(config.arms) > 1 else str(error))
                 run.console.print(f"{name:<22} {error}", highlight=False, soft_wrap=True)
             except locks.BusyError as busy:
                 if not skip_busy:

@@ -1,6 +1,7 @@
 """The pages: every number in them is that of the curves, every command composes, and cases are shown."""
 
 import html
+import itertools
 import re
 import shlex
 import shutil
@@ -84,7 +85,15 @@ def test_every_command_in_the_pages_composes(cases: Cases, page: str) -> None:
     assert commands or page == "PAPER.md"
     for command in sorted(commands):
         words = [word for word in shlex.split(command) if not word.startswith(("-", "hydra"))]
-        assert cases(*words), command
+        swept = "-m" in shlex.split(command)
+        for job in itertools.product(*(sweep(word) if swept else [word] for word in words)):
+            assert cases(*job), command
+
+
+def sweep(word: str) -> list[str]:
+    """The settings of the jobs that a setting of a sweep stands for."""
+    key, _, values = word.partition("=")
+    return [word] if "[" in values else [f"{key}={value}" for value in values.split(",")]
 
 
 @pytest.mark.parametrize("page", PAGES)
