@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import time
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
