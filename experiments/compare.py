@@ -108,6 +108,7 @@ def _done(run: Run, name: str, arm: str, student: str | None) -> bool:
     settings = run.settings(arm, student)
     done = teachers.is_trained(run) if arm == TEACHER else _is_complete(run, run.folder / name, settings)
     if done:
+        run.ranks.first(lambda: locks.tidy(run.folder / name))  # of one killed between its last word and its end
         run.console.print(f"{name:<22} complete, skipped ({run.folder / name})", highlight=False, soft_wrap=True)
     return done
 

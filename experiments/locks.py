@@ -38,6 +38,13 @@ def hold(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterator
         _close(descriptor)
 
 
+def tidy(folder: Path) -> None:
+    """Remove the file of a lock whose owner was killed before it could; a lock that is held stays."""
+    if (folder / NAME).exists():
+        with suppress(BusyError), hold(folder):
+            pass
+
+
 def _acquire(path: Path, waiting: Callable[[str], None] | None) -> int:
     while True:
         try:

@@ -143,3 +143,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExperimentError, match="file/arm cannot be written"), locks.hold(tmp_path / "file" / "arm"):
         pytest.fail("held")
+
+
+def test_what_a_killed_owner_left_is_removed_and_what_is_held_stays(tmp_path: Path) -> None:
+    (tmp_path / locks.NAME).write_text("process 1 on a machine since long ago")
+    locks.tidy(tmp_path)
+    assert not (tmp_path / locks.NAME).exists()
+    with locks.hold(tmp_path):
+        locks.tidy(tmp_path)
+        assert (tmp_path / locks.NAME).exists()
