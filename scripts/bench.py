@@ -194,6 +194,8 @@ def main() -> None:
     }
     if unknown := set(options.what) - parts.keys():
         parser.error(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(parts)}")
+    if options.photos and not (Path(options.photos) / "train").is_dir():
+        parser.error(f"{options.photos} holds no folder train: --photos takes a tree of train/CLASS/*.jpg")
     for name in options.what or parts:
         parts[name]()
 
