@@ -1,7 +1,7 @@
 """What several test files share: the smallest experiments that still are experiments."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,15 @@ def cases(*overrides: str) -> list[Config]:
 def composed(*overrides: str) -> Config:
     """The configuration that the command line with these settings runs; the first, if it has cases."""
     return cases(*overrides)[0]
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Networks are made in float64, from the same random state in every test."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(name="composed")

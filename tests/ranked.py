@@ -75,7 +75,10 @@ def grown(own: ranks.Ranks, *settings: str) -> dict[str, Tensor]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     own = ranks.join()
-    job = lambda name: replace(small_job(folder / name), ranks=own)  # noqa: E731
+
+    def job(name: str) -> Job:
+        return replace(small_job(folder / name), ranks=own)
+
     found = {
         "grown": {"stopped": "", "rows": [], "network": grown(own, *sys.argv[2:])},
         "plain": outcome(plain(), job("plain")),

@@ -14,12 +14,7 @@ BAR = 1e-12
 Shape = tuple[int, int, int]  # groups, units that one reads, units that one gives
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images() -> Tensor:
@@ -44,7 +39,7 @@ def grouped(shape: Shape, transposed: bool = False, behind: Shape | None = None)
         x = F.silu(net.grouped(F.relu(net.norm(net.stem(x)))))
         return net.fc((F.silu(net.again(x)) if behind is not None else x).mean((2, 3)))
 
-    return randomise(Net({**parts, "fc": nn.Linear(width, 5)}, how))  # type: ignore[return-value]
+    return randomise(Net({**parts, "fc": nn.Linear(width, 5)}, how))
 
 
 PACKED = {

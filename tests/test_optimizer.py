@@ -17,12 +17,7 @@ from net2net import Blend, Transfer, TransferError, equivalence, filling, load_r
 BAR = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images(*shape: int) -> Tensor:

@@ -16,12 +16,7 @@ from net2net import TransferError, equivalence, load_record, random_pad, replay,
 BAR = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images() -> Tensor:
@@ -31,7 +26,7 @@ def images() -> Tensor:
 def around(extra: Callable[[], nn.Module] | None, width: int = 4, reads: int = 4) -> Net:
     """`extra` between a convolution and a linear layer, without an activation before it: it meets either sign."""
     parts = {"a": conv(3, width, bias=True), "extra": extra() if extra else nn.Identity(), "fc": nn.Linear(reads, 5)}
-    return randomise(Net(parts, lambda net, x: net.fc(net.extra(net.a(x)).mean((2, 3)))), 3)  # type: ignore
+    return randomise(Net(parts, lambda net, x: net.fc(net.extra(net.a(x)).mean((2, 3)))), 3)
 
 
 def expansion(width: int, hidden: int, after: int, gate: bool = True) -> nn.Sequential:
@@ -126,7 +121,7 @@ def test_a_new_gate_on_a_layer_of_both() -> None:
     def make(width: int, gate: bool) -> Net:
         parts = {"a": conv(3, width, bias=True), "gate": SqueezeExcitation(width, 2) if gate else nn.Identity()}
         parts["b"] = conv(width, 5)
-        return randomise(Net(parts, lambda net, x: net.b(net.gate(F.relu(net.a(x))))), 3)  # type: ignore
+        return randomise(Net(parts, lambda net, x: net.b(net.gate(F.relu(net.a(x))))), 3)
 
     teacher, student = make(4, False), make(7, True)
     record = transfer(teacher, student, images())

@@ -8,13 +8,7 @@ from torch import Tensor, nn
 from experiments.models import build
 from net2net import Transfer, TransferError, equivalence, random_pad, transfer
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images() -> Tensor:

@@ -16,13 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from net2net import Transfer, TransferError, equivalence, load_record, random_pad, replay, save_record, transfer
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images(*shape: int) -> Tensor:

@@ -17,12 +17,7 @@ from net2net import Blend, TransferError, deepen, equivalence, filling, load_rec
 BAR = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def images(*shape: int) -> Tensor:

@@ -165,7 +165,7 @@ def run_of(config: Config) -> Run:
 def test_other_images_are_another_teachers(small: Make) -> None:
     run = run_of(small())
     other = run_of(small())
-    other.splits.train.images[0, 0, 0, 0] ^= 1  # type: ignore[union-attr]
+    other.splits.train.images[0, 0, 0, 0] ^= 1
     assert run.teacher != other.teacher
 
 
