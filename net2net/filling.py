@@ -1,10 +1,14 @@
 """Carrying a record out: every student tensor from the teacher's, and nothing else is looked at."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .errors import TransferError
+from .frames import frames, isometry
+from .mixture import Mixed
 from .record import Axis, Origin, Transfer
 
 SPLITS = ("equal", "uneven", "paired")
@@ -37,11 +41,16 @@ def fill(teacher: nn.Module, student: nn.Module, record: Transfer, pad: bool = F
     generator = torch.Generator()
     generator.set_state(record.state)
     theirs, mine = named_tensors(teacher), named_tensors(student)
+    mixing = {} if pad else {name: origin.mixed for name, origin in record.origins.items() if origin.mixed}
+    # Before anything is written: there may be none.
+    matrices = {name: [matrix(one, theirs) for one in mixed] for name, mixed in mixing.items()}
     for name, origin in record.origins.items():
         target = mine[name]
         if origin.how == "shared":
             assert origin.teacher is not None
             source = merged(theirs[origin.teacher], *origin.merged)
+            if name in matrices:
+                source, origin = _mixed(source, origin, matrices[name])
             target.copy_(gathered(source, target, origin, generator, "pad" if pad else record.split))
         elif not pad:
             fill_new(target, origin, mine, generator, record.split)
@@ -113,6 +122,41 @@ def merged(weight: Tensor, groups: int, times: int, between: float = 0.0) -> Ten
         start = row // (rows // groups) % times * inside
         made[row, start : start + inside] = weight[row]
     return made
+
+
+def matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
+    """What an axis of a teacher's tensor is multiplied by (entries of the student's x the teacher's); of the weights
+    and biases of norms, what they hold."""
+    channels, wider = mixed.widths
+    positions = len(mixed.columns) // channels
+    ratio = (channels / wider) ** 0.5  # norms see the same squares spread over more entries
+    if mixed.how in ("other", "bias"):
+        return torch.full((len(mixed.rows),), ratio if mixed.how == "other" else 1.0, dtype=torch.double)
+    if mixed.begins is None:
+        made = isometry(channels, wider)
+    else:
+        made, before, first = frames(theirs[mixed.begins], wider)
+        if mixed.how == "first":
+            return ratio * first[mixed.rows]
+        if mixed.how == "before":
+            made = before - before.mean(1, keepdim=True)  # the mean is not to go through
+    made = torch.block_diag(*[made] * positions)[mixed.rows][:, mixed.columns]
+    if mixed.how == "behind":  # where the norm added its bias it finds 1: to each column's sum that adds up
+        made = made - made.mean(0)
+        scale, shift = (None if name is None else theirs[name].to(made) for name in mixed.norm)
+        made = made * (ratio if scale is None else scale)  # a norm with a weight has that, too, in its own
+        made = made if shift is None else made + shift / len(made)
+    return made
+
+
+def _mixed(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor, Origin]:
+    """The teacher's tensor with some axes mixed, in double precision, and what is left to do to the others."""
+    for mixed, by in zip(origin.mixed, matrices, strict=True):
+        by = by.to(source.device)
+        whole = by.dim() > 1
+        source = (source.double().movedim(mixed.dim, -1) @ by.T).movedim(-1, mixed.dim) if whole else by
+    dims = {mixed.dim for mixed in origin.mixed}
+    return source, replace(origin, axes={dim: axis for dim, axis in origin.axes.items() if dim not in dims})
 
 
 def turned(value: Tensor, dim: int, seed: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import TransferError
+from .mixture import Mixed, mixed, streams
 from .passage import Bends, bends
 from .units import Layer, Norm, Trace
 
@@ -39,6 +40,7 @@ class Plan:
     branch which must add nothing, and those that are read with zero weights only. `rescaled` gives, for norms that see
     padding, the factor of their mean square; `eps` what modules with another eps than their teacher's must have.
     `bends` are the activations behind identities whose units pass them in pairs, `patterns` the signs of these units.
+    `mixed` are axes whose units are mixtures of the teacher's, by the names of the tensors.
     """
 
     teacher: Trace
@@ -55,6 +57,7 @@ class Plan:
     eps: dict[str, float]
     bends: dict[str, Bends]
     patterns: Tensor
+    mixed: dict[str, tuple[Mixed, ...]]
 
     def student_units(self, name: str, dim: int) -> Tensor | None:
         """For each entry of a student tensor's axis its unit; None if not followed."""
@@ -159,7 +162,7 @@ def plan(
     idle = roles["silent"] | roles["fresh"]
     behind = bends(student.layers.values(), roles["identity"], idle) if paired else {}
     _unite_passed(student, roles["identity"], behind)
-    choice = _Choice(teacher, student, names, generator)
+    choice = _Choice(teacher, student, names, generator, roles["identity"])
     shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
     for layer in shared:
         choice.pair(layer.name)  # refuses the first that is too small, in the order of the forward pass
@@ -193,6 +196,7 @@ def plan(
         eps=eps,
         bends=behind,
         patterns=choice.patterns,
+        mixed=choice.mixed(),
     )
 
 
@@ -214,7 +218,12 @@ class _Choice:
     """The mapping while it is being made: `g` maps student roots to teacher roots."""
 
     def __init__(
-        self, teacher: Trace, student: Trace, names: dict[str, str | None], generator: torch.Generator
+        self,
+        teacher: Trace,
+        student: Trace,
+        names: dict[str, str | None],
+        generator: torch.Generator,
+        passing: Collection[str],
     ) -> None:
         self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
         self.key = key_names(names)
@@ -228,6 +237,11 @@ class _Choice:
         self.owners, self.teacher_owners = self._owners()
         self.readers, self.teacher_readers = self._readers()
         self.norm_kinds = self._norm_kinds()
+        counterparts = {norm.key: other for norm in student.norms if (other := self._counterpart(norm)) is not None}
+        self.streams = streams(student, self.roots, self.teacher_roots, counterparts, passing)
+        self.mixing = torch.zeros(len(self.roots), dtype=torch.bool)
+        for stream in self.streams:
+            self.mixing[stream.units] = True
 
     # -- what a unit's copy must agree in ---------------------------------------------------------------------
 
@@ -385,7 +399,7 @@ class _Choice:
 
     def _draw(self, mine: Tensor, among: Tensor, theirs: Tensor) -> None:
         """Give each free unit of `mine` a teacher's: drawn; in equal numbers, or padding, where a norm asks for it."""
-        free, theirs = _in_order(mine[self.g[mine] == NEW]), _in_order(theirs)
+        free, theirs = _in_order(mine[(self.g[mine] == NEW) & ~self.mixing[mine]]), _in_order(theirs)
         if not len(free) or not len(theirs):
             return
         kinds = set().union(*(self.norm_kinds.get(unit, set()) for unit in free.tolist()))
@@ -474,6 +488,9 @@ class _Choice:
             other = self._counterpart(norm)
             if other is None:
                 continue
+            if bool(self.mixing[self.roots[norm.units]].all()):
+                eps[norm.module] = other.eps * other.units.shape[1] / norm.units.shape[1]
+                continue
             factors = {self._factor(norm, other, group) for group in self.g[self.roots[norm.units]]}
             if len(factors) > 1:
                 raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
@@ -504,6 +521,15 @@ class _Choice:
                 f"the mean over all units, which stays what it is only if each is copied equally often{or_means}."
             )
         raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
+
+    def mixed(self) -> dict[str, tuple[Mixed, ...]]:
+        """What is mixed of every tensor: the axis that reads one stream, and the one that produces another."""
+        found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
+        for stream in self.streams:
+            made = mixed(stream, self.student, self.roots, self.teacher, self.teacher_roots, self.names)
+            for name, one in made.items():
+                found[name] += (one,)
+        return dict(found)
 
     def _means_of(self, units: Tensor) -> Tensor:
         """The codes of the means over exactly these units."""

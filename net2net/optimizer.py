@@ -25,7 +25,7 @@ def gradients(record: Transfer, theirs: Mapping[str, Tensor], student: nn.Module
 
     Exact where every copy takes an equal share (`split="equal"`) and each unit of a larger one is copied as often as
     the others; with uneven shares, right on average. NaN where it does not follow from the teacher's: new layers, new
-    entries, padding, the outer taps of larger kernels.
+    entries, padding, mixtures, the outer taps of larger kernels.
     """
     made = {}
     for name, target in named_tensors(unwrap(student)).items():
@@ -41,7 +41,7 @@ def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tens
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
     padded = any(axis.means and not axis.reads for axis in origin.axes.values())  # the mean's gradient falls to all
     padded |= any(axis.reads and axis.signed for axis in origin.axes.values())  # no unit of a pair is the teacher's
-    if origin.tied or padded or origin.turn is not None:
+    if origin.tied or padded or origin.turn is not None or origin.mixed:
         return unknown
     axes = {
         dim: Axis(_known(axis.index), axis.first, False, axis.share, axis.groups) for dim, axis in origin.axes.items()

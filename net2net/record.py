@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .equivalence import Equivalence
 from .errors import TransferError
+from .mixture import Mixed
 
 FORMAT = 1
 
@@ -59,7 +60,7 @@ class Origin:
     are multiplied by `factor`, and along the first axis by `rows`. With `turn` a layer's units, or what reads them, are
     turned by a random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says
     how many groups the teacher's layer has, and how many of them make one of the student's, with zeros between them
-    (the last is of what is left).
+    (the last is of what is left). `mixed` are axes that are the teacher's times a matrix, whatever `axes` says.
     """
 
     how: str
@@ -73,6 +74,7 @@ class Origin:
     turn: int | None = None
     tied: bool = False
     merged: tuple[int, int] = (1, 1)
+    mixed: tuple[Mixed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,16 @@ def load_record(path: str | Path) -> Transfer:
         raise TransferError(f"{path} is no record of a transfer: {error}") from error
 
 
-def _origin(axes: dict, of: list, rows: list | None, merged: list, **rest) -> Origin:
+def _origin(axes: dict, of: list, rows: list | None, merged: list, mixed: Sequence[dict] = (), **rest) -> Origin:
     axes = {int(dim): _axis(**axis) for dim, axis in axes.items()}
     rows_tensor = None if rows is None else torch.tensor(rows, dtype=torch.double)
-    return Origin(**rest, axes=axes, of=(of[0], of[1]), rows=rows_tensor, merged=(merged[0], merged[1]))
+    mixture = tuple(_mixed(**one) for one in mixed)
+    return Origin(**rest, axes=axes, of=(of[0], of[1]), rows=rows_tensor, merged=(merged[0], merged[1]), mixed=mixture)
+
+
+def _mixed(widths: list, norm: list, rows: list, columns: list, **rest) -> Mixed:
+    places = {"rows": torch.tensor(rows), "columns": torch.tensor(columns)}
+    return Mixed(widths=(widths[0], widths[1]), norm=(norm[0], norm[1]), **places, **rest)
 
 
 def _axis(index: list, first: list, share: list, means: list, **rest) -> Axis:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .filling import merged
 from .passage import NOTHING, Passage, gated
-from .units import Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
+from .units import PLAIN, Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
 
@@ -120,12 +120,21 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     if name in _SUMS and len(gains) == 1:  # what a plain number multiplies keeps it beside what is added
         (gain,) = gains
     scaled = name in ("mul", "div") and len(met) > 1
-    linear = name in (_LINEAR | {"add", "sub"}) and not scaled and all(labels.linear for labels in met)
-    linear = linear and len(met) == len([x for x in operands if x.numel() > 1])
+    plain = (
+        name in (_LINEAR | {"add", "sub"}) and not scaled and len(met) == len([x for x in operands if x.numel() > 1])
+    )
+    linear = plain and all(labels.linear for labels in met)
     normed = met[0].normed if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
     past = _passage(trace, call, operands, met, len(activations))
-    made = _made(first, met, gain=gain, linear=linear, normed=normed, past=past)
+    begun = _begun(met) if plain else None
+    made = _made(first, met, gain=gain, linear=linear, normed=normed, begun=begun, past=past)
     trace.label(out, replace(made, via=made.via | passed))
+
+
+def _begun(met: Sequence[Labels | None]) -> str | None:
+    """The one norm that a plain sum begins with."""
+    norms = {labels and labels.begun for labels in met if labels is None or not labels.linear}
+    return norms.pop() if len(norms) == 1 else None
 
 
 def _passage(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence[Labels], activations: int) -> Passage:
@@ -270,7 +279,8 @@ def layer_norm(trace: Trace, call: Call) -> None:
     size = math.prod(shape)
     lead = trace.tight(units).shape[: units.dim() - len(shape)]
     rows = units[tuple(slice(0, n) for n in lead)].reshape(-1, size)
-    alone = size == max(shape)  # a unit that holds a mean has no deviation from it, but at other positions
+    # A unit that holds a mean has no deviation from it, but at other positions.
+    alone = size == max(shape) and len(torch.unique(trace.find(rows[0]))) == size
     _cross(trace, call, replace(labels, units=units), rows, tensors, eps, "rms" if rms else "layer", alone)
 
 
@@ -307,9 +317,11 @@ def _cross(
     key = trace.key("norm", call.module)
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else key
     padded = kind == "rms" or (labels.linear and alone)
-    trace.norms.append(Norm(key, kind, rows, tensors, eps, call.module, padded))
+    trace.norms.append(
+        Norm(key, kind, rows, tensors, eps, call.module, padded, name, PLAIN if labels.linear else labels.begun)
+    )
     trace.add(Layer("norm", name, tensors, rows.reshape(-1), labels.sources, labels.via, {"across": True}))
-    trace.label(call.out, Labels(labels.units, labels.sources, labels.via | {name}, normed=name))
+    trace.label(call.out, Labels(labels.units, labels.sources, labels.via | {name}, normed=name, begun=name))
 
 
 # -- layers that read units and produce new ones ----------------------------------------------------------------
@@ -386,7 +398,7 @@ def mix(
     gain = found.gain if labels is None else found.gain * labels.gain
     every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
     read = labels or Labels(produced)  # of constants: nothing is known
-    state = (gain, read.linear, read.normed, read.past)
+    state = (gain, read.linear, read.normed, read.begun, read.past)
     trace.add(Layer("mix", name, tensors, every[0], read.sources, read.via, options, every[1], *state))
     past = Passage(carrier=name, rest=0.0)
     trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True, past=past))
@@ -520,7 +532,7 @@ def movement(trace: Trace, call: Call) -> None:
     normed = known[0].normed if len({one and one.normed for one in labels}) == 1 else None
     past = known[0].past if len({one and one.past for one in labels}) == 1 else NOTHING
     for out, new in zip(tensors_in(call.out), moved, strict=True):
-        trace.label(out, _made(new, known, gain=gain, linear=linear, normed=normed, past=past))
+        trace.label(out, _made(new, known, gain=gain, linear=linear, normed=normed, begun=_begun(labels), past=past))
 
 
 def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
@@ -549,7 +561,7 @@ def channelwise(trace: Trace, call: Call) -> None:
     units = trace.line(labels.units, dim, f"{call} mixes positions")
     for out in tensors_in(call.out):
         linear = labels.linear and "avg" in name
-        state = (labels.gain, linear, labels.normed, labels.past if "avg" in name else NOTHING)
+        state = (labels.gain, linear, labels.normed, None, labels.past if "avg" in name else NOTHING)
         trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, *state))
 
 
@@ -577,7 +589,7 @@ def reduction(trace: Trace, call: Call) -> None:
         gain = labels.gain if linear else 1.0
         made = Labels(units_out, labels.sources, labels.via, gain)
         if linear:
-            made = replace(made, linear=labels.linear, normed=labels.normed, past=labels.past)
+            made = replace(made, linear=labels.linear, normed=labels.normed, begun=labels.begun, past=labels.past)
         trace.label(out, made)
 
 
@@ -621,6 +633,7 @@ def pad(trace: Trace, call: Call) -> None:
     if labels is None:
         return give_up(trace, call, f"{call} acts on a parameter")
     units, amounts, mode = labels.units, call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    zeros = mode == "constant" and not call.arg(3, "value")  # which any sum and any norm leave zero
     if mode != "constant" and max(trace.tight(units).shape[-(len(amounts) // 2) :]) > 1:
         units, amounts = F.pad(units.double(), amounts, mode).long(), []
     for k in range(len(amounts) // 2):
@@ -637,8 +650,12 @@ def pad(trace: Trace, call: Call) -> None:
                 new = trace.fresh(count, trace.key("padding", call.module))
                 shape = [count if d == dim else n for d, n in enumerate(units.shape)]
                 parts.insert(position, spread(new, dim, shape))
+                zeros = False  # it holds no mean of others
         units = torch.cat(parts, dim)
-    trace.label(call.out, Labels(units, labels.sources, labels.via, labels.gain))
+    made = Labels(units, labels.sources, labels.via, labels.gain)
+    if zeros:
+        made = replace(made, linear=labels.linear, normed=labels.normed, begun=labels.begun)
+    trace.label(call.out, made)
 
 
 def unfold(trace: Trace, call: Call) -> None:

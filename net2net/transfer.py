@@ -274,7 +274,8 @@ class _Builder:
             if name in plan.student.axes or theirs in plan.teacher.axes:
                 return self._whole(name, theirs, "a layer reads it, and another adds it up")
             axis, rows = self._axis(name, plan.student.values[name], plan.teacher.values[theirs], 0, False)
-            return Origin("shared", theirs, {0: axis}, flat=True, factor=factor, rows=rows)
+            mixed = plan.mixed.get(name, ())
+            return Origin("shared", theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=mixed)
         axes, rows = {}, None
         for dim in range(mine.dim()):
             units, source = _entries(plan.student, name, dim), _entries(plan.teacher, theirs, dim)
@@ -296,7 +297,8 @@ class _Builder:
                     f"axis {dim} does not "
                     "carry units that the forward pass can follow: such axes keep their size."
                 )
-        return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=self._merged(theirs))
+        merged, mixed = self._merged(theirs), plan.mixed.get(name, ())
+        return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=merged, mixed=mixed)
 
     def _undone(self, layer: Layer) -> float:
         """By what its weight is multiplied for the sake of what its units have passed in new layers."""

@@ -34,7 +34,8 @@ class Labels:
     `via` names the normalisations that it has passed since. `gain` is the product of the plain numbers that it was
     multiplied by since a layer produced it. `linear` says that it is a plain sum of what layers produced, so that
     one of its units can hold the mean of others. `normed` names the norm that it comes from directly: units which that
-    saw as its mean, or as zero, are zero here. `past` tells of activations and gates.
+    saw as its mean, or as zero, are zero here. `begun` names the one norm across units that it begins with, if it
+    is a plain sum since. `past` tells of activations and gates.
     """
 
     units: Tensor
@@ -43,6 +44,7 @@ class Labels:
     gain: float = 1.0
     linear: bool = False
     normed: str | None = None
+    begun: str | None = None
     past: Passage = NOTHING
 
 
@@ -67,6 +69,7 @@ class Layer:
     gain: float = 1.0
     linear: bool = False
     normed: str | None = None
+    begun: str | None = None
     past: Passage = NOTHING
 
     @property
@@ -75,13 +78,17 @@ class Layer:
         return self.name.rpartition(".")[0] or self.name
 
 
+PLAIN = ""  # what a norm sees begins with no other norm
+
+
 @dataclass(frozen=True)
 class Norm:
     """What takes a mean across units: exact if each of its groups sees all units of the teacher's equally often.
 
     `units` holds the labels of every group, one row each. `kind` is `layer` (subtracts the mean), `rms`, or `mean` (no
     normalisation: a mean, or an extreme); `padded` says that the units before it could hold means, or zeros, which it
-    can undo.
+    can undo. `name` is that of its layer; `begun` names the norm that what it sees begins with, `PLAIN` if it is a sum
+    of layers.
     """
 
     key: str
@@ -91,6 +98,8 @@ class Norm:
     eps: float
     module: str
     padded: bool
+    name: str = ""
+    begun: str | None = None
 
 
 @dataclass(frozen=True)
@@ -438,6 +447,7 @@ class Trace:
                 options=first.options | layer.options,
                 via=first.via | layer.via,
                 normed=layer.normed if first.reads is None or first.normed == layer.normed else None,
+                begun=layer.begun if first.reads is None or first.begun == layer.begun else None,
                 past=layer.past if first.past == layer.past else NOTHING,
             )
         self.layers[layer.name] = layer

@@ -295,13 +295,6 @@ EXPLANATIONS: dict[str, str] = {
     "convnext_base -> convnext_large": (
         "As convnext_small -> convnext_base: 192/128 copies, so two of each of 128 channels, and there is room for 192."
     ),
-    "swin_s -> swin_b": (
-        "**A rule is missing.** The stream begins with the output of a LayerNorm that has a weight for every channel, "
-        "and the next LayerNorm takes its mean. Copies and means do not serve (128 is no multiple of 96, and a channel "
-        "that holds the mean leaves the first norm as a constant), mixtures would: small cases (9 channels in 12, 12 "
-        "in 16) of the equations for a rotated stream have solutions to 1e-14, found by Newton's method, not in closed "
-        "form. Every layer on the stream would have to be rotated with it."
-    ),
     "swin_v2_s -> swin_v2_b": (
         "The stream of the last stage is the sum of five LayerNorms' outputs, each with weights of its own, and the "
         "last norm takes mean and variance over it. Copies: as for convnext_small -> convnext_base, two of each of 768 "

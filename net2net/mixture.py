@@ -1,0 +1,177 @@
+"""Streams whose channels are mixed, where copies and means do not serve the layer norms that read them.
+
+A wider stream can hold the teacher's channels and, beside them, their mean, which a layer norm does not see. But a
+norm with weights that begins the stream makes a constant of what holds the mean, and a norm over several positions at
+once sees how the means differ. There the stream holds Q times the teacher's channels, an isometry that keeps means, and
+every layer on it is multiplied by Q; a norm that begins it is given new weights, and before it stands another isometry
+(`frames`).
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .units import PLAIN, Layer, Norm, Trace
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One axis of a student tensor that is the teacher's times a matrix, made of the stream's `frames`.
+
+    `how` says which: `stream` (Q, for what is on the stream), `before` (A, for what the norm that begins it sees), or
+    `behind` (Q, for what reads another norm on the stream, whose weight and bias, `norm`, it takes in). `first` and
+    `other` stand for the weights of the first and the other norms, `bias` for the biases of those. `begins` is the
+    teacher's weight of the norm that begins the stream, `widths` are the stream's in teacher and student. `rows` and
+    `columns` are the channels of the entries of the student's and the teacher's axis, those of several positions one
+    after the other.
+    """
+
+    dim: int
+    how: str
+    begins: str | None
+    widths: tuple[int, int]
+    norm: tuple[str | None, str | None]
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream of the student's that is mixed: the norm that begins it, if one does, and the teacher's; the teacher's
+    other norms on it by the names of the student's; the roots of its channels in both networks."""
+
+    first: Norm | None
+    begins: str | None
+    norms: dict[str, Norm]
+    units: Tensor
+    theirs: Tensor
+
+
+def streams(
+    student: Trace,
+    roots: Tensor,
+    teacher_roots: Tensor,
+    counterparts: Mapping[str, Norm],
+    passing: Collection[str],
+) -> list[Stream]:
+    """The streams that have to be mixed and can be: those that layer norms read, that grow by no whole number, and that
+    a norm begins or of which a norm sees several positions.
+
+    `counterparts` are the teacher's norms by the keys of the student's, `passing` the new layers that hand on units.
+    """
+    found: list[Stream] = []
+    for norm in student.norms:
+        theirs, first = counterparts.get(norm.key), None
+        if theirs is None or norm.kind != "layer" or len(norm.units) > 1:
+            continue
+        if norm.padded and "weight" in norm.tensors:
+            first = norm
+        elif norm.padded or norm.begun != PLAIN:
+            continue
+        units, others = _in_order(roots[norm.units[0]]), _in_order(teacher_roots[theirs.units[0]])
+        behind = [other for other in student.norms if other.begun == (norm.name if first else PLAIN)]
+        behind = [other for other in behind if bool(torch.isin(roots[other.units], units).all())]
+        if not behind or len(units) % len(others) == 0 or any(torch.isin(units, one.units).any() for one in found):
+            continue
+        norms = {other.name: counterparts[other.key] for other in behind if other.key in counterparts}
+        if _can(student, roots, first, units, {other.name for other in behind}, passing):
+            found.append(Stream(first, theirs.tensors["weight"] if first else None, norms, units, others))
+    return found
+
+
+def _can(
+    trace: Trace, roots: Tensor, first: Norm | None, units: Tensor, norms: set[str], passing: Collection[str]
+) -> bool:
+    """Whether everything on these units is linear in them, or a layer norm over all of them."""
+
+    def on(labels: Tensor | None) -> bool:
+        return labels is not None and bool(torch.isin(roots[labels], units).any())
+
+    def serves(layer: Layer) -> bool:
+        if layer.kind == "norm":
+            return layer.name in every
+        if layer.kind != "mix" or layer.name in trace.inner or layer.options.get("embedding"):
+            return False
+        plain = layer.linear if first is None else layer.begun == first.name
+        return not on(layer.reads) or plain or (layer.begun in norms and layer.begun == layer.normed)
+
+    every = norms if first is None else norms | {first.name}
+    layers = [layer for layer in trace.layers.values() if on(layer.reads) or on(layer.produces)]
+    tensors = {tensor for layer in layers for tensor in layer.tensors.values()}
+    elsewhere = [labels for name, axes in trace.axes.items() if name not in tensors for labels in axes]
+    elsewhere += [labels for name, labels in trace.values.items() if name not in tensors]
+    elsewhere += [labels for pair in trace.relations.values() for labels in pair]
+    elsewhere += [*(c.left for c in trace.contractions), *(labels for labels, _ in trace.pinned)]
+    elsewhere += [norm.units for norm in trace.norms if norm.kind != "layer" or norm.name not in every]
+    return (
+        not any(on(labels) for labels in elsewhere)
+        and all(serves(layer) for layer in layers)
+        and not any(layer.name in passing for layer in layers)
+    )
+
+
+def mixed(
+    stream: Stream,
+    student: Trace,
+    roots: Tensor,
+    teacher: Trace,
+    teacher_roots: Tensor,
+    names: Mapping[str, str | None],
+) -> dict[str, Mixed]:
+    """What is mixed of all tensors on the stream that the teacher has, too, by the name of the student's."""
+    place = {root: k for k, root in enumerate(stream.units.tolist())}
+    theirs = {root: k for k, root in enumerate(stream.theirs.tolist())}
+    widths = len(theirs), len(place)
+    first = "" if stream.first is None else stream.first.name
+    before = student.layers[first].sources if first else frozenset()
+    made: dict[str, Mixed] = {}
+
+    def add(name: str, dim: int, how: str, norm: tuple[str | None, str | None] = (None, None)) -> None:
+        other = names[name]
+        if other is not None:
+            rows = _places(roots[_labels(student, name, dim)], place)
+            columns = _places(teacher_roots[_labels(teacher, other, dim)], theirs)
+            made[name] = Mixed(dim, how, stream.begins, widths, norm, rows, columns)
+
+    def inside(labels: Tensor | None) -> bool:
+        return labels is not None and int(roots[labels[0]]) in place
+
+    for layer in student.layers.values():
+        if layer.kind == "norm" and layer.name in {first, *stream.norms}:
+            for role, name in layer.tensors.items():
+                begins = {"weight": "first", "bias": "stream"}
+                add(name, 0, begins[role] if layer.name == first else {"weight": "other", "bias": "bias"}[role])
+        elif layer.kind == "mix" and inside(layer.produces):
+            for role, name in layer.tensors.items():
+                dim = 0 if role == "bias" else 1 - student.read_axis[name]
+                add(name, dim, "before" if layer.name in before else "stream")
+        elif layer.kind == "mix" and inside(layer.reads):
+            norm = stream.norms.get(layer.begun or "")
+            tensors = (None, None) if norm is None else (norm.tensors.get("weight"), norm.tensors.get("bias"))
+            add(layer.name, student.read_axis[layer.name], "stream" if norm is None else "behind", tensors)
+    return made
+
+
+def _in_order(units: Tensor) -> Tensor:
+    return torch.tensor(list(dict.fromkeys(units.tolist())))
+
+
+def _labels(trace: Trace, name: str, dim: int) -> Tensor:
+    if name in trace.values:  # of a norm
+        return trace.values[name]
+    labels = trace.axes[name][dim]
+    assert labels is not None
+    return labels
+
+
+def _places(units: Tensor, place: dict[int, int]) -> Tensor:
+    """For every entry its channel's place, and for the second entry of a channel that of the second position."""
+    seen = torch.zeros(len(place), dtype=torch.long)
+    found = []
+    for unit in units.tolist():
+        k = place[unit]
+        found.append(k + len(place) * int(seen[k]))
+        seen[k] += 1
+    return torch.tensor(found)
