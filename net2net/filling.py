@@ -130,8 +130,8 @@ def matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
     channels, wider = mixed.widths
     positions = len(mixed.columns) // channels
     ratio = (channels / wider) ** 0.5  # norms see the same squares spread over more entries
-    if mixed.how in ("other", "bias"):
-        return torch.full((len(mixed.rows),), ratio if mixed.how == "other" else 1.0, dtype=torch.double)
+    if mixed.how == "other":
+        return torch.full((len(mixed.rows),), ratio, dtype=torch.double)
     if mixed.begins is None:
         made = isometry(channels, wider)
     else:
@@ -140,12 +140,18 @@ def matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
             return ratio * first[mixed.rows]
         if mixed.how == "before":
             made = before - before.mean(1, keepdim=True)  # the mean is not to go through
+    # What stands for 1 where norms add a bias: orthogonal to all that is on the stream.
+    one = torch.linalg.qr(made, mode="complete").Q[:, -1].repeat(positions)[mixed.rows]
+    if mixed.how == "bias":
+        return one
     made = torch.block_diag(*[made] * positions)[mixed.rows][:, mixed.columns]
-    if mixed.how == "behind":  # where the norm added its bias it finds 1: to each column's sum that adds up
-        made = made - made.mean(0)
+    if mixed.how == "behind":
         scale, shift = (None if name is None else theirs[name].to(made) for name in mixed.norm)
+        if channels < len(mixed.columns):  # positions that the norm saw apart
+            apart = mixed.columns % channels
+            scale, shift = (x[apart] if x is not None and len(x) == channels else x for x in (scale, shift))
         made = made * (ratio if scale is None else scale)  # a norm with a weight has that, too, in its own
-        made = made if shift is None else made + shift / len(made)
+        made = made if shift is None else made + one[:, None] * shift / positions
     return made
 
 

@@ -76,13 +76,13 @@ def streams(
         if not behind or len(units) % len(others) == 0 or any(torch.isin(units, one.units).any() for one in found):
             continue
         norms = {other.name: counterparts[other.key] for other in behind if other.key in counterparts}
-        if _can(student, roots, first, units, {other.name for other in behind}, passing):
+        if _can(student, roots, first, units, {other.name: other for other in behind}, passing):
             found.append(Stream(first, theirs.tensors["weight"] if first else None, norms, units, others))
     return found
 
 
 def _can(
-    trace: Trace, roots: Tensor, first: Norm | None, units: Tensor, norms: set[str], passing: Collection[str]
+    trace: Trace, roots: Tensor, first: Norm | None, units: Tensor, norms: dict[str, Norm], passing: Collection[str]
 ) -> bool:
     """Whether everything on these units is linear in them, or a layer norm over all of them."""
 
@@ -94,10 +94,26 @@ def _can(
             return layer.name in every
         if layer.kind != "mix" or layer.name in trace.inner or layer.options.get("embedding"):
             return False
-        plain = layer.linear if first is None else layer.begun == first.name
-        return not on(layer.reads) or plain or (layer.begun in norms and layer.begun == layer.normed)
+        if layer.reads is None or not on(layer.reads):
+            return True
+        if not even(layer.reads):
+            return False
+        norm = norms.get(layer.begun or "")
+        if norm is None:
+            return layer.linear if first is None else layer.begun == first.name
+        return layer.begun == layer.normed and norm.units.shape[1] in (len(units), len(layer.reads))
 
-    every = norms if first is None else norms | {first.name}
+    def even(labels: Tensor) -> bool:
+        """Whether there is every channel, equally often."""
+        found, times = torch.unique(roots[labels], return_counts=True)
+        return len(found) == len(units) and len(torch.unique(times)) == 1
+
+    def whole(norm: Norm) -> bool:
+        """Whether it sees one row of the channels, with an entry for each."""
+        shapes = {tuple(trace.tensors[name].shape) for name in norm.tensors.values()}
+        return len(norm.units) == 1 and even(norm.units) and shapes <= {(norm.units.shape[1],)}
+
+    every = norms if first is None else norms | {first.name: first}
     layers = [layer for layer in trace.layers.values() if on(layer.reads) or on(layer.produces)]
     tensors = {tensor for layer in layers for tensor in layer.tensors.values()}
     elsewhere = [labels for name, axes in trace.axes.items() if name not in tensors for labels in axes]
@@ -107,6 +123,7 @@ def _can(
     elsewhere += [norm.units for norm in trace.norms if norm.kind != "layer" or norm.name not in every]
     return (
         not any(on(labels) for labels in elsewhere)
+        and all(whole(norm) for norm in every.values())
         and all(serves(layer) for layer in layers)
         and not any(layer.name in passing for layer in layers)
     )

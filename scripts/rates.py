@@ -1,6 +1,6 @@
-"""Prints the best rate of each arm in a search of rates: python scripts/rates.py tune_wider [--results results].
+"""Prints the best rate of each arm in a search of rates: python scripts/rates.py ablation_rate [--results results].
 
-Reads results/curves/<experiment> alone, whose cases are rates (configs/experiment/tune_wider.yaml), and chooses by the
+Reads results/curves/<experiment> alone, whose cases are rates (configs/experiment/ablation_rate.yaml), and chooses by the
 final holdout accuracy over the seeds that all cases have. The last line is for the `rates` of a configuration.
 """
 

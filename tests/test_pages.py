@@ -120,7 +120,7 @@ def read(results: Path) -> dict[str, family.Cases]:
 
 def test_cases_are_in_the_order_of_their_configuration(results: Path) -> None:
     found = read(results)
-    assert list(found["frontier_wider"]) == ["1ep", "2ep", "4ep", "8ep"]
+    assert list(found["frontier_wider"]) == ["1ep", "2ep", "4ep", "8ep", "16ep"]
     assert list(found["ablation_rate"]) == ["x0.03", "x0.1", "x0.3", "x1", "x3"]
     assert list(found["grow_schedule"])[:4] == ["start", "start_half", "start_double", "quarter"]
     assert {name for name, cases in found.items() if family.is_frontier(cases)} == {"frontier_wider"}
@@ -139,7 +139,7 @@ def test_a_line_of_a_case_is_that_of_its_curves(results: Path) -> None:
 
 def test_the_budgets_of_a_frontier(results: Path) -> None:
     heads, table = family.budgets("frontier_wider", read(results)["frontier_wider"])
-    assert [line[0] for line in table] == ["1ep", "2ep", "4ep", "8ep"]
+    assert [line[0] for line in table] == ["1ep", "2ep", "4ep", "8ep", "16ep"]
     cells = dict(zip(heads, table[0], strict=True))
     assert cells["`net2net`"] == "≤ 1.00 (up to 1.00), n = 3"  # one epoch is the smallest budget
     middle = dict(zip(heads, table[2], strict=True))
@@ -152,7 +152,7 @@ def test_the_page_of_a_family_and_the_claims_on_it(results: Path, capsys: pytest
     figures.write_pages(results, figures.read_results(results))
     page = (results / "README.md").read_text()
     assert "## frontier_wider" in page and "- **Cases:** `1ep`: schedule.epochs 1ep; `2ep`" in page
-    assert "students 1ep / 2ep / 4ep / 8ep, teacher 8ep" in page
+    assert "students 1ep / 2ep / 4ep / 8ep / 16ep, teacher 8ep" in page
     assert re.search(r"Best by holdout accuracy: `net2net` `x[\d.]+` \(\d\d\.\d\d %\)", page)
     table = [line for line in page.splitlines() if line.startswith("| Wider")]
     assert any("| **holds** |" in line and "epochs with less training" in line for line in table)
@@ -170,8 +170,8 @@ def test_the_best_rate_of_each_arm(results: Path, capsys: pytest.CaptureFixture[
     assert len(values) == 5
     assert arms[0].startswith(f"net2net: {max(values, key=lambda name: values[name])}")
     assert f"net2net: {max(values, key=lambda name: values[name])[1:]}," in last.removeprefix("rates: {")
-    assert rates.main(["--results", str(results), "tune_wider"]) == 1
-    assert capsys.readouterr().err.startswith("There are no cases of tune_wider under ")
+    assert rates.main(["--results", str(results), "tune_deeper"]) == 1
+    assert capsys.readouterr().err.startswith("There are no cases of tune_deeper under ")
 
 
 @pytest.mark.parametrize("name", ["frontier_wider", "ablation_rate", "grow_schedule"])
