@@ -527,7 +527,7 @@ class _Choice:
         found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
         for stream in self.streams:
             made = mixed(stream, self.student, self.roots, self.teacher, self.teacher_roots, self.names)
-            for name, one in made.items():
+            for name, one in made:
                 found[name] += (one,)
         return dict(found)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import TransferError
 from .units import PLAIN, Layer, Norm, Trace
 
 
@@ -94,10 +95,12 @@ def _can(
             return layer.name in every
         if layer.kind != "mix" or layer.name in trace.inner or layer.options.get("embedding"):
             return False
+        if not layer.tensors.keys() <= {"weight", "bias"}:
+            return False
+        if not all(labels is None or even(labels) for labels in (layer.reads, layer.produces) if on(labels)):
+            return False
         if layer.reads is None or not on(layer.reads):
             return True
-        if not even(layer.reads):
-            return False
         norm = norms.get(layer.begun or "")
         if norm is None:
             return layer.linear if first is None else layer.begun == first.name
@@ -106,7 +109,7 @@ def _can(
     def even(labels: Tensor) -> bool:
         """Whether there is every channel, equally often."""
         found, times = torch.unique(roots[labels], return_counts=True)
-        return len(found) == len(units) and len(torch.unique(times)) == 1
+        return torch.equal(found, torch.unique(units)) and len(torch.unique(times)) == 1
 
     def whole(norm: Norm) -> bool:
         """Whether it sees one row of the channels, with an entry for each."""
@@ -136,21 +139,24 @@ def mixed(
     teacher: Trace,
     teacher_roots: Tensor,
     names: Mapping[str, str | None],
-) -> dict[str, Mixed]:
-    """What is mixed of all tensors on the stream that the teacher has, too, by the name of the student's."""
+) -> list[tuple[str, Mixed]]:
+    """What is mixed of all tensors on the stream that the teacher has, too, beside the name of the student's.
+
+    Raises TransferError if the teacher uses one of them differently.
+    """
     place = {root: k for k, root in enumerate(stream.units.tolist())}
     theirs = {root: k for k, root in enumerate(stream.theirs.tolist())}
     widths = len(theirs), len(place)
     first = "" if stream.first is None else stream.first.name
     before = student.layers[first].sources if first else frozenset()
-    made: dict[str, Mixed] = {}
+    made: list[tuple[str, Mixed]] = []
 
     def add(name: str, dim: int, how: str, norm: tuple[str | None, str | None] = (None, None)) -> None:
         other = names[name]
         if other is not None:
-            rows = _places(roots[_labels(student, name, dim)], place)
-            columns = _places(teacher_roots[_labels(teacher, other, dim)], theirs)
-            made[name] = Mixed(dim, how, stream.begins, widths, norm, rows, columns)
+            rows = _places(roots[_labels(student, name, dim)], place, name)
+            columns = _places(teacher_roots[_labels(teacher, other, dim)], theirs, name)
+            made.append((name, Mixed(dim, how, stream.begins, widths, norm, rows, columns)))
 
     def inside(labels: Tensor | None) -> bool:
         return labels is not None and int(roots[labels[0]]) in place
@@ -160,11 +166,11 @@ def mixed(
             for role, name in layer.tensors.items():
                 begins = {"weight": "first", "bias": "stream"}
                 add(name, 0, begins[role] if layer.name == first else {"weight": "other", "bias": "bias"}[role])
-        elif layer.kind == "mix" and inside(layer.produces):
+        if layer.kind == "mix" and inside(layer.produces):
             for role, name in layer.tensors.items():
                 dim = 0 if role == "bias" else 1 - student.read_axis[name]
                 add(name, dim, "before" if layer.name in before else "stream")
-        elif layer.kind == "mix" and inside(layer.reads):
+        if layer.kind == "mix" and inside(layer.reads):
             norm = stream.norms.get(layer.begun or "")
             tensors = (None, None) if norm is None else (norm.tensors.get("weight"), norm.tensors.get("bias"))
             add(layer.name, student.read_axis[layer.name], "stream" if norm is None else "behind", tensors)
@@ -178,16 +184,23 @@ def _in_order(units: Tensor) -> Tensor:
 def _labels(trace: Trace, name: str, dim: int) -> Tensor:
     if name in trace.values:  # of a norm
         return trace.values[name]
-    labels = trace.axes[name][dim]
-    assert labels is not None
+    labels = trace.axes[name][dim] if name in trace.axes else None
+    if labels is None:
+        raise _differs(name)
     return labels
 
 
-def _places(units: Tensor, place: dict[int, int]) -> Tensor:
+def _differs(name: str) -> TransferError:
+    return TransferError(f"The forward pass uses {name} differently in the teacher and in the student.")
+
+
+def _places(units: Tensor, place: dict[int, int], name: str) -> Tensor:
     """For every entry its channel's place, and for the second entry of a channel that of the second position."""
     seen = torch.zeros(len(place), dtype=torch.long)
     found = []
     for unit in units.tolist():
+        if unit not in place:
+            raise _differs(name)
         k = place[unit]
         found.append(k + len(place) * int(seen[k]))
         seen[k] += 1

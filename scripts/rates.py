@@ -1,7 +1,7 @@
 """Prints the best rate of each arm in a search of rates: python scripts/rates.py ablation_rate [--results results].
 
-Reads results/curves/<experiment> alone, whose cases are rates (configs/experiment/ablation_rate.yaml), and chooses by the
-final holdout accuracy over the seeds that all cases have. The last line is for the `rates` of a configuration.
+Reads results/curves/<experiment> alone, whose cases are rates (configs/experiment/ablation_rate.yaml), and chooses by
+the final holdout accuracy over the seeds that all cases have. The last line is for the `rates` of a configuration.
 """
 
 import argparse

@@ -65,6 +65,18 @@ def trained(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+class Short(Block):
+    """One layer reads the stream and adds to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.middle(self.norm(x))
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(width, hidden)
+        del self.up, self.down
+        self.middle = nn.Linear(width, width)
+
+
 IMAGES = (5, 3, 16)
 
 
@@ -85,6 +97,27 @@ def test_norms_without_weights_behind_it_and_new_blocks_on_it() -> None:
     record = net2net.transfer(teacher, student, torch.randn(IMAGES))
     assert record.measured is not None and record.measured.max_relative < 1e-12
     assert record.origins["blocks.2.down.weight"].fill == "zero"
+
+
+def test_a_layer_that_reads_the_stream_and_adds_to_it() -> None:
+    networks = [Stream(width) for width in (6, 9)]
+    for network, width in zip(networks, (6, 9), strict=True):
+        network.blocks.append(Short(width, 1))
+    record = net2net.transfer(trained(networks[0]), networks[1].eval(), torch.randn(IMAGES))
+    assert record.measured is not None and record.measured.max_relative < 1e-12
+    assert [one.dim for one in record.origins["blocks.2.middle.weight"].mixed] == [0, 1]
+
+
+class Half(Stream):
+    """One layer makes the stream and something else."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.patches = nn.Conv1d(3, width + 4, 2, 2)
+
+    def begun(self, x: Tensor) -> Tensor:
+        first, second = self.patches(x).mT.split([self.begin.normalized_shape[0], 4], -1)
+        return self.begin(first) + second.mean(-1, keepdim=True).relu()
 
 
 def test_in_float32_the_two_agree_to_its_rounding() -> None:
@@ -145,7 +178,7 @@ class Twice(Stream):
         return super().begun(x) + self.norm(self.more(x).mT)
 
 
-@pytest.mark.parametrize("kind", [Bent, Taken, Twice])
+@pytest.mark.parametrize("kind", [Bent, Taken, Twice, Half])
 def test_what_no_mixture_passes_is_refused_before_anything_is_written(kind: type[Stream]) -> None:
     teacher, student = trained(kind(6)), kind(9).eval()
     before = copy.deepcopy(student.state_dict())
