@@ -1,5 +1,6 @@
 """The pages that are made from curves: results/README.md, and the tables of README.md and PAPER.md."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -70,7 +71,8 @@ def schedule_phrase(configs: list[dict[str, Any]]) -> str:
     said = {key: " / ".join(distinct(one.get(key) for one in schedules)) for key in schedules[0]}
     return (
         f"students {said['epochs']}, teacher {said['teacher']}, batches of {said['batch_size']}, {said['optimizer']}, "
-        f"rate {said['lr']} times each arm's own, {said['decay']} decay; evaluated every {said['evaluate']}"
+        f"rate {said['lr']} times each arm's own, {said['decay']} decay after a warm-up of {said['warmup']}; evaluated "
+        f"every {said['evaluate']}"
     )
 
 
@@ -84,9 +86,29 @@ def case_phrase(cases: family.Cases) -> str:
     )
 
 
-def command_phrase(records: list[dict[str, Any]]) -> str:
-    """The commands that made the curves, each once, as code."""
-    return "<br>".join(f"`{command}`" for command in distinct(record["command"] for record in records))
+def command_phrase(commands: Iterable[str]) -> str:
+    """The commands that made the curves, as code: each once, and those that differ in seed or case alone as a sweep."""
+    found = distinct(commands)
+    for key in ("seed", "case"):
+        found = _swept(found, key)
+    return "<br>".join(f"`{command}`" for command in found)
+
+
+def _swept(commands: list[str], key: str) -> list[str]:
+    """The commands, those that differ in the value of `key` alone as one."""
+    values: dict[tuple[str, ...], list[str]] = {}
+    for command in commands:
+        words = tuple(f"{key}=" if word.startswith(f"{key}=") else word for word in shlex.split(command))
+        values.setdefault(words, []).extend(
+            word.partition("=")[2] for word in shlex.split(command) if word.startswith(f"{key}=")
+        )
+    made: list[str] = []
+    for words, found in values.items():
+        said = [f"{key}={','.join(distinct(found))}" if word == f"{key}=" else word for word in words]
+        if len(distinct(found)) > 1 and "-m" not in said:
+            said.insert(2, "-m")
+        made.append(shlex.join(said))
+    return made
 
 
 def facts(manifests: Iterable[report.Manifests]) -> dict[str, str]:
@@ -102,7 +124,7 @@ def facts(manifests: Iterable[report.Manifests]) -> dict[str, str]:
     ]
     found = {
         "Claim": own[0]["config"]["claim"],
-        "Command": command_phrase(records),
+        "Command": command_phrase(record["command"] for record in records),
         "Data": "; ".join(distinct(data_phrase(record) for record in own)),
         "Schedule": schedule_phrase([record["config"] for record in own]),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
@@ -207,7 +229,7 @@ def claim_line(finding: Finding) -> list[str]:
     configs = ", ".join(f"[{name}](../configs/experiment/{name}.yaml)" for name in names)
     commands = [record["command"] for one in finding.operands for record in one.manifests[one.arm].values()]
     planned = [] if commands else [f"python train.py experiment={name}" for name in names]
-    shown = "<br>".join(f"`{command}`" for command in dict.fromkeys(commands or planned))
+    shown = command_phrase(commands or planned)
     said = f"**{finding.verdict}**" if finding.verdict in ("holds", "fails") else finding.verdict
     return [claim.claim, claim.source, claim.paper, finding.shown, said, configs, shown]
 

@@ -137,6 +137,15 @@ def test_a_line_of_a_case_is_that_of_its_curves(results: Path) -> None:
     assert "teacher" not in {one.arm for one in family.lines(cases)}
 
 
+def test_commands_that_differ_in_seed_and_case_alone_are_one_sweep() -> None:
+    base = "python train.py experiment=one seed={} case={} 'arms=[net2net]'"
+    commands = [base.format(seed, case) for case in ("x1", "x3") for seed in (0, 1)] * 2
+    one = "python train.py -m experiment=one seed=0,1 case=x1,x3 'arms=[net2net]'"
+    assert pages.command_phrase(commands) == f"`{one}`"
+    assert pages.command_phrase([*commands, one + " seed=4", "python train.py experiment=two"]).count("<br>") == 2
+    assert pages.command_phrase(["python train.py experiment=two seed=3"]) == "`python train.py experiment=two seed=3`"
+
+
 def test_the_budgets_of_a_frontier(results: Path) -> None:
     heads, table = family.budgets("frontier_wider", read(results)["frontier_wider"])
     assert [line[0] for line in table] == ["1ep", "2ep", "4ep", "8ep", "16ep"]
@@ -227,6 +236,7 @@ def test_schedules_that_differ_are_all_told() -> None:
             "optimizer": "sgd",
             "lr": 0.1,
             "decay": "linear",
+            "warmup": "0it",
             "evaluate": "1ep",
         }
     }
