@@ -113,5 +113,9 @@ def test_what_is_known_from_one_side_decides_on_that_side_alone() -> None:
     # Three seeds far below one, and one that never got there: its cost may be anything.
     never = log_ratio([(Reached(1.0), Reached(8.0))] * 3 + [(Reached(8.0, 1), Reached(8.0))])
     assert verdict(never, -math.inf, 0) == "undecided" and seeds_needed(never, -math.inf, 0) is None
+    # No seed got there with all that the other one spent: it costs more than that.
+    spent = log_ratio([(Reached(8.0, 1), Reached(8.0))] * 3)
+    assert spent.low == 0 and verdict(spent, -math.inf, 0) == "fails" and verdict(spent, 0, 1) == "undecided"
+    assert verdict(log_ratio([(Reached(8.0), Reached(8.0))] * 3), -math.inf, 0) == "holds"  # reached: no more than that
     turned = log_ratio([(Reached(1.0), Reached(4.0, 1))] * 3)  # the other one never reached it
     assert turned.low == -math.inf and verdict(turned, -math.inf, 0) == "holds"
