@@ -133,8 +133,9 @@ def file_faults(
 
 
 def commits(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The processes that made the curve, each with its commit."""
-    return record.get("processes") or [record]
+    """The processes that made the curve and the manifest, those of one commit once."""
+    every = [record, *record.get("processes", [])]
+    return list({(one.get("commit"), one.get("dirty")): one for one in every}.values())
 
 
 def differences(record: dict[str, Any], composed: list[dict[str, Any]] | str) -> list[str]:
