@@ -44,7 +44,8 @@ def _frames(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Tensor, Ten
     each = channels // units
     parts = max(1, units // -(-SMALLEST // each))
     largest = -(-units // parts) * each
-    for size in SIZES if largest * largest * wider <= LARGEST * channels else ():
+    solvable = largest * largest * wider <= LARGEST * channels and bool(weight.isfinite().all())
+    for size in SIZES if solvable else ():
         solved = []
         for part in torch.arange(units).tensor_split(parts):
             block = weight[int(part[0]) * each : (int(part[-1]) + 1) * each] / scale

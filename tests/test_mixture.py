@@ -195,6 +195,13 @@ def test_a_width_for_which_no_mixture_is_found_is_refused_before_anything_is_wri
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    teacher = trained(Stream(6))
+    teacher.begin.weight.data[1] = float("inf")
+    with pytest.raises(net2net.TransferError):
+        net2net.transfer(teacher, Stream(9).eval(), torch.randn(IMAGES))
+
+
 def test_the_record_of_mixtures_is_saved_and_replayed(tmp_path) -> None:
     teacher, student, again = trained(Stream(6)), Stream(9).eval(), Stream(9).eval()
     record = net2net.transfer(teacher, student, torch.randn(IMAGES))
