@@ -70,7 +70,7 @@ def manifest(experiment: str, arm: str, seed: int, curve: bytes, **changes: Any)
             },
             "schedule": {
                 **{"epochs": "6ep", "teacher_epochs": None, "batch_size": 128, "optimizer": "rmsprop"},
-                **{"lr": 0.01, "decay": "linear", "evaluate": "0.5ep"},
+                **{"lr": 0.01, "decay": "linear", "warmup": "0it", "evaluate": "0.5ep"},
             },
         },
         "data": "CIFAR-10, 50,000 train / 10,000 test",
