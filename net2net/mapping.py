@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import TransferError
 from .mixture import Mixed, mixed, streams
 from .passage import Bends, bends
-from .units import Layer, Norm, Trace
+from .units import Layer, Norm, Trace, in_order
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
 
@@ -376,8 +376,8 @@ class _Choice:
         """g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
         self.leave(family.mine, family.width)
         for mine, theirs in self._buckets(family):
-            free = _in_order(mine[self.g[mine] == NEW])
-            missing = _in_order(theirs[~torch.isin(theirs, self.g[mine])])
+            free = in_order(mine[self.g[mine] == NEW])
+            missing = in_order(theirs[~torch.isin(theirs, self.g[mine])])
             if len(free) < len(missing):
                 raise TransferError(
                     f"The student joins units of {_said(family.name)} with units that the teacher keeps apart, "
@@ -399,11 +399,11 @@ class _Choice:
 
     def _draw(self, mine: Tensor, among: Tensor, theirs: Tensor) -> None:
         """Give each free unit of `mine` a teacher's: drawn; in equal numbers, or padding, where a norm asks for it."""
-        free, theirs = _in_order(mine[(self.g[mine] == NEW) & ~self.mixing[mine]]), _in_order(theirs)
+        free, theirs = in_order(mine[(self.g[mine] == NEW) & ~self.mixing[mine]]), in_order(theirs)
         if not len(free) or not len(theirs):
             return
         kinds = set().union(*(self.norm_kinds.get(unit, set()) for unit in free.tolist()))
-        among = _in_order(among)
+        among = in_order(among)
         if not kinds:
             self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
         elif len(among) % len(theirs) == 0:
@@ -427,7 +427,7 @@ class _Choice:
         mine = self.roots[layer.produces]
         read = self.g[self.roots[layer.reads]]
         read = read[read != NEW]
-        distinct = _in_order(read)
+        distinct = in_order(read)
         if len(mine) < len(distinct):
             raise TransferError(
                 f"The student is smaller than its teacher: the new layer {layer.name} has {len(mine)} units and "
@@ -547,11 +547,6 @@ class _Choice:
 def _said(key: str) -> str:
     """A key as a reader of an error knows it."""
     return key.split("|")[0] or "the network"
-
-
-def _in_order(values: Tensor) -> Tensor:
-    """The distinct values in the order in which they first occur."""
-    return torch.tensor(list(dict.fromkeys(values.tolist())), dtype=torch.long)
 
 
 def close(trace: Trace, nested: Collection[str] = ()) -> None:

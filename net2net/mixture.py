@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import TransferError
-from .units import PLAIN, Layer, Norm, Trace
+from .units import PLAIN, Layer, Norm, Trace, in_order
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def streams(
             first = norm
         elif norm.padded or norm.begun != PLAIN:
             continue
-        units, others = _in_order(roots[norm.units[0]]), _in_order(teacher_roots[theirs.units[0]])
+        units, others = in_order(roots[norm.units[0]]), in_order(teacher_roots[theirs.units[0]])
         behind = [other for other in student.norms if other.begun == (norm.name if first else PLAIN)]
         behind = [other for other in behind if bool(torch.isin(roots[other.units], units).all())]
         if not behind or len(units) % len(others) == 0 or any(torch.isin(units, one.units).any() for one in found):
@@ -175,10 +175,6 @@ def mixed(
             tensors = (None, None) if norm is None else (norm.tensors.get("weight"), norm.tensors.get("bias"))
             add(layer.name, student.read_axis[layer.name], "stream" if norm is None else "behind", tensors)
     return made
-
-
-def _in_order(units: Tensor) -> Tensor:
-    return torch.tensor(list(dict.fromkeys(units.tolist())))
 
 
 def _labels(trace: Trace, name: str, dim: int) -> Tensor:

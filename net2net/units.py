@@ -470,6 +470,11 @@ def _joined(root: Tensor, edges: Tensor) -> Tensor:
     return moved[root]
 
 
+def in_order(values: Tensor) -> Tensor:
+    """The distinct values in the order in which they first occur."""
+    return torch.tensor(list(dict.fromkeys(values.tolist())), dtype=torch.long)
+
+
 def compact(units: Tensor) -> Tensor:
     """The same labels without the axes along which they are merely repeated in memory."""
     return units[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in units.stride())]
