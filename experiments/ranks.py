@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group exists, which its functions would hold for ever as a default
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -139,5 +140,6 @@ def join() -> Ranks:
     if not dist.is_initialized():
         # Numbers of the CPU go by gloo, gradients on GPUs by NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        # Its threads must end before the interpreter: one that lets go of a tensor later aborts the process.
         atexit.register(dist.destroy_process_group)
     return Ranks(dist.get_rank(), dist.get_world_size())

@@ -49,6 +49,12 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[st
     return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(ranked: tuple[Path, list[dict[str, Any]]]) -> None:
+    # One that lets go of a tensor then needs the interpreter, and the process aborts.
+    for rank in range(2):
+        assert "gloo" not in (ranked[0] / f"threads{rank}").read_text()
+
+
 @pytest.mark.parametrize("name", ["grown", "plain", "norm", "stopped", "resumed", "unreadable", "readable"])
 def test_all_ranks_end_with_the_same_weights(ranked: tuple[Path, list[dict[str, Any]]], name: str) -> None:
     one, other = (found[name] for found in ranked[1])
