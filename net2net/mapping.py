@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import TransferError
+from .errors import TransferError, used_differently
 from .mixture import Mixed, mixed, streams
 from .passage import Bends, bends
 from .units import Layer, Norm, Trace, in_order
@@ -309,7 +309,7 @@ class _Choice:
         mine = self.student.layers[name].produces
         other = self.teacher.layers[theirs].produces if theirs in self.teacher.layers else None
         if mine is None or other is None:
-            raise TransferError(f"The forward pass uses {name} differently in the teacher and in the student.")
+            raise used_differently(name)
         if len(mine) < len(other):
             raise TransferError(
                 f"The student is smaller than its teacher: {name} has {len(mine)} units, the teacher's {len(other)}, "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import TransferError
+from .errors import used_differently
 from .units import PLAIN, Layer, Norm, Trace, in_order
 
 
@@ -182,12 +182,8 @@ def _labels(trace: Trace, name: str, dim: int) -> Tensor:
         return trace.values[name]
     labels = trace.axes[name][dim] if name in trace.axes else None
     if labels is None:
-        raise _differs(name)
+        raise used_differently(name)
     return labels
-
-
-def _differs(name: str) -> TransferError:
-    return TransferError(f"The forward pass uses {name} differently in the teacher and in the student.")
 
 
 def _places(units: Tensor, place: dict[int, int], name: str) -> Tensor:
@@ -196,7 +192,7 @@ def _places(units: Tensor, place: dict[int, int], name: str) -> Tensor:
     found = []
     for unit in units.tolist():
         if unit not in place:
-            raise _differs(name)
+            raise used_differently(name)
         k = place[unit]
         found.append(k + len(place) * int(seen[k]))
         seen[k] += 1

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import identity
 from .equivalence import Equivalence, compare
-from .errors import TransferError
+from .errors import TransferError, used_differently
 from .filling import SPLITS, add_noise, fill, named_tensors
 from .mapping import MEAN, NEW, ZERO, Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .matching import candidates
@@ -265,7 +265,7 @@ class _Builder:
         if mine.dim() != other.dim():
             raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
         if (name in plan.student.values) != (theirs in plan.teacher.values):
-            raise TransferError(f"The forward pass uses {name} differently in the teacher and in the student.")
+            raise used_differently(name)
         layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
         factor = 1.0
         if layer and counterpart and layer.kind == "mix":
