@@ -117,6 +117,14 @@ def test_the_stem_suits_its_images(stem: int, side: int, last: int) -> None:
     assert seen[0][2:] == (last, last)
 
 
+@pytest.mark.parametrize(("layers", "depth"), [(2, 8), (6, 20)])
+def test_a_plain_network_is_as_deep_as_the_residual_one_without_its_shortcuts(layers: int, depth: int) -> None:
+    network = build({"name": "plain", "layers": layers, "width": 0.25}, 7, 1).eval()
+    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in network.modules()) == depth
+    with torch.no_grad():
+        assert network(torch.zeros(2, 1, 16, 20)).shape == (2, 7)
+
+
 @pytest.mark.parametrize(("blocks", "depth"), [(1, 8), (3, 20), (5, 32)])
 def test_resnet_has_the_depth_of_its_paper(blocks: int, depth: int) -> None:
     network = build({"name": "resnet", "blocks": blocks, "width": 0.25, "inner": 3}, 7, 1).eval()

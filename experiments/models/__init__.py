@@ -1,4 +1,4 @@
-"""Networks by name: the paper's Inception, a residual network for CIFAR, and any torchvision classifier."""
+"""Networks by name: the paper's Inception, a residual and a plain one for CIFAR, and any torchvision classifier."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,9 +8,10 @@ from torch import nn
 
 from ..config import ExperimentError, nearest
 from .inception import Inception
+from .plain import Plain
 from .resnet import ResNet
 
-OURS = {"inception": Inception, "resnet": ResNet}
+OURS = {"inception": Inception, "plain": Plain, "resnet": ResNet}
 # Auxiliary classifiers need a loss of their own, which the arms do not have; unsaid, torchvision builds them.
 PLAIN = {"aux_logits": False, "init_weights": True}
 
