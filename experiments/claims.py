@@ -1,11 +1,12 @@
 """Claims as tests: each is a number that curves give, and the values of it for which the claim holds.
 
-An operand reads `experiment:arm` or `experiment/case:arm`. The case `best` is the one that the arm ends best in on the
-holdout images; what is said of it is measured on the test images, which chose nothing.
+An operand reads `experiment:arm` or `experiment/case:arm`. The case `best` is, for each seed, the one that the arm ends
+best in on the holdout images of the other seeds; what is said of it is measured on the test images of this one.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +14,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from . import report, statistics
+from . import family, report, statistics
 from .config import ExperimentError, nearest
-from .report import Curves, Manifests, Point
+from .report import Curves, Manifests, Point, Results
+from .settings import mixed
 from .statistics import Estimate, Reached
-
-Results = Mapping[str, tuple[Curves, Manifests]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Operand:
     arm: str
     curves: Curves
     manifests: Manifests
-    best: bool = False  # chosen among the cases
+    apart: tuple[str, ...] = ()  # settings in which its seeds differ
+    best: str = ""  # the cases that it was chosen from
 
     @property
     def runs(self) -> dict[int, list[Point]]:
@@ -73,8 +74,9 @@ class Operand:
 
     def cost(self, seed: int, teacher: bool) -> float:
         """Training FLOPs, with those of the teacher it starts from if they are wanted; NaN if they are not known."""
-        before = report.teacher_flops(self.curves, self.arm, seed) if teacher else 0.0
-        return self.runs[seed][-1]["flops"] + (math.nan if before is None else before)
+        before = report.before(self.curves, self.arm, seed)
+        spent = math.nan if before is None else before["flops"]
+        return self.runs[seed][-1]["flops"] + (spent if teacher else 0.0)
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,11 @@ def judge(claim: Claim, results: Results) -> Finding:
         return Finding(claim, "not run", "–", used)
     low, high = claim.region
     said = statistics.verdict(found, low, high, claim.headline)
-    if said == "undecided":
+    if apart := dict.fromkeys(setting for one in used for setting in one.apart):
+        said = f"undecided (its seeds differ in {', '.join(apart)})"
+    elif said == "undecided":
         said += f" ({_takes(found, low, high, claim.headline)})"
-    chosen = "".join(f"; best: {one.name}" for one in used if one.best)
+    chosen = "".join(f"; {one.best}" for one in used if one.best)
     return Finding(claim, said, shown(found, claim.measure) + chosen, used)
 
 
@@ -127,21 +131,32 @@ def measured(measure: str, results: Results, of: str, against: str = "") -> tupl
 def operands(results: Results, text: str) -> list[Operand]:
     """What an operand names: one run of an arm; each case's, if it names an experiment with cases; none if not run."""
     name, _, arm = text.partition(":")
-    family = name.removesuffix("/best")
+    experiment = name.removesuffix("/best")
     found = [
-        Operand(experiment, arm, curves, manifests)
-        for experiment, (curves, manifests) in results.items()
-        if (experiment == family or experiment.startswith(f"{family}/")) and arm in curves
+        Operand(key, arm, curves, manifests, tuple(mixed(list(manifests[arm].values()))))
+        for key, (curves, manifests) in results.items()
+        if (key == experiment or key.startswith(f"{experiment}/")) and arm in curves
     ]
-    if family == name:
-        return found
-    # Over the same seeds: one with an easier seed would win by it. A case that lacks seeds of others may have diverged.
-    found = [one for one in found if len(one.runs) == max(len(other.runs) for other in found)]
-    common = set.intersection(*(set(one.runs) for one in found)) if found else set()
-    if not common:
+    return found if experiment == name else _best(experiment, arm, found)
+
+
+def _best(experiment: str, arm: str, found: list[Operand]) -> list[Operand]:
+    """The best case of each seed, as one operand; none until every case that is planned was run."""
+    cases = {one.name.partition("/")[2]: one for one in found}
+    ends = {case: one.last("holdout_accuracy") for case, one in cases.items()}
+    chosen = family.choose(ends)
+    if not chosen or not family.planned(experiment, arm) <= cases.keys():
         return []
-    chosen = max(found, key=lambda one: sum(one.last("holdout_accuracy")[seed] for seed in common))
-    return [replace(chosen, best=True)]
+    curves: Curves = {}
+    manifests: Manifests = {}
+    for seed, case in chosen.items():
+        for kind in ("teacher", arm):
+            if seed in cases[case].curves.get(kind, {}):
+                curves.setdefault(kind, {})[seed] = cases[case].curves[kind][seed]
+                manifests.setdefault(kind, {})[seed] = cases[case].manifests[kind][seed]
+    apart = tuple(dict.fromkeys(setting for one in found for setting in one.apart))
+    said = ", ".join(f"{case} ({n} of {len(chosen)} seeds)" for case, n in Counter(chosen.values()).items())
+    return [Operand(f"{experiment}/best", arm, curves, manifests, apart, f"best of {len(cases)} for {arm}: {said}")]
 
 
 def _final(of: list[Operand], against: list[Operand]) -> Estimate | None:
@@ -155,6 +170,11 @@ def _accuracy(of: list[Operand]) -> Estimate | None:
 def _start(of: list[Operand], against: list[Operand]) -> Estimate | None:
     first = {seed: curve[0]["test_accuracy"] for seed, curve in _one(of).runs.items()}
     return _difference(first, _one(against).last("test_accuracy"))
+
+
+def _lowest(of: list[Operand], against: list[Operand]) -> Estimate | None:
+    lowest = {seed: min(point["test_accuracy"] for point in curve) for seed, curve in _one(of).runs.items()}
+    return _difference(lowest, _one(against).last("test_accuracy"))
 
 
 def _average(of: list[Operand], against: list[Operand]) -> Estimate | None:
@@ -185,32 +205,48 @@ def _steps(of: list[Operand], against: list[Operand]) -> Estimate | None:
         target = report.target_accuracy(mine.curves, mine.arm, seed, target_arm)
         if target is not None:
             costs.append((_first(mine.runs[seed], target), _first(theirs.runs[seed], target)))
-    return statistics.log_ratio(costs) if costs else None
+    return _ratio(costs, {"never within the run": [one.side == 1 for one, _ in costs]})
 
 
 def _first(curve: list[Point], target: float) -> Reached:
-    step = report.steps_to(curve, target)
-    if step is None:
+    at = report.reach(curve, target)
+    if at is None:
         return Reached(curve[-1]["step"], 1)
-    return Reached(step) if step else Reached(curve[1]["step"], -1)  # at once: no more than the shortest time seen
+    # At once: no more than the shortest time seen.
+    return Reached(at["step"]) if at["step"] else Reached(curve[1]["step"], -1)
 
 
 def _budget(of: list[Operand], against: list[Operand], teacher: bool = False) -> Estimate | None:
     """Of the training FLOPs that `of` needs, annealed over its own budget, for what `against` ends with, to its own."""
     goal = _one(against)
     costs: list[tuple[Reached, Reached]] = []
-    for seed in sorted(goal.runs):
-        points = sorted(
-            (case.cost(seed, teacher), case.last("test_accuracy")[seed]) for case in of if seed in case.runs
-        )
+    untrained: list[bool] = []
+    for seed, target in sorted(goal.last("test_accuracy").items()):
+        run = [case for case in of if seed in case.runs]
+        points = sorted((case.cost(seed, teacher), case.last("test_accuracy")[seed]) for case in run)
         if points and not any(math.isnan(cost) for cost in (goal.cost(seed, teacher), *dict(points))):
-            reached = statistics.crossing(points, goal.last("test_accuracy")[seed])
-            costs.append((reached, Reached(goal.cost(seed, teacher))))
-    return statistics.log_ratio(costs) if costs else None
+            costs.append((statistics.crossing(points, target), Reached(goal.cost(seed, teacher))))
+            untrained.append(any(case.runs[seed][0]["test_accuracy"] >= target for case in run))
+    notes = {
+        "not with the largest budget": [one.side == 1 for one, _ in costs],
+        "with the smallest budget already": [
+            one.side == -1 and not there for (one, _), there in zip(costs, untrained, strict=True)
+        ],
+        "untrained already": untrained,
+    }
+    return _ratio(costs, notes)
 
 
 def _total_budget(of: list[Operand], against: list[Operand]) -> Estimate | None:
     return _budget(of, against, teacher=True)
+
+
+def _ratio(costs: list[tuple[Reached, Reached]], notes: dict[str, list[bool]]) -> Estimate | None:
+    """Of one cost to the other; with what is to be said of some of the seeds."""
+    if not costs:
+        return None
+    said = [f"{note} in {sum(seeds)} of {len(seeds)}" for note, seeds in notes.items() if any(seeds)]
+    return replace(statistics.log_ratio(costs), note=", ".join(said))
 
 
 def _one(side: list[Operand]) -> Operand:
@@ -241,6 +277,7 @@ MEASURES = {
     "accuracy": Measure(_accuracy, "% test accuracy"),
     "final": Measure(_final, "points of final test accuracy"),
     "start": Measure(_start, "points of test accuracy at step 0, over the final one of the other"),
+    "lowest": Measure(_lowest, "points of test accuracy at its lowest, over the final one of the other"),
     "average": Measure(_average, "points of holdout accuracy, on average over training"),
     "mismatch": Measure(_mismatch, "% of the test images are classified otherwise"),
     "steps": Measure(_steps, "× the steps to the target", ratio=True),
@@ -259,9 +296,11 @@ def shown(found: Estimate, measure: str, unit: bool = True) -> str:
         for value in (found.mean, found.low, found.high)
     )
     ends = {(True, True): f" ({low} to {high})", (True, False): f" (from {low})", (False, True): f" (up to {high})"}
-    bound = {(): "", (-1,): "≤ ", (1,): "≥ ", (-1, 1): "bounded from neither side: "}[found.sides]
+    open_ = {-1, 1} & set(found.sides)
+    bound = "about " if len(open_) == 2 else "≤ " if -1 in open_ else "≥ " if 1 in open_ else ""
     words = f" {kind.unit}" if unit else ""
-    return f"{bound}{mean}{words}{ends.get((low is not None, high is not None), '')}, n = {found.n}"
+    note = f" ({found.note})" if found.note else ""
+    return f"{bound}{mean}{words}{ends.get((low is not None, high is not None), '')}, n = {found.n}{note}"
 
 
 def _takes(found: Estimate, low: float, high: float, headline: bool) -> str:

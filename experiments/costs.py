@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import report
-from .report import Curves, Point
+from .report import Curves
 
 COLUMNS = ("step", "examples", "flops", "seconds")
 
@@ -32,22 +32,15 @@ def costs(curves: Curves, target_arm: str) -> list[Cost]:
             if target is None:
                 continue
             n += 1
-            point = next((point for point in curve if point["holdout_accuracy"] >= target), None)
+            point, past = report.reach(curve, target), report.before(curves, arm, seed)
             if point is not None:
                 own.append({column: point[column] for column in COLUMNS})
-                total.append(_with_teacher(curves, arm, seed, point))
+                total.append(past and {column: point[column] + past[column] for column in COLUMNS})
         known = [one for one in total if one is not None]
         if n:
             # A mean over some of the seeds would not be comparable with the one beside it.
             found.append(Cost(arm, len(own), n, _mean(own), _mean(known) if len(known) == len(own) else {}))
     return found
-
-
-def _with_teacher(curves: Curves, arm: str, seed: int, point: Point) -> dict[str, float] | None:
-    if report.split_arm(arm)[1] not in report.STARTS_FROM_TEACHER:
-        return {column: point[column] for column in COLUMNS}
-    teacher = curves.get("teacher", {}).get(seed)
-    return None if teacher is None else {column: point[column] + teacher[-1][column] for column in COLUMNS}
 
 
 def _mean(values: list[dict[str, float]]) -> dict[str, float]:

@@ -1,13 +1,14 @@
-"""An experiment with cases, as a whole: its table, the best case of each arm, and the budgets of a frontier."""
+"""An experiment with cases, as a whole: its table, and the best case of each arm."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from . import claims, report, statistics
-from .config import CONFIGS
-from .report import Curves, Manifests, Spread
+from . import report, statistics
+from .config import ARMS, CONFIGS
+from .report import Curves, Manifests, Results, Spread
 from .statistics import Estimate
 
 Cases = dict[str, tuple[Curves, Manifests]]  # name of the case -> what was run
@@ -26,7 +27,7 @@ class Line:
     flops_total: float | None  # with its teacher's
 
 
-def families(results: Mapping[str, tuple[Curves, Manifests]]) -> dict[str, Cases]:
+def families(results: Results) -> dict[str, Cases]:
     """The experiments that have cases, and these in the order of their configuration."""
     found: dict[str, Cases] = {}
     for name in results:
@@ -37,9 +38,22 @@ def families(results: Mapping[str, tuple[Curves, Manifests]]) -> dict[str, Cases
 
 
 def _ordered(experiment: str, cases: Cases) -> list[str]:
-    path = CONFIGS / "experiment" / f"{experiment}.yaml"
-    written = list(OmegaConf.load(path).get("cases") or {}) if path.is_file() else []  # pyright: ignore
+    written = list(_written(experiment).get("cases") or {})
     return sorted(cases, key=lambda case: (written.index(case) if case in written else len(written), case))
+
+
+def planned(experiment: str, arm: str) -> set[str]:
+    """The cases of the configuration that have this arm."""
+    written = _written(experiment)
+    cases: dict[str, Any] = written.get("cases") or {}
+    arms = {case: changes.get("arms", written.get("arms", ARMS)) for case, changes in cases.items()}
+    return {case for case in cases if report.split_arm(arm)[1] in arms[case]}
+
+
+def _written(experiment: str) -> dict[str, Any]:
+    path = CONFIGS / "experiment" / f"{experiment}.yaml"
+    found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    return found
 
 
 def lines(cases: Cases) -> list[Line]:
@@ -59,44 +73,34 @@ def lines(cases: Cases) -> list[Line]:
 
 def best(cases: Cases) -> dict[str, tuple[str, float]]:
     """The case that each arm ends best in on the holdout images, and how, over the seeds that all its cases have."""
-    results = {f"family/{case}": loaded for case, loaded in cases.items()}
     arms = report.ordered({arm for curves, _ in cases.values() for arm in curves if arm != "teacher"})
     found: dict[str, tuple[str, float]] = {}
     for arm in arms:
-        for chosen in claims.operands(results, f"family/best:{arm}"):
-            accuracy = report.spread(list(chosen.last("holdout_accuracy").values())).mean
-            found[arm] = chosen.name.partition("/")[2], accuracy
+        ends = holdout_ends(cases, arm)
+        common = set.intersection(*(set(seeds) for seeds in ends.values()))
+        if common:
+            means = {case: report.spread([seeds[seed] for seed in common]).mean for case, seeds in ends.items()}
+            found[arm] = max(means.items(), key=lambda entry: entry[1])
     return found
 
 
-def is_frontier(cases: Cases) -> bool:
-    """Whether the cases are the budgets of the same arms."""
-    lengths = [report.own(manifests)[0]["config"]["schedule"]["epochs"] for _, manifests in cases.values()]
-    raced = all({"net2net", "random_init"} <= set(curves) for curves, _ in cases.values())
-    return raced and len(cases) > 1 and len(set(lengths)) == len(lengths)
+def holdout_ends(cases: Cases, arm: str) -> dict[str, dict[int, float]]:
+    """The holdout accuracy that the arm ends with, by case and seed."""
+    return {
+        case: {seed: curve[-1]["holdout_accuracy"] for seed, curve in curves[arm].items()}
+        for case, (curves, _) in cases.items()
+        if arm in curves
+    }
 
 
-def budgets(name: str, cases: Cases) -> tuple[list[str], list[list[str]]]:
-    """For each budget of random_init: which share of it each arm needs to end as well, annealed over its own budget.
+def choose(ends: Mapping[str, Mapping[int, float]]) -> dict[int, str]:
+    """For each seed that all cases have, the case that is best in the mean of the others; of a sole seed, in it.
 
-    Beside it what a single shared schedule says: steps until net2net's holdout accuracy is what random_init ends with.
+    What is chosen by the accuracy of a network and then measured on the same network is flattered by its luck.
     """
-    results = {f"{name}/{case}": loaded for case, loaded in cases.items()}
-    arms = [arm for arm in ("net2net", "random_pad", "teacher_continued") if any(arm in c for c, _ in cases.values())]
-    heads = [
-        "budget of `random_init`",
-        *(f"`{arm}`" for arm in arms),
-        "`net2net`, teacher's included",
-        "`net2net`, read as a curve",
-    ]
-    table: list[list[str]] = []
-    for case in cases:
-        goal = f"{name}/{case}:random_init"
-        asked = [("budget", f"{name}:{arm}") for arm in arms]
-        asked += [("total_budget", f"{name}:net2net"), ("steps", f"{name}/{case}:net2net")]
-        texts: list[str] = []
-        for measure, of in asked:
-            found = claims.measured(measure, results, of, goal)[0]
-            texts.append("–" if found is None else claims.shown(found, measure, unit=False))
-        table.append([case, *texts])
-    return heads, table
+    common = set.intersection(*(set(seeds) for seeds in ends.values())) if ends else set[int]()
+    chosen: dict[int, str] = {}
+    for seed in sorted(common):
+        others = common - {seed} or {seed}
+        chosen[seed] = max(ends, key=lambda case: sum(ends[case][other] for other in others))
+    return chosen

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.files import write
-from experiments.report import Curves, flops_unit, load, name, ordered, split_arm, spread, teacher_flops
+from experiments.report import Curves, before, flops_unit, load, name, ordered, split_arm, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,14 +56,14 @@ def band(curves: Curves, arm: str, column: str) -> tuple[list[float], ...]:
     where an arm starts from a teacher that `curves` lacks.
     """
     seeds = curves[arm]
-    before = [math.nan if (f := teacher_flops(curves, arm, seed)) is None else f for seed in seeds]
+    spent = [math.nan if (point := before(curves, arm, seed)) is None else point["flops"] for seed in seeds]
     by_step = [{point["step"]: point for point in curve} for curve in seeds.values()]
     lines: tuple[list[float], ...] = ([], [], [], [], [])
     for step in sorted(set.intersection(*(set(points) for points in by_step))):
         values = [100 * points[step][column] for points in by_step]
         if any(math.isnan(value) for value in values):
             continue
-        total = [points[step]["flops"] + past for points, past in zip(by_step, before, strict=True)]
+        total = [points[step]["flops"] + past for points, past in zip(by_step, spent, strict=True)]
         value = spread(values)
         for line, number in zip(
             lines, (step, math.fsum(total) / len(total), value.mean, value.low, value.high), strict=True

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import family, report
 from .figure import FORMATS, LOOKS, MARKERS, band, canvas, save
+from .frontier import is_frontier
 from .report import flops_unit, ordered
 from .statistics import Estimate
 
@@ -18,7 +19,7 @@ CASES = [*LOOKS.values(), ("#009e73", (0, (3, 1, 1, 1)), "P")]  # colour, line a
 
 def draw_family(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Writes the figure of an experiment with cases to `path` + .png and .svg, and returns those paths."""
-    return (_frontier if family.is_frontier(cases) else _ends)(name, cases, path, formats)
+    return (_frontier if is_frontier(cases) else _ends)(name, cases, path, formats)
 
 
 def _frontier(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...]) -> list[Path]:

@@ -9,49 +9,19 @@ from typing import Any
 from . import costs, family, report
 from .claims import Finding
 from .config import ARMS, flatten
+from .frontier import budgets, is_frontier
+from .report import Results
+from .settings import PER_RUN, distinct, mixed
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS, Estimate
 
 COMMAND = "python scripts/figures.py"
-# Settings that may differ between seeds of one experiment without making their mean meaningless.
-_PER_RUN = {
-    "seed",
-    "arms",
-    "claim",
-    "device",
-    "logger",
-    "runs",
-    "checkpoint_seconds",
-    "data.root",
-    "data.cache",
-    "data.workers",
-}
-
 PAPER = {"wider_inception": 4, "deeper_inception": 5, "design_space": 6}  # experiment -> figure of the paper
-
-Results = Mapping[str, tuple[report.Curves, report.Manifests]]
 
 
 def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
     """A Markdown table whose first column is left-aligned and the others right-aligned."""
     rule = [":--"] + ["--:"] * (len(heads) - 1)
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
-
-
-def mixed_settings(records: list[dict[str, Any]]) -> list[str]:
-    """`schedule.lr (0.01, 0.02)` for each setting that should be the same in all curves and is not."""
-    # A precision of "auto" is another one on another device.
-    settings = [flatten(record["config"]) | {"precision": record["precision"]} for record in records]
-    result: list[str] = []
-    for key in dict.fromkeys(key for one in settings for key in one):
-        values = distinct(one.get(key) for one in settings)
-        if key not in _PER_RUN and len(values) > 1:
-            result.append(f"`{key}` ({', '.join(values)})")
-    return result
-
-
-def distinct(values: Iterable[Any]) -> list[str]:
-    """The different ones among `values` as text, in order of appearance."""
-    return list(dict.fromkeys(str(value) for value in values))
 
 
 def data_phrase(record: dict[str, Any]) -> str:
@@ -79,7 +49,7 @@ def schedule_phrase(configs: list[dict[str, Any]]) -> str:
 def case_phrase(cases: family.Cases) -> str:
     """What the cases change."""
     settings = {case: flatten(report.own(manifests)[0]["config"]) for case, (_, manifests) in cases.items()}
-    keys = dict.fromkeys(key for one in settings.values() for key in one if key not in ("case", *_PER_RUN - {"arms"}))
+    keys = dict.fromkeys(key for one in settings.values() for key in one if key not in ("case", *PER_RUN - {"arms"}))
     varied = [key for key in keys if len(distinct(one.get(key) for one in settings.values())) > 1]
     return "; ".join(
         f"`{case}`: " + ", ".join(f"{key} {one.get(key)}" for key in varied) for case, one in settings.items()
@@ -143,9 +113,9 @@ def bullets(found: Mapping[str, str]) -> str:
 def section(name: str, curves: report.Curves, manifests: report.Manifests) -> str:
     """The part of results/README.md on an experiment without cases."""
     found = facts([manifests])
-    mixed = mixed_settings(report.own(manifests))
-    if mixed:
-        found["Not all curves share"] = ", ".join(mixed)
+    apart = mixed(report.own(manifests))
+    if apart:
+        found["Not all curves share"] = ", ".join(apart)
     target = report.target_arm(manifests)
     heads, lines = report.cells(report.summarise(curves, target), manifests)
     as_printed = (
@@ -175,7 +145,7 @@ def code_first(lines: list[list[str]]) -> list[list[str]]:
 
 def family_section(name: str, cases: family.Cases) -> str:
     """The part of results/README.md on an experiment with cases."""
-    frontier = family.is_frontier(cases)
+    frontier = is_frontier(cases)
     shown = "Accuracy against training budget" if frontier else "Accuracy of each case"
     parts = [
         f"## {name}",
@@ -184,7 +154,7 @@ def family_section(name: str, cases: family.Cases) -> str:
         f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
     ]
     if frontier:
-        heads, lines = family.budgets(name, cases)
+        heads, lines = budgets(name, cases)
         parts += [
             """Which share of a budget of `random_init` an arm needs to end as well as it does: the geometric mean over
 seeds, its 95 % interval, n. Between the budgets that were run it is interpolated; ≤ and ≥ stand where the smallest

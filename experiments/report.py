@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Point = dict[str, float]  # column of curve.csv -> value; NaN where the cell is empty
 Curves = dict[str, dict[int, list[Point]]]
 Manifests = dict[str, dict[int, dict[str, Any]]]
+Results = Mapping[str, tuple[Curves, Manifests]]  # experiment, or experiment/case -> what was run
 
 COLUMNS: tuple[str, ...] = (
     *("step", "epoch", "examples", "seconds", "flops"),
@@ -177,12 +178,12 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(math.fsum(values) / len(values), min(values), max(values))
 
 
-def teacher_flops(curves: Curves, arm: str, seed: int) -> float | None:
-    """Training FLOPs before `arm` began: its teacher's, zero for a fresh start; None if there is no teacher."""
+def before(curves: Curves, arm: str, seed: int) -> Point | None:
+    """What was spent before `arm` began: where its teacher ended, zeros for a fresh start; None without the teacher."""
     if split_arm(arm)[1] not in STARTS_FROM_TEACHER:
-        return 0.0
+        return dict.fromkeys(COLUMNS, 0.0)
     teacher = curves.get("teacher", {}).get(seed)
-    return teacher[-1]["flops"] if teacher else None
+    return teacher[-1] if teacher else None
 
 
 def target_accuracy(curves: Curves, arm: str, seed: int, target_arm: str) -> float | None:
@@ -198,9 +199,13 @@ def target_accuracy(curves: Curves, arm: str, seed: int, target_arm: str) -> flo
     return same[-1]["holdout_accuracy"] if same else None
 
 
-def steps_to(curve: list[Point], target: float) -> float | None:
-    """The first evaluated step whose holdout accuracy is at least `target`; None if there is none."""
-    return next((point["step"] for point in curve if point["holdout_accuracy"] >= target), None)
+def reach(curve: list[Point], target: float) -> Point | None:
+    """The first evaluation whose holdout accuracy is at least `target`, as is the next one's; None if there is none.
+
+    One evaluation alone may be above by chance. After the last one there is no next.
+    """
+    above = [point["holdout_accuracy"] >= target for point in curve]
+    return next((point for i, point in enumerate(curve) if all(above[i : i + 2])), None)
 
 
 def summarise(curves: Curves, target_arm: str) -> list[Row]:
@@ -210,10 +215,10 @@ def summarise(curves: Curves, target_arm: str) -> list[Row]:
         seeds = curves[arm]
         targets = {seed: target_accuracy(curves, arm, seed, target_arm) for seed in seeds}
         aims = {seed: target for seed, target in targets.items() if target is not None}
-        steps = [s for seed, target in aims.items() if (s := steps_to(seeds[seed], target)) is not None]
-        before = [teacher_flops(curves, arm, seed) for seed in seeds]
+        steps = [at["step"] for seed, target in aims.items() if (at := reach(seeds[seed], target)) is not None]
+        past = [before(curves, arm, seed) for seed in seeds]
         own = [curve[-1]["flops"] for curve in seeds.values()]
-        total = [mine + theirs for mine, theirs in zip(own, before, strict=True) if theirs is not None]
+        total = [mine + theirs["flops"] for mine, theirs in zip(own, past, strict=True) if theirs is not None]
         rows.append(
             Row(
                 arm=arm,

@@ -28,7 +28,8 @@ class Estimate:
     low: float
     high: float
     values: tuple[float, ...]
-    sides: tuple[int, ...] = ()  # on which sides of some values the truth may lie: -1 below, 1 above
+    sides: tuple[int, ...] = ()  # for each value, if some are bounds: the truth is no more (-1) or no less (1) than it
+    note: str = ""  # what a reader should know beside the numbers
 
     @property
     def n(self) -> int:
@@ -87,16 +88,20 @@ def quantile(level: float, n: int, sides: int = 2) -> float:
 def verdict(found: Estimate, low: float, high: float, headline: bool = False) -> str:
     """Whether the mean lies from `low` to `high`: "holds" if all of its interval does, "fails" if none of it does.
 
-    Else, and whenever there are fewer seeds than a claim or a headline takes, "undecided".
+    Where every seed gives a bound only, all on one side, it is the bounds that must lie there: what was not reached
+    with all that was spent costs more. Else, and whenever there are fewer seeds than a claim or a headline takes,
+    "undecided".
     """
     if found.n < (HEADLINE_SEEDS if headline else CLAIM_SEEDS):
         return "undecided"
-    if low <= found.low and found.high <= high:
+    bottom, top = found.low, found.high
+    if set(found.sides) == {1}:
+        bottom, top = math.nextafter(min(found.values), math.inf), math.inf
+    elif set(found.sides) == {-1}:
+        bottom, top = -math.inf, math.nextafter(max(found.values), -math.inf)
+    if low <= bottom and top <= high:
         return "holds"
-    # What was not reached with all that was spent costs more: such a bound is outside what it touches.
-    if found.high < low or found.low > high or (found.low == high and 1 in found.sides):
-        return "fails"
-    return "undecided"
+    return "fails" if top < low or bottom > high else "undecided"
 
 
 def seeds_needed(found: Estimate, low: float, high: float, headline: bool = False) -> int | None:
@@ -140,10 +145,12 @@ def log_ratio(costs: Sequence[tuple[Reached, Reached]]) -> Estimate:
     may lie: the mean of what is no less than the truth is no less than the truth's.
     """
     found = estimate([math.log(one.cost / other.cost) for one, other in costs])
-    sides = {side for one, other in costs for side in (one.side, -other.side)}
+    sides = [{one.side, -other.side} - {0} for one, other in costs]
+    either = set().union(*sides)
     return replace(
         found,
-        low=-math.inf if -1 in sides else found.low,
-        high=math.inf if 1 in sides else found.high,
-        sides=tuple(sorted(sides - {0})),
+        low=-math.inf if -1 in either else found.low,
+        high=math.inf if 1 in either else found.high,
+        # Of a quotient of bounds that is open on both sides nothing is known.
+        sides=tuple(min(side) if len(side) == 1 else 0 for side in sides) if either else (),
     )

@@ -19,7 +19,8 @@ from experiments.family import families
 from experiments.figure import draw, draw_paper
 from experiments.figure_cases import draw_family
 from experiments.files import write
-from experiments.pages import PAPER, Results, results_readme, summary, trials
+from experiments.pages import PAPER, results_readme, summary, trials
+from experiments.report import Results
 
 
 def fill_block(readme: Path, name: str, text: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import claims, pages
+from experiments import claims, family, pages, report
 from experiments.claims import Claim, judge, read_claims
 from experiments.config import Config, ExperimentError
 from experiments.report import COLUMNS, Point, split_arm
@@ -112,7 +112,31 @@ def test_steps_to_the_target_and_targets_that_are_never_reached() -> None:
     assert found["fast"].shown == "0.33 × the steps to the target (0.33 to 0.33), n = 3"
     assert found["ahead"].shown == "≤ 0.33 × the steps to the target (up to 0.33), n = 3"
     assert found["once"].verdict == "undecided (a larger or smaller budget, not more seeds)"
-    assert found["never"].shown.startswith("≥ 1.00 × the steps")
+    assert found["never"].shown == (
+        "≥ 1.00 × the steps to the target (from 1.00), n = 3 (never within the run in 3 of 3)"
+    )
+
+
+def test_one_evaluation_above_the_target_alone_is_not_enough() -> None:
+    points = curve([0.1, 0.7, 0.6, 0.7, 0.8])
+    at = report.reach(points, 0.7)
+    assert at is not None and at["step"] == 30
+    assert report.reach(points[:2], 0.7) is points[1]  # the last: there is no next
+    assert report.reach(points, 0.9) is None
+
+
+def test_runs_of_different_settings_are_not_judged_together() -> None:
+    made = results({"e": {"net2net": [[0, 0.6]] * 3, "random_init": [[0, 0.5]] * 3}})
+    assert judge(claim("final", "e:net2net", "e:random_init"), made).verdict == "holds"
+    made["e"][1]["random_init"][2]["config"]["schedule"] = {"lr": 0.5}
+    said = judge(claim("final", "e:net2net", "e:random_init"), made).verdict
+    assert said == "undecided (its seeds differ in `schedule.lr` (None, 0.5))"
+
+
+def test_the_lowest_point_of_a_curve_against_where_its_teacher_ended() -> None:
+    made = results({"e": {"net2net": [[0.6, 0.5, 0.7]] * 3, "teacher": [[0.1, 0.6]] * 3}})
+    found = judge(claim("lowest", "e:net2net", "e:teacher", above=-0.5), made)
+    assert (found.verdict, found.shown[:6]) == ("fails", "-10.00")
 
 
 def frontier(net2net: list[float], random_init: list[float], seeds: int = 3) -> claims.Results:
@@ -138,7 +162,13 @@ def test_the_budget_is_interpolated_between_those_that_were_run() -> None:
     other = judge(claim("budget", "f:random_init", "f/4ep:net2net", above=1), made)
     assert (other.verdict, other.shown) == (
         "holds",
-        "≥ 1.00 × the budget (from 1.00), n = 3",
+        "≥ 1.00 × the budget (from 1.00), n = 3 (not with the largest budget in 3 of 3)",
+    )
+    for cases in made.values():  # at the target before it is trained
+        for points in cases[0]["net2net"].values():
+            points[0]["test_accuracy"] = 0.56
+    assert judge(claim("budget", "f:net2net", "f/2ep:random_init", below=1), made).shown.endswith(
+        "(untrained already in 3 of 3)"
     )
 
 
@@ -149,7 +179,29 @@ def test_the_best_case_is_chosen_on_the_holdout_and_measured_on_the_test_images(
     for points in made["t/mid"][0]["net2net"].values():
         points[-1]["holdout_accuracy"] = 0.9
     found = judge(claim("final", "t/best:net2net", "t/high:net2net"), made)
-    assert found.shown == "-10.00 points of final test accuracy (-10.00 to -10.00), n = 3; best: t/mid"
+    assert found.shown == (
+        "-10.00 points of final test accuracy (-10.00 to -10.00), n = 3; best of 3 for net2net: mid (3 of 3 seeds)"
+    )
+
+
+def test_the_best_case_of_a_seed_is_that_of_the_others() -> None:
+    # Each case has luck in one seed. Chosen by the same seed, it would look a hundred times as good.
+    lucky = {case: {seed: 0.5 + 0.1 * (seed == place) for seed in range(3)} for place, case in enumerate("abc")}
+    assert all(lucky[case][seed] == 0.5 for seed, case in family.choose(lucky).items())
+    assert family.choose({"a": {0: 0.5}, "b": {0: 0.6}}) == {0: "b"}
+    assert family.choose({"a": {0: 0.5, 1: 0.5}, "b": {1: 0.4}}) == {1: "a"}  # of the seeds that all have
+    assert family.choose({}) == {}
+
+
+def test_the_best_case_is_not_known_until_all_were_run() -> None:
+    cases = family.planned("ablation_rate", "net2net")
+    assert cases == {"x0.03", "x0.1", "x0.3", "x1", "x3"}
+    made = results({f"ablation_rate/{case}": {"net2net": [[0, 0.5]] * 3} for case in cases})
+    said = claim("final", "ablation_rate/x0.1:net2net", "ablation_rate/best:net2net", above=-0.5)
+    assert judge(said, made).verdict == "holds"
+    del made["ablation_rate/x3"]
+    assert judge(said, made).verdict == "not run"
+    assert family.planned("grow_schedule", "random_init") == {"start", "start_half", "start_double"}
 
 
 def test_average_accuracy_is_an_area() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import simulated
 
-from experiments import costs, family, figure_cases, pages, report
+from experiments import costs, family, figure_cases, frontier, pages, report
 from experiments.config import Config
 from scripts import claims, figures, rates
 
@@ -122,8 +122,8 @@ def test_cases_are_in_the_order_of_their_configuration(results: Path) -> None:
     found = read(results)
     assert list(found["frontier_wider"]) == ["1ep", "2ep", "4ep", "8ep", "16ep"]
     assert list(found["ablation_rate"]) == ["x0.03", "x0.1", "x0.3", "x1", "x3"]
-    assert list(found["grow_schedule"])[:4] == ["start", "start_half", "start_double", "quarter"]
-    assert {name for name, cases in found.items() if family.is_frontier(cases)} == {"frontier_wider"}
+    assert list(found["grow_schedule"])[:4] == ["start", "start_half", "start_double", "never"]
+    assert {name for name, cases in found.items() if frontier.is_frontier(cases)} == {"frontier_wider"}
 
 
 def test_a_line_of_a_case_is_that_of_its_curves(results: Path) -> None:
@@ -147,10 +147,10 @@ def test_commands_that_differ_in_seed_and_case_alone_are_one_sweep() -> None:
 
 
 def test_the_budgets_of_a_frontier(results: Path) -> None:
-    heads, table = family.budgets("frontier_wider", read(results)["frontier_wider"])
+    heads, table = frontier.budgets("frontier_wider", read(results)["frontier_wider"])
     assert [line[0] for line in table] == ["1ep", "2ep", "4ep", "8ep", "16ep"]
     cells = dict(zip(heads, table[0], strict=True))
-    assert cells["`net2net`"] == "≤ 1.00 (up to 1.00), n = 3"  # one epoch is the smallest budget
+    assert cells["`net2net`"] == "≤ 1.00 (up to 1.00), n = 3 (untrained already in 3 of 3)"
     middle = dict(zip(heads, table[2], strict=True))
     mean, low, high = (float(x) for x in re.findall(r"\d\.\d\d", middle["`net2net`"]))
     assert low < mean < high < 1  # by the formula, net2net is ahead by three hundredths, an epoch's worth

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments import figure, pages, report
+from experiments import figure, pages, report, settings
 from experiments.config import ExperimentError
 from scripts import collect, figures
 
@@ -429,11 +429,11 @@ def test_a_line_for_each_student_in_the_summary() -> None:
 
 def test_curves_of_other_settings_are_told() -> None:
     records = [manifest("wider", "net2net", seed, b"") for seed in (0, 1)]
-    assert pages.mixed_settings(records) == []
+    assert settings.mixed(records) == []
     records[1]["config"]["schedule"]["lr"] = 0.02
     records[1]["config"]["data"]["root"] = "elsewhere"  # where the images lie changes nothing
     records[1]["precision"] = "float32"
-    assert pages.mixed_settings(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
+    assert settings.mixed(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
 
 
 def test_a_result_that_was_edited_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
