@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,11 @@ LOOKS: dict[str, tuple[str, Any, str]] = {
 }
 STUDENT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 TEACHER: dict[str, Any] = {"color": "black", "linewidth": 1.0, "linestyle": (0, (4, 3))}
+PAPER = {  # experiment -> figure of the paper, and the arms in it
+    "wider_inception": (4, ("net2net", "random_pad", "random_init")),
+    "deeper_inception": (5, ("net2net", "random_init")),
+    "design_space": (6, ("net2net",)),
+}
 MARKERS = 7  # a curve carries about this many
 
 
@@ -108,21 +113,23 @@ def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORM
         panel(over_flops, curves, arms, "test_accuracy", "(d) test, by compute", flops=True)
         for ax in (over_steps, zoomed):
             ax.set_ylabel("accuracy (%)")
-        figure.suptitle(f"{title}: {seeds_phrase(curves)}", fontsize=10)
+        figure.suptitle(f"{title}: {seeds_phrase(map(len, curves.values()))}", fontsize=10)
         handles, labels = over_flops.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return save(figure, path, formats)
 
 
-def draw_paper(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Writes a figure as the paper has it (its figures 4 to 6): training and validation accuracy over training steps.
+def draw_paper(curves: Curves, name: str, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Writes an experiment as the paper's figure of it (4 to 6): training and validation accuracy over training steps.
 
-    With the arms of the paper alone; where a student was not trained from scratch, with the teacher's own curve,
+    With the arms of that figure alone; where a student was not trained from scratch, with the teacher's own curve,
     as in figure 6. The validation images are the test images here.
     """
+    number, raced = PAPER[name]
     with canvas() as new:
-        arms = [arm for arm in ordered(curves) if split_arm(arm)[1] in ("net2net", "random_pad", "random_init")]
-        scratch = any(split_arm(arm)[1] == "random_init" for arm in arms)
+        arms = [arm for arm in ordered(curves) if split_arm(arm)[1] in raced]
+        scratch = "random_init" in raced
+        title = f"Figure {number} of the paper, from {name}"
         figure = new(3.1)
         training, validation = figure.subplots(1, 2)
         for ax, column, heading in (
@@ -131,7 +138,7 @@ def draw_paper(curves: Curves, title: str, path: Path, formats: tuple[str, ...] 
         ):
             panel(ax, curves, arms, column, heading, teacher="" if scratch else "the original, from scratch")
         training.set_ylabel("accuracy (%)")
-        figure.suptitle(f"{title}\n{seeds_phrase({arm: curves[arm] for arm in arms})}", fontsize=10)
+        figure.suptitle(f"{title}\n{seeds_phrase(len(curves[arm]) for arm in arms)}", fontsize=10)
         handles, labels = validation.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return save(figure, path, formats)
@@ -197,13 +204,13 @@ def save(figure: "Figure", path: Path, formats: tuple[str, ...] = FORMATS) -> li
     return written
 
 
-def seeds_phrase(curves: Curves) -> str:
-    """How many seeds the curves are over, and what the band is."""
-    counts = sorted({len(seeds) for seeds in curves.values()})
-    if counts == [1]:
+def seeds_phrase(counts: Iterable[int], spread: str = "band from lowest to highest") -> str:
+    """How many seeds the lines are over, and what shows their spread."""
+    found = sorted(set(counts))
+    if found == [1]:
         return "one seed"
-    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    return f"mean over seeds ({n}), band from lowest to highest"
+    n = f"n = {found[0]}" if len(found) == 1 else f"n = {found[0]} to {found[-1]}"
+    return f"mean over seeds ({n}), {spread}"
 
 
 def draw_runs(experiment_dir: Path) -> Path:

@@ -5,16 +5,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import family, report
-from .figure import FORMATS, LOOKS, MARKERS, band, canvas, save
+from .figure import FORMATS, LOOKS, MARKERS, band, canvas, save, seeds_phrase
 from .frontier import is_frontier
 from .report import flops_unit, ordered
 from .statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-CASES = [*LOOKS.values(), ("#009e73", (0, (3, 1, 1, 1)), "P")]  # colour, line and marker of a case
+# Colour, line and marker of each case: none of an arm's, which the panel beside shows; from dark to light, for greys.
+CASES: list[tuple[str, Any, str]] = [
+    ("#440154", "-", "<"),
+    ("#3e4a89", (0, (5, 1.5)), "p"),
+    ("#26828e", (0, (1, 1)), "X"),
+    ("#1f9e6e", (0, (5, 1.2, 1, 1.2)), "h"),
+    ("#6cb33f", (0, (5, 1.2, 1, 1.2, 1, 1.2)), ">"),
+    ("#b5a400", (0, (3, 1, 1, 1)), "*"),
+]
 
 
 def draw_family(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
@@ -23,51 +32,46 @@ def draw_family(name: str, cases: family.Cases, path: Path, formats: tuple[str, 
 
 
 def _frontier(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...]) -> list[Path]:
-    """Test accuracy that each arm ends with against what it cost, on a logarithmic axis: a point a budget."""
+    """Test accuracy that each arm ends with against what it cost, on logarithmic axes: a point a budget."""
     lines = family.lines(cases)
-    budgets = {case: _budget(manifests) for case, (_, manifests) in cases.items()}
-    epochs = {case: number for case, (number, _) in budgets.items()}
     size, unit = flops_unit(max(line.flops_total or line.flops for line in lines))
     with canvas() as new:
         figure = new(3.3)
         own, total = figure.subplots(1, 2, sharey=True)
         for arm in ordered({line.arm for line in lines}):
             mine = [line for line in lines if line.arm == arm]
-            _interval_line(own, arm, [epochs[line.case] for line in mine], [line.final for line in mine])
+            ends = [line.final for line in mine]
+            _interval_line(own, arm, [line.flops / size for line in mine], ends)
             costs = [math.nan if line.flops_total is None else line.flops_total / size for line in mine]
-            _interval_line(total, arm, costs, [line.final for line in mine])
-        own.set_xscale("log", base=2)
-        own.set_xticks(list(epochs.values()), [f"{value:g}" for value in epochs.values()])
-        own.set_xlabel(f"training budget of the arm ({next(iter(budgets.values()))[1]})")
-        total.set_xscale("log", base=2)
-        total.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-        total.set_xlabel(f"training compute with teacher's ({unit})")
+            _interval_line(total, arm, costs, ends)
+        for ax, heading in ((own, "(a) by the arm's own compute"), (total, "(b) with the teacher's")):
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+            ax.set_xlabel(f"training compute ({unit})")
+            ax.set_title(heading, loc="left")
         own.set_ylabel("final test accuracy (%)")
-        own.set_title("(a) by the arm's own budget", loc="left")
-        total.set_title("(b) by all compute", loc="left")
-        figure.suptitle(f"{name}: {seeds_phrase(lines)}", fontsize=10)
+        _head(figure, f"{name}: budgets of {', '.join(cases)}", lines)
         handles, labels = own.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return save(figure, path, formats)
 
 
 def _ends(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...]) -> list[Path]:
-    """How net2net learns in each case, or where it starts if there are many; and how every arm of every case ends."""
+    """How net2net learns in each case, unless they are many; and how every arm of every case ends."""
     lines = family.lines(cases)
     arms = ordered({line.arm for line in lines})
     few = len(cases) <= len(CASES) and all("net2net" in curves for curves, _ in cases.values())
     with canvas() as new:
         figure = new(max(3.2, 1.5 + 0.3 * len(cases)))
-        left, right = figure.subplots(1, 2)
         if few:
+            left, right = figure.subplots(1, 2)
             _learning(left, cases)
+            left.set_title("(a) net2net, by step", loc="left")
+            right.set_title("(b) at the end", loc="left")
         else:
-            _rows(left, cases, lines, arms, start=True)
-            right.tick_params(labelleft=False)
-        _rows(right, cases, lines, arms)
-        left.set_title("(a) net2net, by step" if few else "(a) at step 0", loc="left")
-        right.set_title("(b) at the end", loc="left")
-        figure.suptitle(f"{name}: {seeds_phrase(lines)}", fontsize=10)
+            right = figure.subplots()
+        _rows(right, cases, lines, arms, costs=not few)
+        _head(figure, name, lines)
         handles, labels = right.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return save(figure, path, formats)
@@ -91,8 +95,8 @@ def _learning(ax: "Axes", cases: family.Cases) -> None:
     ax.legend(fontsize=7.5)
 
 
-def _rows(ax: "Axes", cases: family.Cases, lines: list[family.Line], arms: list[str], start: bool = False) -> None:
-    """Test accuracy at the end, or at the start, of every arm: a row a case, from above in their order."""
+def _rows(ax: "Axes", cases: family.Cases, lines: list[family.Line], arms: list[str], costs: bool) -> None:
+    """Test accuracy at the end of every arm: a row a case, from above in order; with its largest cost, if wanted."""
     heights = {case: len(cases) - place for place, case in enumerate(cases)}
     for arm in arms:
         colour, _, marker = LOOKS.get(report.split_arm(arm)[1], ("#000000", "-", "x"))
@@ -102,13 +106,22 @@ def _rows(ax: "Axes", cases: family.Cases, lines: list[family.Line], arms: list[
             line.case: [one for one in arms if any((x.case, x.arm) == (line.case, one) for x in lines)] for line in mine
         }
         rows = [heights[case] + 0.13 * ((len(there) - 1) / 2 - there.index(arm)) for case, there in beside.items()]
-        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "label": arm}
-        if start:
-            ax.plot([100 * line.start.mean for line in mine], rows, **look)
-        else:
-            middles, errors = _bars([line.final for line in mine])
-            ax.errorbar(middles, rows, xerr=errors, capsize=2, elinewidth=0.8, **look)
-    ax.set_yticks(list(heights.values()), list(heights))
+        middles, errors = _bars([line.final for line in mine])
+        ax.errorbar(
+            middles,
+            rows,
+            xerr=errors,
+            color=colour,
+            marker=marker,
+            linestyle="none",
+            capsize=2,
+            elinewidth=0.8,
+            label=arm,
+        )
+    size, unit = flops_unit(max(line.flops_total or line.flops for line in lines))
+    spent = {case: max(line.flops_total or line.flops for line in lines if line.case == case) / size for case in cases}
+    said = [f"{case}, {spent[case]:.3g} {unit} in all" if costs else case for case in cases]
+    ax.set_yticks(list(heights.values()), said)
     ax.set_ylim(0.4, len(cases) + 0.6)
     ax.set_xlabel("test accuracy (%)")
 
@@ -127,16 +140,6 @@ def _bars(found: list[Estimate]) -> tuple[list[float], list[list[float]]]:
     return [100 * one.mean for one in found], [[100 * x if math.isfinite(x) else 0.0 for x in side] for side in ends]
 
 
-def _budget(manifests: report.Manifests) -> tuple[float, str]:
-    """The budget of a case and its unit."""
-    duration = report.own(manifests)[0]["config"]["schedule"]["epochs"]
-    return float(duration[:-2]), {"ep": "epochs", "it": "steps"}[duration[-2:]]
-
-
-def seeds_phrase(lines: list[family.Line]) -> str:
-    """How many seeds the points are over, and what the bars are."""
-    counts = sorted({line.final.n for line in lines})
-    if counts == [1]:
-        return "one seed"
-    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    return f"mean over seeds ({n}), bars are 95 % intervals"
+def _head(figure: "Figure", title: str, lines: list[family.Line]) -> None:
+    said = seeds_phrase((line.final.n for line in lines), "bars are 95 % intervals")
+    figure.suptitle(f"{title}\n{said}", fontsize=10)

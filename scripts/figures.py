@@ -16,10 +16,10 @@ from experiments import report
 from experiments.claims import judge, read_claims
 from experiments.config import ExperimentError
 from experiments.family import families
-from experiments.figure import draw, draw_paper
+from experiments.figure import PAPER, draw, draw_paper
 from experiments.figure_cases import draw_family
 from experiments.files import write
-from experiments.pages import PAPER, results_readme, summary, trials
+from experiments.pages import results_readme, summary, trials
 from experiments.report import Results
 
 
@@ -55,8 +55,7 @@ def draw_all(folder: Path, results: Results) -> list[Path]:
         if "/" not in name:
             written += draw(curves, name, folder / "figures" / name)
         if name in PAPER:
-            title = f"Figure {PAPER[name]} of the paper, from {name}"
-            written += draw_paper(curves, title, folder / "figures" / f"paper_figure_{PAPER[name]}")
+            written += draw_paper(curves, name, folder / "figures" / f"paper_figure_{PAPER[name][0]}")
     for name, cases in families(results).items():
         written += draw_family(name, cases, folder / "figures" / name)
     return written
