@@ -121,7 +121,7 @@ def read(results: Path) -> dict[str, family.Cases]:
 def test_cases_are_in_the_order_of_their_configuration(results: Path) -> None:
     found = read(results)
     assert list(found["frontier_wider"]) == ["1ep", "2ep", "4ep", "8ep", "16ep"]
-    assert list(found["ablation_rate"]) == ["x0.03", "x0.1", "x0.3", "x1", "x3"]
+    assert list(found["ablation_rate"]) == ["x0.1", "x0.3", "x1", "x3", "x10"]
     assert list(found["grow_schedule"])[:4] == ["start", "start_half", "start_double", "never"]
     assert {name for name, cases in found.items() if frontier.is_frontier(cases)} == {"frontier_wider"}
 
