@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import TransferError
 from .filling import fill_new
 from .mapping import Plan
+from .ranges import moved
 from .record import Origin
 from .units import Example, Inputs, Layer, run
 
@@ -34,6 +35,7 @@ def check_identity(plan: Plan) -> None:
             continue
         if layer.kind == "scale" and "taps" not in layer.tensors:
             continue
+        _check_activations(plan, layer)
         kernel = plan.student.tensors[name].shape[2:]
         if layer.options.get("transposed"):
             raise TransferError(f"The new layer {name} cannot be an identity: it is a transposed convolution.")
@@ -51,13 +53,35 @@ def check_identity(plan: Plan) -> None:
             )
 
 
+def _check_activations(plan: Plan, layer: Layer) -> None:
+    """Raise TransferError if an activation behind a new layer changes some of what the teacher may pass through it."""
+    in_pairs = {carrier for bends in plan.bends.values() for carrier, _ in bends}
+    chains = plan.student.chains.get(layer.name, ())
+    if layer.name in in_pairs or not chains:
+        return
+    behind, around = {layer.name}, set(layer.sources)
+    while new := {name for name in around & plan.identity if name not in behind}:  # whose units it passes on
+        behind |= new
+        around |= {source for name in new for source in plan.student.layers[name].sources}
+    mine = [chain for name in around for chain in plan.student.chains.get(name, ())]
+    theirs = [chain for name in around for chain in plan.teacher.chains.get(plan.names.get(name) or "", ())]
+    for chain in chains:
+        if (change := moved(chain, layer.range, mine, theirs)) is not None:
+            raise TransferError(
+                f"The new layer {layer.name} cannot be an identity: the activation behind it is not idempotent on what "
+                f"the teacher may pass through (it makes {change[1]:.3g} of {change[0]:g}). Give it one that is, as "
+                "ReLU behind ReLU, or net2net.Blend, or, for one that units pass in pairs, twice the units."
+            )
+
+
 def _keeps_size(layer: Layer, kernel: tuple[int, ...]) -> bool:
     padding, dilation = layer.options["padding"], layer.options["dilation"]
     if isinstance(padding, str):
         return padding == "same"
     paddings = padding if isinstance(padding, (tuple, list)) else (padding,) * len(kernel)
     dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * len(kernel)
-    return all(2 * p == d * (k - 1) for p, d, k in zip(paddings, dilations, kernel, strict=True))
+    around = zip(paddings, dilations, kernel, layer.options["outer"], strict=True)
+    return all(2 * (p + outer) == d * (k - 1) for p, d, k, both in around for outer in both)
 
 
 def origins(plan: Plan) -> dict[str, Origin]:

@@ -43,7 +43,10 @@ class Passage:
         half = torch.linspace(0.25, 12.0, 8, dtype=torch.double)
         at = torch.cat([half, -half, torch.tensor([self.rest or 0.0], dtype=torch.double)])
         try:
-            positive, negative, rest = function(at).split([len(half), len(half), 1])
+            result = function(at)
+            if result.dtype != torch.double:  # a comparison, or another precision
+                return NOTHING
+            positive, negative, rest = result.split([len(half), len(half), 1])
         except (RuntimeError, TypeError, ValueError):  # it takes no such numbers
             return NOTHING
         known = None if self.rest is None else float(rest)

@@ -3,9 +3,10 @@
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from .blend import Blend
 from .describe import Description, Group, described
 from .errors import TransferError
 from .filling import parametrised
+from .record import Transfer
 from .transfer import transfer
 from .units import Example, Inputs, Trace, run, trace, unwrap
 
@@ -41,7 +43,8 @@ def widen(
     grow are left as they are.
 
     The model is left as it was; `split`, `noise` and `generator` are those of `transfer`, whose record is the copy's
-    `growth`. A width that the forward pass has as a number must be an attribute of a module, which then follows.
+    `growth` (`growth_` in a network that has a `growth` of its own). A width that the forward pass has as a number must
+    be an attribute of a module, which then follows.
 
     Raises TransferError if a name fits no layer, if its units cannot grow as asked, or if nothing can grow.
     """
@@ -52,24 +55,33 @@ def widen(
 
     parts = _parts(traced, groups)
 
-    def runs(factors: dict[int, float], trial: bool = True) -> nn.Module:
+    def runs(factors: dict[int, float], trial: bool = True, few: bool = True) -> tuple[nn.Module, bool]:
+        """A copy that runs, and whether it could also run with more of its numbers followed."""
         count = _counts(traced, parts, factors)
         copied = _resized(model, traced, count, trial)
         try:
             run(copied, inputs)
         except TransferError as error:
-            _let_numbers_follow(copied, traced, count)
+            followed = _let_numbers_follow(copied, traced, count)
             with suppress(TransferError):
                 run(copied, inputs)
-                return copied
+                return copied, few and not trial and _undo_idle(copied, inputs, followed)
             raise error
-        return copied
+        return copied, False
 
     def grown(factors: dict[int, float]) -> nn.Module:
-        copied = runs(factors, trial=False)
         draws = torch.Generator()
+        copied, more = runs(factors, trial=False)
         draws.set_state(state)
-        copied.growth = transfer(model, copied, example, generator=draws, split=split, noise=noise)  # type: ignore
+        try:
+            record = transfer(model, copied, example, generator=draws, split=split, noise=noise)
+        except TransferError:
+            if not more:
+                raise
+            copied, _ = runs(factors, trial=False, few=False)
+            draws.set_state(state)
+            record = transfer(model, copied, example, generator=draws, split=split, noise=noise)
+        _keep(copied, record)
         if generator is not None:
             generator.set_state(draws.get_state())
         return copied
@@ -84,12 +96,14 @@ def widen(
         raise TransferError(
             f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}."
         )
-    running, _ = _as_much_as_can_be(runs, {k: widths for k in free})  # a width written into the forward pass stays
+    running, _ = _as_much_as_can_be(
+        lambda factors: runs(factors)[0], {k: widths for k in free}
+    )  # a width written into the forward pass stays
     return _as_much_as_can_be(grown, running)[1]
 
 
 def _number(width: object, what: str) -> None:
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < float("inf"):
+    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < float("inf"):
         raise TransferError(f"{width!r} is no width: it is a factor (a float) or a number of units (an int).")
 
 
@@ -123,7 +137,7 @@ def _asked(groups: Description, widths: Mapping[str, float | int], second: list[
             name, group = next((name, groups.groups[k]) for k, name in fits.items())
             raise TransferError(f"{name} cannot grow from {group.width} units: {group.pinned}.")
         for k in free:
-            factor = width / groups.groups[k].width if isinstance(width, int) else width
+            factor = width / groups.groups[k].width if isinstance(width, Integral) else width
             if factor < 1:
                 raise TransferError(f"{free[k]} has {groups.groups[k].width} units: it cannot shrink to {width}.")
             factors[k] = max(factor, factors.get(k, 1.0))
@@ -192,8 +206,14 @@ def _copied(model: nn.Module, shared: bool = False) -> nn.Module:
     """A copy that knows of no growth, of parameters of its own or the same; attributes of those, which copying drops,
     stay on."""
     tensors = list(model.parameters()) if shared else []
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    copied.__dict__.pop("growth", None)
+    try:
+        copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except (TypeError, RuntimeError) as error:
+        raise TransferError(
+            f"{type(model).__name__} cannot be copied: {error}. Make the larger one yourself, and use net2net.transfer."
+        ) from error
+    for place in [place for place, held in vars(copied).items() if isinstance(held, Transfer)]:
+        del copied.__dict__[place]
     if shared:
         return copied
     theirs = dict(model.named_parameters())
@@ -201,6 +221,14 @@ def _copied(model: nn.Module, shared: bool = False) -> nn.Module:
         for tag, what in vars(theirs[name]).items():
             setattr(parameter, tag, what)
     return copied
+
+
+def _keep(copied: nn.Module, record: Transfer) -> None:
+    """The record is the copy's `growth`, or the next name that is not taken."""
+    place = "growth"
+    while hasattr(copied, place):
+        place += "_"
+    setattr(copied, place, record)
 
 
 def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
@@ -256,9 +284,10 @@ def _shape(traced: Trace, roots: Tensor, name: str, count: Tensor) -> torch.Size
     tensor = traced.tensors[name]
     shape = list(tensor.shape)
     if name in traced.values:
-        units = traced.values[name].reshape(tensor.shape)
+        units = roots[traced.values[name].reshape(tensor.shape)]
         for dim in range(tensor.dim()):
-            shape[dim] = max(shape[dim], round(float(count[roots[units]].sum(dim).max()))) if shape[dim] > 1 else 1
+            if not torch.equal(units, units.narrow(dim, 0, 1).expand_as(units)):  # not along positions
+                shape[dim] = max(shape[dim], round(float(count[units].sum(dim).max())))
         return torch.Size(shape)
     for dim in range(tensor.dim()):
         if dim == 1 and name in traced.inner:
@@ -342,9 +371,13 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
 _KNOWN = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
 
 
-def _let_numbers_follow(copied: nn.Module, traced: Trace, count: Tensor) -> None:
-    """Let whole numbers that modules of the user's own hold follow the widths in these modules that they are equal to,
-    where all of the widths that grow become the same."""
+Followed = dict[Hashable, list[tuple[nn.Module, str, Any, Any]]]  # modules, attributes, values before and after
+
+
+def _let_numbers_follow(copied: nn.Module, traced: Trace, count: Tensor) -> Followed:
+    """Let whole numbers that modules hold follow the widths in these modules that they are equal to, where all of the
+    widths that grow become the same; return what changed: torch's own modules by class, the user's by attribute."""
+    changed: Followed = defaultdict(list)
     sizes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # of a module -> before -> after
 
     def note(name: str, before: int, after: int) -> None:
@@ -366,10 +399,31 @@ def _let_numbers_follow(copied: nn.Module, traced: Trace, count: Tensor) -> None
     for name, module in copied.named_modules():
         if name in sizes and not isinstance(module, _KNOWN):
             for key, value in vars(module).items():
+                new = value
                 if isinstance(value, (list, tuple)) and all(type(number) is int for number in value):
-                    vars(module)[key] = type(value)(_followed(number, sizes[name]) for number in value)
+                    new = type(value)(_followed(number, sizes[name]) for number in value)
                 elif type(value) is int:
-                    vars(module)[key] = _followed(value, sizes[name])
+                    new = _followed(value, sizes[name])
+                if new != value:
+                    own = not type(module).__module__.startswith("torch.")
+                    changed[(type(module), key, str(value)) if own else type(module)].append((module, key, value, new))
+                    vars(module)[key] = new
+    return changed
+
+
+def _undo_idle(copied: nn.Module, inputs: Inputs, followed: Followed) -> bool:
+    """Put back the numbers without which the network runs as well: they only happened to be equal. Whether any were."""
+    undone = False
+    for changes in followed.values():
+        for module, key, before, _ in changes:
+            vars(module)[key] = before
+        try:
+            run(copied, inputs)
+            undone = True
+        except TransferError:
+            for module, key, _, after in changes:
+                vars(module)[key] = after
+    return undone
 
 
 def _followed(number: int, sizes: Mapping[int, set[int]]) -> int:
@@ -402,6 +456,8 @@ def deepen(
     Raises TransferError if there is no such module, or its result is not one tensor with one axis of units.
     """
     model, inputs = unwrap(model), Inputs.of(example)
+    if not after:
+        raise TransferError("No module is named to put a layer behind.")
     traced = trace(model, inputs)
     copied = _copied(model)
     for name in [after] if isinstance(after, str) else after:
@@ -415,9 +471,7 @@ def deepen(
         module.add_module(place, new.to(reference.device, reference.dtype).train(model.training))
         if type(module).forward is not nn.Sequential.forward:  # that calls its children by itself
             module.register_forward_hook(_Deeper(place))
-    copied.growth = transfer(  # type: ignore[assignment]
-        model, copied, example, generator=generator, rename={}, depth=depth, calibrate=calibrate
-    )
+    _keep(copied, transfer(model, copied, example, generator=generator, rename={}, depth=depth, calibrate=calibrate))
     return copied
 
 

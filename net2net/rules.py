@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .filling import merged
 from .passage import NOTHING, Passage, gated
+from .ranges import ALL, Chain, Range, hull, image, total
 from .units import PLAIN, Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
@@ -62,7 +63,7 @@ def give_up(trace: Trace, call: Call, why: str) -> None:
         trace.pin(labels.units, why)
     key = trace.key(call.name, call.module)
     for position, out in enumerate(tensors_in(call.args[0] if call.name == "__setitem__" else call.out)):
-        units = trace.fresh(1, f"{key}|{position}").expand(out.shape)
+        units = trace.fresh(1, f"{key}|{position}")[0].expand(out.shape)
         trace.pin(units, why)
         trace.label(out, _made(units, met))
 
@@ -127,7 +128,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     normed = met[0].normed if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
     past = _passage(trace, call, operands, met, len(activations))
     begun = _begun(met) if plain else None
-    made = _made(first, met, gain=gain, linear=linear, normed=normed, begun=begun, past=past)
+    lies, chain = _range(trace, call, operands, met)
+    made = _made(first, met, gain=gain, linear=linear, normed=normed, begun=begun, past=past, range=lies, chain=chain)
     trace.label(out, replace(made, via=made.via | passed))
 
 
@@ -148,6 +150,27 @@ def _passage(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence
     if activations == 1:
         return replace(past, rest=None) if name in _SCALES else NOTHING
     return gated([(labels.past, labels.sources) for labels in met]) if name == "mul" else NOTHING
+
+
+def _range(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence[Labels]) -> tuple[Range, Chain | None]:
+    """Between which numbers the elementwise result lies, and the activations that it has met behind a layer."""
+    name, lies = _plain(call.name), [labels.range for labels in met]
+    if len(operands) > 1 or not call.args:
+        return total(lies) if name == "add" and len(met) == len(operands) else None, None
+    rest = {key: value for key, value in call.kwargs.items() if key != "out"}
+
+    def function(x: Tensor) -> Tensor:
+        return call.func(x, *call.args[1:], **rest)
+
+    before, carrier, chain = met[0], met[0].past.carrier, met[0].chain
+    if name in _LINEAR and _gain(trace, call) == 1.0:
+        return before.range, chain
+    if chain is not None:
+        chain.append(function)
+    elif carrier is not None:
+        chain = [function]
+        trace.chains.setdefault(carrier, []).append(chain)
+    return image(function, before.range), chain
 
 
 def _broadcast(operands: Sequence[Tensor]) -> torch.Size | None:
@@ -208,8 +231,11 @@ def blend(trace: Trace, call: Call) -> None:
     name, after = trace.name_of(amount), trace.labels(call.out)
     if name is not None and before is not None and after is not None:
         trace.add(Layer("scale", name, {"amount": name}, None, before.sources, before.via))
-        linear = before.linear and not amount.is_meta and not bool(amount.any())
-        trace.label(call.out, replace(after, via=after.via | {name}, linear=linear))
+        open_ = not amount.is_meta and not bool(amount.any())
+        kept = before.range if open_ else None
+        trace.label(call.out, replace(after, via=after.via | {name}, linear=before.linear and open_, range=kept))
+        if chains := trace.chains.get(before.past.carrier or ""):
+            chains.pop()  # a new layer does not meet it: the amount of a new blend is zero
 
 
 def assignment(trace: Trace, call: Call) -> None:
@@ -235,7 +261,7 @@ def assignment(trace: Trace, call: Call) -> None:
 
 def _constant(trace: Trace, call: Call, shape: Sequence[int]) -> Tensor:
     """Labels of a tensor of constants: of one width in both networks."""
-    return trace.fresh(1, trace.key(f"constant {call.name}", call.module)).expand(tuple(shape))
+    return trace.fresh(1, trace.key(f"constant {call.name}", call.module))[0].expand(tuple(shape))
 
 
 # -- normalisation ------------------------------------------------------------------------------------------------
@@ -257,7 +283,8 @@ def batch_norm(trace: Trace, call: Call) -> None:
     options = {"eps": call.arg(7, "eps", 1e-5), "module": call.module}
     trace.add(Layer("norm", name, tensors, units, labels.sources, labels.via, options))
     past = replace(labels.past, rest=None)
-    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via | {name}, past=past))
+    made = Labels(spread(units, 1, call.out.shape), labels.sources, labels.via | {name}, past=past, range=ALL)
+    trace.label(call.out, made)
 
 
 def layer_norm(trace: Trace, call: Call) -> None:
@@ -336,10 +363,12 @@ def convolution(trace: Trace, call: Call) -> None:
         call.arg(position, name, 0 if name == "padding" else 1)
         for position, name in zip(at, ("stride", "padding", "groups", "dilation"), strict=True)
     )
-    owner = trace.model.get_submodule(call.module)
+    owner, labels, spatial = trace.model.get_submodule(call.module), trace.labels(x), weight.dim() - 2
+    outer = () if labels is None else labels.outer
     if getattr(owner, "padding_mode", "zeros") != "zeros":  # padded by another function, before
-        padding = owner.padding
+        padding, outer = owner.padding, ()
     options = {"stride": stride, "padding": padding, "dilation": dilation, "transposed": transposed, "groups": groups}
+    options["outer"] = tuple(outer[k] if k < len(outer) else (0, 0) for k in reversed(range(spatial)))
     mix(trace, call, x, weight, x.dim() - weight.dim() + 1, (0, 1) if transposed else (1, 0), groups, options)
 
 
@@ -382,8 +411,11 @@ def mix(
     grouped = groups > times or name in trace.alike or split
     if grouped and reads is None:
         return give_up(trace, call, f"{name} is grouped and reads what is not followed")
-    if grouped and reads is not None:
+    if grouped and reads is not None and labels is not None:
         if weight.shape[0] == groups and weight.shape[1] == 1 and not split:
+            if out_taken is not None and len(out_taken) < len(reads):  # one filter, the same for every unit
+                made = Labels(spread(reads, dim, call.out.shape), labels.sources, labels.via)
+                return trace.label(call.out, made)
             return _depthwise(trace, call, labels, reads, dim, tensors, options)
         produced = _grouped(trace, name, reads, groups, times, transposed=axes == (0, 1))
     else:
@@ -398,10 +430,11 @@ def mix(
     gain = found.gain if labels is None else found.gain * labels.gain
     every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
     read = labels or Labels(produced)  # of constants: nothing is known
-    state = (gain, read.linear, read.normed, read.begun, read.past)
+    state = (gain, read.linear, read.normed, read.begun, read.past, read.range)
     trace.add(Layer("mix", name, tensors, every[0], read.sources, read.via, options, every[1], *state))
     past = Passage(carrier=name, rest=0.0)
-    trace.label(call.out, Labels(spread(produced, dim, call.out.shape), frozenset({name}), linear=True, past=past))
+    units = spread(produced, dim, call.out.shape)
+    trace.label(call.out, Labels(units, frozenset({name}), linear=True, past=past, range=ALL))
 
 
 def _depthwise(
@@ -413,9 +446,10 @@ def _depthwise(
         trace.axis(tensor, 0, reads)
     name = tensors["weight"]
     roles = {"taps": name} | ({"shift": tensors["bias"]} if "bias" in tensors else {})
-    trace.add(Layer("scale", name, roles, reads, labels.sources, labels.via, options))
+    trace.add(Layer("scale", name, roles, reads, labels.sources, labels.via, options, range=labels.range))
     past = replace(labels.past, carrier=name, rest=None)
-    trace.label(call.out, Labels(spread(reads, dim, call.out.shape), labels.sources, labels.via | {name}, past=past))
+    units = spread(reads, dim, call.out.shape)
+    trace.label(call.out, Labels(units, labels.sources, labels.via | {name}, past=past, range=ALL))
 
 
 def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, times: int, transposed: bool) -> Tensor:
@@ -447,6 +481,8 @@ def embedding(trace: Trace, call: Call) -> None:
     found = trace.weight(call.arg(1, "weight"))
     if found is None or found.axes[0][0] != 0 or hasattr(call.args[0], "_net2net_labels"):
         return give_up(trace, call, f"the table of {call} is not a parameter of the network")
+    if call.arg(3, "max_norm") is not None:
+        return give_up(trace, call, f"{call} shortens its rows to a norm, which copies change")
     name, tensors = found.name, {"weight": found.name}
     produced = trace.axis(name, 1)
     trace.add(Layer("mix", name, tensors, None, frozenset(), frozenset(), {"embedding": True}, produced))
@@ -531,8 +567,10 @@ def movement(trace: Trace, call: Call) -> None:
     linear = all(one is not None and one.linear for one in labels)
     normed = known[0].normed if len({one and one.normed for one in labels}) == 1 else None
     past = known[0].past if len({one and one.past for one in labels}) == 1 else NOTHING
+    lies = hull(one and one.range for one in labels)
     for out, new in zip(tensors_in(call.out), moved, strict=True):
-        trace.label(out, _made(new, known, gain=gain, linear=linear, normed=normed, begun=_begun(labels), past=past))
+        state = {"gain": gain, "linear": linear, "normed": normed, "begun": _begun(labels), "past": past, "range": lies}
+        trace.label(out, _made(new, known, **state))
 
 
 def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
@@ -562,22 +600,21 @@ def channelwise(trace: Trace, call: Call) -> None:
     for out in tensors_in(call.out):
         linear = labels.linear and "avg" in name
         state = (labels.gain, linear, labels.normed, None, labels.past if "avg" in name else NOTHING)
-        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, *state))
+        lies = hull([labels.range, (0.0, 0.0)]) if "pool" in name and "lp" not in name else None  # of the padding
+        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, *state, range=lies))
 
 
 def reduction(trace: Trace, call: Call) -> None:
     """A mean or sum over positions keeps the units. A mean or an extreme over units is a unit of its own, which stays
     what it is if each is copied equally often; any other result makes one of them, which moves as a whole."""
     labels = trace.labels(call.args[0])
+    if any(isinstance(x, Tensor) for x in [*call.args[1:], call.kwargs.get("other")]):
+        return pointwise(trace, call)  # the maximum of two
     if labels is None:
         return unknown(trace, call)
-    dims = call.arg(1, "dim", call.kwargs.get("axis"))
-    if _plain(call.name) == "norm":
-        dims = call.arg(2, "dim")
+    dims = call.arg(2 if _plain(call.name) == "norm" else 1, "dim", call.kwargs.get("axis"))
     rank = labels.units.dim()
     dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
-    if any(trace.follows(x) for x in tensors_in([*call.args[1:], *call.kwargs.values()])):
-        return pointwise(trace, call)  # the maximum of two
     if _plain(call.name) in ("mean", "amax", "amin", "max", "min"):
         units = _across(trace, call, labels.units, dims)
     else:
@@ -590,6 +627,8 @@ def reduction(trace: Trace, call: Call) -> None:
         made = Labels(units_out, labels.sources, labels.via, gain)
         if linear:
             made = replace(made, linear=labels.linear, normed=labels.normed, begun=labels.begun, past=labels.past)
+        if _plain(call.name) in ("mean", "amax", "amin"):
+            made = replace(made, range=labels.range)
         trace.label(out, made)
 
 
@@ -633,6 +672,7 @@ def pad(trace: Trace, call: Call) -> None:
     if labels is None:
         return give_up(trace, call, f"{call} acts on a parameter")
     units, amounts, mode = labels.units, call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    outer = tuple(zip(amounts[::2], amounts[1::2], strict=True))
     zeros = mode == "constant" and not call.arg(3, "value")  # which any sum and any norm leave zero
     if mode != "constant" and max(trace.tight(units).shape[-(len(amounts) // 2) :]) > 1:
         units, amounts = F.pad(units.double(), amounts, mode).long(), []
@@ -652,8 +692,9 @@ def pad(trace: Trace, call: Call) -> None:
                 parts.insert(position, spread(new, dim, shape))
                 zeros = False  # it holds no mean of others
         units = torch.cat(parts, dim)
-    made = Labels(units, labels.sources, labels.via, labels.gain)
+    made = Labels(units, labels.sources, labels.via, labels.gain, outer=outer)
     if zeros:
+        made = replace(made, range=hull([labels.range, (0.0, 0.0)]))
         made = replace(made, linear=labels.linear, normed=labels.normed, begun=labels.begun)
     trace.label(call.out, made)
 
@@ -748,15 +789,26 @@ def _multi_head_attention(
 
 
 def _einsum(equation: object, *operands: Tensor) -> object:
-    """Two factors and one sum: a matrix product in other words."""
-    terms, _, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
-    a, _, b = terms.partition(",")
+    """Two factors: a matrix product, or a product element by element and a sum, in other words."""
+    terms, arrow, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    a, comma, b = terms.partition(",")
+    if not (arrow and comma) or "." in terms or any(len(set(term)) < len(term) for term in (a, b, result)):
+        return NotImplemented
+    if len(operands) != 2 or not set(result) <= set(a) | set(b):
+        return NotImplemented
     shared = set(a) & set(b)
     batch, summed = [c for c in a if c in shared and c in result], [c for c in a if c in shared and c not in result]
     rows, columns = [c for c in a if c not in shared], [c for c in b if c not in shared]
-    plain = len(operands) == 2 and "." not in terms and sorted(batch + rows + columns) == sorted(result) and result
-    if not plain or any(len(set(term)) < len(term) for term in (a, b, result)):
-        return NotImplemented
+    if not (summed and rows and columns and set(rows + columns) <= set(result)):
+        every = [*result, *(c for c in dict.fromkeys(a + b) if c not in result)]
+        left, right = (
+            x.permute([term.index(c) for c in every if c in term]).reshape(
+                [x.shape[term.index(c)] if c in term else 1 for c in every]
+            )
+            for x, term in zip(operands, (a, b), strict=True)
+        )
+        product = left * right
+        return product.sum(list(range(len(result), len(every)))) if len(every) > len(result) else product
     size = dict(zip(a, operands[0].shape, strict=True)) | dict(zip(b, operands[1].shape, strict=True))
     left = operands[0].permute([a.index(c) for c in batch + rows + summed]).flatten(len(batch) + len(rows))
     left = left.reshape(*left.shape[: len(batch)], math.prod(size[c] for c in rows), math.prod(size[c] for c in summed))

@@ -57,6 +57,8 @@ def transfer(
     grow that an operation pins; and, with the student filled but unusable, if the result on `example` differs
     from the teacher's by more than the square root of the precision.
     """
+    if noise < 0:
+        raise TransferError(f"The noise is {noise}: it is a standard deviation, 0 or more.")
     if split not in SPLITS:
         raise TransferError(f"The split {split!r} is unknown: it is one of {', '.join(SPLITS)}.")
     if any(parameter.is_meta for model in (teacher, student) for parameter in model.parameters()):
@@ -131,8 +133,8 @@ def replay(record: Transfer, teacher: nn.Module, student: nn.Module) -> None:
             )
     try:
         fill(unwrap(teacher), unwrap(student), record, pad=record.split == "pad")
-    except (KeyError, RuntimeError, IndexError, AttributeError) as error:
-        raise TransferError(f"The record is of other networks than these: {error}") from error
+    except (KeyError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
+        raise TransferError(f"The record is damaged, or of other networks than these: {error}") from error
 
 
 def _traced(teacher: nn.Module, student: nn.Module, example: Example) -> tuple[Inputs, tuple[Trace, Trace]]:
@@ -175,8 +177,8 @@ def _first(
     rename: Rename,
     generator: torch.Generator,
 ) -> Transfer:
-    """`grow` with the first pairing of layers that serves, each from the same random state; else the first's error."""
-    state, refused = generator.get_state(), None
+    """`grow` with the first pairing of layers that serves, each from the same random state; else an error."""
+    state, refused = generator.get_state(), []
     pairings = candidates(teacher, student) if rename is None else [rename]
     deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
     for passing_all, paired in ((False, False), (True, False), (False, True))[: 3 if deeper else 1]:
@@ -184,10 +186,11 @@ def _first(
             try:
                 return grow(names, passing_all, paired)
             except TransferError as error:
-                refused = error if refused is None or isinstance(refused, Unpaired) else refused
+                refused.append(error)
                 generator.set_state(state)
-    assert refused is not None
-    raise refused
+    # Where layers are renumbered, names that are the same tell little: the last pairing is the likeliest.
+    likely = [*reversed(refused[: len(pairings)]), *refused]
+    raise next((error for error in likely if not isinstance(error, Unpaired)), refused[0])
 
 
 # -- from the plan to the record ----------------------------------------------------------------------------------
@@ -241,7 +244,8 @@ class _Builder:
         self.padded_norms = {
             norm.tensors["weight"].rpartition(".")[0] for norm, _ in plan.rescaled.values() if norm.tensors
         }
-        self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in student.reasons]
+        told = [*student.reasons, *student.pinned]
+        self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in told]
         self.gains = self._softmax_gains()
 
     def _softmax_gains(self) -> dict[int, float]:
@@ -291,6 +295,11 @@ class _Builder:
             elif dim > 1 and layer is not None and counterpart is not None and layer.options:
                 if (taps := _taps(layer, counterpart, mine.shape[dim], other.shape[dim], dim - 2)) is not None:
                     axes[dim] = taps
+            elif mine.shape[dim] != other.shape[dim] and layer is None and name not in plan.student.axes:
+                raise TransferError(
+                    f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and the forward pass "
+                    "on this example does not use it: give an example that does."
+                )
             elif mine.shape[dim] != other.shape[dim]:
                 raise TransferError(
                     f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and "
@@ -557,20 +566,24 @@ def _taps(layer: Layer, other: Layer, mine: int, theirs: int, dim: int) -> Axis 
     options = [
         {
             what: value[dim] if isinstance(value := each.options.get(what, 1), (tuple, list)) else value
-            for what in ("stride", "dilation", "padding")
+            for what in ("stride", "dilation", "padding", "outer")
         }
         for each in (layer, other)
     ]
     same = mine == theirs and options[0] == options[1]
     if same:
         return None
-    places = []
+    places, shorter = [], []  # where each tap looks, and by how much the result is shorter than what is read
     for option, size in zip(options, (mine, theirs), strict=True):
         spread, padding = option["dilation"], option["padding"]
         padding = padding if not isinstance(padding, str) else (spread * (size - 1) // 2 if padding == "same" else 0)
-        places.append([tap * spread - padding for tap in range(size)])
+        before, behind = option["outer"]
+        places.append([tap * spread - padding - before for tap in range(size)])
+        same_size = option["padding"] == "same"
+        shorter.append((0 if same_size else spread * (size - 1) - 2 * padding) - before - behind)
     lost = set(places[1]) - set(places[0])
-    if lost or options[0]["stride"] != options[1]["stride"]:
+    resized = shorter[0] != shorter[1] and options[0]["stride"] == 1 and not layer.options["transposed"]
+    if lost or resized or options[0]["stride"] != options[1]["stride"]:
         raise TransferError(
             f"The kernel of {layer.name} ({mine} taps, padding {options[0]['padding']}, stride {options[0]['stride']}, "
             f"dilation {options[0]['dilation']}) does not look at every place that the teacher's "

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import TransferError
 from .passage import NOTHING, Passage
+from .ranges import Chain, Range, hull
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Labels:
     multiplied by since a layer produced it. `linear` says that it is a plain sum of what layers produced, so that
     one of its units can hold the mean of others. `normed` names the norm that it comes from directly: units which that
     saw as its mean, or as zero, are zero here. `begun` names the one norm across units that it begins with, if it
-    is a plain sum since. `past` tells of activations and gates.
+    is a plain sum since. `past` tells of activations and gates. `outer` says by how much it has just been padded,
+    before and behind, the last axis first. `range` is between which numbers it lies,
+    `chain` the activations that it has met, one directly behind the other, since the last layer.
     """
 
     units: Tensor
@@ -46,6 +50,9 @@ class Labels:
     normed: str | None = None
     begun: str | None = None
     past: Passage = NOTHING
+    outer: tuple[tuple[int, int], ...] = ()
+    range: Range = None
+    chain: Chain | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Layer:
     normed: str | None = None
     begun: str | None = None
     past: Passage = NOTHING
+    range: Range = None  # of what it reads
 
     @property
     def module(self) -> str:
@@ -165,6 +173,7 @@ class Trace:
         self.layers: dict[str, Layer] = {}  # in the order of the forward pass
         self.axes: dict[str, list[Tensor | None]] = {}  # tensor name -> labels of each of its axes
         self.values: dict[str, Tensor] = {}  # tensor name -> labels of all of its elements, flat
+        self.reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the forward pass used, flat
         self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
         self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> labels of its axis 1 in every group
         self.families: dict[str, Tensor] = {}  # labels that came into being together, by a key both networks share
@@ -175,6 +184,7 @@ class Trace:
         self.contractions: list[Contraction] = []
         self.reasons: list[tuple[Tensor, str]] = []  # labels that move as a whole only, and why
         self.pinned: list[tuple[Tensor, str]] = []  # labels that may not be copied at all, and why
+        self.chains: dict[str, list[Chain]] = {}  # layer -> the activations directly behind it
         self.outputs: dict[str, Labels] = {}  # module name -> labels of its result, if that is one tensor
         self.stand_ins: list[str] = []  # weights that a parametrisation computes
         self.output: Any = None
@@ -214,6 +224,7 @@ class Trace:
                 step //= size
                 flat = flat + places * step
             units = self.values[view.name][flat]
+            self.reached.setdefault(view.name, torch.zeros(shape.numel(), dtype=torch.bool))[flat] = True
             return Labels(units, frozenset({view.name}), gain=view.gain, linear=True)
         return known
 
@@ -359,6 +370,30 @@ class Trace:
 
     # -- parameters ---------------------------------------------------------------------------------------------
 
+    def complete(self) -> None:
+        """Elements of a parameter that the forward pass did not use are units of those that it did: the positions
+        beyond the example's length, the rows of other classes.
+
+        Where that cannot be told, as the used ones differ along an axis that is used in part, they are pinned.
+        """
+        for name, reached in self.reached.items():
+            shape = self.tensors[name].shape
+            if reached.all() or len(self.values[name]) != len(reached):
+                continue
+            box, labels = reached.reshape(shape), self.values[name].reshape(shape)
+            used = [box.movedim(dim, 0).flatten(1).any(1).nonzero().flatten() for dim in range(len(shape))]
+            partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
+            inside = self.find(labels[torch.meshgrid(*used, indexing="ij")])
+            alike = all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly)
+            if int(reached.sum()) != inside.numel() or not alike:
+                self.pin(labels, f"the example uses only {int(reached.sum())} of the {len(reached)} elements of {name}")
+                continue
+            for dim in partly:  # as the first that is used
+                like = torch.arange(shape[dim])
+                like[~torch.isin(like, used[dim])] = used[dim][0]
+                labels = labels.index_select(dim, like)
+            self.unite(self.values[name], labels.reshape(-1))
+
     def name_of(self, tensor: object) -> str | None:
         """The name of a parameter or buffer of the network; shared tensors go by their first name."""
         return self._names.get(id(tensor))
@@ -419,6 +454,8 @@ class Trace:
         axes = self.axes.setdefault(name, [None] * tensor.dim())
         known = axes[dim]
         if known is None:
+            if taken is None and units is not None and len(units) != tensor.shape[dim]:
+                raise TransferError(f"{name} is used {len(units)} wide on axis {dim}, and is {tensor.shape[dim]}.")
             known = units if units is not None and taken is None else self.fresh(tensor.shape[dim])
             axes[dim] = known
         part = known if taken is None else known[taken]
@@ -449,6 +486,7 @@ class Trace:
                 normed=layer.normed if first.reads is None or first.normed == layer.normed else None,
                 begun=layer.begun if first.reads is None or first.begun == layer.begun else None,
                 past=layer.past if first.past == layer.past else NOTHING,
+                range=hull([first.range, layer.range]),
             )
         self.layers[layer.name] = layer
 
@@ -568,6 +606,8 @@ class Inputs:
             rows = max(2, min(numbers * size // max(total, 1), 64 * size))
 
         def draw(x: Tensor) -> Tensor:
+            if x.layout != torch.strided:
+                return x
             shape = (rows, *x.shape[1:]) if rows and x.dim() else x.shape
             if not x.is_floating_point():
                 among = x.reshape(-1)
@@ -627,7 +667,7 @@ class _Mode(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        if name in self.expansions:
+        if name in self.expansions and any(self.trace.follows(x) for x in tensors_in([*args, *kwargs.values()])):
             with self:  # the same in functions that have rules; only its labels are used
                 shadow = self.expansions[name](*args, **kwargs)
             if shadow is not NotImplemented:
@@ -673,7 +713,8 @@ def trace(
     in `merged` so many groups in turn are seen as one (the last of what is left), with zeros between them, where
     another network has fewer.
 
-    A network with parameters that the eval mode does not reach (auxiliary heads) runs once in training mode, too.
+    A network with parameters that the eval mode does not reach (auxiliary heads), or with code of its own that asks
+    for the mode, runs once in training mode, too.
     The network is left as it was. The output's units are pinned: a network's result keeps its width. Raises
     TransferError if the forward pass fails.
     """
@@ -692,10 +733,26 @@ def trace(
             *result.values,
             *(t for layer in result.layers.values() for t in layer.tensors.values()),
         }
-        if any(name not in reached for name, _ in model.named_parameters() if name in result.tensors):
+        hidden = any(name not in reached for name, _ in model.named_parameters() if name in result.tensors)
+        if hidden or _asks_for_mode(model):
             with suppress(TransferError):  # it may need what an example does not give: several images, a target
                 _pass(model, inputs, result, training=True)
+        result.complete()
     return result
+
+
+def _asks_for_mode(model: nn.Module) -> bool:
+    """Whether a module that is not torch's own has code that names the training mode."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    own = [vars(base) for base in classes if not base.__module__.startswith(("torch.", "builtins"))]
+    own += [vars(module) for module in model.modules()]
+    codes = [code for held in own for method in held.values() if (code := getattr(method, "__code__", None))]
+    while codes:
+        code = codes.pop()
+        if "training" in code.co_names:
+            return True
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return False
 
 
 def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> Any:
@@ -704,7 +761,8 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
     mode = _Mode(result, apply, EXPANSIONS)
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name)))
+        # Before the user's own, which may raise: what leaves a module has entered it.
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name), prepend=True))
         hooks.append(
             module.register_forward_hook(lambda _, __, out, name=name: mode.leave(name, out), always_call=True)
         )

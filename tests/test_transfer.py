@@ -389,7 +389,7 @@ DEEPER = {
     "norms alone, wider": (lambda: plain(False), lambda: plain(True, 8)),
     "another rectifier": (
         lambda: inserted(None),
-        lambda: inserted(lambda: nn.Sequential(conv(4, 4), nn.Hardtanh(0, 99))),
+        lambda: inserted(lambda: nn.Sequential(conv(4, 4), nn.Threshold(0.0, 0.0))),
     ),
     "dilated": (lambda: inserted(None), lambda: inserted(lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2))),
     "rectangular": (lambda: inserted(None), lambda: inserted(lambda: nn.Conv2d(4, 4, (1, 5), padding="same"))),
