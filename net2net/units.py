@@ -381,7 +381,7 @@ class Trace:
             if reached.all() or len(self.values[name]) != len(reached):
                 continue
             box, labels = reached.reshape(shape), self.values[name].reshape(shape)
-            used = [box.movedim(dim, 0).flatten(1).any(1).nonzero().flatten() for dim in range(len(shape))]
+            used = [box.movedim(dim, 0).reshape(shape[dim], -1).any(1).nonzero().flatten() for dim in range(len(shape))]
             partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
             inside = self.find(labels[torch.meshgrid(*used, indexing="ij")])
             alike = all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly)

@@ -1,0 +1,283 @@
+"""Forward passes as people write them, checked on inputs that are unlike the example: exact there, too, or refused."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net
+from torch import Tensor, nn
+
+import net2net
+from net2net import TransferError, equivalence, transfer, widen
+
+pytestmark = pytest.mark.usefixtures("float64")
+EXACT = 1e-12
+WORDS, LONGER = torch.randint(0, 11, (3, 4)), torch.randint(0, 11, (3, 12))
+DOUBLE = {"dtype": torch.double}
+ROWS, TOKENS, MAPS = (torch.randn(*shape, **DOUBLE) for shape in ((6, 5), (3, 4, 6), (2, 3, 8, 8)))
+CLASSES = torch.tensor([0, 1, 2, 3, 1, 2])
+
+
+def rows(how: Callable, **parts: Callable[[int], Any]) -> Callable[[int], Net]:
+    """Five numbers to some units, what `how` makes of those, three numbers."""
+    return lambda w: Net(
+        {"a": nn.Linear(5, w), "o": nn.Linear(w, 3), **{name: make(w) for name, make in parts.items()}},
+        lambda net, x, *more: net.o(how(net, net.a(x), *more)),
+    )
+
+
+def words(how: Callable, **parts: Callable[[int], Any]) -> Callable[[int], Net]:
+    """Words as some units, what `how` makes of those, three numbers a word."""
+    return lambda w: Net(
+        {"e": nn.Embedding(11, w), "o": nn.Linear(w, 3), **{name: make(w) for name, make in parts.items()}},
+        lambda net, x: net.o(how(net, net.e(x), x).tanh()),
+    )
+
+
+def masked(w: int) -> Net:
+    """Attention with wider values behind a causal mask that a comparison makes of a buffer."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        weights = net.q(x) @ net.k(x).transpose(1, 2) / 2
+        seen = net.mask[: x.shape[1], : x.shape[1]] == 0
+        return net.o(weights.masked_fill(seen, float("-inf")).softmax(-1) @ net.v(x))
+
+    net = Net({"q": nn.Linear(6, 4), "k": nn.Linear(6, 4), "v": nn.Linear(6, w), "o": nn.Linear(w, 3)}, how)
+    net.register_buffer("mask", torch.tril(torch.ones(8, 8)))
+    return net
+
+
+def blurred(w: int) -> Net:
+    net = Net(
+        {"a": nn.Conv2d(3, w, 1), "o": nn.Conv2d(w, 2, 1)},
+        lambda net, x: net.o(
+            F.conv2d(net.a(x), net.blur.expand(net.a.out_channels, -1, -1, -1), padding=1, groups=net.a.out_channels)
+        ),
+    )
+    net.register_buffer("blur", torch.rand(1, 1, 3, 3))
+    return net
+
+
+def table(*shape: int) -> Callable[[int], nn.Parameter]:
+    """A parameter of this shape, with the units on its last axis."""
+    return lambda w: nn.Parameter(torch.randn(*shape, w))
+
+
+# name -> (network by width, an example, other inputs)
+EXACT_ON_OTHERS = {
+    "positions beyond the example's": (
+        words(lambda net, x, i: x + net.pos[:, : i.shape[1]], pos=table(1, 16)),
+        (WORDS,),
+        (LONGER,),
+    ),
+    "rows of other classes": (
+        rows(lambda net, x, y: (x + net.c[y]).tanh(), c=table(10)),
+        (ROWS, CLASSES),
+        (ROWS, CLASSES + 4),
+    ),
+    "scales and shifts of other domains": (
+        rows(lambda net, x, y: (x * net.s[y, 0] + net.s[y, 1]).tanh(), s=table(5, 2)),
+        (ROWS, torch.tensor([1] * 6)),
+        (ROWS, torch.tensor([4] * 6)),
+    ),
+    "a comparison": (rows(lambda net, x: x * (x > 0)), (ROWS,), (-9 * ROWS,)),
+    "where": (rows(lambda net, x: torch.where(x > 0, x, 0.1 * x)), (ROWS,), (-9 * ROWS,)),
+    "a mask from a buffer": (masked, (TOKENS,), (torch.randn(3, 8, 6, **DOUBLE),)),
+    "the maximum of two": (rows(lambda net, x: torch.max(x, -x)), (ROWS,), (9 * ROWS,)),
+    "another dtype and back": (rows(lambda net, x: x.type(torch.float32).type(torch.float64)), (ROWS,), (ROWS + 1,)),
+    "einsum without a sum": (rows(lambda net, x: torch.einsum("bc,c->bc", x, net.g), g=table()), (ROWS,), (9 * ROWS,)),
+    "an outer product by einsum": (
+        rows(lambda net, x: x * torch.einsum("i,j->ij", torch.arange(6.0), torch.ones(1))),
+        (ROWS,),
+        (9 * ROWS,),
+    ),
+    "one filter for all channels": (blurred, (MAPS,), (9 * MAPS,)),
+    "a sparse graph": (
+        rows(lambda net, x, graph: graph @ x),
+        (ROWS, torch.eye(6, **DOUBLE).to_sparse()),
+        (ROWS, torch.rand(6, 6, **DOUBLE).round().to_sparse()),
+    ),
+    "the loss beside it": (
+        lambda w: Net(
+            {"a": nn.Linear(5, w), "o": nn.Linear(w, 3)},
+            lambda net, x, y: (net.o(net.a(x)), F.cross_entropy(net.o(net.a(x)), y)),
+        ),
+        (ROWS, CLASSES % 3),
+        (9 * ROWS, CLASSES % 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("width", [8, 7])
+@pytest.mark.parametrize("name", EXACT_ON_OTHERS)
+def test_is_exact_on_inputs_unlike_the_example(name: str, width: int) -> None:
+    make, example, others = EXACT_ON_OTHERS[name]
+    teacher, student = make(4).eval(), make(width).eval()
+    transfer(teacher, student, example)
+    for inputs in (example, others):
+        assert equivalence(teacher, student, inputs).max_relative < EXACT
+    if name != "a mask from a buffer":  # whose heads grow as a whole
+        grown = widen(teacher, example, 1.5)
+        assert equivalence(teacher, grown, others).max_relative < EXACT
+
+
+def test_positions_keep_their_number_and_count_no_copies() -> None:
+    model = EXACT_ON_OTHERS["positions beyond the example's"][0](4)
+    grown = widen(model, WORDS, 2.0)
+    assert grown.pos.shape == (1, 16, 8)
+    for net in (model, grown):
+        net(WORDS).square().sum().backward()
+    predicted = grown.growth.gradients({name: p.grad for name, p in model.named_parameters()})
+    for name, p in grown.named_parameters():
+        assert torch.allclose(predicted[name], p.grad, rtol=0, atol=1e-12)
+
+
+def test_a_part_that_does_not_tell_of_the_rest_keeps_its_width() -> None:
+    # Units lie along an axis of which the example uses a part.
+    def make(w: int) -> Net:
+        return rows(lambda net, x: x * net.g[: x.shape[1]], g=lambda w: nn.Parameter(torch.randn(9 + w)))(w)
+
+    with pytest.raises(TransferError, match="the example uses only 6 of the 15 elements of g"):
+        transfer(make(4), make(6), ROWS)
+
+
+class Modes(nn.Module):
+    """Whose training mode does more than its eval mode."""
+
+    def __init__(self, width: int, how: Callable) -> None:
+        super().__init__()
+        self.a, self.o, self.how = nn.Linear(5, width), nn.Linear(width, 3), how
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x)
+        return self.how(self, x) if self.training else self.o(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (lambda net, x: net.o(x / x.abs().sum(1, keepdim=True)), "sum in the network mixes them"),
+        (lambda net, x: (net.o(x), x), "it is the network's output"),
+    ],
+)
+def test_what_only_the_training_mode_does_counts(how: Callable, why: str) -> None:
+    with pytest.raises(TransferError, match=why):
+        transfer(Modes(4, how), Modes(7, how), ROWS)
+    same = Modes(7, lambda net, x: net.o(F.dropout(x, 0.0)))
+    teacher = Modes(4, same.how)
+    transfer(teacher, same, ROWS)
+    assert equivalence(teacher, same, ROWS, mode="train").max_relative < EXACT
+
+
+def layers(new: Callable[[], nn.Module] | None, between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 8), between, *([] if new is None else [nn.Linear(8, 8), new()]), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("between", "new", "exact"),
+    [
+        (nn.ReLU(), nn.ReLU, True),
+        (nn.ReLU6(), nn.ReLU6, True),
+        (nn.ReLU6(), nn.ReLU, True),
+        (nn.Sigmoid(), nn.ReLU, True),
+        (nn.ReLU(), nn.ReLU6, False),
+        (nn.ReLU(), lambda: nn.Hardtanh(0, 10), False),
+        (nn.Identity(), nn.ReLU, False),
+        (nn.LeakyReLU(0.01), nn.ReLU, False),
+    ],
+)
+def test_an_activation_is_idempotent_on_all_that_may_come(between: nn.Module, new: Callable, exact: bool) -> None:
+    # The example shows small positive activations alone, which all of these leave as they are.
+    teacher, student = layers(None, between), layers(new, between)
+    with torch.no_grad():
+        teacher[0].weight.mul_(0.01)
+        teacher[0].bias.fill_(2.0)
+    if exact:
+        transfer(teacher, student, ROWS)
+        assert equivalence(teacher, student, 1e4 * ROWS).max_relative < EXACT
+    else:
+        with pytest.raises(TransferError, match=r"2\.weight cannot be an identity.* is not idempotent"):
+            transfer(teacher, student, ROWS)
+
+
+@pytest.mark.parametrize("pad", [nn.ReflectionPad2d, nn.ZeroPad2d, nn.ReplicationPad2d])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_kernels_grow_behind_padding_of_another_module(pad: type, scale: float) -> None:
+    # At a small scale a kernel beside its place would pass for rounding.
+    def make(kernel: int) -> Net:
+        parts = {"p": pad(kernel // 2), "c": nn.Conv2d(3, 4, kernel), "g": nn.Parameter(torch.full((1, 1, 1), scale))}
+        return Net(parts, lambda net, x: 1 + net.g * net.c(net.p(x)))
+
+    teacher, student = make(3), make(5)
+    transfer(teacher, student, MAPS)
+    with torch.no_grad():
+        teacher.g.fill_(1.0), student.g.fill_(1.0)
+    assert equivalence(teacher, student, MAPS).max_relative < EXACT
+    wrong = make(5)
+    wrong.p = pad(1)
+    with pytest.raises(TransferError, match="does not look at every place"):
+        transfer(teacher, wrong, MAPS)
+
+
+class Lengths(nn.Module):
+    """Has a width and, by chance, another number that is equal to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.longest = 8, 8
+        self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, : self.longest]
+        return self.o(torch.relu(self.a(x)).view(-1, self.width)).view(len(x), -1, 3).mean(1)
+
+
+def test_a_number_that_is_no_width_does_not_follow() -> None:
+    model = Lengths()
+    grown = widen(model, TOKENS, {"a": 12})
+    assert (grown.width, grown.longest) == (12, 8)
+    assert equivalence(model, grown, torch.randn(3, 14, 6)).max_relative < EXACT
+
+
+def test_an_attribute_called_growth_is_the_users() -> None:
+    model = rows(lambda net, x: x * net.growth)(4)
+    model.growth = 3
+    grown = widen(model, ROWS, 2.0)
+    assert grown.growth == 3 and isinstance(grown.growth_, net2net.Transfer)
+    again = widen(grown, ROWS, 2.0)
+    assert again.growth == 3 and isinstance(again.growth_, net2net.Transfer) and not hasattr(again, "growth__")
+
+
+def test_refusals_name_the_reason() -> None:
+    limited = words(lambda net, x, i: x)
+    teacher, student = limited(4), limited(8)
+    teacher.e.max_norm = student.e.max_norm = 1.0
+    with pytest.raises(TransferError, match="shortens its rows to a norm"):
+        transfer(teacher, student, WORDS)
+    recurrent = rows(lambda net, x: net.r(x)[0], r=lambda w: nn.LSTM(w, w))
+    with pytest.raises(TransferError, match="lstm in r has no rule"):
+        transfer(recurrent(4), recurrent(7), ROWS)
+    locked = rows(lambda net, x: x)(4)
+    locked.lock = threading.Lock()
+    with pytest.raises(TransferError, match="cannot be copied"):
+        widen(locked, ROWS, 2.0)
+    raising = rows(lambda net, x: x)(4)
+    raising.a.register_forward_pre_hook(lambda *_: int("the user's own reason"))
+    with pytest.raises(TransferError, match="the user's own reason"):
+        net2net.describe(raising, ROWS)
+    with pytest.raises(TransferError, match="The noise is -1"):
+        transfer(rows(lambda net, x: x)(4), rows(lambda net, x: x)(5), ROWS, noise=-1)
+    with pytest.raises(TransferError, match="No module is named"):
+        net2net.deepen(rows(lambda net, x: x)(4), ROWS, after=[])
+
+
+def test_of_renumbered_layers_the_likely_pairing_is_told() -> None:
+    def make(new: int) -> nn.Sequential:
+        extra = [part for _ in range(new) for part in (nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU())]
+        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), *extra, nn.Conv2d(4, 2, 1))
+
+    with pytest.raises(TransferError, match=r"The new layer 2\.weight cannot be an identity: its stride is"):
+        transfer(make(0), make(1), MAPS)
