@@ -96,7 +96,7 @@ def described(traced: Trace) -> Description:
         owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
         whole = owners | whole
     norms: dict[int, dict[str, None]] = defaultdict(dict)
-    for norm in traced.norms:
+    for norm in (norm for norm in traced.norms if norm.kind != "extreme"):
         for root in torch.unique(roots[norm.units]).tolist():
             norms[root][f"{'mean' if norm.kind == 'mean' else 'norm'} {norm.module or 'in the network'}"] = None
     found, carriers, readers = [], _carriers(traced, roots, group), _readers(traced, roots, group)

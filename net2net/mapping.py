@@ -289,7 +289,7 @@ class _Choice:
         """For every unit of the student the kinds of the norms across units that see it, if the teacher has them."""
         kinds: dict[int, set[str]] = defaultdict(set)
         for norm in self.student.norms:
-            if self._counterpart(norm) is not None:
+            if norm.kind != "extreme" and self._counterpart(norm) is not None:
                 for root in torch.unique(self.roots[norm.units]).tolist():
                     kinds[root].add(norm.kind if norm.padded else "even")
         return kinds
@@ -508,17 +508,23 @@ class _Choice:
                 continue
             seen = (group[:, None] == wanted[None, :]).sum(0) / times
             padding = group[~torch.isin(group, wanted)]
+            if norm.kind == "extreme" and bool((seen > 0).all()) and not len(padding):
+                return 1.0  # however often each is seen
             fits = padding == ZERO if norm.kind == "rms" else torch.isin(padding, self._means_of(wanted))
             if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(fits.all()):
                 return 1.0 - len(padding) / len(group)
             or_means = ", or if means can be added to them, which the layers before it cannot do" * (
                 norm.kind == "layer"
             )
-            what = "mean" if norm.kind == "mean" else "norm"
+            what = norm.kind if norm.kind in ("mean", "extreme") else "norm"
+            needs = (
+                "the largest or smallest of all units, and some are new here"
+                if what == "extreme"
+                else f"the mean over all units, which stays what it is only if each is copied equally often{or_means}"
+            )
             raise TransferError(
                 f"The {what} {norm.module or 'in the network'} has {len(group)} units and its teacher "
-                f"{len(theirs)}: it takes "
-                f"the mean over all units, which stays what it is only if each is copied equally often{or_means}."
+                f"{len(theirs)}: it takes {needs}."
             )
         raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
 

@@ -26,6 +26,9 @@ def apply(trace: Trace, call: Call) -> None:
     name = _plain(call.name)
     if name in _SILENT or not any(trace.follows(x) for x in tensors_in([*call.args, *call.kwargs.values()])):
         return
+    for x in tensors_in([*call.args, *call.kwargs.values()]):
+        if (layer := getattr(getattr(x, "_net2net_labels", None), "raw", None)) is not None:
+            trace.numbers.setdefault(layer, set()).add(_number(trace, call))
     if call.name == "__setitem__":
         return assignment(trace, call)
     if tensors_in(call.out):
@@ -92,8 +95,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     others = [x for x in operands if not hasattr(x, "_net2net_labels") and trace.counts(x)]
     if not activations:  # parameters alone
         parameters = [x for x in others if trace.follows(x)]
-        if not parameters:
-            return
+        if not parameters or (out.dtype == torch.bool and all(map(trace.is_buffer, parameters))):
+            return  # a mask of positions
         if len(parameters) == len(operands) == 1 and _scaled(call) and (view := trace.view(parameters[0])):
             return trace.see(out, replace(view, gain=view.gain * _gain(trace, call)))
         activations, others = parameters[:1], [x for x in others if x is not parameters[0]]
@@ -114,10 +117,14 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
             passed |= _record_scale(trace, call, x, met)
         else:
             why = f"{call} joins it to a constant of its own width"
-            first = trace.bundle(first, shared, why).expand(out.shape)
+            apart = [dim for dim in shared if not _uniform(x.reshape(shape), dim)]  # zeros, ones serve every width
+            first = trace.bundle(first, apart, why).expand(out.shape)
     name = _plain(call.name)
-    gain = met[0].gain * _gain(trace, call) if name in _LINEAR and len(met) == 1 else 1.0
-    gains = {labels.gain for labels in met[: len(activations)]}
+    factor = 1.0 if met[0].raw in trace.absorbed else _gain(trace, call)
+    gain = met[0].gain * factor if name in _LINEAR and len(met) == 1 else 1.0
+    # Masks are of no size.
+    sized = [labels for x, labels in zip(activations, met, strict=False) if x.dtype != torch.bool]
+    gains = {labels.gain for labels in sized}
     if name in _SUMS and len(gains) == 1:  # what a plain number multiplies keeps it beside what is added
         (gain,) = gains
     scaled = name in ("mul", "div") and len(met) > 1
@@ -131,6 +138,11 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     lies, chain = _range(trace, call, operands, met)
     made = _made(first, met, gain=gain, linear=linear, normed=normed, begun=begun, past=past, range=lies, chain=chain)
     trace.label(out, replace(made, via=made.via | passed))
+
+
+def _uniform(constant: Tensor, dim: int) -> bool:
+    """Whether a constant is the same all along an axis."""
+    return not constant.is_meta and torch.equal(constant, constant.narrow(dim, 0, 1).expand_as(constant))
 
 
 def _begun(met: Sequence[Labels | None]) -> str | None:
@@ -195,6 +207,12 @@ def _gain(trace: Trace, call: Call) -> float:
     if name == "div":
         return 1 / factor if not call.name.startswith("__r") else 1.0
     return factor if name == "mul" else 1.0
+
+
+def _number(trace: Trace, call: Call) -> float:
+    """The plain number that the call multiplies its one tensor by, else 1."""
+    alone = len(tensors_in([*call.args, *call.kwargs.values()])) == 1
+    return _gain(trace, call) if alone and _plain(call.name) in ("mul", "div") else 1.0
 
 
 def _record_scale(trace: Trace, call: Call, x: Tensor, met: Sequence[Labels]) -> set[str]:
@@ -434,7 +452,7 @@ def mix(
     trace.add(Layer("mix", name, tensors, every[0], read.sources, read.via, options, every[1], *state))
     past = Passage(carrier=name, rest=0.0)
     units = spread(produced, dim, call.out.shape)
-    trace.label(call.out, Labels(units, frozenset({name}), linear=True, past=past, range=ALL))
+    trace.label(call.out, Labels(units, frozenset({name}), linear=True, past=past, range=ALL, raw=name))
 
 
 def _depthwise(
@@ -486,7 +504,7 @@ def embedding(trace: Trace, call: Call) -> None:
     name, tensors = found.name, {"weight": found.name}
     produced = trace.axis(name, 1)
     trace.add(Layer("mix", name, tensors, None, frozenset(), frozenset(), {"embedding": True}, produced))
-    trace.label(call.out, Labels(spread(produced, -1, call.out.shape), frozenset({name}), linear=True))
+    trace.label(call.out, Labels(spread(produced, -1, call.out.shape), frozenset({name}), linear=True, raw=name))
 
 
 # -- products that sum over an axis -------------------------------------------------------------------------------
@@ -615,7 +633,7 @@ def reduction(trace: Trace, call: Call) -> None:
     dims = call.arg(2 if _plain(call.name) == "norm" else 1, "dim", call.kwargs.get("axis"))
     rank = labels.units.dim()
     dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
-    if _plain(call.name) in ("mean", "amax", "amin", "max", "min"):
+    if _plain(call.name) in ("mean", "amax", "amin", "max", "min", "all", "any"):
         units = _across(trace, call, labels.units, dims)
     else:
         units = trace.bundle(labels.units, list(dims), f"{call} mixes them")
@@ -642,7 +660,8 @@ def _across(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) -> Ten
     rows = units.movedim(mixed, list(range(-len(mixed), 0))).flatten(-len(mixed)).reshape(math.prod(kept), -1)
     rows, which = torch.unique(trace.find(rows), dim=0, return_inverse=True)  # the same at several positions
     key = trace.key("across", call.module)
-    trace.norms.append(Norm(key, "mean", rows, {}, 0.0, call.module, padded=False))
+    kind = "mean" if _plain(call.name) == "mean" else "extreme"
+    trace.norms.append(Norm(key, kind, rows, {}, 0.0, call.module, padded=False))
     made = trace.fresh(len(rows), key)
     if len(rows) > 1:
         trace.relate(key, rows, made[:, None].expand_as(rows))

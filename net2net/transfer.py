@@ -68,6 +68,7 @@ def transfer(
     generator = generator or torch.Generator().manual_seed(0)
     teacher, student = unwrap(teacher), unwrap(student)
     inputs, traces = _traced(teacher, student, example)
+    absorbed = _absorbed(traces, rename)
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
     def grow(names: Rename, passing_all: bool, paired: bool) -> Transfer:
@@ -86,7 +87,19 @@ def transfer(
             _refuse_if_different(others[0], prepared, "other inputs like it", others[1])
         return replace(record, measured=measured)
 
-    record = _first(grow, teacher, student, rename, generator).of(teacher, student)
+    state = generator.get_state()
+    try:
+        record = _first(grow, teacher, student, rename, generator)
+    except TransferError as refused:
+        if not absorbed[0]:
+            raise
+        generator.set_state(state)
+        traces = trace(teacher, inputs, absorbed=absorbed[0]), trace(student, inputs, absorbed=absorbed[1])
+        try:
+            record = _first(grow, teacher, student, rename, generator)
+        except TransferError:
+            raise refused from None
+    record = record.of(teacher, student)
     if noise:
         add_noise(student, record, generator)
     return record
@@ -145,6 +158,22 @@ def _traced(teacher: nn.Module, student: nn.Module, example: Example) -> tuple[I
     return inputs, (trace(teacher, inputs), trace(student, inputs))
 
 
+def _absorbed(traces: tuple[Trace, Trace], rename: Rename) -> tuple[frozenset[str], frozenset[str]]:
+    """The layers of either network whose results are multiplied, and nowhere used otherwise, by a number that differs.
+
+    The root of the width behind an embedding, say, before positions are added: what reads the sum cannot undo it.
+    """
+    theirs, mine = (
+        {layer: next(iter(by)) for layer, by in each.numbers.items() if len(by) == 1 and by != {1.0}} for each in traces
+    )
+    try:
+        names = teacher_names(traces[1], traces[0], rename)
+    except TransferError:  # names are found as layers are paired
+        names = {name: name for name in mine}
+    differing = {name: other for name in mine if (other := names.get(name)) in theirs and mine[name] != theirs[other]}
+    return frozenset(other for other in differing.values() if other), frozenset(differing)
+
+
 def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rename: Rename) -> tuple[Trace, Trace]:
     """The traces; the teacher's anew if what it has one of (a group, a head) is to grow into several."""
     theirs, mine = traces
@@ -167,7 +196,7 @@ def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rena
             room = mine.tensors[layer.name].shape[1] // theirs.tensors[other.name].shape[1]
             merged |= {other.name: times} if times <= room else {}
     alike -= merged.keys()
-    return (trace(teacher, inputs, alike, merged), mine) if alike or merged else traces
+    return (trace(teacher, inputs, alike, merged, theirs.absorbed), mine) if alike or merged else traces
 
 
 def _first(
@@ -274,6 +303,7 @@ class _Builder:
         factor = 1.0
         if layer and counterpart and layer.kind == "mix":
             factor = counterpart.gain / layer.gain * self._undone(layer)
+        factor *= self._absorbed(name, theirs)
         if name in plan.student.values:
             if name in plan.student.axes or theirs in plan.teacher.axes:
                 return self._whole(name, theirs, "a layer reads it, and another adds it up")
@@ -308,6 +338,16 @@ class _Builder:
                 )
         merged, mixed = self._merged(theirs), plan.mixed.get(name, ())
         return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=merged, mixed=mixed)
+
+    def _absorbed(self, name: str, theirs: str) -> float:
+        """By what a layer's weight or bias is multiplied for the sake of what its result is multiplied by."""
+        mine, other = (
+            next((n for n in each.absorbed if t in each.layers[n].tensors.values()), None)
+            for each, t in ((self.plan.student, name), (self.plan.teacher, theirs))
+        )
+        if mine is None or other is None:
+            return 1.0
+        return next(iter(self.plan.teacher.numbers[other])) / next(iter(self.plan.student.numbers[mine]))
 
     def _undone(self, layer: Layer) -> float:
         """By what its weight is multiplied for the sake of what its units have passed in new layers."""

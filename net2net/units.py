@@ -39,7 +39,8 @@ class Labels:
     saw as its mean, or as zero, are zero here. `begun` names the one norm across units that it begins with, if it
     is a plain sum since. `past` tells of activations and gates. `outer` says by how much it has just been padded,
     before and behind, the last axis first. `range` is between which numbers it lies,
-    `chain` the activations that it has met, one directly behind the other, since the last layer.
+    `chain` the activations that it has met, one directly behind the other, since the last layer. `raw` names the layer
+    whose result it is, untouched.
     """
 
     units: Tensor
@@ -53,6 +54,7 @@ class Labels:
     outer: tuple[tuple[int, int], ...] = ()
     range: Range = None
     chain: Chain | None = None
+    raw: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ PLAIN = ""  # what a norm sees begins with no other norm
 class Norm:
     """What takes a mean across units: exact if each of its groups sees all units of the teacher's equally often.
 
-    `units` holds the labels of every group, one row each. `kind` is `layer` (subtracts the mean), `rms`, or `mean` (no
-    normalisation: a mean, or an extreme); `padded` says that the units before it could hold means, or zeros, which it
-    can undo. `name` is that of its layer; `begun` names the norm that what it sees begins with, `PLAIN` if it is a sum
-    of layers.
+    `units` holds the labels of every group, one row each. `kind` is `layer` (subtracts the mean), `rms`, or, without
+    normalisation, `mean` or `extreme` (exact if each unit is seen at all); `padded` says that the units before it
+    could hold means, or zeros, which it can undo. `name` is that of its layer; `begun` names the norm that what it
+    sees begins with, `PLAIN` if it is a sum of layers.
     """
 
     key: str
@@ -165,9 +167,15 @@ class Trace:
     """What one forward pass of a network tells of its units."""
 
     def __init__(
-        self, model: nn.Module, alike: frozenset[str] = frozenset(), merged: dict[str, int] | None = None
+        self,
+        model: nn.Module,
+        alike: frozenset[str] = frozenset(),
+        merged: dict[str, int] | None = None,
+        absorbed: frozenset[str] = frozenset(),
     ) -> None:
         self.model = model
+        self.absorbed = absorbed  # layers that take the number by which their result is multiplied for their own
+        self.numbers: dict[str, set[float]] = {}  # layer -> by what its result is multiplied; 1 for every other use
         self.merged = merged or {}  # grouped layers, and how many of their groups are to be seen as one
         self.alike = alike  # tensors of one group or head, to be seen as those of several
         self.layers: dict[str, Layer] = {}  # in the order of the forward pass
@@ -190,6 +198,7 @@ class Trace:
         self.output: Any = None
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.originals = dict(self.tensors)
+        self.buffers = {name for name, _ in model.named_buffers()}
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         self.first_names = {name: self._names[id(tensor)] for name, tensor in every}  # of a tied tensor, too
@@ -402,6 +411,10 @@ class Trace:
         """The name of the parameter that this is, or is a view of."""
         view = getattr(value, "_net2net_view", None)
         return self.name_of(value) if view is None else view.name
+
+    def is_buffer(self, value: Tensor) -> bool:
+        """Whether this is a buffer, or a view of one."""
+        return self.parameter_of(value) in self.buffers
 
     def stand_in(self, tensor: Tensor, name: str, prefix: str) -> None:
         """Let `tensor`, computed from the parameters under `prefix`, stand for them as the weight `name`."""
@@ -705,13 +718,17 @@ def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
 
 
 def trace(
-    model: nn.Module, inputs: Inputs, alike: frozenset[str] = frozenset(), merged: dict[str, int] | None = None
+    model: nn.Module,
+    inputs: Inputs,
+    alike: frozenset[str] = frozenset(),
+    merged: dict[str, int] | None = None,
+    absorbed: frozenset[str] = frozenset(),
 ) -> Trace:
     """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
 
     Tensors named in `alike` are seen as those of one group or head, of which another network may have more; of those
     in `merged` so many groups in turn are seen as one (the last of what is left), with zeros between them, where
-    another network has fewer.
+    another network has fewer. What multiplies the result of those in `absorbed` is seen as part of them.
 
     A network with parameters that the eval mode does not reach (auxiliary heads), or with code of its own that asks
     for the mode, runs once in training mode, too.
@@ -720,7 +737,7 @@ def trace(
     """
     from torch.nn.utils import parametrize
 
-    result = Trace(model, alike, merged)
+    result = Trace(model, alike, merged, absorbed)
     with parametrize.cached(), torch.no_grad():
         for name, module in model.named_modules():
             if parametrize.is_parametrized(module):
