@@ -117,16 +117,11 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
             passed |= _record_scale(trace, call, x, met)
         else:
             why = f"{call} joins it to a constant of its own width"
-            apart = [dim for dim in shared if not _uniform(x.reshape(shape), dim)]  # zeros, ones serve every width
-            first = trace.bundle(first, apart, why).expand(out.shape)
+            if any(not _uniform(x.reshape(shape), dim) for dim in shared):  # zeros, ones serve every width
+                trace.pin(first, why)
     name = _plain(call.name)
     factor = 1.0 if met[0].raw in trace.absorbed else _gain(trace, call)
-    gain = met[0].gain * factor if name in _LINEAR and len(met) == 1 else 1.0
-    # Masks are of no size.
-    sized = [labels for x, labels in zip(activations, met, strict=False) if x.dtype != torch.bool]
-    gains = {labels.gain for labels in sized}
-    if name in _SUMS and len(gains) == 1:  # what a plain number multiplies keeps it beside what is added
-        (gain,) = gains
+    gain = _joined_gain(trace, call, met, factor, [x.dtype for x in activations])
     scaled = name in ("mul", "div") and len(met) > 1
     plain = (
         name in (_LINEAR | {"add", "sub"}) and not scaled and len(met) == len([x for x in operands if x.numel() > 1])
@@ -138,6 +133,31 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     lies, chain = _range(trace, call, operands, met)
     made = _made(first, met, gain=gain, linear=linear, normed=normed, begun=begun, past=past, range=lies, chain=chain)
     trace.label(out, replace(made, via=made.via | passed))
+
+
+def _joined_gain(
+    trace: Trace, call: Call, met: Sequence[Labels], factor: float, dtypes: Sequence[torch.dtype]
+) -> float:
+    """The number in front of an elementwise result of `met`, the first of which are activations of `dtypes`.
+
+    Where nothing that reads the result can undo it, it is noted: both networks need the same there.
+    """
+    name, first = _plain(call.name), met[0].gain
+    if name in _LINEAR and len(met) == 1:
+        return first * factor
+    if name == "mul":
+        return math.prod(labels.gain for labels in met)
+    if name in _HOMOGENEOUS and len(met) == 1 and first > 0:
+        return first
+    gains = {labels.gain for labels, dtype in zip(met, dtypes, strict=False) if dtype != torch.bool}  # masks: no size
+    alone = len(met) == len(dtypes) == len(tensors_in([*call.args, *call.kwargs.values()]))
+    numbers = [x for x in call.args if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    if gains != {1.0} and not (name in ("add", "sub") and len(gains) == 1 and alone and not numbers):
+        units = torch.cat([torch.unique(trace.tight(labels.units)) for labels in met if labels.gain != 1.0])
+        key = trace.key(f"number before {name}", call.module)
+        trace.fixed[key] = (tuple(labels.gain for labels in met if labels.gain != 1.0), units, str(call))
+    # What a plain number multiplies keeps it beside what is added: softmax asks for it.
+    return gains.pop() if name in _SUMS and len(gains) == 1 else 1.0
 
 
 def _uniform(constant: Tensor, dim: int) -> bool:
@@ -978,6 +998,7 @@ _KEEP_ZERO = frozenset(
         "identity",
     ]
 )
+_HOMOGENEOUS = frozenset(["relu", "leaky_relu", "abs"])
 _SUMS = frozenset(["add", "sub", "where", "masked_fill"])
 _SCALES = {"mul": "factor", "add": "shift", "sub": "shift"}
 

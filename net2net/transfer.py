@@ -276,6 +276,25 @@ class _Builder:
         told = [*student.reasons, *student.pinned]
         self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in told]
         self.gains = self._softmax_gains()
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Raise TransferError where numbers that the two networks multiply units by differ, and stay in what follows.
+
+        Those in front of a softmax do not: the queries undo them.
+        """
+        plan = self.plan
+        logits = {int(r) for c in plan.student.contractions for r in plan.student_roots[c.left].unique()}
+        key_of = key_names(plan.names)
+        for key, (numbers, units, call) in plan.student.fixed.items():
+            theirs = plan.teacher.fixed.get(key_of(key) or "")
+            if theirs is None or theirs[0] == numbers or logits & set(plan.student_roots[units].tolist()):
+                continue
+            mine, other = (", ".join(f"{number:.4g}" for number in each) for each in (numbers, theirs[0]))
+            raise TransferError(
+                f"{call} takes units that are multiplied by {mine} here and by {other} in the teacher, and no layer "
+                "behind it can undo that: let the number be the teacher's, or put it behind a layer alone."
+            )
 
     def _softmax_gains(self) -> dict[int, float]:
         """For queries whose logits the student scales by another number than its teacher, by what to multiply them."""

@@ -189,6 +189,8 @@ class Trace:
         self.keys: set[str] = set()  # of everything that met elementwise
         self.norms: list[Norm] = []
         self.gains: dict[str, tuple[float, frozenset[str], Tensor]] = {}  # where a number's size matters: softmax
+        # Where the numbers in front of units can not be undone behind: they, the units, and the operation.
+        self.fixed: dict[str, tuple[tuple[float, ...], Tensor, str]] = {}
         self.contractions: list[Contraction] = []
         self.reasons: list[tuple[Tensor, str]] = []  # labels that move as a whole only, and why
         self.pinned: list[tuple[Tensor, str]] = []  # labels that may not be copied at all, and why
