@@ -20,7 +20,7 @@ from .mixture import Mixed
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Axis:
     """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's.
 
@@ -50,7 +50,7 @@ class Axis:
         return bool((self.share < 0).any())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Origin:
     """Where one student tensor came from: `how` is shared, identity, silent or fresh.
 
@@ -77,7 +77,7 @@ class Origin:
     mixed: tuple[Mixed, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transfer:
     """The record of a transfer: where every tensor of the student came from, and what was measured.
 

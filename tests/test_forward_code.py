@@ -361,3 +361,30 @@ def test_of_renumbered_layers_the_likely_pairing_is_told() -> None:
 
     with pytest.raises(TransferError, match=r"The new layer 2\.weight cannot be an identity: its stride is"):
         transfer(make(0), make(1), MAPS)
+
+
+def test_a_number_that_nothing_behind_can_undo_is_told() -> None:
+    # So small a branch that the difference would pass for rounding in float32.
+    def how(net: Net, x: Tensor) -> Tensor:
+        return x.tanh() + 1e-6 * net.l(F.gelu(x + net.a.out_features**-0.5 * net.m(x.tanh())))
+
+    make = rows(how, l=lambda w: nn.Linear(w, w), m=lambda w: nn.Linear(w, w))
+    teacher, student = make(4).float(), make(8).float()
+    transfer(teacher, student, ROWS.float())  # into the weights of m
+    assert equivalence(teacher.double(), student.double(), ROWS).max_relative < 1e-6
+
+    def twice(net: Net, x: Tensor) -> Tensor:
+        y = net.m(x.tanh())
+        return x.tanh() + 1e-6 * net.l(F.gelu(x + net.a.out_features**-0.5 * y) + y)
+
+    make = rows(twice, l=lambda w: nn.Linear(w, w), m=lambda w: nn.Linear(w, w))
+    with pytest.raises(
+        TransferError, match=r"add in the network takes units that are multiplied by 0\.3536 here and by 0\.5"
+    ):
+        transfer(make(4).float(), make(8).float(), ROWS.float())
+
+
+def test_a_constant_of_its_own_width_pins() -> None:
+    fixed = torch.rand(4, **DOUBLE)
+    with pytest.raises(TransferError, match="add in the network joins it to a constant of its own width"):
+        transfer(rows(lambda net, x: x + fixed)(4), rows(lambda net, x: x + torch.rand(8, **DOUBLE))(8), ROWS)
