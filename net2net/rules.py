@@ -7,6 +7,7 @@ meets: they keep their width, and an attempt to grow them is refused with the fu
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,20 +190,23 @@ def _range(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence[L
     name, lies = _plain(call.name), [labels.range for labels in met]
     if len(operands) > 1 or not call.args:
         return total(lies) if name == "add" and len(met) == len(operands) else None, None
-    rest = {key: value for key, value in call.kwargs.items() if key != "out"}
-
-    def function(x: Tensor) -> Tensor:
-        return call.func(x, *call.args[1:], **rest)
-
-    before, carrier, chain = met[0], met[0].past.carrier, met[0].chain
+    before, chain = met[0], met[0].chain
     if name in _LINEAR and _gain(trace, call) == 1.0:
         return before.range, chain
+    rest = {key: value for key, value in call.kwargs.items() if key != "out"}
+    function = partial(_of_one, call.func, call.args[1:], rest)  # not the call, which holds its activations
     if chain is not None:
-        chain.append(function)
-    elif carrier is not None:
-        chain = [function]
-        trace.chains.setdefault(carrier, []).append(chain)
+        chain = chain.longer(function)
+    elif before.past.carrier is not None:
+        chain = Chain(before.past.carrier, (function,))
+    if chain is not None:
+        shorter = [one for one in trace.chains.get(chain.behind, []) if one.functions != chain.functions[:-1]]
+        trace.chains[chain.behind] = [*shorter, chain]
     return image(function, before.range), chain
+
+
+def _of_one(function: Callable, more: Sequence, options: dict[str, Any], x: Tensor) -> Tensor:
+    return function(x, *more, **options)
 
 
 def _broadcast(operands: Sequence[Tensor]) -> torch.Size | None:

@@ -265,6 +265,7 @@ def layers(new: Callable[[], nn.Module] | None, between: nn.Module) -> nn.Sequen
         (nn.Sigmoid(), nn.ReLU, True),
         (nn.ReLU(), nn.ReLU6, False),
         (nn.ReLU(), lambda: nn.Hardtanh(0, 10), False),
+        (nn.ReLU(), lambda: nn.ReLU6(inplace=True), False),
         (nn.Identity(), nn.ReLU, False),
         (nn.LeakyReLU(0.01), nn.ReLU, False),
     ],
