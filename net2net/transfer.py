@@ -227,6 +227,8 @@ def _first(
 
 def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator: torch.Generator) -> Transfer:
     builder = _Builder(plan)
+    if split != "pad":  # which promises no function
+        builder.check_numbers()
     origins = {name: builder.origin(name) for name in plan.student.tensors}
     for module in plan.eps:
         if not hasattr(student.get_submodule(module), "eps"):
@@ -276,9 +278,8 @@ class _Builder:
         told = [*student.reasons, *student.pinned]
         self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in told]
         self.gains = self._softmax_gains()
-        self._check_numbers()
 
-    def _check_numbers(self) -> None:
+    def check_numbers(self) -> None:
         """Raise TransferError where numbers that the two networks multiply units by differ, and stay in what follows.
 
         Those in front of a softmax do not: the queries undo them.
