@@ -96,9 +96,8 @@ def widen(
         raise TransferError(
             f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}."
         )
-    running, _ = _as_much_as_can_be(
-        lambda factors: runs(factors)[0], {k: widths for k in free}
-    )  # a width written into the forward pass stays
+    # A width that is written into the forward pass stays.
+    running, _ = _as_much_as_can_be(lambda factors: runs(factors)[0], {k: widths for k in free})
     return _as_much_as_can_be(grown, running)[1]
 
 
