@@ -103,6 +103,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         activations, others = parameters[:1], [x for x in others if x is not parameters[0]]
     met = [labels for x in activations if (labels := trace.labels(x))]
     passed: set[str] = set()
+    alike = 0  # constants that are the same for all units
     first, *rest = (labels.units.broadcast_to(out.shape) for labels in met)
     for units in rest:
         first = trace.meet(first, units, call)
@@ -111,6 +112,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         shape = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
         shared = [dim for dim in varying if shape[dim] > 1]
         if not shared and trace.parameter_of(x) not in trace.alike:
+            alike += not trace.follows(x)
             continue
         if (labels := trace.labels(x)) is not None:
             first = trace.meet(first, labels.units.broadcast_to(out.shape), call)
@@ -124,9 +126,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     factor = 1.0 if met[0].raw in trace.absorbed else _gain(trace, call)
     gain = _joined_gain(trace, call, met, factor, [x.dtype for x in activations])
     scaled = name in ("mul", "div") and len(met) > 1
-    plain = (
-        name in (_LINEAR | {"add", "sub"}) and not scaled and len(met) == len([x for x in operands if x.numel() > 1])
-    )
+    many = len([x for x in operands if x.numel() > 1]) - (alike if name == "mul" else 0)  # stochastic depth, for one
+    plain = name in (_LINEAR | {"add", "sub"}) and not scaled and len(met) == many
     linear = plain and all(labels.linear for labels in met)
     normed = met[0].normed if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
     past = _passage(trace, call, operands, met, len(activations))

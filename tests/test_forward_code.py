@@ -389,3 +389,29 @@ def test_a_constant_of_its_own_width_pins() -> None:
     fixed = torch.rand(4, **DOUBLE)
     with pytest.raises(TransferError, match="add in the network joins it to a constant of its own width"):
         transfer(rows(lambda net, x: x + fixed)(4), rows(lambda net, x: x + torch.rand(8, **DOUBLE))(8), ROWS)
+
+
+class Deep(nn.Module):
+    """A residual stream whose branches are dropped at random in training; a norm sees it, at any width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.l, self.n, self.o = (
+            nn.Linear(5, width),
+            nn.Linear(width, width),
+            nn.LayerNorm(width),
+            nn.Linear(width, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        branch = self.l(x)
+        if self.training:
+            branch = branch * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.8) / 0.8
+        return self.o(self.n(x + branch))
+
+
+def test_dropping_branches_keeps_a_stream_linear() -> None:
+    teacher, student = Deep(4).eval(), Deep(7).eval()
+    transfer(teacher, student, ROWS)
+    assert equivalence(teacher, student, 9 * ROWS).max_relative < EXACT
