@@ -5,6 +5,7 @@ speaks. Without torchrun there is one rank, for which nothing of this does anyth
 """
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -140,6 +141,11 @@ def join() -> Ranks:
     if not dist.is_initialized():
         # Numbers of the CPU go by gloo, gradients on GPUs by NCCL.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-        # Its threads must end before the interpreter: one that lets go of a tensor later aborts the process.
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    """Destroy the process group and with it its threads: one that lets go of a tensor after the interpreter aborts."""
+    gc.collect()  # wrapped networks hold the group, and may lie in cycles
+    dist.destroy_process_group()
