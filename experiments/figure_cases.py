@@ -1,10 +1,10 @@
-"""Draws an experiment with cases: a frontier over budgets, or the end of every case. Imports no torch."""
+"""Draws an experiment with cases: a frontier over budgets, a search of rates, or the end of every case. No torch."""
 
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import family, report
+from . import family, report, search
 from .figure import FORMATS, LOOKS, MARKERS, band, canvas, save, seeds_phrase
 from .frontier import is_frontier
 from .report import flops_unit, ordered
@@ -28,7 +28,8 @@ CASES: list[tuple[str, Any, str]] = [
 
 def draw_family(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Writes the figure of an experiment with cases to `path` + .png and .svg, and returns those paths."""
-    return (_frontier if is_frontier(cases) else _ends)(name, cases, path, formats)
+    draw = _frontier if is_frontier(cases) else _search if search.is_search(cases) else _ends
+    return draw(name, cases, path, formats)
 
 
 def _frontier(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...]) -> list[Path]:
@@ -53,6 +54,32 @@ def _frontier(name: str, cases: family.Cases, path: Path, formats: tuple[str, ..
         _head(figure, f"{name}: budgets of {', '.join(cases)}", lines)
         handles, labels = own.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        return save(figure, path, formats)
+
+
+def _search(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...]) -> list[Path]:
+    """Holdout accuracy that each arm ends with against its initial rate: a panel an arm, a line a budget."""
+    found = search.tried(cases)
+    arms = ordered({arm for budget in found.values() for arm in budget})
+    with canvas() as new:
+        figure = new(1.2 + 2.0 * math.ceil(len(arms) / 2))
+        axes = figure.subplots(math.ceil(len(arms) / 2), 2, sharex=True, sharey=True, squeeze=False)
+        for ax, arm in zip(axes.flat, arms, strict=False):
+            for (colour, line, marker), (budget, of) in zip(CASES, found.items(), strict=False):
+                rates = of.get(arm, {})
+                middles = [100 * accuracy for accuracy in rates.values()]
+                ax.plot(list(rates), middles, color=colour, linestyle=line, marker=marker, label=budget)
+            ax.set_title(arm, loc="left")
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for ax in axes[-1]:
+            ax.set_xlabel("initial rate (multiples of schedule.lr)")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("holdout accuracy (%)")
+        said = seeds_phrase(line.final.n for line in family.lines(cases))
+        figure.suptitle(f"{name}: {said}", fontsize=10)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
         return save(figure, path, formats)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import costs, family, report
+from . import costs, family, report, search
 from .claims import Finding
 from .config import ARMS, flatten
 from .figure import PAPER
@@ -147,8 +147,14 @@ def code_first(lines: list[list[str]]) -> list[list[str]]:
 
 def family_section(name: str, cases: family.Cases) -> str:
     """The part of results/README.md on an experiment with cases."""
-    frontier = is_frontier(cases)
-    shown = "Accuracy against training budget" if frontier else "Accuracy of each case"
+    frontier, searched = is_frontier(cases), search.is_search(cases)
+    shown = (
+        "Accuracy against training budget"
+        if frontier
+        else "Accuracy against initial rate"
+        if searched
+        else "Accuracy of each case"
+    )
     parts = [
         f"## {name}",
         bullets(facts(manifests for _, manifests in cases.values()) | {"Cases": case_phrase(cases)}),
@@ -165,6 +171,10 @@ column is the same run read as a curve: the share of the steps of `random_init`,
 accuracy is what it ends with.""",
             markdown_table(heads, lines),
         ]
+    if searched:
+        heads, lines = search.cells(search.tried(cases))
+        told = "Holdout accuracy (%) at the end, at each multiple of `schedule.lr`; the best of each line in bold."
+        return "\n\n".join([*parts, told, markdown_table(heads, lines)])
     found = family.lines(cases)
     size, unit = report.flops_unit(max(line.flops_total or line.flops for line in found))
     heads = [

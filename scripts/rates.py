@@ -1,7 +1,8 @@
 """Prints the best rate of each arm in a search of rates: python scripts/rates.py ablation_rate [--results results].
 
 Reads results/curves/<experiment> alone, whose cases are rates (configs/experiment/ablation_rate.yaml), and chooses by
-the final holdout accuracy over the seeds that all cases have. The last line is for the `rates` of a configuration.
+the final holdout accuracy over the seeds that all rates of an arm have, with each budget. The last line of a budget is
+for the `rates` of a configuration.
 """
 
 import argparse
@@ -12,11 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import report
 from experiments.config import ExperimentError
-from experiments.family import best, families, lines
+from experiments.family import families
+from experiments.search import best, tried
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a line an arm; returns 1, with one line, if the search was not run or a curve cannot be read."""
+    """Prints a line for each arm and budget; returns 1, with one line, if there are no curves or one cannot be read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("experiment")
@@ -30,14 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 1
-    chosen = best(cases)
-    for arm, (case, _) in chosen.items():
-        tried = ", ".join(f"{line.case} {100 * line.holdout:.2f}" for line in lines(cases) if line.arm == arm)
-        tested = [name for name, (curves, _) in cases.items() if arm in curves]
-        edge = " (at the edge of the search)" if case in (tested[0], tested[-1]) else ""
-        print(f"{arm}: {case}{edge} by holdout accuracy (%): {tried}")
-    rates = {arm: report.own(cases[case][1])[0]["config"]["rates"][arm] for arm, (case, _) in chosen.items()}
-    print("rates: {" + ", ".join(f"{arm}: {rate:g}" for arm, rate in rates.items()) + "}")
+    found = tried(cases)
+    for budget, arms in found.items():
+        chosen: dict[str, float] = {}
+        for arm, rates in arms.items():
+            chosen[arm] = best(rates)
+            edge = " (at the edge of the search)" if chosen[arm] in (min(rates), max(rates)) else ""
+            said = ", ".join(f"{rate:g} {100 * accuracy:.2f}" for rate, accuracy in rates.items())
+            print(f"{budget} {arm}: {chosen[arm]:g}{edge} by holdout accuracy (%): {said}")
+        print(f"{budget} rates: {{" + ", ".join(f"{arm}: {rate:g}" for arm, rate in chosen.items()) + "}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The pages: every number in them is that of the curves, every command composes, and cases are shown."""
 
+import copy
 import html
 import itertools
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import simulated
 
-from experiments import costs, family, figure_cases, frontier, pages, report
+from experiments import costs, family, figure_cases, frontier, pages, report, search
 from experiments.config import Config
 from scripts import claims, figures, rates
 
@@ -110,6 +111,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     folder = tmp_path_factory.mktemp("simulated") / "results"
     for experiment in ("frontier_wider", "ablation_rate", "grow_schedule"):
         simulated.write(folder, cases(f"experiment={experiment}", "scale=cpu"))
+    simulated.write(folder, cases("experiment=tune_deeper", "scale=cpu"), seeds=1)
     shutil.copy(ROOT / "results/claims.yaml", folder)
     return folder
 
@@ -174,16 +176,48 @@ def test_the_page_of_a_family_and_the_claims_on_it(results: Path, capsys: pytest
 def test_the_best_rate_of_each_arm(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rates.main(["--results", str(results), "ablation_rate"]) == 0
     *arms, last = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in arms] == ["net2net", "random_pad", "random_init", "teacher_continued"]
-    values = {name: float(value) for name, value in re.findall(r"(x[\d.]+) (\d\d\.\d\d)", arms[0])}
-    assert len(values) == 5
-    assert arms[0].startswith(f"net2net: {max(values, key=lambda name: values[name])}")
-    assert f"net2net: {max(values, key=lambda name: values[name])[1:]}," in last.removeprefix("rates: {")
-    assert rates.main(["--results", str(results), "tune_deeper"]) == 1
-    assert capsys.readouterr().err.startswith("There are no cases of tune_deeper under ")
+    kinds = ["net2net", "random_pad", "random_init", "teacher_continued"]
+    assert [line.partition(":")[0] for line in arms] == [f"4ep {arm}" for arm in kinds]
+    values = {rate: float(value) for rate, value in re.findall(r"([\d.]+) (\d\d\.\d\d)", arms[0])}
+    assert list(values) == ["0.1", "0.3", "1", "3", "10"]
+    chosen = max(values, key=lambda rate: values[rate])
+    assert arms[0].startswith(f"4ep net2net: {chosen}")
+    assert ("at the edge" in arms[0]) == (chosen in ("0.1", "10"))
+    assert last.startswith(f"4ep rates: {{net2net: {chosen}, ")
+    assert rates.main(["--results", str(results), "tune_wider"]) == 1
+    assert capsys.readouterr().err.startswith("There are no cases of tune_wider under ")
 
 
-@pytest.mark.parametrize("name", ["frontier_wider", "ablation_rate", "grow_schedule"])
+def test_the_best_rate_with_each_budget(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = read(results)["tune_deeper"]
+    found = search.tried(cases)
+    assert list(found) == ["1ep", "2ep", "4ep", "8ep", "16ep"]
+    assert list(found["16ep"]["net2net"]) == [0.1, 0.3, 1, 3, 10]
+    assert list(found["1ep"]["random_init"]) == [0.03, 0.1, 0.3, 1, 3]  # a case that this arm alone has
+    curve = cases["2ep_x0.3"][0]["random_pad"][0]
+    assert found["2ep"]["random_pad"][0.3] == curve[-1]["holdout_accuracy"]
+    heads, table = search.cells(found)
+    assert heads[2:] == ["0.03 ×", "0.1 ×", "0.3 ×", "1 ×", "3 ×", "10 ×"] and len(table) == 20
+    for line in table:
+        (bold,) = [cell.strip("*") for cell in line if cell.startswith("**")]
+        assert float(bold) == max(float(cell.strip("*")) for cell in line[2:] if cell != "–")
+    assert rates.main(["--results", str(results), "tune_deeper"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" {")[0] for line in said if "rates:" in line] == [f"{budget} rates:" for budget in found]
+
+
+def test_a_search_has_rates_alone_for_cases(results: Path) -> None:
+    found = read(results)
+    assert {name for name, cases in found.items() if search.is_search(cases)} == {"tune_deeper"}
+    cases = found["tune_deeper"]
+    curves, manifests = cases["2ep_x1"]
+    other = copy.deepcopy(manifests)
+    for record in other["net2net"].values():
+        record["config"]["growth"]["noise"] = 0.5
+    assert not search.is_search(cases | {"2ep_x1": (curves, other)})
+
+
+@pytest.mark.parametrize("name", ["frontier_wider", "ablation_rate", "tune_deeper", "grow_schedule"])
 def test_the_figure_of_a_family_is_the_same_each_time(results: Path, tmp_path: Path, name: str) -> None:
     cases = read(results)[name]
     (first,) = figure_cases.draw_family(name, cases, tmp_path / "first", ("svg",))

@@ -1,0 +1,59 @@
+"""An experiment whose cases are initial rates, with one training budget or several: which is best for which arm."""
+
+from . import report
+from .config import flatten
+from .family import Cases
+from .settings import PER_RUN
+
+SEARCHED = ("schedule.epochs", "rates.", "case")  # what the cases of a search differ in
+
+Tried = dict[
+    str, dict[str, dict[float, float]]
+]  # budget -> arm -> rate -> holdout accuracy at the end, mean over seeds
+
+
+def is_search(cases: Cases) -> bool:
+    """Whether the cases are rates, several for each arm with each of several budgets, and nothing else."""
+    settings = [flatten(report.own(manifests)[0]["config"]) for _, manifests in cases.values()]
+    fixed = [key for key in settings[0] if key not in PER_RUN and not key.startswith(SEARCHED)]
+    alike = all(one.get(key) == settings[0][key] for one in settings for key in fixed)
+    found = tried(cases)
+    return alike and len(found) > 1 and all(len(rates) > 1 for arms in found.values() for rates in arms.values())
+
+
+def tried(cases: Cases) -> Tried:
+    """What each arm ends with at each rate that it was tried at, by budget, over the seeds that all of these have.
+
+    Accuracies, in 0..1, are of the holdout images; rates are multiples of schedule.lr, in ascending order.
+    """
+    ends: dict[str, dict[str, dict[float, dict[int, float]]]] = {}
+    for curves, manifests in cases.values():
+        config = report.own(manifests)[0]["config"]
+        budget = ends.setdefault(config["schedule"]["epochs"], {})
+        for arm in report.ordered(set(curves) - {"teacher"}):
+            found = {seed: curve[-1]["holdout_accuracy"] for seed, curve in curves[arm].items()}
+            budget.setdefault(arm, {})[config["rates"][report.split_arm(arm)[1]]] = found
+    return {budget: {arm: _means(rates) for arm, rates in arms.items()} for budget, arms in ends.items()}
+
+
+def _means(rates: dict[float, dict[int, float]]) -> dict[float, float]:
+    common = set.intersection(*(set(seeds) for seeds in rates.values()))
+    return {rate: report.spread([rates[rate][seed] for seed in common]).mean for rate in sorted(rates) if common}
+
+
+def best(rates: dict[float, float]) -> float:
+    """The rate of the highest accuracy; the lower one of two that are equal."""
+    return max(rates, key=lambda rate: rates[rate])
+
+
+def cells(found: Tried) -> tuple[list[str], list[list[str]]]:
+    """A line for each arm with each budget: the holdout accuracy (%) at each rate, the highest in bold."""
+    every = sorted({rate for arms in found.values() for rates in arms.values() for rate in rates})
+    table: list[list[str]] = []
+    for budget, arms in found.items():
+        for arm, rates in arms.items():
+            shown = {rate: f"{100 * accuracy:.2f}" for rate, accuracy in rates.items()}
+            if rates:
+                shown[best(rates)] = f"**{shown[best(rates)]}**"
+            table.append([budget, f"`{arm}`", *(shown.get(rate, "–") for rate in every)])
+    return ["budget", "arm", *(f"{rate:g} ×" for rate in every)], table
