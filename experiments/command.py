@@ -33,7 +33,7 @@ LOST = {  # what launchers raise, by the name of its class
     "UncompletedJobError": "Slurm ended a job; when the others are done",
     "FailedJobError": "Slurm refused the jobs",
 }
-FREE = ("model", "inception", "teacher", "students", "rates", "cases")  # their keys are not in the schema
+FREE = ("model", "inception", "teacher", "first", "students", "rates", "cases")  # their keys are not in the schema
 
 HELP = """\
 python train.py experiment=NAME [KEY=VALUE ...]        run an experiment, or go on with it

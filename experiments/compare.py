@@ -20,7 +20,7 @@ from .device import describe, pick_device
 from .memory import out_of_memory
 from .optimizers import make_optimizer
 from .ranks import join
-from .run import TEACHER, Run
+from .run import FIRST, TEACHER, Run
 from .stages import carry_out, is_complete
 from .training import learn
 
@@ -90,7 +90,7 @@ def _check_lengths(run: Run) -> None:
     """Refuse a duration that rounds to no step at all."""
     schedule = run.config.schedule
     per_epoch = complete_batches(len(run.splits.train), schedule.batch_size)
-    for key in ("epochs", "teacher_epochs", "evaluate"):
+    for key in ("epochs", "teacher_epochs", "first_epochs", "evaluate"):
         duration = getattr(schedule, key)
         if duration is not None and steps(duration, per_epoch) < 1:
             raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
@@ -102,6 +102,12 @@ def _check_growth(run: Run, networks: dict[str | None, nn.Module]) -> None:
         for arm in [arm for arm in ("net2net", "random_pad") if arm in run.config.arms][:1]:
             teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
             arms.fill(arm, teacher, trial, run.config, run.images)
+    if run.earlier is not None:
+        first, trial = run.earlier.fresh(None), copy.deepcopy(networks[None])
+        try:
+            arms.fill("net2net", first.to(run.device), trial.to(run.device), run.config, run.images)
+        except ExperimentError as error:
+            raise ExperimentError(f"The teacher (student) cannot grow from `first` (teacher): {error}") from error
 
 
 def _done(run: Run, name: str, arm: str, student: str | None) -> bool:
@@ -190,20 +196,26 @@ def _announce(
         ("epochs", "right"),
     ):
         table.add_column(head, justify=justify)  # type: ignore[arg-type]
-    seconds = {}
-    for student, network in networks.items():
+
+    def row(label: str, network: nn.Module, of: Run, student: str | None) -> float:
+        size = f"{sum(p.numel() for p in network.parameters()):,}"
         table.add_row(
-            student or TEACHER,
-            f"{sum(p.numel() for p in network.parameters()):,}",
-            f"{run.costs[student][0] / 1e6:,.1f} M",
-            run.epochs(TEACHER if student is None else student),
+            label,
+            size,
+            f"{of.costs[student][0] / 1e6:,.1f} M",
+            of.epochs(TEACHER if student is None else student),
         )
-        seconds[student] = _seconds_a_step(run, network) if todo else 0.0
+        return _seconds_a_step(run, network) if todo else 0.0
+
+    first = 0.0 if run.earlier is None else row(FIRST, run.earlier.fresh(None), run.earlier, None)
+    seconds = {student: row(student or TEACHER, network, run, student) for student, network in networks.items()}
     run.console.print(table)
     say(f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if todo:
         per_epoch = len(run.splits.train) // config.schedule.batch_size
         total = sum(seconds[stages[name][1]] * steps(run.epochs(name), per_epoch) for name in todo)
+        if run.earlier is not None and TEACHER in todo:
+            total += first * steps(run.earlier.epochs(TEACHER), per_epoch)
         say(f"to do     {', '.join(todo)}: about {progress.duration(total)} of training, by the speed of a few steps")
 
 

@@ -55,6 +55,7 @@ class Schedule:
 
     epochs: str = "6ep"  # length of each student's training
     teacher_epochs: str | None = None  # length of the teacher's own training; None: as the students'
+    first_epochs: str | None = None  # the same of the network that the teacher is grown from; None: as the teacher's
     batch_size: int = 128
     optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd
     lr: float = 0.001  # initial rate of a network trained from scratch
@@ -91,6 +92,9 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
     inception: dict[str, Any] = field(default_factory=dict)  # what the scale makes of the paper's network
     teacher: dict[str, Any] = field(default_factory=dict)  # what the teacher changes in it
+    first: dict[str, Any] = field(
+        default_factory=dict
+    )  # what the network changes that the teacher is grown from, if any
     students: dict[str, Any] = field(default_factory=dict)  # name of each student -> what it changes in it
     rates: dict[str, float] = field(
         default_factory=lambda: {
@@ -150,7 +154,7 @@ def check(config: Config) -> None:
     _check_words(config)
     _check_numbers(config)
     steps(config.growth.warmup or "0it", 1)
-    for key in ("epochs", "teacher_epochs", "evaluate", "warmup"):
+    for key in ("epochs", "teacher_epochs", "first_epochs", "evaluate", "warmup"):
         duration = getattr(config.schedule, key)
         if duration is not None and steps(duration, 10**9) < (key != "warmup"):
             raise ExperimentError(f"schedule.{key} is {duration}: it has to be longer than nothing.")
@@ -176,6 +180,8 @@ def _check_words(config: Config) -> None:
     for arm in config.arms:
         if arm not in config.rates:
             raise ExperimentError(f"The arm {arm} has no rate: set rates.{arm}, a multiple of schedule.lr.")
+    if config.first and "net2net" not in config.rates:
+        raise ExperimentError("A teacher that is grown from `first` trains at rates.net2net: set it.")
 
 
 def _check_numbers(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from .ranks import ALONE, Ranks
 from .training import Job
 
 TEACHER = "teacher"
+FIRST = "first"  # what the network is called that the teacher is grown from
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Run:
     device: torch.device
     console: Console
     ranks: Ranks = ALONE
+    later: "Run | None" = None  # the run whose teacher is this one's student
 
     @property
     def folder(self) -> Path:
@@ -40,6 +43,16 @@ class Run:
     def experiment(self) -> Path:
         """Where all seeds of the experiment are written."""
         return Path(self.config.runs) / self.config.name
+
+    @cached_property
+    def earlier(self) -> "Run | None":
+        """The run whose student is the teacher of this one; None if the teacher starts from random weights."""
+        config, schedule = self.config, self.config.schedule
+        if not config.first:
+            return None
+        schedule = replace(schedule, teacher_epochs=schedule.first_epochs or self.epochs(TEACHER), first_epochs=None)
+        changed = replace(config, teacher=config.first, first={}, students={TEACHER: config.teacher}, schedule=schedule)
+        return replace(self, config=changed, later=self)
 
     def fresh(self, student: str | None) -> nn.Module:
         """A network as its constructor draws it; the teacher for None."""
@@ -54,8 +67,18 @@ class Run:
         )
         return next(iter(batches))[0]
 
-    def job(self, name: str, student: str | None, rate: float, folder: Path | None = None) -> Job:
-        """The training run of one stage, written into the folder, or else where its name says."""
+    def job(
+        self,
+        name: str,
+        student: str | None,
+        rate: float,
+        folder: Path | None = None,
+        before: Mapping[str, float] | None = None,
+    ) -> Job:
+        """The training run of one stage, written into the folder, or else where its name says.
+
+        What was spent `before` counts as its own.
+        """
         arm = report.split_arm(name)[1]
         config = self.trained_with(arm)
         return Job(
@@ -70,7 +93,13 @@ class Run:
             name,
             self.ranks,
             config.schedule.teacher_augment or arm != TEACHER,
+            before or {},
         )
+
+    @property
+    def teacher_rate(self) -> float:
+        """The initial rate of the teacher, a multiple of schedule.lr: that of a grown network, if it is one."""
+        return self.config.rates["net2net"] if self.config.first else 1.0
 
     def trained_with(self, arm: str) -> Config:
         """The configuration with the schedule of one stage, where the teacher's or its heirs' is another."""
@@ -78,7 +107,7 @@ class Run:
         if arm == TEACHER:
             length, decay = schedule.teacher_epochs or schedule.epochs, schedule.teacher_decay or schedule.decay
             schedule = replace(schedule, epochs=length, decay=decay)
-        elif arm in report.STARTS_FROM_TEACHER:
+        if arm in report.STARTS_FROM_TEACHER or (arm == TEACHER and config.first):
             schedule = replace(schedule, warmup=config.growth.warmup or schedule.warmup)
         return replace(config, schedule=schedule)
 
@@ -98,6 +127,8 @@ class Run:
     @cached_property
     def choice(self) -> Choice:
         """In which arithmetic all of it is trained."""
+        if self.later is not None:
+            return self.later.choice
         largest = max(self.costs, key=lambda student: self.costs[student][1])
 
         def batch(count: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +146,7 @@ class Run:
         config = asdict(self.trained_with(arm))
         data = {key: value for key, value in config["data"].items() if key not in ("root", "cache", "workers")}
         schedule = dict(config["schedule"])
-        for key in ("teacher_epochs", "teacher_decay", "teacher_augment"):
+        for key in ("teacher_epochs", "first_epochs", "teacher_decay", "teacher_augment"):
             schedule.pop(key)
         settings = {
             "seed": config["seed"],
@@ -127,7 +158,10 @@ class Run:
         if self.ranks.count > 1:  # batch norm sees a share of each batch
             settings["ranks"] = self.ranks.count
         if arm == TEACHER:
-            return settings | {"augment": self.config.schedule.teacher_augment}
+            settings["augment"] = self.config.schedule.teacher_augment
+            if self.earlier is not None:
+                settings |= {"first": self.earlier.teacher, "rate": self.teacher_rate, "growth": config["growth"]}
+            return settings
         settings["rate"] = config["rates"][arm]
         if arm in report.STARTS_FROM_TEACHER:
             settings["teacher"] = self.teacher

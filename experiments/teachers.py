@@ -1,19 +1,23 @@
 """The teacher: trained once, for all arms and experiments that start from the same.
 
 It lies in `runs/teachers/<hash>`, where the hash is of all that determines it, and each seed of an experiment has a
-link to it where its other stages are.
+link to it where its other stages are. A teacher may itself be grown, from a network that is trained in the same way and
+lies beside it; its curve begins with what that one has cost.
 """
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import checkpoint, locks
+import net2net
+
+from . import arms, checkpoint, locks
 from .config import ExperimentError
-from .run import TEACHER, Run
+from .run import FIRST, TEACHER, Run
 from .stages import carry_out, is_complete
 from .training import load_network
 
@@ -30,14 +34,32 @@ def is_trained(run: Run) -> bool:
 def obtain(run: Run, network: nn.Module) -> None:
     """Load the trained teacher into `network`: train it, or wait for the process that does, if it is not there."""
     place, ranks = _place(run), run.ranks
-    if place != run.folder / TEACHER:
+    if place != run.folder / TEACHER and run.later is None:
         ranks.first(lambda: _link(run.folder / TEACHER, place))
     if _load(run, network, place):
         return
     waiting = lambda owner: _say(run, f"waits for {owner}, which trains it ({place})")  # noqa: E731
     with ranks.entered_by_first(lambda: locks.hold(place, waiting)):
         if not _load(run, network, place):
-            carry_out(run, run.job(TEACHER, None, 1.0, place), TEACHER, None, network)
+            facts, optimizer = ({}, None) if run.earlier is None else _grow(run, run.earlier, network)
+            job = run.job(TEACHER, None, run.teacher_rate, place, facts.get("before"))
+            job = replace(job, name=FIRST) if run.later is not None else job
+            carry_out(run, job, TEACHER, None, network, facts, optimizer)
+
+
+def _grow(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Fill the teacher from the network before it; what the manifest says of that, and the state of the optimizer."""
+    small = earlier.fresh(None)
+    obtain(earlier, small)
+    small.to(run.device)
+    record = arms.fill("net2net", small, network.to(run.device), run.config, run.images)
+    assert isinstance(record, net2net.Transfer)
+    state = run.ranks.first(lambda: checkpoint.load(_place(earlier)))
+    spent = {key: state["rows"][-1][key] for key in ("examples", "seconds", "flops")}
+    facts = {"growth": {"record": str(record)}, "first": earlier.settings(TEACHER, None), "before": spent}
+    if run.config.growth.optimizer_state != "carried":
+        return facts, None
+    return facts, arms.carried(record, small, network, state["optimizer"], run.config)
 
 
 def optimizer_state(run: Run) -> dict[str, Any]:
@@ -48,7 +70,7 @@ def optimizer_state(run: Run) -> dict[str, Any]:
 def _place(run: Run) -> Path:
     """Where the teacher lies: among all teachers, unless the seed has one of its own, as a copy without links does."""
     own = run.folder / TEACHER
-    if run.ranks.first(lambda: own.is_dir() and not own.is_symlink()):
+    if run.later is None and run.ranks.first(lambda: own.is_dir() and not own.is_symlink()):
         return own
     return Path(run.config.runs) / "teachers" / run.teacher
 

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ class Job:
     name: str = "training"  # what the stage is called
     ranks: Ranks = ALONE  # the processes that share each batch
     augment: bool = True  # whether training images are cropped and mirrored
+    before: Mapping[str, float] = field(default_factory=dict)  # what was spent to come here: added to these columns
 
     @property
     def per_epoch(self) -> int:
@@ -349,6 +350,7 @@ def _row(job: Job, step: int, seconds: float, loss: float | None, accuracy: floa
         "seconds": seconds if step else 0.0,
         "flops": examples * job.flops,
     }
+    row |= {key: row[key] + spent for key, spent in job.before.items()}
     return row if loss is None or accuracy is None else row | {"train_loss": loss, "train_accuracy": accuracy}
 
 

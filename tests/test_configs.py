@@ -105,12 +105,13 @@ def test_the_ways_to_spend_the_compute_of_grow_schedule_cost_the_same(cases: Cal
     for config in cases("experiment=grow_schedule"):
         epochs = steps(config.schedule.epochs, 351)
         (arm,) = config.arms
-        large, small = (
+        large, small, first = (
             flops.count(build(config.model | spec, 10, 3), 3, 32)[1]
-            for spec in (config.students["wider"], config.teacher)
+            for spec in (config.students["deeper"], config.teacher, config.first)
         )
         own = small if arm == "teacher_continued" else large
         before = 0 if arm == "random_init" else small * steps(config.schedule.teacher_epochs or "", 351)
+        before += first * steps(config.schedule.first_epochs or "0it", 351)
         spent[config.case or ""] = own * epochs + before
     whole = spent.pop("start")
     assert spent.pop("start_half") == pytest.approx(whole / 2, rel=0.01)

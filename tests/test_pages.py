@@ -193,7 +193,7 @@ def test_the_best_rate_with_each_budget(results: Path, capsys: pytest.CaptureFix
     found = search.tried(cases)
     assert list(found) == ["1ep", "2ep", "4ep", "8ep", "16ep"]
     assert list(found["16ep"]["net2net"]) == [0.1, 0.3, 1, 3, 10]
-    assert list(found["1ep"]["random_init"]) == [0.03, 0.1, 0.3, 1, 3]  # a case that this arm alone has
+    assert list(found["4ep"]["random_init"]) == [0.03, 0.1, 0.3, 1, 3]  # a case that this arm alone has
     curve = cases["2ep_x0.3"][0]["random_pad"][0]
     assert found["2ep"]["random_pad"][0.3] == curve[-1]["holdout_accuracy"]
     heads, table = search.cells(found)

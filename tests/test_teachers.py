@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from experiments import checkpoint, compare, locks, report, teachers, training
-from experiments.config import ARMS, Config, ExperimentError
+from experiments.config import ARMS, Config, ExperimentError, check
 from experiments.data import load
 from experiments.run import Run
 from scripts import torture
@@ -241,3 +241,69 @@ def test_no_lock_is_left(small: Make, tmp_path: Path) -> None:
         (tmp_path / "runs/quickstart/seed0" / stage / locks.NAME).touch()
     compare.compare(small(), Console(quiet=True))
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    config = small("arms=net2net", "+first.width=0.125", "schedule.first_epochs=4it", "schedule.teacher_epochs=8it")
+    compare_as(config, log)
+    run = run_of(config)
+    assert run.earlier is not None
+    places = {
+        name: tmp_path / "runs/teachers" / one.teacher for name, one in (("first", run.earlier), ("teacher", run))
+    }
+    assert {path.name for path in (tmp_path / "runs/teachers").iterdir()} == {path.name for path in places.values()}
+    curves = {name: report.parse_curve((path / "curve.csv").read_bytes(), path) for name, path in places.items()}
+    manifests = {name: json.loads((path / "manifest.json").read_text()) for name, path in places.items()}
+    end, start = curves["first"][-1], curves["teacher"][0]
+    assert end["step"] == 4 and start["step"] == 0 and curves["teacher"][-1]["step"] == 8
+    assert start["test_accuracy"] == end["test_accuracy"] and start["holdout_loss"] == pytest.approx(
+        end["holdout_loss"]
+    )
+    # What the first network has cost is part of what the teacher has: once, and of each kind.
+    assert start["flops"] == end["flops"] > 0 and start["examples"] == end["examples"] > 0
+    assert start["seconds"] == pytest.approx(end["seconds"])
+    own = manifests["teacher"]["train_flops_per_image"] * 8 * config.schedule.batch_size
+    assert curves["teacher"][-1]["flops"] == pytest.approx(end["flops"] + own, rel=1e-5)
+    loaded, _ = report.load(tmp_path / "runs/quickstart")
+    (row,) = [row for row in report.summarise(loaded, "random_init") if row.arm == "net2net"]
+    assert row.flops_total is not None
+    assert row.flops_total.mean == pytest.approx(row.flops.mean + end["flops"] + own, rel=1e-5)
+    assert manifests["teacher"]["settings"]["first"] == places["first"].name
+    assert manifests["teacher"]["settings"]["rate"] == config.rates["net2net"]
+    said = log.read_text()
+    assert said.count("\nfirst                  step") == 2 and "\nfirst  " in said.partition("arms ")[0]
+    # The first network is trained once: what starts from it anew finds it there.
+    shutil.rmtree(places["teacher"])
+    shutil.rmtree(tmp_path / "runs/quickstart")
+    compare_as(config, log)
+    assert "first                  step" not in log.read_text() and "teacher                step" in log.read_text()
+
+
+def test_a_grown_teacher_can_start_with_the_state_of_the_optimizer(small: Make, tmp_path: Path) -> None:
+    folders = {}
+    for state in ("dropped", "carried"):
+        config = small(
+            "arms=net2net", "+first.width=0.125", f"growth.optimizer_state={state}", f"runs={tmp_path}/{state}"
+        )
+        compare_as(config, tmp_path / f"{state}.txt")
+        folders[state] = tmp_path / state / "teachers" / run_of(config).teacher
+    ends = {state: checkpoint.load(folder)["rows"] for state, folder in folders.items()}
+    assert ends["dropped"][0]["test_loss"] == ends["carried"][0]["test_loss"]
+    assert ends["dropped"][-1]["train_loss"] != ends["carried"][-1]["train_loss"]
+
+
+def test_a_teacher_that_cannot_be_grown_is_refused_before_anything_is_trained(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"cannot grow from `first` .* is smaller"):
+        compare_as(small("arms=net2net", "+first.width=1.0"), tmp_path / "log.txt")
+    assert not (tmp_path / "runs/teachers").exists()
+    config = small("arms=net2net", "+first.width=0.125")
+    del config.rates["net2net"]
+    config.arms = ["random_init"]
+    with pytest.raises(ExperimentError, match=r"set it"):
+        check(config)
+
+
+def test_without_a_first_network_a_teacher_is_who_it_was(small: Make) -> None:
+    settings = run_of(small("arms=net2net")).settings("teacher", None)
+    assert not {"first", "rate", "growth"} & settings.keys() and "first_epochs" not in settings["schedule"]
