@@ -32,7 +32,7 @@ def families(results: Results) -> dict[str, Cases]:
     found: dict[str, Cases] = {}
     for name in results:
         experiment, _, case = name.partition("/")
-        if case:
+        if case and any(arm != "teacher" for arm in results[name][0]):  # a teacher alone is no result
             found.setdefault(experiment, {})[case] = results[name]
     return {name: {case: cases[case] for case in _ordered(name, cases)} for name, cases in found.items()}
 

@@ -14,6 +14,7 @@ import simulated
 
 from experiments import costs, family, figure_cases, frontier, pages, report, search
 from experiments.config import Config
+from experiments.settings import mixed
 from scripts import claims, figures, rates
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,6 +216,19 @@ def test_a_search_has_rates_alone_for_cases(results: Path) -> None:
     for record in other["net2net"].values():
         record["config"]["growth"]["noise"] = 0.5
     assert not search.is_search(cases | {"2ep_x1": (curves, other)})
+    # What another machine's default scale makes of a network that this is not, is no difference.
+    other = copy.deepcopy(manifests)
+    for record in other["net2net"].values():
+        record["config"]["inception"]["slim"] = 1.0
+    assert search.is_search(cases | {"2ep_x1": (curves, other)})
+    assert not mixed([record for one in (manifests, other) for record in one["net2net"].values()])
+
+
+def test_a_case_of_which_only_the_teacher_was_run_is_no_result(results: Path) -> None:
+    loaded = figures.read_results(results)
+    curves, manifests = loaded["frontier_wider/2ep"]
+    alone = {"frontier_wider/2ep": ({"teacher": curves["teacher"]}, {"teacher": manifests["teacher"]})}
+    assert list(family.families({**loaded, **alone})["frontier_wider"]) == ["1ep", "4ep", "8ep", "16ep"]
 
 
 @pytest.mark.parametrize("name", ["frontier_wider", "ablation_rate", "tune_deeper", "grow_schedule"])
