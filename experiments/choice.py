@@ -84,10 +84,11 @@ def measure(
         pixels = pixels.contiguous(memory_format=plain.memory_format)
         return partial(learn, trial, make_optimizer(trial, config.schedule), pixels, labels, device, plain)
 
-    few = min(FEW, config.schedule.batch_size)
-    probe = step_of(possible[0], few)
-    spent = [_seconds(probe, device) for _ in range(2)][-1]  # the first step makes kernels and buffers
-    count = max(few, min(config.schedule.batch_size, round(few * STEP / spent)))
+    def spent_on(few: int) -> float:
+        probe = step_of(possible[0], few)
+        return [_seconds(probe, device) for _ in range(2)][-1]  # the first step makes kernels and buffers
+
+    count = _timed_images(config.schedule.batch_size, device, spent_on)
     steps = {arithmetic: step_of(arithmetic, count) for arithmetic in possible}
     best = dict.fromkeys(possible, float("inf"))
     started = time.perf_counter()
@@ -99,6 +100,18 @@ def measure(
         if turn > 0 and time.perf_counter() - started > SECONDS:
             break
     return {arithmetic: count / seconds for arithmetic, seconds in best.items()}
+
+
+def _timed_images(batch_size: int, device: torch.device, spent_on: Callable[[int], float]) -> int:
+    """How many images a timed step has: as many as a CPU takes in STEP seconds, by what it has spent on few.
+
+    A GPU gets the batch that it will train on: on a few images it waits for its kernels to be launched, which takes as
+    long in any arithmetic, and the least precise looks no faster.
+    """
+    if device.type == "cuda":
+        return batch_size
+    few = min(FEW, batch_size)
+    return max(few, min(batch_size, round(few * STEP / spent_on(few))))
 
 
 def fastest(speeds: Mapping[Arithmetic, float]) -> Arithmetic:
@@ -117,7 +130,7 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 def _key(config: Config, device: torch.device) -> str:
     """Not the hardware: the jobs of a sweep may run on machines that differ, and their curves are compared."""
     determines = {
-        "network": config.model | config.teacher,
+        "network": config.model | (config.first or config.teacher),
         "data": [config.data.name, config.data.size],
         "batch_size": config.schedule.batch_size,
         "device": device.type,

@@ -214,7 +214,7 @@ def _announce(
     if todo:
         per_epoch = len(run.splits.train) // config.schedule.batch_size
         total = sum(seconds[stages[name][1]] * steps(run.epochs(name), per_epoch) for name in todo)
-        if run.earlier is not None and TEACHER in todo:
+        if run.earlier is not None and TEACHER in todo and not teachers.is_trained(run.earlier):
             total += first * steps(run.earlier.epochs(TEACHER), per_epoch)
         say(f"to do     {', '.join(todo)}: about {progress.duration(total)} of training, by the speed of a few steps")
 

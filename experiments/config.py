@@ -92,9 +92,8 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
     inception: dict[str, Any] = field(default_factory=dict)  # what the scale makes of the paper's network
     teacher: dict[str, Any] = field(default_factory=dict)  # what the teacher changes in it
-    first: dict[str, Any] = field(
-        default_factory=dict
-    )  # what the network changes that the teacher is grown from, if any
+    # What the network changes that the teacher is grown from, to train then at rates.net2net; {}: it starts at random.
+    first: dict[str, Any] = field(default_factory=dict)
     students: dict[str, Any] = field(default_factory=dict)  # name of each student -> what it changes in it
     rates: dict[str, float] = field(
         default_factory=lambda: {
@@ -180,6 +179,8 @@ def _check_words(config: Config) -> None:
     for arm in config.arms:
         if arm not in config.rates:
             raise ExperimentError(f"The arm {arm} has no rate: set rates.{arm}, a multiple of schedule.lr.")
+    if config.schedule.first_epochs is not None and not config.first:
+        raise ExperimentError("schedule.first_epochs is set, but no `first` network: name it, as in +first.width=0.25.")
     if config.first and "net2net" not in config.rates:
         raise ExperimentError("A teacher that is grown from `first` trains at rates.net2net: set it.")
 

@@ -1,5 +1,6 @@
 """Draws an experiment with cases: a frontier over budgets, a search of rates, or the end of every case. No torch."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def _search(name: str, cases: family.Cases, path: Path, formats: tuple[str, ...]
         figure = new(1.2 + 2.0 * math.ceil(len(arms) / 2))
         axes = figure.subplots(math.ceil(len(arms) / 2), 2, sharex=True, sharey=True, squeeze=False)
         for ax, arm in zip(axes.flat, arms, strict=False):
-            for (colour, line, marker), (budget, of) in zip(CASES, found.items(), strict=False):
+            for (colour, line, marker), (budget, of) in zip(itertools.cycle(CASES), found.items(), strict=False):
                 rates = of.get(arm, {})
                 middles = [100 * accuracy for accuracy in rates.values()]
                 ax.plot(list(rates), middles, color=colour, linestyle=line, marker=marker, label=budget)

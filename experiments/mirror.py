@@ -57,7 +57,8 @@ def mirror(config: Config, name: str, manifest: Mapping[str, Any], console: Cons
     without it.
     """
     swept = "WANDB_SWEEP_ID" in os.environ  # a run of a W&B sweep, which gave it its identity: for the arm
-    if config.logger == "none" or mode() == "disabled" or (swept and name == "teacher"):
+    nobodys = name == "first" or (swept and name == "teacher")  # what a teacher is grown from is in no seed's folder
+    if config.logger == "none" or mode() == "disabled" or nobodys:
         yield lambda row: None
         return
     lost = False

@@ -155,9 +155,10 @@ def family_section(name: str, cases: family.Cases) -> str:
         if searched
         else "Accuracy of each case"
     )
+    told = {} if searched else {"Cases": case_phrase(cases)}
     parts = [
         f"## {name}",
-        bullets(facts(manifests for _, manifests in cases.values()) | {"Cases": case_phrase(cases)}),
+        bullets(facts(manifests for _, manifests in cases.values()) | told),
         f"![{shown}: {name}](figures/{name}.png)",
         f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
     ]
@@ -173,8 +174,8 @@ accuracy is what it ends with.""",
         ]
     if searched:
         heads, lines = search.cells(search.tried(cases))
-        told = "Holdout accuracy (%) at the end, at each multiple of `schedule.lr`; the best of each line in bold."
-        return "\n\n".join([*parts, told, markdown_table(heads, lines)])
+        parts += ["Holdout accuracy (%) at the end, at each multiple of `schedule.lr`; the best of each line in bold."]
+        return "\n\n".join([*parts, markdown_table(heads, lines)])
     found = family.lines(cases)
     size, unit = report.flops_unit(max(line.flops_total or line.flops for line in found))
     heads = [
@@ -262,7 +263,8 @@ Numbers are means over seeds; in brackets, and as bands in the figures, the lowe
 says otherwise. Steps to target: the first evaluated step at which an arm's holdout accuracy, and that of the next
 evaluation, is at least the target's, the final holdout accuracy of the target arm of the same student and seed, or the
 teacher's where there is none; where some seeds alone reach it, the mean is over those, as said in brackets. FLOPs are
-those of training; "with teacher's" adds what the teacher cost to the arms that start from it. Top-1 as teacher's: on
+those of training; "with teacher's" adds what the teacher cost to the arms that start from it, and a teacher that was
+grown itself has cost what the network before it has. Top-1 as teacher's: on
 how many test images the student's first choice is the teacher's before it is trained, over all seeds, and the largest
 relative error of its outputs, both computed in float64."""
     parts = [intro, *([claims_section(findings)] if findings else [])]

@@ -1,4 +1,4 @@
-"""An experiment whose cases are initial rates, with one training budget or several: which is best for which arm."""
+"""An experiment whose cases are initial rates: which is best for which arm, with one training budget or several."""
 
 from . import report
 from .config import flatten
@@ -7,18 +7,22 @@ from .settings import PER_RUN
 
 SEARCHED = ("schedule.epochs", "rates.", "case")  # what the cases of a search differ in
 
-Tried = dict[
-    str, dict[str, dict[float, float]]
-]  # budget -> arm -> rate -> holdout accuracy at the end, mean over seeds
+# Budget -> arm -> rate -> holdout accuracy at the end, mean over seeds.
+Tried = dict[str, dict[str, dict[float, float]]]
+
+
+def are_rates(cases: Cases) -> bool:
+    """Whether the cases differ in nothing but rates and budget."""
+    settings = [flatten(report.own(manifests)[0]["config"]) for _, manifests in cases.values()]
+    fixed = {key for one in settings for key in one if key not in PER_RUN and not key.startswith(SEARCHED)}
+    return all(one.get(key) == settings[0].get(key) for one in settings for key in fixed)
 
 
 def is_search(cases: Cases) -> bool:
-    """Whether the cases are rates, several for each arm with each of several budgets, and nothing else."""
-    settings = [flatten(report.own(manifests)[0]["config"]) for _, manifests in cases.values()]
-    fixed = [key for key in settings[0] if key not in PER_RUN and not key.startswith(SEARCHED)]
-    alike = all(one.get(key) == settings[0][key] for one in settings for key in fixed)
+    """Whether the cases are several rates for each arm with each of several budgets."""
     found = tried(cases)
-    return alike and len(found) > 1 and all(len(rates) > 1 for arms in found.values() for rates in arms.values())
+    several = len(found) > 1 and all(len(rates) > 1 for arms in found.values() for rates in arms.values())
+    return several and are_rates(cases)
 
 
 def tried(cases: Cases) -> Tried:
@@ -30,10 +34,10 @@ def tried(cases: Cases) -> Tried:
     for curves, manifests in cases.values():
         config = report.own(manifests)[0]["config"]
         budget = ends.setdefault(config["schedule"]["epochs"], {})
-        for arm in report.ordered(set(curves) - {"teacher"}):
+        for arm in set(curves) - {"teacher"}:
             found = {seed: curve[-1]["holdout_accuracy"] for seed, curve in curves[arm].items()}
             budget.setdefault(arm, {})[config["rates"][report.split_arm(arm)[1]]] = found
-    return {budget: {arm: _means(rates) for arm, rates in arms.items()} for budget, arms in ends.items()}
+    return {budget: {arm: _means(arms[arm]) for arm in report.ordered(arms)} for budget, arms in ends.items()}
 
 
 def _means(rates: dict[float, dict[int, float]]) -> dict[float, float]:

@@ -67,7 +67,7 @@ def carry_out(
         "student": student,
         "seed": run.config.seed,
         "settings": run.settings(arm, student),
-        "config": asdict(run.config),
+        "config": asdict((run.later or run).config),  # what its command composes
         "data": run.splits.description,
         "device": str(run.device),
         "hardware": describe(run.device),
@@ -83,7 +83,7 @@ def carry_out(
     manifest |= provenance | (facts or {})
     manifest["processes"] = ledger.processes(began, provenance, state["step"])
     if began is not None:  # an interrupted run: what was measured before its first step still holds
-        manifest |= {key: began[key] for key in ("growth", "step0") if key in began}
+        manifest |= {key: began[key] for key in ("growth", "step0", "before", "grown_from") if key in began}
     ledger.write_manifest(job.folder, manifest)
     with (
         progress.follow(run.console, job.name, job.total, state["step"], run.config.schedule.batch_size) as follower,

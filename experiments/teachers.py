@@ -6,6 +6,7 @@ lies beside it; its curve begins with what that one has cost.
 """
 
 import os
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 import net2net
 
-from . import arms, checkpoint, locks
+from . import arms, checkpoint, ledger, locks
 from .config import ExperimentError
 from .run import FIRST, TEACHER, Run
 from .stages import carry_out, is_complete
@@ -28,7 +29,8 @@ def is_trained(run: Run) -> bool:
     Raises ExperimentError, showing the difference, if the seed's stages started from another one.
     """
     settings, place = run.settings(TEACHER, None), _place(run)
-    return run.ranks.first(lambda: is_complete(run.folder / TEACHER, settings) or is_complete(place, settings))
+    places = [place] if run.later is not None else [run.folder / TEACHER, place]
+    return run.ranks.first(lambda: any(is_complete(one, settings) for one in places))
 
 
 def obtain(run: Run, network: nn.Module) -> None:
@@ -51,12 +53,18 @@ def _grow(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str, Any], d
     """Fill the teacher from the network before it; what the manifest says of that, and the state of the optimizer."""
     small = earlier.fresh(None)
     obtain(earlier, small)
+    started = time.perf_counter()
     small.to(run.device)
     record = arms.fill("net2net", small, network.to(run.device), run.config, run.images)
     assert isinstance(record, net2net.Transfer)
     state = run.ranks.first(lambda: checkpoint.load(_place(earlier)))
     spent = {key: state["rows"][-1][key] for key in ("examples", "seconds", "flops")}
-    facts = {"growth": {"record": str(record)}, "first": earlier.settings(TEACHER, None), "before": spent}
+    origin = run.ranks.first(lambda: ledger.read_manifest(_place(earlier))) or {}
+    facts = {
+        "growth": {"record": str(record), "seconds": time.perf_counter() - started},
+        "before": spent,
+        "grown_from": {key: origin.get(key) for key in ("settings", "processes", "hardware", "curve_sha256")},
+    }
     if run.config.growth.optimizer_state != "carried":
         return facts, None
     return facts, arms.carried(record, small, network, state["optimizer"], run.config)
@@ -100,4 +108,4 @@ def _link(link: Path, place: Path) -> None:
 
 
 def _say(run: Run, text: str) -> None:
-    run.console.print(f"{TEACHER:<22} {text}", highlight=False, soft_wrap=True)
+    run.console.print(f"{TEACHER if run.later is None else FIRST:<22} {text}", highlight=False, soft_wrap=True)

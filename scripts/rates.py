@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments import report
 from experiments.config import ExperimentError
 from experiments.family import families
-from experiments.search import best, tried
+from experiments.search import are_rates, best, tried
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,9 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
     curves: Path = options.results / "curves"
     try:
         names = [name for name in report.experiments(curves) if name.startswith(f"{options.experiment}/")]
-        if not names:
+        cases = families({name: report.load(curves / name) for name in names}).get(options.experiment)
+        if cases is None:
             raise ExperimentError(f"There are no cases of {options.experiment} under {curves}: collect them first.")
-        cases = families({name: report.load(curves / name) for name in names})[options.experiment]
+        if not are_rates(cases):
+            raise ExperimentError(
+                f"The cases of {options.experiment} differ in more than rates: it is no search of them."
+            )
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 1
@@ -36,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     for budget, arms in found.items():
         chosen: dict[str, float] = {}
         for arm, rates in arms.items():
+            if not rates:
+                print(f"{budget} {arm}: no seed has all of its rates")
+                continue
             chosen[arm] = best(rates)
             edge = " (at the edge of the search)" if chosen[arm] in (min(rates), max(rates)) else ""
             said = ", ".join(f"{rate:g} {100 * accuracy:.2f}" for rate, accuracy in rates.items())

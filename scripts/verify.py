@@ -133,8 +133,8 @@ def file_faults(
 
 
 def commits(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The processes that made the curve and the manifest, those of one commit once."""
-    every = [record, *record.get("processes", [])]
+    """The processes that made the curve, what it is grown from and the manifest, those of one commit once."""
+    every = [record, *record.get("processes", []), *record.get("grown_from", {}).get("processes", [])]
     return list({(one.get("commit"), one.get("dirty")): one for one in every}.values())
 
 

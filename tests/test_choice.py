@@ -122,6 +122,12 @@ def test_a_timed_step_takes_a_fraction_of_a_second(
     assert found == {FLOAT: pytest.approx(8 / seconds)}
 
 
+def test_a_gpu_is_timed_on_the_batch_that_it_will_train_on() -> None:
+    # Measured on an H200: with 24 images all arithmetics are as fast, waiting for their launches.
+    whole = choice._timed_images(256, torch.device("cuda"), lambda _: pytest.fail("not asked"))
+    assert whole == 256 and choice._timed_images(256, CPU, lambda few: few * 0.1) == 8
+
+
 @pytest.mark.usefixtures("bfloat16")
 def test_a_choice_is_made_once_and_read_by_all_who_come_later(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = speeds(monkeypatch, {HALF: 9.0})

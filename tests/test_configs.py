@@ -82,7 +82,12 @@ def test_every_student_can_be_filled_from_its_teacher(
         if "slim" in config.model:
             config.model["slim"] = 0.03
         config.growth.calibrate = min(config.growth.calibrate, 8)
-        what = (config.teacher, config.students, config.growth)  # cases that differ in how they train grow alike
+        what = (
+            config.first,
+            config.teacher,
+            config.students,
+            config.growth,
+        )  # cases that differ in how they train grow alike
         if what in done:
             continue
         done.append(what)
@@ -92,12 +97,13 @@ def test_every_student_can_be_filled_from_its_teacher(
         def images(count: int, size: int = size) -> torch.Tensor:
             return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
-        for student in config.students:
-            for arm in ("net2net", "random_pad"):
-                record = arms.fill(arm, teacher, arms.fresh(config, student, 10, 3), config, images)
-                assert record is not None
-                if arm == "net2net" and not config.growth.noise:
-                    assert record.measured is not None and record.measured.max_relative < 1e-4
+        pairs = [(arm, teacher, student) for student in config.students for arm in ("net2net", "random_pad")]
+        pairs += [("net2net", build(config.model | config.first, 10, 3), None)] * bool(config.first)
+        for arm, grown, student in pairs:
+            record = arms.fill(arm, grown, arms.fresh(config, student, 10, 3), config, images)
+            assert record is not None
+            if arm == "net2net" and not config.growth.noise:
+                assert record.measured is not None and record.measured.max_relative < 1e-4
 
 
 def test_the_ways_to_spend_the_compute_of_grow_schedule_cost_the_same(cases: Callable[..., list[Config]]) -> None:

@@ -317,6 +317,15 @@ def test_the_sweep_file_drives_the_command_line(composed: Callable[..., Config])
     assert len(found) == 15
 
 
+def test_the_network_that_a_teacher_is_grown_from_is_not_mirrored(
+    broken: Callable[[str], Broken], tmp_path: Path
+) -> None:
+    service = broken("")
+    with mirror.mirror(Config(runs=str(tmp_path)), "first", MANIFEST, Console(file=StringIO())) as log:
+        log({"step": 0, "test_accuracy": 0.1})
+    assert service.calls == [] and not list(tmp_path.iterdir())
+
+
 def test_in_a_sweep_of_wandb_the_teacher_is_not_mirrored(
     broken: Callable[[str], Broken], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,8 @@ def test_the_best_rate_with_each_budget(results: Path, capsys: pytest.CaptureFix
     assert list(found["4ep"]["random_init"]) == [0.03, 0.1, 0.3, 1, 3]  # a case that this arm alone has
     curve = cases["2ep_x0.3"][0]["random_pad"][0]
     assert found["2ep"]["random_pad"][0.3] == curve[-1]["holdout_accuracy"]
+    for arms in found.values():
+        assert list(arms) == ["net2net", "random_pad", "random_init", "teacher_continued"]
     heads, table = search.cells(found)
     assert heads[2:] == ["0.03 ×", "0.1 ×", "0.3 ×", "1 ×", "3 ×", "10 ×"] and len(table) == 20
     for line in table:
@@ -222,6 +224,33 @@ def test_a_search_has_rates_alone_for_cases(results: Path) -> None:
         record["config"]["inception"]["slim"] = 1.0
     assert search.is_search(cases | {"2ep_x1": (curves, other)})
     assert not mixed([record for one in (manifests, other) for record in one["net2net"].values()])
+    # A setting that one case alone has, whichever comes first.
+    other = copy.deepcopy(manifests)
+    for record in other["net2net"].values():
+        record["config"]["first"] = {"layers": 1}
+    assert not search.is_search(cases | {"2ep_x1": (curves, other)})
+    rest = {name: case for name, case in cases.items() if name != "2ep_x1"}
+    assert not search.is_search({"2ep_x1": (curves, other)} | rest)
+
+
+def test_rates_of_what_is_no_search_or_half_of_one(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rates.main(["--results", str(results), "grow_schedule"]) == 1
+    assert "differ in more than rates" in capsys.readouterr().err
+    copied = shutil.copytree(results / "curves/ablation_rate", tmp_path / "curves/ablation_rate")
+    for path in copied.glob("x3/seed*/net2net.*"):  # another seed than all the other rates of the arm have
+        path.rename(path.with_name(f"{path.stem}_elsewhere{path.suffix}")) if "seed0" in str(path) else path.unlink()
+    (copied / "x3/seed7").mkdir()
+    for path in copied.glob("x3/seed0/net2net_elsewhere.*"):
+        path.rename(copied / "x3/seed7" / f"net2net{path.suffix}")
+    assert rates.main(["--results", str(tmp_path), "ablation_rate"]) == 0
+    assert "4ep net2net: no seed has all of its rates" in capsys.readouterr().out
+    for path in [*copied.rglob("*.csv"), *copied.rglob("*.json")]:
+        if path.stem != "teacher":
+            path.unlink()
+    assert rates.main(["--results", str(tmp_path), "ablation_rate"]) == 1
+    assert capsys.readouterr().err.startswith("There are no cases of ablation_rate under ")
 
 
 def test_a_case_of_which_only_the_teacher_was_run_is_no_result(results: Path) -> None:

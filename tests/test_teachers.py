@@ -17,7 +17,7 @@ from experiments import checkpoint, compare, locks, report, teachers, training
 from experiments.config import ARMS, Config, ExperimentError, check
 from experiments.data import load
 from experiments.run import Run
-from scripts import torture
+from scripts import torture, verify
 
 Make = Callable[..., Config]
 SMALL = [*torture.SETTINGS[1:], "schedule.epochs=8it", "schedule.evaluate=4it", "growth.calibrate=0"]
@@ -271,6 +271,12 @@ def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
     assert row.flops_total.mean == pytest.approx(row.flops.mean + end["flops"] + own, rel=1e-5)
     assert manifests["teacher"]["settings"]["first"] == places["first"].name
     assert manifests["teacher"]["settings"]["rate"] == config.rates["net2net"]
+    origin = manifests["teacher"]["grown_from"]
+    assert origin["settings"] == manifests["first"]["settings"]
+    assert (
+        origin["curve_sha256"] == manifests["first"]["curve_sha256"] and len(verify.commits(manifests["teacher"])) == 1
+    )
+    assert manifests["first"]["config"] == manifests["teacher"]["config"]  # what the command composes
     said = log.read_text()
     assert said.count("\nfirst                  step") == 2 and "\nfirst  " in said.partition("arms ")[0]
     # The first network is trained once: what starts from it anew finds it there.
@@ -307,3 +313,54 @@ def test_a_teacher_that_cannot_be_grown_is_refused_before_anything_is_trained(sm
 def test_without_a_first_network_a_teacher_is_who_it_was(small: Make) -> None:
     settings = run_of(small("arms=net2net")).settings("teacher", None)
     assert not {"first", "rate", "growth"} & settings.keys() and "first_epochs" not in settings["schedule"]
+
+
+@pytest.mark.parametrize("at", [3, 6])  # steps, of which the first network has four
+def test_a_grown_teacher_is_the_same_after_an_interruption(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    settings = ("arms=net2net", "+first.width=0.125", "schedule.first_epochs=4it", "schedule.teacher_epochs=4it")
+    whole = small(*settings, f"runs={tmp_path}/whole")
+    compare_as(whole, tmp_path / "whole.txt")
+    config = small(*settings, "checkpoint_seconds=0")
+    made = 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made > at:
+            raise KeyboardInterrupt
+        return learn(*arguments)
+
+    learn = training.learn
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "learn", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare_as(config, tmp_path / "log.txt")
+    compare_as(config, tmp_path / "log.txt")
+    ends = [checkpoint.load(Path(one.runs) / "teachers" / run_of(one).teacher) for one in (whole, config)]
+    assert torture.equal(ends[0]["network"], ends[1]["network"])
+    assert [row["flops"] for row in ends[0]["rows"]] == [row["flops"] for row in ends[1]["rows"]]
+    manifest = json.loads((tmp_path / "runs/teachers" / run_of(config).teacher / "manifest.json").read_text())
+    assert [len(one["processes"]) for one in (manifest["grown_from"], manifest)] == ([2, 1] if at == 3 else [1, 2])
+
+
+def test_what_a_grown_teacher_depends_on(small: Make) -> None:
+    base = ("arms=net2net", "+first.width=0.125")
+    teacher = run_of(small(*base)).teacher
+    changes = (
+        "first.width=0.2",
+        "schedule.first_epochs=4it",
+        "rates.net2net=3",
+        "growth.noise=0.1",
+        "growth.warmup=2it",
+    )
+    others = [run_of(small(*base, change)).teacher for change in changes]
+    assert len({teacher, *others}) == 1 + len(others)
+    for change in ("rates.random_init=3", "students.wider.width=0.6"):
+        assert run_of(small(*base, change)).teacher == teacher
+
+
+def test_a_length_without_a_network_is_refused(small: Make) -> None:
+    with pytest.raises(ExperimentError, match=r"first_epochs is set, but no `first` network"):
+        check(small("schedule.first_epochs=4it"))
