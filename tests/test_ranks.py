@@ -117,6 +117,7 @@ def test_numbers_are_reduced_and_decisions_are_those_of_rank_0(ranked: tuple[Pat
 
 def test_an_experiment_of_two_processes(tmp_path: Path) -> None:
     settings = [*SMALL, "runs=runs", "arms=[net2net,random_init]", "schedule.epochs=6it", "schedule.evaluate=3it"]
+    settings += ["+first.width=0.125"]  # the teacher is grown, too
     done = torchrun(str(ROOT / "train.py"), *settings, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("figure    runs/quickstart/figure.png") == 1
@@ -130,6 +131,9 @@ def test_an_experiment_of_two_processes(tmp_path: Path) -> None:
             assert [row["step"] for row in csv.DictReader(file)] == ["0", "3", "6"]
     step0 = json.loads((seed / "net2net" / "manifest.json").read_text())["step0"]
     assert step0["agree"] == step0["of"]
+    teacher = json.loads((seed / "teacher" / "manifest.json").read_text())
+    assert teacher["settings"]["first"] and teacher["grown_from"]["settings"]["ranks"] == 2
+    assert len(list((tmp_path / "runs" / "teachers").iterdir())) == 2
 
 
 def test_of_a_wrong_command_one_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
