@@ -142,15 +142,17 @@ def log_ratio(costs: Sequence[tuple[Reached, Reached]]) -> Estimate:
     """The mean, over seeds, of the logarithm of the first cost over the second.
 
     A cost that is known from one side only enters as that bound, and opens the interval on the side where the truth
-    may lie: the mean of what is no less than the truth is no less than the truth's.
+    may lie: the mean of what is no less than the truth is no less than the truth's. Where no seed gives more than a
+    bound, the other end is the weakest of them.
     """
     found = estimate([math.log(one.cost / other.cost) for one, other in costs])
     sides = [{one.side, -other.side} - {0} for one, other in costs]
-    either = set().union(*sides)
+    either, every = set().union(*sides), set.intersection(*sides)
+    low, high = min(found.values) if 1 in every else found.low, max(found.values) if -1 in every else found.high
     return replace(
         found,
-        low=-math.inf if -1 in either else found.low,
-        high=math.inf if 1 in either else found.high,
+        low=-math.inf if -1 in either else low,
+        high=math.inf if 1 in either else high,
         # Of a quotient of bounds that is open on both sides nothing is known.
         sides=tuple(min(side) if len(side) == 1 else 0 for side in sides) if either else (),
     )

@@ -121,9 +121,19 @@ def test_what_is_known_from_one_side_decides_on_that_side_alone() -> None:
     assert turned.low == -math.inf and verdict(turned, -math.inf, 0) == "holds"
     # Never in five seeds, of which the others took less than everything in one: stronger evidence, no weaker verdict.
     uneven = log_ratio([(Reached(8.0, 1), Reached(8.0))] * 4 + [(Reached(8.0, 1), Reached(7.0))])
-    assert uneven.low < 0 and verdict(uneven, -math.inf, 0) == "fails"
+    assert uneven.low == 0 and verdict(uneven, -math.inf, 0) == "fails"
     assert verdict(log_ratio([(Reached(8.0, 1), Reached(8.0)), (Reached(7.0, 1), Reached(8.0))] * 2), -math.inf, 0) == (
         "undecided"
     )
     both = log_ratio([(Reached(8.0, 1), Reached(8.0, 1))] * 3)  # neither got there
     assert both.sides == (0, 0, 0) and verdict(both, -math.inf, 0) == "undecided"
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_of_bounds_alone_the_weakest_ends_the_interval(side: int) -> None:
+    found = log_ratio([(Reached(share, side), Reached(1.0)) for share in (0.5, 0.5, 0.9)])
+    low, high = (-math.inf, math.log(0.9)) if side == -1 else (math.log(0.5), math.inf)
+    assert (found.low, found.high) == (low, high)
+    # With one that is known, the interval is that of the mean.
+    found = log_ratio([(Reached(share, side * (share < 0.9)), Reached(1.0)) for share in (0.5, 0.5, 0.9)])
+    assert (found.high > math.log(0.9)) if side == -1 else (found.low < math.log(0.5))
