@@ -148,13 +148,8 @@ def code_first(lines: list[list[str]]) -> list[list[str]]:
 def family_section(name: str, cases: family.Cases) -> str:
     """The part of results/README.md on an experiment with cases."""
     frontier, searched = is_frontier(cases), search.is_search(cases)
-    shown = (
-        "Accuracy against training budget"
-        if frontier
-        else "Accuracy against initial rate"
-        if searched
-        else "Accuracy of each case"
-    )
+    shown = "Accuracy against training budget" if frontier else "Accuracy of each case"
+    shown = "Accuracy against initial rate" if searched else shown
     told = {} if searched else {"Cases": case_phrase(cases)}
     parts = [
         f"## {name}",
