@@ -106,7 +106,7 @@ def _timed_images(batch_size: int, device: torch.device, spent_on: Callable[[int
     """How many images a timed step has: as many as a CPU takes in STEP seconds, by what it has spent on few.
 
     A GPU gets the batch that it will train on: on a few images it waits for its kernels to be launched, which takes as
-    long in any arithmetic, and the least precise looks no faster.
+    long in any arithmetic.
     """
     if device.type == "cuda":
         return batch_size

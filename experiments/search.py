@@ -1,9 +1,8 @@
 """An experiment whose cases are initial rates: which is best for which arm, with one training budget or several."""
 
 from . import report
-from .config import flatten
 from .family import Cases
-from .settings import PER_RUN
+from .settings import varied
 
 SEARCHED = ("schedule.epochs", "rates.", "case")  # what the cases of a search differ in
 
@@ -13,9 +12,7 @@ Tried = dict[str, dict[str, dict[float, float]]]
 
 def are_rates(cases: Cases) -> bool:
     """Whether the cases differ in nothing but rates and budget."""
-    settings = [flatten(report.own(manifests)[0]["config"]) for _, manifests in cases.values()]
-    fixed = {key for one in settings for key in one if key not in PER_RUN and not key.startswith(SEARCHED)}
-    return all(one.get(key) == settings[0].get(key) for one in settings for key in fixed)
+    return all(key.startswith(SEARCHED) for key in varied(report.own(manifests)[0] for _, manifests in cases.values()))
 
 
 def is_search(cases: Cases) -> bool:

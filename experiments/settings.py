@@ -23,16 +23,18 @@ PER_RUN = {
 }
 
 
-def mixed(records: list[dict[str, Any]]) -> list[str]:
-    """`schedule.lr (0.01, 0.02)` for each setting that should be the same in all of these manifests and is not."""
+def varied(records: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """Each setting that should be the same in all of these manifests and is not, with its different values."""
     # A precision of "auto" is another one on another device.
     settings = [flatten(record["config"]) | {"precision": record.get("precision")} for record in records]
-    result: list[str] = []
-    for key in dict.fromkeys(key for one in settings for key in one):
-        values = distinct(one.get(key) for one in settings)
-        if key not in PER_RUN and len(values) > 1:
-            result.append(f"`{key}` ({', '.join(values)})")
-    return result
+    keys = dict.fromkeys(key for one in settings for key in one if key not in PER_RUN)
+    found = {key: distinct(one.get(key) for one in settings) for key in keys}
+    return {key: values for key, values in found.items() if len(values) > 1}
+
+
+def mixed(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The same as text: `schedule.lr (0.01, 0.02)` for each."""
+    return [f"`{key}` ({', '.join(values)})" for key, values in varied(records).items()]
 
 
 def distinct(values: Iterable[Any]) -> list[str]:
