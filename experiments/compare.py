@@ -17,7 +17,7 @@ from . import arms, checkpoint, figure, files, locks, progress, report, teachers
 from .config import Config, DivergedError, ExperimentError, steps
 from .data import complete_batches, load
 from .device import describe, pick_device
-from .memory import out_of_memory
+from .memory import keep_freed, out_of_memory
 from .optimizers import make_optimizer
 from .ranks import join
 from .run import FIRST, TEACHER, Run
@@ -33,6 +33,7 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
     BusyError, or is left to that process with `skip_busy`. None if no arm is finished then.
     Raises ExperimentError for what the user can put right, before anything is trained wherever that can be known.
     """
+    keep_freed()
     ranks = join()
     console = console if ranks.rank == 0 else Console(quiet=True)
     device = ranks.together(lambda: pick_device(config.device))
