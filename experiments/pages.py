@@ -94,7 +94,7 @@ def facts(manifests: Iterable[report.Manifests]) -> dict[str, str]:
     ]
     found = {
         "Claim": own[0]["config"]["claim"],
-        "Command": command_phrase(record["command"] for record in records),
+        "Command": command_phrase(record["command"] for record in own),
         "Data": "; ".join(distinct(data_phrase(record) for record in own)),
         "Schedule": schedule_phrase([record["config"] for record in own]),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",

@@ -149,6 +149,16 @@ def test_commands_that_differ_in_seed_and_case_alone_are_one_sweep() -> None:
     assert pages.command_phrase(["python train.py experiment=two seed=3"]) == "`python train.py experiment=two seed=3`"
 
 
+def test_a_page_names_its_own_commands_and_not_those_that_trained_its_teacher(results: Path) -> None:
+    manifests = copy.deepcopy([manifests for _, manifests in read(results)["frontier_wider"].values()])
+    for one in manifests:
+        for record in one["teacher"].values():
+            record["command"] = "python train.py experiment=another"
+    assert "another" not in pages.facts(manifests)["Command"]
+    alone = [{"teacher": one["teacher"]} for one in manifests]
+    assert pages.facts(alone)["Command"] == "`python train.py experiment=another`"
+
+
 def test_the_budgets_of_a_frontier(results: Path) -> None:
     heads, table = frontier.budgets("frontier_wider", read(results)["frontier_wider"])
     assert [line[0] for line in table] == ["1ep", "2ep", "4ep", "8ep", "16ep"]
