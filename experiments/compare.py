@@ -33,10 +33,11 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
     BusyError, or is left to that process with `skip_busy`. None if no arm is finished then.
     Raises ExperimentError for what the user can put right, before anything is trained wherever that can be known.
     """
-    keep_freed()
     ranks = join()
     console = console if ranks.rank == 0 else Console(quiet=True)
     device = ranks.together(lambda: pick_device(config.device))
+    if device.type == "cpu":  # elsewhere it holds no batch for long
+        keep_freed()
     ranks.first(lambda: files.writable(Path(config.runs), "set runs to one that can"))
     run = Run(config, ranks.in_turn(lambda: load(config.data)).to(device), device, console, ranks)
     networks = ranks.together(lambda: _checked_networks(run))
