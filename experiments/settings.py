@@ -26,10 +26,15 @@ PER_RUN = {
 def varied(records: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     """Each setting that should be the same in all of these manifests and is not, with its different values."""
     # A precision of "auto" is another one on another device.
-    settings = [flatten(record["config"]) | {"precision": record.get("precision")} for record in records]
+    settings = [flatten(_decisive(record)) | {"precision": record.get("precision")} for record in records]
     keys = dict.fromkeys(key for one in settings for key in one if key not in PER_RUN)
     found = {key: distinct(one.get(key) for one in settings) for key in keys}
     return {key: values for key, values in found.items() if len(values) > 1}
+
+
+def _decisive(record: dict[str, Any]) -> dict[str, Any]:
+    """A teacher's own settings: the rest of its configuration is that of whichever case happened to train it."""
+    return record["settings"] if record.get("arm") == "teacher" else record["config"]
 
 
 def mixed(records: Iterable[dict[str, Any]]) -> list[str]:

@@ -436,6 +436,15 @@ def test_curves_of_other_settings_are_told() -> None:
     assert settings.mixed(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
 
 
+def test_teachers_that_different_cases_trained_alike_are_alike() -> None:
+    records = [manifest("wider", "teacher", seed, b"") for seed in (0, 1)]
+    records = [record | {"settings": {"schedule": {"lr": 0.01}}} for record in records]
+    records[1]["config"]["growth"] = {"noise": 0.5}
+    assert settings.mixed(records) == []
+    records[1]["settings"] = {"schedule": {"lr": 0.02}}
+    assert settings.mixed(records) == ["`schedule.lr` (0.01, 0.02)"]
+
+
 def test_a_result_that_was_edited_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     curve = results / "curves" / "wider" / "seed0" / "net2net.csv"
     curve.write_bytes(curve.read_bytes().replace(b"0.91", b"0.99"))
