@@ -27,5 +27,4 @@ def test_memory_that_was_freed_is_not_cleared_again() -> None:
         int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("kept", "returned")
     )
-    assert kept < 100
-    assert returned > 1000  # or huge pages hide the difference
+    assert kept < 100 < returned  # 320 with huge pages, of 2 MiB each; 160,000 without
