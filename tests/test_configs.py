@@ -106,14 +106,17 @@ def test_every_student_can_be_filled_from_its_teacher(
                 assert record.measured is not None and record.measured.max_relative < 1e-4
 
 
-def test_the_ways_to_spend_the_compute_of_grow_schedule_cost_the_same(cases: Callable[..., list[Config]]) -> None:
+@pytest.mark.parametrize("experiment", ["grow_schedule", "grow_schedule_wider"])
+def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(
+    cases: Callable[..., list[Config]], experiment: str
+) -> None:
     spent: dict[str, float] = {}
-    for config in cases("experiment=grow_schedule"):
+    for config in cases(f"experiment={experiment}"):
         epochs = steps(config.schedule.epochs, 351)
         (arm,) = config.arms
         large, small, first = (
             flops.count(build(config.model | spec, 10, 3), 3, 32)[1]
-            for spec in (config.students["deeper"], config.teacher, config.first)
+            for spec in (*config.students.values(), config.teacher, config.first)
         )
         own = small if arm == "teacher_continued" else large
         before = 0 if arm == "random_init" else small * steps(config.schedule.teacher_epochs or "", 351)
