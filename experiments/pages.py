@@ -47,12 +47,20 @@ def schedule_phrase(configs: list[dict[str, Any]]) -> str:
 
 
 def case_phrase(cases: family.Cases) -> str:
-    """What the cases change."""
+    """What the cases change: first what more than half of them have, then of each what it has instead."""
     settings = {case: flatten(report.own(manifests)[0]["config"]) for case, (_, manifests) in cases.items()}
-    keys = dict.fromkeys(key for one in settings.values() for key in one if key not in ("case", *PER_RUN - {"arms"}))
-    varied = [key for key in keys if len(distinct(one.get(key) for one in settings.values())) > 1]
+    keys = dict.fromkeys(key for one in settings.values() for key in one if key not in ("case", *PER_RUN))
+    found = {key: Counter(str(one.get(key)) for one in settings.values()) for key in keys}
+    varied = {key: counts.most_common(1)[0] for key, counts in found.items() if len(counts) > 1}
+    usual = {key: value for key, (value, count) in varied.items() if 2 * count > len(cases)}
+    said = ", ".join(f"{key} {value}" for key, value in usual.items() if value != "None")
+    others = {
+        case: ", ".join(f"{key} {one.get(key)}" for key in varied if str(one.get(key)) != usual.get(key))
+        for case, one in settings.items()
+    }
     return "; ".join(
-        f"`{case}`: " + ", ".join(f"{key} {one.get(key)}" for key in varied) for case, one in settings.items()
+        [f"{said} where nothing else is said"] * bool(said)
+        + [f"`{case}`: {other}" if other else f"`{case}`" for case, other in others.items()]
     )
 
 

@@ -173,7 +173,9 @@ def test_the_budgets_of_a_frontier(results: Path) -> None:
 def test_the_page_of_a_family_and_the_claims_on_it(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures.write_pages(results, figures.read_results(results))
     page = (results / "README.md").read_text()
-    assert "## frontier_wider" in page and "- **Cases:** `1ep`: schedule.epochs 1ep; `2ep`" in page
+    assert "## frontier_wider" in page and re.search(r"; `1ep`: .*schedule\.epochs 1ep; `2ep`: ", page)
+    assert " where nothing else is said; `start`: schedule.epochs 8ep; `start_half`: schedule.epochs 4ep; " in page
+    assert page.count("schedule.teacher_epochs 8.68ep") == 1  # what most cases have is said once
     assert "students 1ep / 2ep / 4ep / 8ep / 16ep, teacher 8ep" in page
     assert re.search(r"Best by holdout accuracy: `net2net` `x[\d.]+` \(\d\d\.\d\d %\)", page)
     table = [line for line in page.splitlines() if line.startswith("| Wider")]
