@@ -215,11 +215,13 @@ def default_scale() -> str:
 def listing() -> str:
     """The experiments, each with its claim."""
     lines = ["Experiments (python train.py experiment=NAME):", ""]
-    for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
+    paths = sorted((CONFIGS / "experiment").glob("*.yaml"))
+    wide = max(len(path.stem) for path in paths)
+    for path in paths:
         text = OmegaConf.load(path)
-        lines += [f"  {path.stem:<18} {OmegaConf.select(text, 'claim')}"]
+        lines += [f"  {path.stem:<{wide}} {OmegaConf.select(text, 'claim')}"]
         cases = OmegaConf.select(text, "cases") or {}
-        lines += [f"  {'':<18} case={', '.join(cases)}"] * bool(cases)
+        lines += [f"  {'':<{wide}} case={', '.join(cases)}"] * bool(cases)
     scales = ", ".join(sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml")))
     return "\n".join([*lines, "", f"Scales: {scales}. Every setting: python train.py experiment=NAME --cfg job"])
 
