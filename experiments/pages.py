@@ -244,9 +244,10 @@ def claims_section(found: list[Finding]) -> str:
 Differences and ratios are paired by seed; in brackets their 95 % interval, the wider of Student's t and the bootstrap
 at either end ([statistics.py](../experiments/statistics.py) says why). A claim holds if all of the interval lies where
 it says, fails if none of it does. There is no verdict on fewer than {CLAIM_SEEDS} seeds, and none on what is to be
-quoted on fewer than {HEADLINE_SEEDS}; of what is undecided the table says what would tell. Of so many tests at 95 %
-some are wrong by chance: one that holds narrowly, alone among its kind, is weak evidence. Seeds differ in the networks'
-first weights, in the order and the crops of the images, and not in the split of the images, which is always the same.
+quoted on fewer than {HEADLINE_SEEDS}; of what is undecided the table says what would tell. The best of several cases
+is, for each seed, the one that ends best on the holdout images of the other seeds. Of so many tests at 95 % some are
+wrong by chance: one that holds narrowly, alone among its kind, is weak evidence. Seeds differ in the networks' first
+weights, in the order and the crops of the images, and not in the split of the images, which is always the same.
 In the commands `data.root` is the name of the folder that had the images; without `data` and `data.root` CIFAR-10 is
 downloaded.""",
             markdown_table(heads, [claim_line(finding) for finding in found]),
