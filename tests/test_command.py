@@ -153,7 +153,7 @@ def test_a_wrong_command_is_answered_without_torch() -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("--help", "wider_inception    Section 4.2"),
+        ("--help", "wider_inception       Section 4.2"),
         ("-h", "python train.py experiment=NAME --cfg job"),
         ("--cfg job", "batch_size: 128"),
         ("--help experiment=quickstart", "stem: 8"),
