@@ -105,10 +105,10 @@ def described(traced: Trace) -> Description:
         seen = units.tolist()
         found.append(
             Group(
-                tuple(layer.module for layer in members),
+                tuple(dict.fromkeys(layer.module for layer in members)),
                 tuple(carriers[number]),
-                tuple(readers[number]),
-                max(len(layer.produces) for layer in members if layer.produces is not None),
+                tuple(dict.fromkeys(readers[number])),
+                max(_width(traced, layer) for layer in members),
                 next((pinned[root] for root in seen if root in pinned), None),
                 next((whole[root] for root in seen if root in whole), None),
                 tuple(dict.fromkeys(name for root in seen for name in norms.get(root, {}))),
@@ -116,6 +116,14 @@ def described(traced: Trace) -> Description:
             )
         )
     return Description(tuple(found))
+
+
+def _width(traced: Trace, layer: Layer) -> int:
+    """What the layer's class calls its width: an LSTM's counts a unit once, not each of its gates."""
+    assert layer.produces is not None
+    module = traced.model.get_submodule(layer.module) if layer.module in traced.modules else None
+    produced = len(layer.produces)
+    return min(produced, module.hidden_size) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else produced
 
 
 def _reasons(pairs: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:

@@ -365,9 +365,27 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
         module.embedding_dim = shape[1]
     elif isinstance(module, nn.PReLU) and shape is not None:
         module.num_parameters = shape[0]
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        first = "_l0" if isinstance(module, nn.RNNBase) else ""
+        held, were = (getattr(m, f"weight_ih{first}") for m in (module, before))
+        module.input_size = held.shape[1]
+        module.hidden_size = len(held) * module.hidden_size // len(were)  # of an LSTM four rows each
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
 
 
-_KNOWN = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.PReLU)
+_KNOWN = (
+    nn.Linear,
+    _ConvNd,
+    _NormBase,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.Embedding,
+    nn.PReLU,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 
 
 Followed = dict[Hashable, list[tuple[nn.Module, str, Any, Any]]]  # modules, attributes, values before and after

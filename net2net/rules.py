@@ -17,6 +17,7 @@ from torch import Tensor
 from .filling import merged
 from .passage import NOTHING, Passage, gated
 from .ranges import ALL, Chain, Range, hull, image, total
+from .recurrent import RECURRENT
 from .units import PLAIN, Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
@@ -869,6 +870,7 @@ EXPANSIONS: dict[str, Callable] = {
     "einsum": _einsum,
     "addmm": lambda bias, a, b, **_: a @ b + bias,
     "baddbmm": lambda bias, a, b, **_: a @ b + bias,
+    **RECURRENT,
 }
 
 _SILENT = set(

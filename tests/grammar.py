@@ -552,6 +552,54 @@ def multihead(d: Draw, x: Value):
 
     return x.to(y), make
 
+# -- torch's own recurrence --------------------------------------------------------------------------------------------
+
+@op("recurrent", ["sequence"], keeps=False)
+def recurrence(d: Draw, x: Value):
+    """nn.LSTM, nn.GRU or nn.RNN on the sequence, padded or packed; every position, or the last state."""
+    kind = d.one("kind", nn.GRU, nn.LSTM, nn.RNN)
+    layers, both, bias, first = d.one("layers", 1, 2), *(d.one(k, *FLAG) for k in ("both", "bias", "batch_first"))
+    learned, packed, last = (d.one(k, *FLAG) for k in ("learned start", "packed", "last"))
+    y, bend = d.width(least=2 if kind is nn.LSTM else 1), d.one("bend", "tanh", "relu") if kind is nn.RNN else ""
+    project = d.one("projected", *FLAG) if kind is nn.LSTM and d.growth != "one more" else False
+    shown = (y[0] // 2, y[1] // 2) if project else y
+    ways, given = 2 if both else 1, "hc"[: 2 if kind is nn.LSTM else 1] if learned else ""
+
+    def how(net: Net, v: Tensor) -> Tensor:
+        v = v if first else v.transpose(0, 1)
+        rows, count = v.shape[0 if first else 1], v.shape[1 if first else 0]
+        start = [getattr(net, key).expand(-1, rows, -1).contiguous() for key in given]
+        lengths = [count - row % count for row in range(rows)]
+        if packed:
+            v = nn.utils.rnn.pack_padded_sequence(v, lengths, batch_first=first, enforce_sorted=False)
+        out, state = net.r(v, *([tuple(start) if kind is nn.LSTM else start[0]] if start else []))
+        if last:
+            state = state[0] if kind is nn.LSTM else state
+            return torch.cat([state[-1], state[-2]], -1) if both else state[-1]
+        out = nn.utils.rnn.pad_packed_sequence(out, batch_first=first)[0] if packed else out
+        return out if first else out.transpose(0, 1)
+
+    def make(i: int) -> nn.Module:
+        own = {"proj_size": shown[i]} if project else {"nonlinearity": bend} if kind is nn.RNN else {}
+        options = {"num_layers": layers, "bias": bias, "batch_first": first, "bidirectional": both} | own
+        starts = {key: nn.Parameter(torch.randn(layers * ways, 1, {"h": shown, "c": y}[key][i])) for key in given}
+        return Net({"r": kind(x.width[i], y[i], **options)} | starts, how)
+
+    return (Value("vector", times(shown, ways)) if last else x.to(times(shown, ways))), make
+
+@op("recurrent", ["sequence"], keeps=False)
+def recurrent_cell(d: Draw, x: Value):
+    """nn.LSTMCell, nn.GRUCell or nn.RNNCell along the sequence."""
+    kind, bias, y = d.one("kind", nn.GRUCell, nn.LSTMCell, nn.RNNCell), d.one("bias", *FLAG), d.width()
+
+    def how(net: Net, v: Tensor) -> Tensor:
+        state = None
+        for t in range(v.shape[1]):
+            state = net.r(v[:, t], state)
+        return state[0] if kind is nn.LSTMCell else state
+
+    return Value("vector", y), lambda i: Net({"r": kind(x.width[i], y[i], bias)}, how)
+
 # -- depth: layers that the student alone has ------------------------------------------------------------------------
 
 def in_sequence(d: Draw, x: Value, *more: int) -> tuple[Value, Make]:

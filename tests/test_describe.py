@@ -90,7 +90,12 @@ PINNED = "pinned: it is the network's output"
         (
             lambda: nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)),
             lambda: images(2, 5, 3),
-            [(("0",), (), 4, "pinned: lstm in 1 has no rule for units")],
+            [(("0",), ("1",), 4, "free"), (("1",), ("1",), 2, PINNED)],
+        ),
+        (
+            lambda: Net({"a": nn.Linear(3, 4), "b": nn.Bilinear(4, 4, 2)}, lambda net, x: net.b(net.a(x), net.a(x))),
+            lambda: images(5, 3),
+            [(("a",), (), 4, "pinned: bilinear in b has no rule for units")],
         ),
         (
             lambda: nn.Sequential(nn.Embedding(7, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)),

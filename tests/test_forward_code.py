@@ -338,9 +338,9 @@ def test_refusals_name_the_reason() -> None:
     teacher.e.max_norm = student.e.max_norm = 1.0
     with pytest.raises(TransferError, match="shortens its rows to a norm"):
         transfer(teacher, student, WORDS)
-    recurrent = rows(lambda net, x: net.r(x)[0], r=lambda w: nn.LSTM(w, w))
-    with pytest.raises(TransferError, match="lstm in r has no rule"):
-        transfer(recurrent(4), recurrent(7), ROWS)
+    bilinear = rows(lambda net, x: net.b(x, x), b=lambda w: nn.Bilinear(w, w, w))
+    with pytest.raises(TransferError, match="bilinear in b has no rule"):
+        transfer(bilinear(4), bilinear(7), ROWS)
     locked = rows(lambda net, x: x)(4)
     locked.lock = threading.Lock()
     with pytest.raises(TransferError, match="cannot be copied"):

@@ -1,0 +1,100 @@
+"""nn.LSTM, nn.GRU, nn.RNN and their cells: what is not left to the random networks, which hold all of their options."""
+
+from typing import Any
+
+import pytest
+import torch
+from networks import Net
+from torch import Tensor, nn
+
+from net2net import TransferError, describe, transfer, widen
+from net2net.recurrent import RECURRENT
+
+X = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+KINDS = [nn.LSTM, nn.GRU, nn.RNN]
+
+
+def tagger(kind: type[nn.RNNBase], width: int, inputs: int = 4, **options: Any) -> Net:
+    """Sequences to two numbers at every position."""
+    parts = {"e": nn.Linear(3, inputs), "r": kind(inputs, width, **options), "o": nn.Linear(width, 2)}
+    return Net(parts, lambda net, x: net.o(net.r(net.e(x))[0])).double().eval()
+
+
+def apart(a: nn.Module, b: nn.Module, x: Tensor = X) -> float:
+    with torch.no_grad():
+        return (a(x) - b(x)).abs().max().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_width_is_that_of_the_class(kind: type[nn.RNNBase]) -> None:
+    model = tagger(kind, 5)
+    assert [(g.layers, g.width, g.free) for g in describe(model, X).groups][:2] == [
+        (("e",), 4, True),
+        (("r",), 5, True),
+    ]
+    grown = widen(model, X, {"r": 8}, split="uneven")
+    assert isinstance(grown.r, kind) and (grown.r.input_size, grown.r.hidden_size) == (4, 8)
+    assert apart(model, grown) < 1e-14
+    grown = widen(model, X, 1.5)
+    assert (grown.r.input_size, grown.r.hidden_size) == (6, 8) and apart(model, grown) < 1e-14
+
+
+def test_sizes_that_are_equal_by_chance_stay_apart() -> None:
+    model = tagger(nn.LSTM, 4)
+    assert (widened := widen(model, X, {"r": 6})).r.input_size == 4 and apart(model, widened) < 1e-14
+    assert (widened := widen(model, X, {"e": 6})).r.hidden_size == 4 and apart(model, widened) < 1e-14
+    cell = Net({"c": nn.LSTMCell(3, 3), "o": nn.Linear(3, 2)}, lambda net, x: net.o(net.c(x[0])[0])).double().eval()
+    widened = widen(cell, X, {"c": 5})
+    assert (widened.c.input_size, widened.c.hidden_size) == (3, 5) and apart(cell, widened) < 1e-14
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_read_undivided_is_noticed(kind: type[nn.RNNBase]) -> None:
+    teacher, student = tagger(kind, 4), tagger(kind, 8)
+    transfer(teacher, student, X)
+    assert apart(teacher, student) < 1e-14
+    with torch.no_grad():
+        student.r.weight_hh_l0 *= 2  # as if no copy had been counted
+    assert apart(teacher, student) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_two_steps_in_other_words_are_two_steps(kind: type[nn.RNNBase], start: float) -> None:
+    torch.manual_seed(0)
+    layer = kind(3, 4, bias=start > 0).double().eval()  # from nothing, the first of them leaves a bias out
+    states = [torch.full((1, 5, 4), start, dtype=torch.float64) for _ in range(2 if kind is nn.LSTM else 1)]
+    given = tuple(states) if kind is nn.LSTM else states[0]
+    name = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn_tanh"}[kind]
+    with torch.no_grad():
+        shown, ends = layer(X[:2], given)
+        mine, *mine_ends = RECURRENT[name](X[:2], given, layer._flat_weights, start > 0, 1, 0.0, False, False, False)
+    assert mine.shape == shown.shape and torch.allclose(mine[-1], shown[-1], rtol=0, atol=1e-14)
+    for a, b in zip(mine_ends, ends if kind is nn.LSTM else (ends,), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-14)
+
+
+def test_a_first_state_from_outside_keeps_its_width() -> None:
+    first = torch.rand(1, 5, 4, dtype=torch.float64)
+    model = Net({"r": nn.GRU(3, 4), "o": nn.Linear(4, 2)}, lambda net, x, h: net.o(net.r(x, h)[0])).double()
+    with pytest.raises(TransferError, match="Expected hidden size"):
+        widen(model, (X, first), {"r": 6})
+
+
+def test_a_second_layer_is_no_identity() -> None:
+    with pytest.raises(TransferError, match=r"r\.weight_ih_l1"):
+        transfer(tagger(nn.LSTM, 4), tagger(nn.LSTM, 4, num_layers=2), X)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_momentum_that_is_carried_is_the_students_own_gradient(kind: type[nn.RNNBase]) -> None:
+    teacher, student = tagger(kind, 4), tagger(kind, 8)
+    record = transfer(teacher, student, X)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-300, momentum=0.9) for net in (teacher, student)]
+    for net in (teacher, student):
+        net(X).square().mean().backward()
+    optimizers[0].step()
+    record.optimizer_state(*optimizers)
+    carried = optimizers[1].state
+    for name, parameter in student.named_parameters():
+        assert torch.allclose(carried[parameter]["momentum_buffer"], parameter.grad, rtol=0, atol=1e-14), name
