@@ -19,8 +19,8 @@ Step = Callable[[Tensor, Tensor | None, State | None], State]  # of what is seen
 
 def _gates(seen: Tensor, back: Tensor | None, count: int) -> list[Tensor]:
     """Gate by gate, so that each meets its own."""
-    both = zip(seen.chunk(count, -1), back.chunk(count, -1), strict=True) if back is not None else None
-    return [a + b for a, b in both] if both else list(seen.chunk(count, -1))
+    gates = seen.chunk(count, -1)
+    return list(gates) if back is None else [a + b for a, b in zip(gates, back.chunk(count, -1), strict=True)]
 
 
 def _lstm(seen: Tensor, back: Tensor | None, state: State | None) -> State:

@@ -27,4 +27,5 @@ def test_memory_that_was_freed_is_not_cleared_again() -> None:
         int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("kept", "returned")
     )
-    assert kept < 100 < returned  # measured: 0, and 160,000, or 5,400 with huge pages
+    assert kept < 100
+    assert returned > 1000  # measured: 0, and 160,000, or 5,400 with huge pages

@@ -23,6 +23,7 @@ from torch import nn
 from net2net import TransferError, transfer
 
 BAR = 1e-9
+WORST = 1e-6  # that rounding may explain
 THOROUGH = settings(
     max_examples=int(os.environ.get("NET2NET_EXAMPLES", "2000")),
     deadline=None,
@@ -80,7 +81,7 @@ def rounding(pair: Pair) -> float:
 def exact(pair: Pair) -> bool:
     """Whether the two agree as well as the student's arithmetic lets them."""
     found = difference(pair)
-    return found <= BAR or found <= 10 * rounding(pair)
+    return found <= BAR or found <= min(10 * rounding(pair), WORST)
 
 
 def test_the_grammar_is_sound() -> None:
@@ -154,7 +155,7 @@ def test_alone(name: str, growth: str) -> None:
         if reason and REFUSABLE.get((name, growth), "none") in pair.text:
             continue
         assert reason is None, f"{pair}\n{reason}"
-        assert exact(pair), pair
+        assert difference(pair) <= BAR, pair
 
 
 @pytest.mark.parametrize(("name", "growth"), IMPOSSIBLE)
@@ -170,7 +171,7 @@ def test_ends() -> None:
         pair = network(Draw(random.Random(seed).choice), [0])
         reason = carry(pair)
         assert reason is None or "tied=True" in pair.text, f"{pair}\n{reason}"
-        assert reason or exact(pair), pair
+        assert reason or difference(pair) <= BAR, pair
 
 
 def test_few_are_refused() -> None:
