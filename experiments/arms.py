@@ -9,22 +9,17 @@ from torch import Tensor, nn
 import net2net
 
 from .config import CONTINUED as CONTINUED
-from .config import Config, ExperimentError, arm_folders
+from .config import TEACHER, Config, ExperimentError
 from .models import build
 from .optimizers import make_optimizer
 from .randomness import derive_seed
-
-
-def folders(config: Config) -> dict[str, tuple[str, str | None]]:
-    """The folder of each arm to run, with the arm and its student's name (None for the teacher continued)."""
-    return arm_folders(config.students, config.arms)
 
 
 def fresh(config: Config, student: str | None, classes: int, channels: int) -> nn.Module:
     """A network as its constructor draws it: the teacher's (None) or a student's, the same for all arms of a seed."""
     spec = config.model | (config.teacher if student is None else config.students[student])
     with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(config.seed, "initialisation", student or "teacher"))
+        torch.manual_seed(derive_seed(config.seed, "initialisation", student or TEACHER))
         return build(spec, classes, channels)
 
 

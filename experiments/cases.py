@@ -1,12 +1,11 @@
 """Cases: variants of one experiment, each run as an experiment of its own, in a folder below the experiment's."""
 
 import copy
-import re
 from collections.abc import Iterable
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import ExperimentError, flatten, nearest
+from .config import FOLDER, ExperimentError, flatten, nearest
 
 GROUPS = ("data", "scale", "experiment")  # `data=digits` names a file of settings, and none of the settings in it
 RESERVED = ("experiment", "case", "cases", "seed", "runs")  # which run it is, not how it is made
@@ -32,7 +31,7 @@ def resolve(composed: DictConfig, overrides: Iterable[str]) -> list[DictConfig]:
 
 
 def _changed(composed: DictConfig, name: str, changes: object, named: set[str]) -> DictConfig:
-    if not re.fullmatch(r"(?!seed\d)\w[\w.+-]*", name):
+    if not FOLDER.fullmatch(name):
         raise ExperimentError(f"The case {name!r} cannot name a folder: use letters, digits, dots and dashes.")
     if not isinstance(changes, dict):
         raise ExperimentError(

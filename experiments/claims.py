@@ -4,18 +4,18 @@ An operand reads `experiment:arm` or `experiment/case:arm`. The case `best` is, 
 best in on the holdout images of the other seeds; what is said of it is measured on the test images of this one.
 """
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from . import family, report, statistics
-from .config import ExperimentError, nearest
+from .config import TEACHER, ExperimentError, nearest
 from .report import Curves, Manifests, Point, Results
 from .settings import mixed
 from .statistics import Estimate, Reached
@@ -39,17 +39,30 @@ class Claim:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ExperimentError(f"There is no measure {self.measure!r}{nearest(self.measure, MEASURES)}.")
-        if sum(end is not None for end in (self.above, self.below, self.within)) != 1:
+        ends = [end for end in (self.above, self.below, self.within) if end is not None]
+        if len(ends) != 1:
             raise ExperimentError("It says for which values it holds by one of above, below and within.")
+        measure = MEASURES[self.measure]
+        if measure.pair != bool(self.against):
+            raise ExperimentError(
+                f"The measure {self.measure} compares two runs: name the other one with against."
+                if measure.pair
+                else f"The measure {self.measure} is of one run: leave against out."
+            )
+        if (self.within is not None and self.within < measure.ratio) or (measure.ratio and ends[0] <= 0):
+            raise ExperimentError(f"{ends[0]} is no end of {self.measure}: a ratio is above 0, and within 1 or more.")
 
     @property
     def region(self) -> tuple[float, float]:
-        """The smallest and largest value for which the claim holds; of the logarithm, for a ratio."""
+        """The smallest and largest value for which the claim holds; of the logarithm, for a ratio.
+
+        What is neither more nor less than an end is within it, and neither above nor below it.
+        """
         scale = math.log if MEASURES[self.measure].ratio else float
         if self.within is not None:
             return -scale(self.within), scale(self.within)
-        low = -math.inf if self.above is None else scale(self.above)
-        return low, math.inf if self.below is None else scale(self.below)
+        low = -math.inf if self.above is None else math.nextafter(scale(self.above), math.inf)
+        return low, math.inf if self.below is None else math.nextafter(scale(self.below), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Operand:
     curves: Curves
     manifests: Manifests
     apart: tuple[str, ...] = ()  # settings in which its seeds differ
-    best: str = ""  # the cases that it was chosen from
+    best: str = ""  # of the best case: of how many, and which of them won in how many seeds
 
     @property
     def runs(self) -> dict[int, list[Point]]:
@@ -112,12 +125,22 @@ def judge(claim: Claim, results: Results) -> Finding:
         return Finding(claim, "not run", "–", used)
     low, high = claim.region
     said = statistics.verdict(found, low, high, claim.headline)
-    if apart := dict.fromkeys(setting for one in used for setting in one.apart):
-        said = f"undecided (its seeds differ in {', '.join(apart)})"
+    if apart := _apart(used):
+        said = f"undecided (its runs differ in {', '.join(apart)})"
     elif said == "undecided":
         said += f" ({_takes(found, low, high, claim.headline)})"
     chosen = "".join(f"; {one.best}" for one in used if one.best)
     return Finding(claim, said, shown(found, claim.measure) + chosen, used)
+
+
+def _apart(used: Iterable[Operand]) -> list[str]:
+    """Settings in which runs differ that are taken as alike: the seeds of an arm, the arms of one case."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for one in used:
+        if one.arm != TEACHER and not one.best:  # a teacher's are its own, a best case's are of several
+            cases.setdefault(one.name, []).extend(one.manifests[one.arm].values())
+    settings = [*(one.apart for one in used), *map(mixed, cases.values())]
+    return list(dict.fromkeys(itertools.chain.from_iterable(settings)))
 
 
 def measured(measure: str, results: Results, of: str, against: str = "") -> tuple[Estimate | None, tuple[Operand, ...]]:
@@ -150,7 +173,7 @@ def _best(experiment: str, arm: str, found: list[Operand]) -> list[Operand]:
     curves: Curves = {}
     manifests: Manifests = {}
     for seed, case in chosen.items():
-        for kind in ("teacher", arm):
+        for kind in (TEACHER, arm):
             if seed in cases[case].curves.get(kind, {}):
                 curves.setdefault(kind, {})[seed] = cases[case].curves[kind][seed]
                 manifests.setdefault(kind, {})[seed] = cases[case].manifests[kind][seed]
@@ -178,14 +201,15 @@ def _lowest(of: list[Operand], against: list[Operand]) -> Estimate | None:
 
 
 def _average(of: list[Operand], against: list[Operand]) -> Estimate | None:
-    return _difference(*({seed: mean(curve) for seed, curve in _one(side).runs.items()} for side in (of, against)))
+    left, right = ({seed: time_average(curve) for seed, curve in _one(side).runs.items()} for side in (of, against))
+    return _difference(left, right)
 
 
-def mean(curve: list[Point]) -> float:
+def time_average(curve: list[Point]) -> float:
     """The holdout accuracy on average over training: how fast it is learned, whatever the level of a target."""
     area = sum(
         (right["step"] - left["step"]) * (left["holdout_accuracy"] + right["holdout_accuracy"]) / 2
-        for left, right in pairwise(curve)
+        for left, right in itertools.pairwise(curve)
     )
     return area / (curve[-1]["step"] - curve[0]["step"])
 
@@ -199,6 +223,8 @@ def _mismatch(of: list[Operand]) -> Estimate | None:
 def _steps(of: list[Operand], against: list[Operand]) -> Estimate | None:
     """Of the first evaluated steps at which both reach the target of the run."""
     mine, theirs = _one(of), _one(against)
+    if mine.best:
+        raise ExperimentError("The target of steps is that of one run, the best case is of several: name a case.")
     target_arm = report.target_arm(mine.manifests)
     costs: list[tuple[Reached, Reached]] = []
     for seed in sorted(mine.runs.keys() & theirs.runs.keys()):
@@ -217,16 +243,21 @@ def _first(curve: list[Point], target: float) -> Reached:
 
 
 def _budget(of: list[Operand], against: list[Operand], teacher: bool = False) -> Estimate | None:
-    """Of the training FLOPs that `of` needs, annealed over its own budget, for what `against` ends with, to its own."""
+    """Of the training FLOPs that `of` needs, annealed over its own budget, for what `against` ends with, to its own.
+
+    Of the seeds that were run with every budget alone: between fewer, a crossing is interpolated elsewhere.
+    """
     goal = _one(against)
+    every = set.intersection(*(set(case.runs) for case in of))
     costs: list[tuple[Reached, Reached]] = []
     untrained: list[bool] = []
     for seed, target in sorted(goal.last("test_accuracy").items()):
-        run = [case for case in of if seed in case.runs]
-        points = sorted((case.cost(seed, teacher), case.last("test_accuracy")[seed]) for case in run)
-        if points and not any(math.isnan(cost) for cost in (goal.cost(seed, teacher), *dict(points))):
+        if seed not in every:
+            continue
+        points = sorted((case.cost(seed, teacher), case.last("test_accuracy")[seed]) for case in of)
+        if not any(math.isnan(cost) for cost in (goal.cost(seed, teacher), *dict(points))):
             costs.append((statistics.crossing(points, target), Reached(goal.cost(seed, teacher))))
-            untrained.append(any(case.runs[seed][0]["test_accuracy"] >= target for case in run))
+            untrained.append(any(case.runs[seed][0]["test_accuracy"] >= target for case in of))
     notes = {
         "not with the largest budget": [one.side == 1 for one, _ in costs],
         "with the smallest budget already": [
@@ -270,16 +301,17 @@ class Measure:
 
     of: Callable[..., Estimate | None]
     unit: str
+    pair: bool = True  # whether it compares two runs
     ratio: bool = False
 
 
 MEASURES = {
-    "accuracy": Measure(_accuracy, "% test accuracy"),
+    "accuracy": Measure(_accuracy, "% test accuracy", pair=False),
     "final": Measure(_final, "points of final test accuracy"),
     "start": Measure(_start, "points of test accuracy at step 0, over the final one of the other"),
     "lowest": Measure(_lowest, "points of test accuracy at its lowest, over the final one of the other"),
     "average": Measure(_average, "points of holdout accuracy, on average over training"),
-    "mismatch": Measure(_mismatch, "% of the test images are classified otherwise"),
+    "mismatch": Measure(_mismatch, "% of the test images are classified otherwise", pair=False),
     "steps": Measure(_steps, "× the steps to the target", ratio=True),
     "budget": Measure(_budget, "× the budget", ratio=True),
     "total_budget": Measure(_total_budget, "× the budget, teachers' included", ratio=True),

@@ -145,7 +145,7 @@ def check_launcher(arguments: list[str]) -> None:
     launchers = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     if launchers and not {"-m", "--multirun", "--cfg", "-c"} & set(arguments):
         raise ExperimentError(f"hydra/launcher={launchers[0]} starts the jobs of a sweep: add -m.")
-    if "slurm" in launchers and "-m" in arguments and shutil.which("sbatch") is None:
+    if "slurm" in launchers and {"-m", "--multirun"} & set(arguments) and shutil.which("sbatch") is None:
         raise ExperimentError(
             "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine: run it where that is, "
             "or take hydra/launcher=local."

@@ -14,13 +14,13 @@ from torch import nn
 import net2net
 
 from . import arms, checkpoint, figure, files, locks, progress, report, teachers
-from .config import Config, DivergedError, ExperimentError, steps
+from .config import FIRST, LENGTHS, TEACHER, Config, DivergedError, ExperimentError, arm_folders, steps
 from .data import complete_batches, load
 from .device import describe, pick_device
 from .memory import keep_freed, out_of_memory
 from .optimizers import make_optimizer
 from .ranks import join
-from .run import FIRST, TEACHER, Run
+from .run import Run
 from .stages import carry_out, is_complete
 from .training import learn
 
@@ -41,7 +41,7 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
     ranks.first(lambda: files.writable(Path(config.runs), "set runs to one that can"))
     run = Run(config, ranks.in_turn(lambda: load(config.data)).to(device), device, console, ranks)
     networks = ranks.together(lambda: _checked_networks(run))
-    stages = arms.folders(config)
+    stages = arm_folders(config.students, config.arms)
     if {arm for arm, _ in stages.values()} & set(report.STARTS_FROM_TEACHER):
         stages = {TEACHER: (TEACHER, None)} | stages
     todo = [name for name, (arm, student) in stages.items() if not _done(run, name, arm, student)]
@@ -71,7 +71,9 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
 def _shown_results(run: Run, stages: dict[str, tuple[str, str | None]], may_be_empty: bool) -> Path | None:
     """Print the table and return the path of the figure; with `may_be_empty`, None if no arm is finished."""
     with locks.hold(run.experiment, waiting=lambda _: None):  # or a job that read fewer curves might draw last
-        finished = any(is_complete(run.folder / name, run.settings(*stages[name])) for name in stages)
+        finished = any(
+            is_complete(run.folder / name, run.settings(*stages[name])) for name in stages if name != TEACHER
+        )
         if not finished and may_be_empty:
             return None
         run.console.print(report.table(run.experiment))
@@ -92,7 +94,7 @@ def _check_lengths(run: Run) -> None:
     """Refuse a duration that rounds to no step at all."""
     schedule = run.config.schedule
     per_epoch = complete_batches(len(run.splits.train), schedule.batch_size)
-    for key in ("epochs", "teacher_epochs", "first_epochs", "evaluate"):
+    for key in LENGTHS:
         duration = getattr(schedule, key)
         if duration is not None and steps(duration, per_epoch) < 1:
             raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
@@ -116,7 +118,9 @@ def _done(run: Run, name: str, arm: str, student: str | None) -> bool:
     settings = run.settings(arm, student)
     done = teachers.is_trained(run) if arm == TEACHER else _is_complete(run, run.folder / name, settings)
     if done:
-        run.ranks.first(lambda: locks.tidy(run.folder / name))  # of one killed between its last word and its end
+        run.ranks.first(
+            lambda: locks.tidy(run.folder / name)
+        )  # left by one that was killed after it wrote its manifest
         run.console.print(f"{name:<22} complete, skipped ({run.folder / name})", highlight=False, soft_wrap=True)
     return done
 
@@ -214,7 +218,7 @@ def _announce(
     run.console.print(table)
     say(f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if todo:
-        per_epoch = len(run.splits.train) // config.schedule.batch_size
+        per_epoch = complete_batches(len(run.splits.train), config.schedule.batch_size)
         total = sum(seconds[stages[name][1]] * steps(run.epochs(name), per_epoch) for name in todo)
         if run.earlier is not None and TEACHER in todo and not teachers.is_trained(run.earlier):
             total += first * steps(run.earlier.epochs(TEACHER), per_epoch)

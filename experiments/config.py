@@ -16,6 +16,8 @@ from typing import Any
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
 CONTINUED = "teacher_continued"  # the arm that has no student
+TEACHER = "teacher"  # what the network is called that arms start from
+FIRST = "first"  # and the one that it is grown from, if it is
 OPTIMIZERS = ("rmsprop", "sgd")
 DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired")
@@ -126,6 +128,8 @@ class Config:
         return self.experiment if self.case is None else f"{self.experiment}/{self.case}"
 
 
+LENGTHS = ("epochs", "teacher_epochs", "first_epochs", "evaluate")  # durations of a schedule that are at least a step
+FOLDER = re.compile(r"(?!seed\d)\w[\w.+-]*")  # what can name a folder beside those of seeds
 _DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it)$")
 
 
@@ -150,13 +154,20 @@ def check(config: Config) -> None:
     for name, spec in config.students.items():
         if not isinstance(spec, Mapping):
             raise ExperimentError(f"students.{name}={spec} is no network: write what it changes, as in {{width: 1.0}}.")
+        if not FOLDER.fullmatch(name) or name in (TEACHER, FIRST):
+            raise ExperimentError(
+                f"The student {name!r} cannot name a folder of its own: call it otherwise, with letters."
+            )
     _check_words(config)
     _check_numbers(config)
-    steps(config.growth.warmup or "0it", 1)
-    for key in ("epochs", "teacher_epochs", "first_epochs", "evaluate", "warmup"):
-        duration = getattr(config.schedule, key)
-        if duration is not None and steps(duration, 10**9) < (key != "warmup"):
-            raise ExperimentError(f"schedule.{key} is {duration}: it has to be longer than nothing.")
+    durations = {f"schedule.{key}": getattr(config.schedule, key) for key in LENGTHS}
+    durations |= {"schedule.warmup": config.schedule.warmup, "growth.warmup": config.growth.warmup}
+    for key, duration in durations.items():
+        try:
+            if duration is not None and steps(duration, 10**9) < (not key.endswith("warmup")):
+                raise ExperimentError("It has to be longer than nothing.")
+        except ExperimentError as error:
+            raise ExperimentError(f"{key} is {duration}: {error}") from error
 
 
 def _check_words(config: Config) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from . import report, statistics
-from .config import ARMS, CONFIGS
+from .config import ARMS, CONFIGS, TEACHER
 from .report import Curves, Manifests, Results, Spread
 from .statistics import Estimate
 
@@ -32,7 +32,7 @@ def families(results: Results) -> dict[str, Cases]:
     found: dict[str, Cases] = {}
     for name in results:
         experiment, _, case = name.partition("/")
-        if case and any(arm != "teacher" for arm in results[name][0]):  # a teacher alone is no result
+        if case and any(arm != TEACHER for arm in results[name][0]):  # a teacher alone is no result
             found.setdefault(experiment, {})[case] = results[name]
     return {name: {case: cases[case] for case in _ordered(name, cases)} for name, cases in found.items()}
 
@@ -61,7 +61,7 @@ def lines(cases: Cases) -> list[Line]:
     found: list[Line] = []
     for case, (curves, _) in cases.items():
         for row in report.summarise(curves, ""):
-            if row.arm == "teacher":
+            if row.arm == TEACHER:
                 continue
             seeds = curves[row.arm].values()
             final = statistics.estimate([curve[-1]["test_accuracy"] for curve in seeds])
@@ -73,7 +73,7 @@ def lines(cases: Cases) -> list[Line]:
 
 def best(cases: Cases) -> dict[str, tuple[str, float]]:
     """The case that each arm ends best in on the holdout images, and how, over the seeds that all its cases have."""
-    arms = report.ordered({arm for curves, _ in cases.values() for arm in curves if arm != "teacher"})
+    arms = report.ordered({arm for curves, _ in cases.values() for arm in curves if arm != TEACHER})
     found: dict[str, tuple[str, float]] = {}
     for arm in arms:
         ends = holdout_ends(cases, arm)
@@ -94,7 +94,7 @@ def holdout_ends(cases: Cases, arm: str) -> dict[str, dict[int, float]]:
 
 
 def choose(ends: Mapping[str, Mapping[int, float]]) -> dict[int, str]:
-    """For each seed that all cases have, the case that is best in the mean of the others; of a sole seed, in it.
+    """For each seed that all cases have, the case that is best in the mean of the others; with one seed alone, in that.
 
     What is chosen by the accuracy of a network and then measured on the same network is flattered by its luck.
     """

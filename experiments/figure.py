@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.config import TEACHER
 from experiments.files import write
 from experiments.report import Curves, before, flops_unit, load, name, ordered, split_arm, spread
 
@@ -25,7 +26,7 @@ LOOKS: dict[str, tuple[str, Any, str]] = {
     "random_init_low_lr": ("#cc79a7", (0, (5, 1.2, 1, 1.2, 1, 1.2)), "v"),
 }
 STUDENT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-TEACHER: dict[str, Any] = {"color": "black", "linewidth": 1.0, "linestyle": (0, (4, 3))}
+TEACHER_LINE: dict[str, Any] = {"color": "black", "linewidth": 1.0, "linestyle": (0, (4, 3))}
 PAPER = {  # experiment -> figure of the paper, and the arms in it
     "wider_inception": (4, ("net2net", "random_pad", "random_init")),
     "deeper_inception": (5, ("net2net", "random_init")),
@@ -86,7 +87,7 @@ def late_limits(curves: Curves, column: str) -> tuple[float, float]:
     ends = {arm: max(100 * curve[-1][column] for curve in seeds.values()) for arm, seeds in curves.items()}
     for arm, seeds in curves.items():
         for curve in seeds.values() if ends[arm] > max(ends.values()) - 15 else ():
-            points = curve[-1:] if arm == "teacher" else curve[len(curve) // 2 :]
+            points = curve[-1:] if arm == TEACHER else curve[len(curve) // 2 :]
             late += [100 * point[column] for point in points if not math.isnan(point[column])]
     if not late:
         return 0.0, 100.0
@@ -102,7 +103,7 @@ def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORM
     matplotlib.
     """
     with canvas() as new:
-        arms = [arm for arm in ordered(curves) if arm != "teacher"]
+        arms = [arm for arm in ordered(curves) if arm != TEACHER]
         figure = new(4.75 + 0.19 * math.ceil((len(arms) + 2) / 3))
         axes = figure.subplots(2, 2)
         over_steps, training, zoomed, over_flops = axes.flat
@@ -159,22 +160,23 @@ def panel(
     steps; with the name "" it is left out.
     """
     styles = looks(arms)
-    size, unit = flops_unit(max(max(band(curves, arm, "test_accuracy")[1], default=0) for arm in curves))
-    shown = [*arms, "teacher"] if flops or teacher else arms
+    totals = [total for arm in curves for total in band(curves, arm, "test_accuracy")[1]]
+    size, unit = flops_unit(max((total for total in totals if math.isfinite(total)), default=0))
+    shown = [*arms, TEACHER] if flops or teacher else arms
     for place, arm in enumerate(arm for arm in shown if arm in curves):
         step, total, mean, low, high = band(curves, arm, column)
         x = [value / size for value in total] if flops else step
-        if arm == "teacher":
-            ax.plot(x, mean, **{**TEACHER, "linestyle": "-"}, label=teacher or "teacher")
+        if arm == TEACHER:
+            ax.plot(x, mean, **{**TEACHER_LINE, "linestyle": "-"}, label=teacher or TEACHER)
             continue
         every = math.ceil(len(x) / MARKERS) or 1
         # Each arm's markers begin elsewhere, so that curves that coincide are still told apart.
         ax.plot(x, mean, **styles[arm], markevery=(place % every, every), label=arm)
         if len(curves[arm]) > 1:
             ax.fill_between(x, low, high, color=styles[arm]["color"], alpha=0.15, linewidth=0)
-    if "teacher" in curves and teacher is None:
-        final = spread([100 * curve[-1][column] for curve in curves["teacher"].values()]).mean
-        ax.axhline(final, **TEACHER, label="teacher at its end")
+    if TEACHER in curves and teacher is None:
+        final = spread([100 * curve[-1][column] for curve in curves[TEACHER].values()]).mean
+        ax.axhline(final, **TEACHER_LINE, label="teacher at its end")
     ax.set_title(heading, loc="left")
     ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
     ax.set_xlim(left=0)

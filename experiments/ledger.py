@@ -60,32 +60,43 @@ def checksum(path: Path) -> str:
 def processes(before: Mapping[str, Any] | None, now: Mapping[str, Any], first: int) -> list[dict[str, Any]]:
     """The processes that made the steps of a stage, and which: the last is this one, from `first` on.
 
-    `before` is the manifest so far, `now` the provenance of this process. `to` is None until the stage is done, or
-    another process has gone on from where this one was saved; a process whose steps were all lost is not named.
+    `before` is the manifest so far, `now` the provenance and the machine of this process. `to` is None until the stage
+    is done, or another process has gone on from where this one was saved; a process whose steps were all lost is not
+    named.
     """
     made: list[dict[str, Any]] = []
     for process in (before or {}).get("processes", ()):
         last = first if process["to"] is None else min(first, process["to"])
         made += [process | {"to": last}] * (last > process["from"])
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    return [*made, {"started": started, "commit": now["commit"], "dirty": now["dirty"], "from": first, "to": None}]
+    return [*made, {"started": started, **now, "from": first, "to": None}]
 
 
 def provenance() -> dict[str, Any]:
     """What tells later where a curve came from: commit, versions, machine, command."""
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _git("rev-parse", "HEAD") or "",
+        "dirty": _is_dirty(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "torchvision", "hydra-core")},
         "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
 
 
-def _git(*arguments: str) -> str:
+def _is_dirty() -> bool | None:
+    """Whether the code is another than the commit's: files changed, or new modules and configurations are there.
+
+    None where git cannot say.
+    """
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    added = _git("status", "--porcelain", "--untracked-files=all", "--", "net2net", "experiments", "configs")
+    return None if changed is None or added is None else bool(changed or added)
+
+
+def _git(*arguments: str) -> str | None:
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None
     return done.stdout.strip()

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .config import Config
+from .config import FIRST, TEACHER, Config
 from .files import write
 
 Log = Callable[[Mapping[str, float]], None]
@@ -57,7 +57,7 @@ def mirror(config: Config, name: str, manifest: Mapping[str, Any], console: Cons
     without it.
     """
     swept = "WANDB_SWEEP_ID" in os.environ  # a run of a W&B sweep, which gave it its identity: for the arm
-    nobodys = name == "first" or (swept and name == "teacher")  # what a teacher is grown from is in no seed's folder
+    nobodys = name == FIRST or (swept and name == TEACHER)  # what a teacher is grown from is in no seed's folder
     if config.logger == "none" or mode() == "disabled" or nobodys:
         yield lambda row: None
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import costs, family, report, search
 from .claims import Finding
-from .config import ARMS, flatten
+from .config import ARMS, TEACHER, flatten
 from .figure import PAPER
 from .frontier import budgets, is_frontier
 from .report import Results
@@ -96,7 +96,11 @@ def facts(manifests: Iterable[report.Manifests]) -> dict[str, str]:
     own = [record for one in manifests for record in report.own(one)]
     seeds = sorted({record["seed"] for record in records})
     versions = [", ".join(f"{k} {v}" for k, v in sorted(record["versions"].items())) for record in records]
-    hardware = [f"{record['device']}: {record['hardware']}, {record['precision']}" for record in records]
+    hardware = [  # of every process that made a part of a curve, where they say it
+        f"{process['device']}: {process['hardware']}, {record['precision']}"
+        for record in records
+        for process in [one for one in record.get("processes", ()) if "hardware" in one] or [record]
+    ]
     commits = [
         str(record["commit"])[:10] + (" with uncommitted changes" if record["dirty"] else "") for record in records
     ]
@@ -229,9 +233,14 @@ def claim_line(finding: Finding) -> list[str]:
 
 
 def tally(found: Iterable[Finding]) -> str:
-    """`3 holds, 1 fails, 4 undecided, 20 not run`."""
+    """`3 hold, 1 fails, 4 undecided, 20 not run`."""
     counts = Counter(finding.verdict.partition(" (")[0] for finding in found)
-    return ", ".join(f"{counts[word]} {word}" for word in ("holds", "fails", "undecided", "not run") if counts[word])
+    words = {"holds": "hold", "fails": "fail"}
+    return ", ".join(
+        f"{counts[word]} {word if counts[word] == 1 else words.get(word, word)}"
+        for word in ("holds", "fails", "undecided", "not run")
+        if counts[word]
+    )
 
 
 def claims_section(found: list[Finding]) -> str:
@@ -297,7 +306,7 @@ def summary(results: Results, findings: list[Finding]) -> str:
             steps = {arm: report.steps_cell(row) for arm, row in mine.items()}
             used |= set(accuracy)
             texts.append((label, n, accuracy, steps))
-    arms = [arm for arm in ("teacher", *ARMS) if arm in used]
+    arms = [arm for arm in (TEACHER, *ARMS) if arm in used]
     raced = [arm for arm in ("net2net", "random_init") if arm in used]
     for label, n, accuracy, steps in texts:
         final = [accuracy.get(arm, "–") for arm in arms]

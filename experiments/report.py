@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config import ARMS, ExperimentError
+from experiments.config import ARMS, TEACHER, ExperimentError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +58,7 @@ class Row:
 
 def split_arm(label: str) -> tuple[str | None, str]:
     """(student, arm) of a folder's name: `wider_net2net` is ("wider", "net2net"); `net2net` has no student."""
-    for arm in ("teacher", *ARMS):
+    for arm in (TEACHER, *ARMS):
         if label == arm:
             return None, arm
         if label.endswith(f"_{arm}"):
@@ -72,7 +72,7 @@ def ordered(labels: Iterable[str]) -> list[str]:
     def key(label: str) -> tuple[bool, bool, str, int, str]:
         student, arm = split_arm(label)
         place = ARMS.index(arm) if arm in ARMS else len(ARMS)
-        return arm != "teacher", student is None, student or "", place, label
+        return arm != TEACHER, student is None, student or "", place, label
 
     return sorted(labels, key=key)
 
@@ -147,6 +147,14 @@ def arm_files(directory: Path) -> list[tuple[int, str, Path, Path]]:
     return sorted(found, key=lambda entry: entry[0])
 
 
+def load_all(directory: Path) -> Results:
+    """What was run of every experiment below `runs` or `results/curves`; ExperimentError if there is none."""
+    found = experiments(directory)
+    if not found:
+        raise ExperimentError(f"There are no curves under {directory}: run python scripts/collect.py first.")
+    return {name: load(path) for name, path in found.items()}
+
+
 def experiments(directory: Path) -> dict[str, Path]:
     """The folder of each experiment and of each case below `runs` or `results/curves`, in order of their names.
 
@@ -182,7 +190,7 @@ def before(curves: Curves, arm: str, seed: int) -> Point | None:
     """What was spent before `arm` began: where its teacher ended, zeros for a fresh start; None without the teacher."""
     if split_arm(arm)[1] not in STARTS_FROM_TEACHER:
         return dict.fromkeys(COLUMNS, 0.0)
-    teacher = curves.get("teacher", {}).get(seed)
+    teacher = curves.get(TEACHER, {}).get(seed)
     return teacher[-1] if teacher else None
 
 
@@ -194,8 +202,8 @@ def target_accuracy(curves: Curves, arm: str, seed: int, target_arm: str) -> flo
     """
     student, kind = split_arm(arm)
     same = curves.get(target_arm if student is None else f"{student}_{target_arm}", {}).get(seed)
-    if same is None and kind != "teacher":
-        same = curves.get("teacher", {}).get(seed)
+    if same is None and kind != TEACHER:
+        same = curves.get(TEACHER, {}).get(seed)
     return same[-1]["holdout_accuracy"] if same else None
 
 
@@ -238,7 +246,7 @@ def summarise(curves: Curves, target_arm: str) -> list[Row]:
 
 def target_source(curves: Curves, target_arm: str) -> str:
     """Whose final holdout accuracy the steps are counted to: the target arm, or the teacher where it was not run."""
-    return target_arm if any(split_arm(arm)[1] == target_arm for arm in curves) else "teacher"
+    return target_arm if any(split_arm(arm)[1] == target_arm for arm in curves) else TEACHER
 
 
 def agreement(manifests: dict[int, dict[str, Any]]) -> str:
@@ -253,7 +261,7 @@ def agreement(manifests: dict[int, dict[str, Any]]) -> str:
 
 def own(manifests: Manifests) -> list[dict[str, Any]]:
     """The manifests of the experiment's own arms, or else the teacher's, which another experiment may have trained."""
-    records = [record for arm, seeds in manifests.items() if arm != "teacher" for record in seeds.values()]
+    records = [record for arm, seeds in manifests.items() if arm != TEACHER for record in seeds.values()]
     return records or [record for seeds in manifests.values() for record in seeds.values()]
 
 

@@ -1,7 +1,5 @@
 """One experiment of one seed on this machine: what its stages are made of, and where they lie."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,13 +12,11 @@ from torch import Tensor, nn
 
 from . import arms, flops, report
 from .choice import Choice, choose
-from .config import Config
+from .config import TEACHER, Config
 from .data import Splits
 from .ranks import ALONE, Ranks
+from .settings import determined, digest, trained_with
 from .training import Job
-
-TEACHER = "teacher"
-FIRST = "first"  # what the network is called that the teacher is grown from
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class Run:
         What was spent `before` counts as its own.
         """
         arm = report.split_arm(name)[1]
-        config = self.trained_with(arm)
+        config = trained_with(self.config, arm)
         return Job(
             folder or self.folder / name,
             config,
@@ -96,24 +92,9 @@ class Run:
             before or {},
         )
 
-    @property
-    def teacher_rate(self) -> float:
-        """The initial rate of the teacher, a multiple of schedule.lr: that of a grown network, if it is one."""
-        return self.config.rates["net2net"] if self.config.first else 1.0
-
-    def trained_with(self, arm: str) -> Config:
-        """The configuration with the schedule of one stage, where the teacher's or its heirs' is another."""
-        config, schedule = self.config, self.config.schedule
-        if arm == TEACHER:
-            length, decay = schedule.teacher_epochs or schedule.epochs, schedule.teacher_decay or schedule.decay
-            schedule = replace(schedule, epochs=length, decay=decay)
-        if arm in report.STARTS_FROM_TEACHER or (arm == TEACHER and config.first):
-            schedule = replace(schedule, warmup=config.growth.warmup or schedule.warmup)
-        return replace(config, schedule=schedule)
-
     def epochs(self, name: str) -> str:
         """How long a stage trains."""
-        return self.trained_with(report.split_arm(name)[1]).schedule.epochs
+        return trained_with(self.config, report.split_arm(name)[1]).schedule.epochs
 
     @cached_property
     def costs(self) -> dict[str | None, tuple[int, int]]:
@@ -143,36 +124,17 @@ class Run:
 
     def settings(self, arm: str, student: str | None) -> dict[str, Any]:
         """All that determines the product of a stage, and nothing else."""
-        config = asdict(self.trained_with(arm))
-        data = {key: value for key, value in config["data"].items() if key not in ("root", "cache", "workers")}
-        schedule = dict(config["schedule"])
-        for key in ("teacher_epochs", "first_epochs", "teacher_decay", "teacher_augment"):
-            schedule.pop(key)
-        settings = {
-            "seed": config["seed"],
-            "data": data | {"description": self.splits.description, "fingerprint": self.fingerprint},
-            "network": config["model"] | (config["teacher"] if student is None else config["students"][student]),
-            "schedule": schedule,
-            **asdict(self.choice.arithmetic),
-        }
+        settings = determined(self.config, arm, student) | asdict(self.choice.arithmetic)
+        settings["data"] |= {"description": self.splits.description, "fingerprint": self.fingerprint}
         if self.ranks.count > 1:  # batch norm sees a share of each batch
             settings["ranks"] = self.ranks.count
-        if arm == TEACHER:
-            settings["augment"] = self.config.schedule.teacher_augment
-            if self.earlier is not None:
-                settings |= {"first": self.earlier.teacher, "rate": self.teacher_rate, "growth": config["growth"]}
-            return settings
-        settings["rate"] = config["rates"][arm]
+        if arm == TEACHER and self.earlier is not None:
+            settings["first"] = self.earlier.teacher
         if arm in report.STARTS_FROM_TEACHER:
             settings["teacher"] = self.teacher
-        if arm == "net2net":
-            settings["growth"] = config["growth"]
-        if arm == arms.CONTINUED:
-            settings["optimizer_state"] = config["growth"]["optimizer_state"]
         return settings
 
     @cached_property
     def teacher(self) -> str:
         """The teacher's name among all teachers: a hash of all that determines it."""
-        text = json.dumps(self.settings(TEACHER, None), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self.settings(TEACHER, None))

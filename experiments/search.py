@@ -1,6 +1,7 @@
 """An experiment whose cases are initial rates: which is best for which arm, with one training budget or several."""
 
 from . import report
+from .config import TEACHER
 from .family import Cases
 from .settings import varied
 
@@ -31,7 +32,7 @@ def tried(cases: Cases) -> Tried:
     for curves, manifests in cases.values():
         config = report.own(manifests)[0]["config"]
         budget = ends.setdefault(config["schedule"]["epochs"], {})
-        for arm in set(curves) - {"teacher"}:
+        for arm in set(curves) - {TEACHER}:
             found = {seed: curve[-1]["holdout_accuracy"] for seed, curve in curves[arm].items()}
             budget.setdefault(arm, {})[config["rates"][report.split_arm(arm)[1]]] = found
     return {budget: {arm: _means(arms[arm]) for arm in report.ordered(arms)} for budget, arms in ends.items()}

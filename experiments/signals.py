@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Asked(Exception):
-    """A signal has come, and something long should be left for it."""
+    """A signal has come: long work ends early."""
 
 
 class Requests:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from . import checkpoint, ledger, mirror, progress, report
-from .config import ExperimentError, flatten
+from .config import TEACHER, ExperimentError, flatten
 from .device import describe
-from .run import TEACHER, Run
+from .run import Run
 from .training import Job, train
 
 
@@ -69,8 +69,6 @@ def carry_out(
         "settings": run.settings(arm, student),
         "config": asdict((run.later or run).config),  # what its command composes
         "data": run.splits.description,
-        "device": str(run.device),
-        "hardware": describe(run.device),
         **asdict(run.choice.arithmetic),
         "choice": run.choice.why,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -79,7 +77,7 @@ def carry_out(
         "teacher": TEACHER if arm in report.STARTS_FROM_TEACHER else None,
         "complete": False,
     }
-    provenance = ledger.provenance()
+    provenance = ledger.provenance() | {"device": str(run.device), "hardware": describe(run.device)}
     manifest |= provenance | (facts or {})
     manifest["processes"] = ledger.processes(began, provenance, state["step"])
     if began is not None:  # an interrupted run: what was measured before its first step still holds

@@ -17,10 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from . import locks
 from .cases import resolve
 from .config import Config, ExperimentError, arm_folders
 from .files import write
-from .locks import BusyError
 
 PLAN = "plan.json"  # runs/<experiment>/plan.json: of each seed, the arms that sweeps were asked for
 FAILURE = "failure.txt"  # in an arm's folder: why the last job that was to run it ended
@@ -55,11 +55,12 @@ def _plan(config: DictConfig, swept: Mapping[str, list[str]]) -> None:
     lists = [arms.strip("[]").replace(" ", "").split(",") for arms in swept.get("arms", ())] or [_words(config.arms)]
     folders = [folder for arms in lists for folder in arm_folders(config.students, arms)]
     experiment = Path(config.runs, config.experiment, config.case or "")
-    plan = read_plan(experiment)
-    for seed in swept.get("seed", [str(config.seed)]):
-        plan[seed] = list(dict.fromkeys([*plan.get(seed, []), *folders]))
-        planned.extend(experiment / f"seed{seed}" / folder for folder in folders)
-    write(experiment / PLAN, (json.dumps(plan) + "\n").encode())
+    with locks.hold(experiment, waiting=lambda _: None):  # another sweep may add to it at the same moment
+        plan = read_plan(experiment)
+        for seed in swept.get("seed", [str(config.seed)]):
+            plan[seed] = list(dict.fromkeys([*plan.get(seed, []), *folders]))
+            planned.extend(experiment / f"seed{seed}" / folder for folder in folders)
+        write(experiment / PLAN, (json.dumps(plan) + "\n").encode())
     for folder in planned:
         (folder / FAILURE).unlink(missing_ok=True)
 
@@ -99,12 +100,13 @@ def noting_failure(config: Config, explain: Callable[[Exception], str], new: boo
             (folder / FAILURE).unlink(missing_ok=True)
     try:
         yield
-    except BusyError:  # they are another run's
+    except locks.BusyError:  # they are another run's
         raise
     except Exception as error:
         for folder in _unfinished(config):
             if new or folder.exists():
-                with suppress(ExperimentError):  # a full disk: the sentence is said all the same
+                # A full disk: the sentence is said all the same. Or another process has begun to run it since.
+                with suppress(ExperimentError), locks.hold(folder):
                     write(folder / FAILURE, f"{name(config)}: {explain(error)}\n".encode())
         raise
 

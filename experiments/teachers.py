@@ -17,8 +17,9 @@ from torch import nn
 import net2net
 
 from . import arms, checkpoint, ledger, locks
-from .config import ExperimentError
-from .run import FIRST, TEACHER, Run
+from .config import FIRST, TEACHER, ExperimentError
+from .run import Run
+from .settings import rate
 from .stages import carry_out, is_complete
 from .training import load_network
 
@@ -44,7 +45,7 @@ def obtain(run: Run, network: nn.Module) -> None:
     with ranks.entered_by_first(lambda: locks.hold(place, waiting)):
         if not _load(run, network, place):
             facts, optimizer = ({}, None) if run.earlier is None else _grow(run, run.earlier, network)
-            job = run.job(TEACHER, None, run.teacher_rate, place, facts.get("before"))
+            job = run.job(TEACHER, None, rate(run.config, TEACHER), place, facts.get("before"))
             job = replace(job, name=FIRST) if run.later is not None else job
             carry_out(run, job, TEACHER, None, network, facts, optimizer)
 
@@ -90,7 +91,7 @@ def _load(run: Run, network: nn.Module, place: Path) -> bool:
     if state is None:
         return False
     load_network(network, state, place)
-    return state["step"] == run.job(TEACHER, None, 1.0).total  # not if the reserve had to do
+    return state["step"] == run.job(TEACHER, None, 1.0).total  # false if only the older checkpoint could be read
 
 
 def _link(link: Path, place: Path) -> None:

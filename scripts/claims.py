@@ -22,9 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"))
     folder: Path = parser.parse_args(arguments).results
     try:
-        results = {name: report.load(path) for name, path in report.experiments(folder / "curves").items()}
+        results = report.load_all(folder / "curves")
         found = [judge(claim, results) for claim in read_claims(folder / "claims.yaml")]
-    except ExperimentError as error:
+    except (ExperimentError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
     for finding in found:

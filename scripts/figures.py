@@ -40,14 +40,6 @@ def fill_block(readme: Path, name: str, text: str) -> bool:
     return True
 
 
-def read_results(folder: Path) -> Results:
-    """Every experiment under results/curves; raises ExperimentError if none is or a curve was changed."""
-    found = report.experiments(folder / "curves")
-    if not found:
-        raise ExperimentError(f"There are no curves under {folder / 'curves'}: run python scripts/collect.py first.")
-    return {name: report.load(path) for name, path in found.items()}
-
-
 def draw_all(folder: Path, results: Results) -> list[Path]:
     """Every figure, in folder/figures; returns their paths."""
     written: list[Path] = []
@@ -79,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"))
     folder: Path = parser.parse_args(arguments).results
     try:
-        results = read_results(folder)
+        results = report.load_all(folder / "curves")
         for written in [*draw_all(folder, results), *write_pages(folder, results)]:
             print(written)
     except ExperimentError as error:

@@ -2,8 +2,11 @@
 
 Of each curve under results/curves and results/trials: it has the checksum in its manifest and lies where that says;
 the manifest's commits are in the history of this checkout, and nothing was uncommitted there; its command, composed
-by the code and the configurations of that commit, gives the configuration in the manifest. Prints a line a fault
-and exits with 1 if there is any. A shallow clone has no history to look into, which is said and is no fault.
+by the code and the configurations of that commit, gives the configuration in the manifest; that one names the arm, and
+its settings are what that determines; the processes that it names made every step; the teacher that it started from
+lies beside it. What training alone could tell (accuracies, what was measured before the first step, seconds) is taken
+as it stands. Prints a line a fault and exits with 1 if there is any. A shallow clone has no history to look into, which
+is said and is no fault.
 """
 
 import argparse
@@ -17,10 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import report
-from experiments.config import ExperimentError, flatten
+from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
+from experiments.settings import determined, digest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the machine decides, and no command says. Paths are shortened when curves are collected, on both sides.
@@ -114,22 +121,45 @@ def file_faults(
         complete = report.read_complete(curve, manifest)
         if complete is None:
             return [f"{manifest.name} is missing or says that the run was not finished"], None
-        report.parse_curve(complete[0], curve)
-    except ExperimentError as error:
+        data, record = complete
+        last = report.parse_curve(data, curve)[-1]["step"]
+        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record["config"]))  # type: ignore[assignment]
+    except (ExperimentError, OmegaConfBaseException) as error:
         return [str(error)], None
-    record = complete[1]
-    student = record.get("student")
-    there = [record.get("seed"), record.get("arm")]
-    faults = [f"its manifest is of {there[1]} of seed {there[0]}"] * (
-        there[0] != seed or not arm.endswith(str(there[1]))
-    )
+    of = (record.get("arm"), record.get("student"))
+    faults: list[str] = []
+    if record.get("seed") != seed or of != ({TEACHER: (TEACHER, None)} | arm_folders(config.students, config.arms)).get(
+        arm
+    ):
+        return [f"its manifest is of {of[0]}{f' of {of[1]}' if of[1] else ''} of seed {record.get('seed')}"], record
     # A teacher is trained once for all experiments that start from it: its manifest names the first of them.
     name = place.split("/", 1 if place.startswith("curves/") else 2)[-1]
-    if there[1] != "teacher" and (
-        record.get("experiment") != name or student not in (None, *record["config"]["students"])
-    ):
+    if arm != TEACHER and not record.get("experiment") == config.name == name:
         faults.append(f"its manifest is of the experiment {record.get('experiment')}")
+    says, is_ = flatten(determined(config, *of)), flatten(record["settings"])
+    faults += [
+        f"{key} is {says[key]} by its configuration, {is_[key]} in its settings"
+        for key in sorted(says.keys() & is_.keys())  # of what has become a setting since, it says nothing
+        if says[key] != is_[key]
+    ]
+    steps = [(process["from"], process["to"]) for process in record.get("processes", ())]
+    if [0, *(end for _, end in steps)] != [*(start for start, _ in steps), last]:
+        faults.append(f"its processes made the steps {steps}, its curve ends at {last:.0f}")
     return faults, record
+
+
+def company_faults(folder: Path, records: dict[tuple[int, str], dict[str, Any]]) -> Iterator[tuple[int, str, str]]:
+    """(seed, arm, fault) of what does not belong together in the folder of an experiment."""
+    for manifest in sorted(folder.glob("seed*/*.json")):
+        if not manifest.with_suffix(".csv").exists():
+            yield int(manifest.parent.name[4:]), manifest.stem, "there is a manifest without its curve"
+    for (seed, arm), record in records.items():
+        if arm != TEACHER and "teacher" in record["settings"]:
+            beside = records.get((seed, TEACHER))
+            if beside is None:
+                yield seed, arm, "the teacher that it started from is missing"
+            elif digest(beside["settings"]) != record["settings"]["teacher"]:
+                yield seed, arm, "it started from another teacher than the one beside it"
 
 
 def commits(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -175,16 +205,19 @@ def faults(results: Path) -> Iterator[str]:
         print("This clone is shallow: commits and commands are not checked. Run git fetch --unshallow first.")
     records: dict[str, dict[str, Any]] = {}
     for place, folder in folders(results).items():
+        read: dict[tuple[int, str], dict[str, Any]] = {}
         for seed, arm, curve, manifest in report.arm_files(folder):
-            name = f"{place}/seed{seed}/{arm}"
             found, record = file_faults(place, seed, arm, curve, manifest)
-            yield from (f"{name}: {fault}" for fault in found)
+            yield from (f"{place}/seed{seed}/{arm}: {fault}" for fault in found)
             if record is not None:
-                records[name] = record
+                read[seed, arm] = record
+        yield from (f"{place}/seed{seed}/{arm}: {fault}" for seed, arm, fault in company_faults(folder, read))
+        records |= {f"{place}/seed{seed}/{arm}": record for (seed, arm), record in read.items()}
     for name, record in records.items() if history is not None else ():
         for process in commits(record):
             if process.get("dirty") is not False:
-                yield f"{name}: made with uncommitted changes at {str(process.get('commit'))[:10]}"
+                known = "made with" if process.get("dirty") else "nobody knows whether there were"
+                yield f"{name}: {known} uncommitted changes at {str(process.get('commit'))[:10]}"
             if history is not None and process.get("commit") not in history:
                 yield f"{name}: its commit {str(process.get('commit'))[:10]} is not in the history"
     at: dict[str, list[str]] = {}

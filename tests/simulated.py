@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments import arms, report
-from experiments.config import Config, steps
+from experiments import report
+from experiments.config import Config, arm_folders, steps
 
 PER_EPOCH = 351
 GAIN = {"net2net": 0.06, "random_pad": 0.04, "teacher_continued": 0.03, "random_init_low_lr": -0.2}
@@ -24,7 +24,7 @@ def write(results: Path, configs: Iterable[Config], seeds: int = 3) -> None:
     """
     for config in configs:
         for seed in range(seeds):
-            stages = {"teacher": ("teacher", None)} | arms.folders(config)
+            stages = {"teacher": ("teacher", None)} | arm_folders(config.students, config.arms)
             for name, (arm, student) in stages.items():
                 _write(results / "curves" / config.name / f"seed{seed}" / name, config, seed, arm, student)
 

@@ -130,7 +130,31 @@ def test_runs_of_different_settings_are_not_judged_together() -> None:
     assert judge(claim("final", "e:net2net", "e:random_init"), made).verdict == "holds"
     made["e"][1]["random_init"][2]["config"]["schedule"] = {"lr": 0.5}
     said = judge(claim("final", "e:net2net", "e:random_init"), made).verdict
-    assert said == "undecided (its seeds differ in `schedule.lr` (None, 0.5))"
+    assert said == "undecided (its runs differ in `schedule.lr` (None, 0.5))"
+
+
+def test_arms_of_one_case_that_were_trained_differently_are_not_judged_together() -> None:
+    made = results({"e": {"net2net": [[0, 0.6]] * 3, "random_init": [[0, 0.5]] * 3, "teacher": [[0, 0.4]] * 3}})
+    for record in made["e"][1]["net2net"].values():
+        record["config"]["schedule"] = {"epochs": "8ep"}
+    for record in made["e"][1]["teacher"].values():
+        record |= {"arm": "teacher", "settings": {"schedule": {"epochs": "1ep"}}}
+    said = judge(claim("final", "e:net2net", "e:random_init"), made).verdict
+    assert said == "undecided (its runs differ in `schedule.epochs` (8ep, None))"
+    assert judge(claim("final", "e:net2net", "e:teacher"), made).verdict == "holds"  # a teacher's are its own
+
+
+def test_a_tie_is_neither_above_nor_below() -> None:
+    made = results({"e": {"net2net": [[0, 0.6, 0.6]] * 3, "random_init": [[0, 0.6, 0.6]] * 3}})
+    for measure, region in (
+        ("final", {"above": 0}),
+        ("final", {"below": 0}),
+        ("steps", {"below": 1}),
+        ("steps", {"above": 1}),
+    ):
+        assert judge(claim(measure, "e:net2net", "e:random_init", **region), made).verdict == "fails"
+    assert judge(claim("final", "e:net2net", "e:random_init", within=0), made).verdict == "holds"
+    assert judge(claim("steps", "e:net2net", "e:random_init", within=1), made).verdict == "holds"
 
 
 def test_the_lowest_point_of_a_curve_against_where_its_teacher_ended() -> None:
@@ -172,6 +196,20 @@ def test_the_budget_is_interpolated_between_those_that_were_run() -> None:
     )
 
 
+def test_of_seeds_that_lack_a_budget_nothing_is_interpolated() -> None:
+    made = frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75], seeds=4)
+    whole = judge(claim("budget", "f:net2net", "f/4ep:random_init", below=1), made).shown
+    del made["f/2ep"][0]["net2net"][1]  # between 1 and 4 it would be elsewhere
+    left = judge(claim("budget", "f:net2net", "f/4ep:random_init", below=1), made).shown
+    assert left == whole.replace("n = 4", "n = 3")
+
+
+def test_the_steps_of_a_best_case_are_refused() -> None:
+    made = results({f"t/{name}": {"net2net": [[0, 0.5]] * 3, "random_init": [[0, 0.5]] * 3} for name in "ab"})
+    with pytest.raises(ExperimentError, match="the best case is of several: name a case"):
+        judge(claim("steps", "t/best:net2net", "t/a:random_init", below=1), made)
+
+
 def test_the_best_case_is_chosen_on_the_holdout_and_measured_on_the_test_images() -> None:
     made = results(
         {f"t/{name}": {"net2net": [[0, value]] * 3} for name, value in (("low", 0.5), ("high", 0.7), ("mid", 0.6))}
@@ -205,10 +243,10 @@ def test_the_best_case_is_not_known_until_all_were_run() -> None:
 
 
 def test_average_accuracy_is_an_area() -> None:
-    assert claims.mean(curve([0.0, 0.4, 0.4])) == pytest.approx(0.3)
+    assert claims.time_average(curve([0.0, 0.4, 0.4])) == pytest.approx(0.3)
     uneven = curve([0.0, 0.4, 0.4])
     uneven[2]["step"] = 50.0
-    assert claims.mean(uneven) == pytest.approx((0.2 * 10 + 0.4 * 40) / 50)
+    assert claims.time_average(uneven) == pytest.approx((0.2 * 10 + 0.4 * 40) / 50)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +259,19 @@ def test_average_accuracy_is_an_area() -> None:
         ("{claim: c, source: s, paper: p, measure: final, of: 'e:a', over: 0}", "A claim has no 'over'"),
         ("{claim: c, source: s, paper: p, measure: final, of: 'e:a'}", "by one of above, below and within"),
         ("{claim: c, source: s, measure: final, of: 'e:a', above: 0}", "paper"),
+        ("{claim: c, source: s, paper: p, measure: final, of: 'e:a', above: 0}", "name the other one with against"),
+        (
+            "{claim: c, source: s, paper: p, measure: accuracy, of: 'e:a', against: 'e:b', above: 0}",
+            "is of one run: leave against out",
+        ),
+        (
+            "{claim: c, source: s, paper: p, measure: steps, of: 'e:a', against: 'e:b', above: 0}",
+            "0 is no end of steps: a ratio is above 0",
+        ),
+        (
+            "{claim: c, source: s, paper: p, measure: budget, of: 'e:a', against: 'e:b', within: 0.9}",
+            "0.9 is no end of budget: a ratio is above 0, and within 1 or more",
+        ),
     ],
 )
 def test_a_malformed_claim_is_named(tmp_path: Path, entry: str, said: str) -> None:

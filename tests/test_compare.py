@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from experiments import arms, checkpoint, compare, stages, training
-from experiments.config import Config, ExperimentError
+from experiments.config import Config, ExperimentError, arm_folders
 from experiments.data import load
 from experiments.report import read_arm
 from experiments.run import Run
@@ -131,9 +131,12 @@ def test_a_random_arm_leaves_the_student_as_it_was_drawn(tiny: Make) -> None:
 
 def test_folders_carry_the_students_name_only_where_there_are_several(tiny: Make) -> None:
     config = tiny("arms=[net2net,teacher_continued]")
-    assert arms.folders(config) == {"net2net": ("net2net", "wider"), "teacher_continued": ("teacher_continued", None)}
+    assert arm_folders(config.students, config.arms) == {
+        "net2net": ("net2net", "wider"),
+        "teacher_continued": ("teacher_continued", None),
+    }
     config.students = {"wider": {}, "deeper": {}}
-    assert arms.folders(config) == {
+    assert arm_folders(config.students, config.arms) == {
         "wider_net2net": ("net2net", "wider"),
         "teacher_continued": ("teacher_continued", None),
         "deeper_net2net": ("net2net", "deeper"),

@@ -129,16 +129,23 @@ def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(
     assert list(spent.values()) == pytest.approx([whole] * len(spent), rel=0.01)
 
 
-def test_the_quickstart_is_the_same_on_every_machine(
-    composed: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+OF_ONE_SIZE = [
+    name for name in EXPERIMENTS if re.search(r"(?m)^scale:", (ROOT / f"configs/experiment/{name}.yaml").read_text())
+]
+
+
+@pytest.mark.parametrize("experiment", OF_ONE_SIZE)
+def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(
+    cases: Callable[..., list[Config]], monkeypatch: pytest.MonkeyPatch, experiment: str
 ) -> None:
+    assert {"quickstart", "wider_imagenette", "frontier_wider"} <= set(OF_ONE_SIZE)
     found = []
-    for scale in ("cpu", "gpu"):
+    for scale in SCALES:
         monkeypatch.setattr(command, "default_scale", lambda scale=scale: scale)
-        found.append(composed("experiment=quickstart"))
-    for config in found:
-        config.inception = {}  # what a scale makes of the paper's network, which the quickstart does not ask for
-    assert found[0] == found[1]
+        found.append(cases(f"experiment={experiment}"))
+        for config in found[-1]:
+            config.inception = {}  # what a scale makes of the paper's network, which these do not ask for
+    assert all(one == found[0] for one in found)
 
 
 def test_the_scale_follows_the_machine_unless_it_is_named(

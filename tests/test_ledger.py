@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,24 @@ def test_provenance_names_commit_versions_and_command(monkeypatch: pytest.Monkey
     found = ledger.provenance()
     assert found["command"] == "python train.py experiment=quickstart seed=1"
     assert {"python", "torch"} <= set(found["versions"])
-    assert isinstance(found["commit"], str) and isinstance(found["dirty"], bool)
+    assert isinstance(found["commit"], str) and found["dirty"] in (True, False, None)
+
+
+def test_new_modules_are_uncommitted_changes_and_without_git_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "__file__", str(tmp_path / "experiments/ledger.py"))
+    assert ledger.provenance()["commit"] == "" and ledger.provenance()["dirty"] is None
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/a.py").write_text("")
+    user = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), ("add", "."), (*user, "commit", "-qm", "a")):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/curve.csv").write_text("")
+    assert ledger.provenance()["dirty"] is False
+    (tmp_path / "experiments/new.py").write_text("")
+    assert ledger.provenance()["dirty"] is True
 
 
 ARMS = ["teacher", "net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"]
@@ -121,5 +139,8 @@ def test_the_manifest_of_a_finished_arm(finished: Path, arm: str) -> None:
     assert ("step0" in manifest) == (arm == "net2net")
     ((process),) = manifest["processes"]
     assert (process["from"], process["to"], process["commit"]) == (0, 30, manifest["commit"])
+    assert {key: process[key] for key in ("hardware", "device", "versions", "command")} == {
+        key: manifest[key] for key in ("hardware", "device", "versions", "command")
+    }
     last = curve.decode().splitlines()[-1].split(",")
     assert int(last[4]) == 30 * 32 * manifest["train_flops_per_image"]

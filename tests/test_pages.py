@@ -35,7 +35,7 @@ def copied(tmp_path: Path) -> Path:
 
 def changed(folder: Path) -> list[str]:
     """The pages that are others than those committed, after they were made anew from the curves in the folder."""
-    figures.write_pages(folder / "results", figures.read_results(folder / "results"))
+    figures.write_pages(folder / "results", report.load_all(folder / "results/curves"))
     return [page for page in PAGES if (folder / page).read_bytes() != (ROOT / page).read_bytes()]
 
 
@@ -118,7 +118,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 
 def read(results: Path) -> dict[str, family.Cases]:
-    return family.families(figures.read_results(results))
+    return family.families(report.load_all(results / "curves"))
 
 
 def test_cases_are_in_the_order_of_their_configuration(results: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_budgets_of_a_frontier(results: Path) -> None:
 
 
 def test_the_page_of_a_family_and_the_claims_on_it(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures.write_pages(results, figures.read_results(results))
+    figures.write_pages(results, report.load_all(results / "curves"))
     page = (results / "README.md").read_text()
     assert "## frontier_wider" in page and re.search(r"; `1ep`: .*schedule\.epochs 1ep; `2ep`: ", page)
     assert " where nothing else is said; `start`: schedule.epochs 8ep; `start_half`: schedule.epochs 4ep; " in page
@@ -183,7 +183,7 @@ def test_the_page_of_a_family_and_the_claims_on_it(results: Path, capsys: pytest
     assert any("undecided (about 5 seeds would tell)" in line for line in table)  # a headline takes five
     assert any("not run" in line for line in page.splitlines() if line.startswith("| Deeper"))
     assert claims.main(["--results", str(results)]) == 0
-    assert re.search(r"^\d+ holds, (\d+ fails, )?\d+ undecided, \d+ not run$", capsys.readouterr().out.splitlines()[-1])
+    assert re.search(r"^\d+ hold, (\d+ fail, )?\d+ undecided, \d+ not run$", capsys.readouterr().out.splitlines()[-1])
 
 
 def test_the_best_rate_of_each_arm(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +266,7 @@ def test_rates_of_what_is_no_search_or_half_of_one(
 
 
 def test_a_case_of_which_only_the_teacher_was_run_is_no_result(results: Path) -> None:
-    loaded = figures.read_results(results)
+    loaded = report.load_all(results / "curves")
     curves, manifests = loaded["frontier_wider/2ep"]
     alone = {"frontier_wider/2ep": ({"teacher": curves["teacher"]}, {"teacher": manifests["teacher"]})}
     assert list(family.families({**loaded, **alone})["frontier_wider"]) == ["1ep", "4ep", "8ep", "16ep"]

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 
 from experiments import arms, checkpoint, teachers
-from experiments.config import Config
+from experiments.config import TEACHER, Config
 from experiments.data import load
-from experiments.run import TEACHER, Run
+from experiments.run import Run
+from experiments.settings import trained_with
 from experiments.training import _batches
 
 Tiny = Callable[..., Config]
@@ -37,7 +38,7 @@ def curve(folder: Path, arm: str) -> list[dict[str, str]]:
 def test_the_teachers_schedule_is_its_own(tiny: Tiny) -> None:
     run = run_of(tiny("schedule.teacher_decay=constant", "schedule.teacher_epochs=8it", "growth.warmup=3it"))
     schedules = {
-        arm: run.trained_with(arm).schedule for arm in (TEACHER, "net2net", "random_init", "teacher_continued")
+        arm: trained_with(run.config, arm).schedule for arm in (TEACHER, "net2net", "random_init", "teacher_continued")
     }
     assert {arm: (one.decay, one.epochs, one.warmup) for arm, one in schedules.items()} == {
         TEACHER: ("constant", "8it", "0it"),
@@ -46,7 +47,7 @@ def test_the_teachers_schedule_is_its_own(tiny: Tiny) -> None:
         "teacher_continued": ("linear", "30it", "3it"),
     }
     plain = run_of(tiny("schedule.warmup=2it"))
-    assert {plain.trained_with(arm).schedule.warmup for arm in (TEACHER, "net2net", "random_init")} == {"2it"}
+    assert {trained_with(plain.config, arm).schedule.warmup for arm in (TEACHER, "net2net", "random_init")} == {"2it"}
 
 
 def test_a_stage_depends_on_what_it_is_trained_with_and_on_nothing_else(tiny: Tiny) -> None:

@@ -7,13 +7,16 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from omegaconf import OmegaConf
 
-from experiments import command, sweep
+from experiments import command, locks, sweep
 from experiments.config import Config, ExperimentError
 from experiments.signals import Interrupted
 
@@ -109,6 +112,30 @@ def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_what_it_runs(
     assert left == ["seed0/net2net", "seed0/random_init", "seed1/random_init"]
 
 
+def test_sweeps_that_start_together_lose_nothing_of_the_plan(
+    composed: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = OmegaConf.structured(composed(*TINY, f"runs={tmp_path}"))
+    read = sweep.read_plan
+
+    def slowly(experiment: Path) -> dict[str, list[str]]:
+        found = read(experiment)
+        time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(sweep, "read_plan", slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda seed: sweep._plan(config, {"seed": [seed]}), "012"))
+    assert read(tmp_path / "quickstart").keys() == {"0", "1", "2"}
+
+
+def test_who_finds_a_folder_taken_leaves_no_note_in_it(train_py: Main, failing: list[Config], tmp_path: Path) -> None:
+    folder = tmp_path / "runs/quickstart/seed0/random_init"
+    with locks.hold(folder):
+        assert train_py("arms=[random_init]") == 1
+    assert not list(tmp_path.rglob(sweep.FAILURE))
+
+
 def test_a_plan_names_the_cases_and_the_students(train_py: Main, failing: list[Config], tmp_path: Path) -> None:
     cases = "+cases.two={students: {deeper: {extra_pairs: 1}}}"
     train_py("-m", "seed=0", cases, "+cases.other={arms: [random_init]}", "case=two,other")
@@ -135,6 +162,10 @@ def test_a_single_run_that_fails_at_once_leaves_nothing_and_later_it_leaves_why(
     [
         (("hydra/launcher=local",), "hydra/launcher=local starts the jobs of a sweep: add -m."),
         (("-m", "hydra/launcher=slurm"), "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine"),
+        (
+            ("--multirun", "hydra/launcher=slurm"),
+            "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine",
+        ),
         (("-m", "hydra/launcher=slrum"), "there is no hydra/launcher=slrum (did you mean 'slurm'?). There are: local"),
     ],
 )
