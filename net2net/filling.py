@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from .errors import TransferError
 from .frames import frames, isometry
 from .mixture import Mixed
 from .record import Axis, Origin, Transfer
+from .units import in_mode
 
 SPLITS = ("equal", "uneven", "paired")
 OWN, ZERO, MEAN = -1, -2, -3
@@ -21,8 +23,14 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, module, weight in parametrised(model):
         prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
-        tensors[f"{name}.{weight}".lstrip(".")] = getattr(module, weight).detach()
+        tensors[f"{name}.{weight}".lstrip(".")] = _computed(module, weight)
     return tensors
+
+
+def _computed(module: nn.Module, weight: str) -> Tensor:
+    """A parametrised weight as in eval mode: in training a spectral norm changes its buffers whenever it is read."""
+    with in_mode(module.parametrizations[weight], training=False):  # type: ignore[index]
+        return getattr(module, weight).detach()
 
 
 def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -33,6 +41,14 @@ def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         if parametrize.is_parametrized(module)
         for weight in module.parametrizations  # type: ignore[union-attr]
     ]
+
+
+def refuse_spectral_norm(module: nn.Module, weight: str, name: str) -> None:
+    """Raise TransferError if the parametrised weight, which `name` is the name of and which grows, has one."""
+    if any(isinstance(part, _SpectralNorm) for part in module.parametrizations[weight]):  # type: ignore[index, union-attr]
+        raise TransferError(
+            f"{name} has a spectral norm, which divides by the largest singular value: that of copies is another one."
+        )
 
 
 @torch.no_grad()
@@ -65,7 +81,7 @@ def _assign(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
     """Set a parametrised weight, through the parametrisation's own inverse, and see whether it can hold the value."""
     try:
         setattr(module, weight, value)
-        held = getattr(module, weight)
+        held = _computed(module, weight)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise TransferError(f"The parametrisation of {name} cannot be given a weight: {error}") from error
     if not torch.allclose(held, value, rtol=torch.finfo(value.dtype).eps ** 0.75, atol=torch.finfo(value.dtype).eps):

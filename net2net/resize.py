@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrizations import _SpectralNorm
 
 from .blend import Blend
 from .describe import Description, Group, described
 from .errors import TransferError
-from .filling import parametrised
+from .filling import parametrised, refuse_spectral_norm
 from .record import Transfer
 from .transfer import transfer
 from .units import Example, Inputs, Trace, run, trace, unwrap
@@ -231,10 +230,7 @@ def _keep(copied: nn.Module, record: Transfer) -> None:
 
 
 def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
-    if any(isinstance(part, _SpectralNorm) for part in module.parametrizations[weight]):  # type: ignore[index, union-attr]
-        raise TransferError(
-            f"{name} has a spectral norm, which divides by the largest singular value: that of copies is another one."
-        )
+    refuse_spectral_norm(module, weight, name)
     try:
         with warnings.catch_warnings(action="ignore"):  # that its buffers are resized
             setattr(module, weight, value)

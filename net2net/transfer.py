@@ -1,6 +1,7 @@
 """Filling a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError, used_differently
-from .filling import SPLITS, add_noise, fill, named_tensors
+from .filling import SPLITS, add_noise, fill, named_tensors, parametrised, refuse_spectral_norm
 from .mapping import MEAN, NEW, ZERO, Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .matching import candidates
 from .passage import signs, undone
@@ -53,9 +54,10 @@ def transfer(
     The check is on `example` and on random inputs like it: a teacher whose output does not depend on its features (a
     head of zeros) proves nothing.
 
-    Raises TransferError, before the student is changed, if it is smaller than its teacher anywhere or if units would
-    grow that an operation pins; and, with the student filled but unusable, if the result on `example` differs
-    from the teacher's by more than the square root of the precision.
+    Raises TransferError with the student as it was if that is smaller than its teacher anywhere or if units would grow
+    that an operation pins. The student may be filled by then, and unusable, if only numbers show the reason: a result
+    that differs from the teacher's by more than the square root of the precision, a forward pass or a calibration that
+    fails, a parametrisation that cannot hold its weight.
     """
     if noise < 0:
         raise TransferError(f"The noise is {noise}: it is a standard deviation, 0 or more.")
@@ -69,6 +71,8 @@ def transfer(
     teacher, student = unwrap(teacher), unwrap(student)
     inputs, traces = _traced(teacher, student, example)
     absorbed = _absorbed(traces, rename)
+    attempts = _attempts(teacher, student, rename)
+    several = len(attempts) > 1 or bool(absorbed[0])
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
     def grow(names: Rename, passing_all: bool, paired: bool) -> Transfer:
@@ -77,26 +81,27 @@ def transfer(
         record = _record(prepared, student, split, noise, generator)
         if depth == "dense":
             record = replace(record, origins=record.origins | identity.dense(prepared, record.origins))
-        fill(teacher, student, record)
-        if batches is not None:
-            identity.calibrate(student, prepared, batches)
-        measured = compare(prepared.teacher.output, run(student, inputs))
-        enough = _tolerance(prepared)
-        _refuse_if_different(measured, prepared, "the example", enough)
-        if (others := _on_others(teacher, student, inputs, enough)) is not None:
-            _refuse_if_different(others[0], prepared, "other inputs like it", others[1])
+        with _put_back_if_refused(student, record) if several else nullcontext():
+            fill(teacher, student, record)
+            if batches is not None:
+                identity.calibrate(student, prepared, batches)
+            measured = compare(prepared.teacher.output, run(student, inputs))
+            enough = _tolerance(prepared)
+            _refuse_if_different(measured, prepared, "the example", enough)
+            if (others := _on_others(teacher, student, inputs, enough)) is not None:
+                _refuse_if_different(others[0], prepared, "other inputs like it", others[1])
         return replace(record, measured=measured)
 
     state = generator.get_state()
     try:
-        record = _first(grow, teacher, student, rename, generator)
+        record = _first(grow, attempts, generator)
     except TransferError as refused:
         if not absorbed[0]:
             raise
         generator.set_state(state)
         traces = trace(teacher, inputs, absorbed=absorbed[0]), trace(student, inputs, absorbed=absorbed[1])
         try:
-            record = _first(grow, teacher, student, rename, generator)
+            record = _first(grow, attempts, generator)
         except TransferError:
             raise refused from None
     record = record.of(teacher, student)
@@ -127,7 +132,7 @@ def random_pad(
         prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all, paired)
         return _record(prepared, student, "pad", 0.0, generator)
 
-    record = _first(pad, teacher, student, rename, generator).of(teacher, student)
+    record = _first(pad, _attempts(teacher, student, rename), generator).of(teacher, student)
     fill(teacher, student, record, pad=True)
     return record
 
@@ -199,27 +204,53 @@ def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rena
     return (trace(teacher, inputs, alike, merged, theirs.absorbed), mine) if alike or merged else traces
 
 
-def _first(
-    grow: Callable[[Rename, bool, bool], Transfer],
-    teacher: nn.Module,
-    student: nn.Module,
-    rename: Rename,
-    generator: torch.Generator,
-) -> Transfer:
-    """`grow` with the first pairing of layers that serves, each from the same random state; else an error."""
-    state, refused = generator.get_state(), []
+Attempt = tuple[Rename, bool, bool]  # how layers are paired, then what `plan` calls `passing_all` and `paired`
+
+
+def _attempts(teacher: nn.Module, student: nn.Module, rename: Rename) -> list[Attempt]:
+    """The ways to fill the student, the likeliest first."""
     pairings = candidates(teacher, student) if rename is None else [rename]
     deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
-    for passing_all, paired in ((False, False), (True, False), (False, True))[: 3 if deeper else 1]:
-        for names in pairings:
-            try:
-                return grow(names, passing_all, paired)
-            except TransferError as error:
-                refused.append(error)
-                generator.set_state(state)
+    ways = ((False, False), (True, False), (False, True))[: 3 if deeper else 1]
+    return [(names, *way) for way in ways for names in pairings]
+
+
+def _first(
+    grow: Callable[[Rename, bool, bool], Transfer], attempts: list[Attempt], generator: torch.Generator
+) -> Transfer:
+    """`grow` with the first of `attempts` that serves, each from the same random state; else an error."""
+    state, refused = generator.get_state(), []
+    for attempt in attempts:
+        try:
+            return grow(*attempt)
+        except TransferError as error:
+            refused.append(error)
+            generator.set_state(state)
     # Where layers are renumbered, names that are the same tell little: the last pairing is the likeliest.
-    likely = [*reversed(refused[: len(pairings)]), *refused]
+    pairings = sum(attempt[1:] == attempts[0][1:] for attempt in attempts)
+    likely = [*reversed(refused[:pairings]), *refused]
     raise next((error for error in likely if not isinstance(error, Unpaired)), refused[0])
+
+
+@contextmanager
+def _put_back_if_refused(student: nn.Module, record: Transfer) -> Iterator[None]:
+    """If the block, which fills the student, refuses, the student is as it was: the next attempt finds its own values,
+    and the refusal of another attempt, which filled nothing, can be the one that is raised.
+
+    The copy is in main memory: an accelerator may have no room for it.
+    """
+    tensors = [*student.parameters(), *student.buffers()]
+    held = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    eps = [(module, module.eps) for module in map(student.get_submodule, record.eps)]
+    try:
+        yield
+    except TransferError:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, held, strict=True):
+                tensor.copy_(value)
+        for module, value in eps:
+            module.eps = value
+        raise
 
 
 # -- from the plan to the record ----------------------------------------------------------------------------------
@@ -230,6 +261,10 @@ def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator:
     if split != "pad":  # which promises no function
         builder.check_numbers()
     origins = {name: builder.origin(name) for name in plan.student.tensors}
+    for name, module, weight in parametrised(student):
+        key = f"{name}.{weight}".lstrip(".")
+        if (theirs := plan.names.get(key)) and plan.student.tensors[key].shape != plan.teacher.tensors[theirs].shape:
+            refuse_spectral_norm(module, weight, key)
     for module in plan.eps:
         if not hasattr(student.get_submodule(module), "eps"):
             raise TransferError(f"The norm {module} needs another eps than it has, and has no attribute to set.")

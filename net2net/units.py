@@ -649,7 +649,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The network in one mode without gradients; every module's own mode comes back afterwards, every buffer and the
     random state, too, if it trains."""
     modes = {module: module.training for module in model.modules()}
@@ -713,7 +713,7 @@ def _call(model: nn.Module, inputs: Inputs) -> Any:
 
 def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
     """The network's output in eval mode (or in training mode), without gradients; the network is left as it was."""
-    with _mode(model, training):
+    with in_mode(model, training):
         if training:
             torch.manual_seed(0)
         return forward(model, inputs)
@@ -740,7 +740,7 @@ def trace(
     from torch.nn.utils import parametrize
 
     result = Trace(model, alike, merged, absorbed)
-    with parametrize.cached(), torch.no_grad():
+    with parametrize.cached(), in_mode(model, training=False):  # in training a spectral norm refines its estimate
         for name, module in model.named_modules():
             if parametrize.is_parametrized(module):
                 for weight in module.parametrizations:  # type: ignore[union-attr]
@@ -786,7 +786,7 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
             module.register_forward_hook(lambda _, __, out, name=name: mode.leave(name, out), always_call=True)
         )
     try:
-        with _mode(model, training):
+        with in_mode(model, training):
             inputs = inputs.each(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled
             for position, x in enumerate(inputs.tensors):
                 if x.is_floating_point() or x.is_complex():

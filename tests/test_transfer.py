@@ -4,6 +4,7 @@ Every network has batch norm with random statistics, convolutions without bias, 
 several copies of a unit. Experiments' pairs and torchvision's are in test_preservation.py.
 """
 
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Net, chain, conv, mlp, randomise, state, unchanged, without
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision import models
 from torchvision.models.shufflenetv2 import ShuffleNetV2
 
@@ -756,6 +758,55 @@ class TestRefusals:
             transfer(chain(3), chain(4), images(), split="odd")
         with pytest.raises(TransferError, match="example is a tensor, a tuple"):
             transfer(chain(3), chain(4), [images()])
+
+    @pytest.mark.parametrize("grow", [transfer, net2net.random_pad])
+    def test_of_a_spectral_norm_that_grows(self, grow) -> None:
+        teacher, student = (nn.Sequential(nn.Linear(3, n), nn.ReLU(), spectral_norm(nn.Linear(n, 2))) for n in (4, 7))
+        before, theirs = state(student), state(teacher)
+        with pytest.raises(TransferError, match=r"2\.weight has a spectral norm"):
+            grow(teacher, student, torch.randn(4, 3))
+        assert unchanged(student, before) and unchanged(teacher, theirs)
+
+    def test_a_spectral_norm_that_stays_is_only_read(self) -> None:
+        """In training mode every look at its weight would change its buffers."""
+        teacher = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), spectral_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2))
+        before, x = state(teacher), torch.randn(6, 3)
+        deeper = net2net.deepen(teacher, x, ["0"])
+        assert unchanged(teacher, before) and equivalence(teacher, deeper, x).max_relative <= BAR
+
+    @pytest.mark.parametrize("attempts", [1, 99])
+    def test_an_attempt_in_vain_leaves_no_trace(self, attempts: int, monkeypatch) -> None:
+        """A new branch keeps its own weights, and a norm that sees padding gets its eps, from what was there before."""
+
+        def branched(n: int, more: int) -> Net:
+            parts = {"a": nn.Linear(3, n), "norm": nn.LayerNorm(n), "fc": nn.Linear(n + more, 5)}
+            new = {"b": nn.Linear(3, more)} if more else {}
+            how = lambda net, x: net.fc(torch.cat([net.norm(net.a(x)), *([net.b(x)] if more else [])], 1))  # noqa: E731
+            return Net({**parts, **new}, how)
+
+        filled = []
+
+        def fill(teacher: nn.Module, student: Net, record: net2net.Transfer) -> None:
+            filling.fill(teacher, student, record)
+            filled.append(student)
+            if len(filled) <= attempts:
+                student.b.weight.data.zero_()
+                student.norm.eps = 1.0
+                raise TransferError("It was in vain.")
+
+        module = importlib.import_module("net2net.transfer")
+        monkeypatch.setattr(module, "fill", fill)
+        monkeypatch.setattr(module, "candidates", lambda *_: [{}, {}])  # two attempts, which come to the same
+        teacher, student, x = branched(8, 0), branched(11, 3), torch.randn(6, 3)
+        before, eps = state(student), student.norm.eps
+        if attempts == 1:
+            record = transfer(teacher, student, x)
+            assert len(filled) == 2 and torch.equal(student.b.weight, before["b.weight"])
+            assert student.norm.eps == record.eps["norm"] != eps
+        else:
+            with pytest.raises(TransferError):
+                transfer(teacher, student, x)
+            assert len(filled) > 1 and unchanged(student, before) and student.norm.eps == eps
 
     def test_of_ties_that_only_the_student_has(self) -> None:
         teacher, student = tied(3), tied(8)
