@@ -1,5 +1,6 @@
 """Filling a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -59,8 +60,8 @@ def transfer(
     that differs from the teacher's by more than the square root of the precision, a forward pass or a calibration that
     fails, a parametrisation that cannot hold its weight.
     """
-    if noise < 0:
-        raise TransferError(f"The noise is {noise}: it is a standard deviation, 0 or more.")
+    if not 0 <= noise < math.inf:
+        raise TransferError(f"The noise is {noise}: it is a standard deviation, a number of 0 or more.")
     if split not in SPLITS:
         raise TransferError(f"The split {split!r} is unknown: it is one of {', '.join(SPLITS)}.")
     if any(parameter.is_meta for model in (teacher, student) for parameter in model.parameters()):

@@ -808,6 +808,14 @@ class TestRefusals:
                 transfer(teacher, student, x)
             assert len(filled) > 1 and unchanged(student, before) and student.norm.eps == eps
 
+    @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf")])
+    def test_of_a_noise_that_is_no_deviation(self, noise: float) -> None:
+        student = chain(4)
+        before = state(student)
+        with pytest.raises(TransferError, match=f"noise is {noise}"):
+            transfer(chain(3), student, images(), noise=noise)
+        assert unchanged(student, before)
+
     def test_of_ties_that_only_the_student_has(self) -> None:
         teacher, student = tied(3), tied(8)
         teacher.c.weight = nn.Parameter(torch.randn(3, 3))
