@@ -3,7 +3,7 @@
 import base64
 import json
 import os
-import tempfile
+import secrets
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -81,9 +81,10 @@ class Origin:
 class Transfer:
     """The record of a transfer: where every tensor of the student came from, and what was measured.
 
-    `eps` holds the new eps of norms that see padding. `state` is the state of the generator from which shares and
-    noise were drawn. `shapes` are those of all tensors of the teacher and of the student. `measured` is the difference
-    of the two networks on the example, before noise; None for `random_pad`.
+    `split` and `noise` are those of `transfer`; of `random_pad` the split is "pad". `eps` holds the new eps of norms
+    that see padding. `state` is the state of the generator from which shares and noise were drawn. `shapes` are those
+    of all tensors of the teacher and of the student. `measured` is the difference of the two networks on the example,
+    before noise; None for `random_pad`.
     """
 
     origins: dict[str, Origin]
@@ -140,14 +141,15 @@ def save_record(record: Transfer, path: str | Path) -> None:
     path = Path(path)
     data = asdict(replace(record, models=None))
     text = json.dumps({"format": FORMAT, **data}, default=_plain)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with os.fdopen(handle, "w") as file:
+        with open(partial, "x") as file:  # with the permissions of any new file, unlike tempfile's
             file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _plain(tensor: Tensor) -> object:
@@ -157,7 +159,7 @@ def _plain(tensor: Tensor) -> object:
 
 
 def load_record(path: str | Path) -> Transfer:
-    """Read what `save_record` wrote; TransferError if it is no such file."""
+    """Read what `save_record` wrote. TransferError if the file is not a record; OSError if it cannot be read."""
     try:
         data = json.loads(Path(path).read_text())
         if data.pop("format") != FORMAT:

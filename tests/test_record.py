@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise OSError("the disk is full")
 
-    for name in ("replace", "fdopen"):
+    for name in ("replace", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, fail)
             with pytest.raises(OSError, match="the disk is full"):
@@ -173,6 +174,16 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert path.read_text() == "the old one" and os.listdir(tmp_path) == ["record.json"], name
     save_record(record, path)
     assert same(load_record(path), record) and os.listdir(tmp_path) == ["record.json"]
+
+
+def test_others_may_read_a_record_as_they_may_any_file(tmp_path: Path) -> None:
+    *_, record, _ = grow("wider")
+    before = os.umask(0o022)
+    try:
+        save_record(record, tmp_path / "record.json")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "record.json").stat().st_mode) == 0o644
 
 
 def broken(change: Callable[[dict], object]) -> Callable[[str], str]:
