@@ -5,6 +5,7 @@ share of the outgoing weight; along an axis that reads them it is the teacher's 
 gradients and is carried like one, a second moment like their square.
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -95,7 +96,8 @@ def optimizer_state(record: Transfer, old: Optimizer, new: Optimizer, teacher: n
     for group in old.param_groups:
         inside = {names[id(p)] for p in group["params"]}
         params = [p for name, p in mine.items() if counterpart.get(name) in inside and id(p) in held]
-        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": params})
+        own = copy.deepcopy({key: value for key, value in group.items() if key != "params"})  # a rate may be a tensor
+        groups.append({**own, "params": params})
     placed = {id(p) for group in groups for p in group["params"]}
     groups[0]["params"] += [p for p in mine.values() if id(p) in held and id(p) not in placed]
     new.param_groups[:] = groups

@@ -289,6 +289,14 @@ def test_groups_rates_and_steps_are_kept() -> None:
     assert {float(state["step"]) for state in new.state.values()} == {3.0}
 
 
+def test_a_rate_that_is_a_tensor_is_not_shared() -> None:
+    teacher, student = randomise(chain(3)), randomise(chain(7))
+    old, new = (Adam(model.parameters(), lr=torch.tensor(1e-3)) for model in (teacher, student))
+    transfer(teacher, student, images()).optimizer_state(old, new)
+    new.param_groups[0]["lr"].mul_(0.1)
+    assert float(old.param_groups[0]["lr"]) == 1e-3 and float(new.param_groups[0]["lr"]) == pytest.approx(1e-4)
+
+
 def test_a_parametrised_weight_stays_in_its_group() -> None:
     def make(n: int) -> tuple[nn.Module, Optimizer]:
         model = nn.Sequential(weight_norm(nn.Linear(3, n)), nn.Tanh(), nn.Linear(n, 5))
