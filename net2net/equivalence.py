@@ -34,11 +34,11 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
     """Measure |teacher - student| on `inputs` (a tensor, a tuple of arguments or a dict of keyword arguments).
 
     `mode` is "eval", or "train" to let batch norm use the batch's statistics (running statistics, modes and the random
-    state are put back). Dropout makes the train mode meaningless. Raises TransferError if the outputs
-    differ in shape.
+    state are put back). Dropout makes the train mode meaningless. Raises TransferError if the outputs differ in shape,
+    or if the mode is neither.
     """
     if mode not in ("eval", "train"):
-        raise ValueError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
+        raise TransferError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
     teacher, student, arguments = unwrap(teacher), unwrap(student), Inputs.of(inputs)
     mine, theirs = (run(model, arguments, training=mode == "train") for model in (student, teacher))
     return compare(theirs, mine, mode)

@@ -2,7 +2,8 @@
 
 
 class TransferError(Exception):
-    """The teacher cannot be carried into the student exactly; the message names the layer and the reason."""
+    """What was asked for cannot be done exactly, or not at all; the message names the layer, if one stands in the way,
+    and the reason."""
 
 
 def used_differently(name: str) -> TransferError:

@@ -97,7 +97,7 @@ def test_the_mode_is_the_one_asked_for() -> None:
     assert equivalence(network, other, x, mode="train").max_relative == 0
     assert equivalence(network, other, x).max_relative > 0.1
     assert equivalence(network, other, x, mode="train").mode == "train"
-    with pytest.raises(ValueError, match="mode 'test' is unknown: it is 'eval' or 'train'"):
+    with pytest.raises(TransferError, match="mode 'test' is unknown: it is 'eval' or 'train'"):
         equivalence(network, other, x, mode="test")
 
 
