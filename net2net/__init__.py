@@ -4,7 +4,7 @@ Chen, Goodfellow and Shlens, "Net2Net: Accelerating learning via knowledge trans
 """
 
 from .blend import Blend
-from .describe import describe
+from .describe import Description, Group, describe
 from .equivalence import Equivalence, equivalence
 from .errors import TransferError
 from .record import Axis, Origin, Transfer, load_record, save_record
@@ -14,7 +14,9 @@ from .transfer import random_pad, replay, transfer
 __all__ = [
     "Axis",
     "Blend",
+    "Description",
     "Equivalence",
+    "Group",
     "Origin",
     "Transfer",
     "TransferError",
