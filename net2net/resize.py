@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -36,6 +36,8 @@ def widen(
 ) -> nn.Module:
     """A copy of `model`, of the same class and with the same state-dict keys, that is wider and computes the same.
 
+    By default copies of a unit get the same gradients and never part: `split="uneven"` or "paired" tells them apart.
+
     `widths` maps names of layers (modules with a weight; `*` stands for anything) to a factor (a float) or a number of
     units (an int): `{"layer2.*": 1.5, "fc1": 96}`; units that only grow together (`describe`) grow by one factor. Or it
     is one factor for every width that is free: what holds the others, `describe` says, and those that turn out not to
@@ -54,55 +56,62 @@ def widen(
 
     parts = _parts(traced, groups)
 
-    def runs(factors: dict[int, float], trial: bool = True, few: bool = True) -> tuple[nn.Module, bool]:
-        """A copy that runs, and whether it could also run with more of its numbers followed."""
-        count = _counts(traced, parts, factors)
-        copied = _resized(model, traced, count, trial)
-        try:
-            run(copied, inputs)
-        except TransferError as error:
-            followed = _let_numbers_follow(copied, traced, count)
-            with suppress(TransferError):
-                run(copied, inputs)
-                return copied, few and not trial and _undo_idle(copied, inputs, followed)
-            raise error
-        return copied, False
-
-    def grown(factors: dict[int, float]) -> nn.Module:
+    def grown(factors: dict[int, float], idle: bool = False) -> nn.Module:
+        copied, undone = _running(model, inputs, traced, _counts(traced, parts, factors), idle=idle)
         draws = torch.Generator()
-        copied, more = runs(factors, trial=False)
         draws.set_state(state)
         try:
             record = transfer(model, copied, example, generator=draws, split=split, noise=noise)
         except TransferError:
-            if not more:
+            if not undone:
                 raise
-            copied, _ = runs(factors, trial=False, few=False)
-            draws.set_state(state)
-            record = transfer(model, copied, example, generator=draws, split=split, noise=noise)
+            return grown(factors, idle=True)  # a number without which it runs may be needed for what it computes
         _keep(copied, record)
         if generator is not None:
             generator.set_state(draws.get_state())
         return copied
 
-    if not isinstance(widths, Mapping):
-        _number(widths, "a factor")
     if isinstance(widths, Mapping):
         return grown(_asked(groups, widths, _second_names(traced)))
+    _number(widths, "the layers")
     free = [k for k, group in enumerate(groups.groups) if group.free]
     if widths < 1 or not free:
         why = "; ".join(f"{_first(g)}: {g.state}" for g in groups.groups[:5])
         raise TransferError(
             f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}."
         )
-    # A width that is written into the forward pass stays.
-    running, _ = _as_much_as_can_be(lambda factors: runs(factors)[0], {k: widths for k in free})
+
+    def tried(factors: dict[int, float]) -> nn.Module:
+        return _running(model, inputs, traced, _counts(traced, parts, factors), trial=True)[0]
+
+    running, _ = _as_much_as_can_be(tried, {k: widths for k in free})  # a width written into the forward pass stays
     return _as_much_as_can_be(grown, running)[1]
+
+
+def _running(
+    model: nn.Module, inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, idle: bool = False
+) -> tuple[nn.Module, bool]:
+    """A copy of `model` with room for the new units that runs, and whether numbers of its modules that could follow
+    the widths were left as they were.
+
+    None follow if it runs without; otherwise those that it cannot run without, and with `idle`, or for a `trial`, all.
+    Raises TransferError if it does not run even so.
+    """
+    copied = _resized(model, traced, count, trial)
+    try:
+        run(copied, inputs)
+        return copied, False
+    except TransferError as error:
+        followed = _let_numbers_follow(copied, traced, count)
+        with suppress(TransferError):
+            run(copied, inputs)
+            return copied, not idle and not trial and _undo_idle(copied, inputs, followed)
+        raise error
 
 
 def _number(width: object, what: str) -> None:
     if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < float("inf"):
-        raise TransferError(f"{width!r} is no width: it is a factor (a float) or a number of units (an int).")
+        raise TransferError(f"{width!r} is no width for {what}: give a factor (a float) or a number of units (an int).")
 
 
 def _first(group: Group) -> str:
@@ -119,7 +128,7 @@ def _asked(groups: Description, widths: Mapping[str, float | int], second: list[
     """For every group that is asked to grow by what factor."""
     factors: dict[int, float] = {}
     for pattern, width in widths.items():
-        _number(width, pattern)
+        _number(width, repr(pattern))
         meant = {first for name, first in second if fnmatchcase(name, pattern)}
         fits = {
             k: name
@@ -249,7 +258,9 @@ def _counts(traced: Trace, parts: list[list[Tensor]], factors: dict[int, float])
     count = torch.ones(len(traced.roots()), dtype=torch.double)
     for k, factor in factors.items():
         for alike in parts[k]:
-            count[alike] = max(len(alike), round(len(alike) * factor + 1e-9)) / len(alike)
+            count[alike] = max(len(alike), round(len(alike) * factor + 1e-9)) / len(
+                alike
+            )  # a half is rounded up, not to even
     return count
 
 
@@ -456,7 +467,7 @@ def deepen(
     make: Callable[[int, int], nn.Module] | None = None,
     generator: torch.Generator | None = None,
     depth: str = "identity",
-    calibrate: Tensor | None = None,
+    calibrate: Tensor | Iterable[Example] | None = None,
 ) -> nn.Module:
     """A copy of `model`, of the same class, with a new layer behind each module of `after`, that computes the same.
 

@@ -433,9 +433,17 @@ def test_a_spectral_norm_is_refused() -> None:
         widen(net, images(6, 3), {"0": 6})
 
 
-@pytest.mark.parametrize("widths", [float("nan"), {"0": float("nan")}, {"0": float("inf")}])
-def test_a_width_that_is_no_number_is_refused(widths) -> None:
-    with pytest.raises(TransferError):
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        (float("nan"), "nan is no width for the layers"),
+        ({"0": float("nan")}, "nan is no width for '0'"),
+        ({"0": float("inf")}, "inf is no width for '0'"),
+        ({"0": "wide"}, "'wide' is no width for '0'"),
+    ],
+)
+def test_a_width_that_is_no_number_is_refused(widths, message: str) -> None:
+    with pytest.raises(TransferError, match=message):
         widen(mlp(3, 4, 2), images(6, 3), widths)
 
 
