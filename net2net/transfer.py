@@ -33,6 +33,9 @@ def transfer(
 ) -> Transfer:
     """Fill `student` in place so that it computes the function of `teacher`; return where everything came from.
 
+    By default copies of a unit get the same gradients and never part, unless dropout tells them apart: `split="uneven"`
+    or "paired" does so from the first step.
+
     Afterwards the two agree in eval mode up to rounding (if `noise` is 0), whatever the student held before; the
     teacher is untouched. `example` is an input of both networks: a tensor, a tuple of arguments, or a dict of keyword
     arguments. Every layer of the teacher needs a counterpart of the same name in the student, at least as wide, with a
