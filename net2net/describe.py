@@ -15,9 +15,9 @@ class Group:
     """Units that only grow together.
 
     `layers` produce them (names of modules), `carriers` have one entry for each (norms, depthwise convolutions),
-    `readers` read them, `width` is the number of units of the widest of the
-    layers. `pinned` says why they cannot grow, `whole` why they move in pieces only (heads, shuffled halves), `norms`
-    names the norms across units that see them: these want a multiple of the width, or means. `units` are their labels.
+    `readers` read them, `width` is the number of units of the widest of the layers. `pinned` says why they cannot grow,
+    `whole` why they move in pieces only (heads, shuffled halves), `norms` names the norms across units that see them:
+    these want a multiple of the width, or means. `units` are their labels.
     """
 
     layers: tuple[str, ...]

@@ -29,8 +29,8 @@ def check_identity(plan: Plan) -> None:
                 )
             if "weight" not in layer.tensors or "mean" not in layer.tensors:
                 raise TransferError(
-                    f"The new batch norm {name} cannot undo its own normalisation: "
-                    "it has no affine parameters or no running statistics."
+                    f"The new batch norm {name} cannot undo its own normalisation: it has no affine parameters or no "
+                    "running statistics."
                 )
             continue
         if layer.kind == "scale" and "taps" not in layer.tensors:
@@ -145,9 +145,8 @@ def restore_scale(student: nn.Module, plan: Plan) -> None:
 def calibrate(student: nn.Module, plan: Plan, batches: Tensor | dict[str, Any] | Iterable[Example]) -> None:
     """Measure the statistics of every new batch norm on `batches`, then restore the scale of those that pass units on.
 
-    `batches` is one batch of inputs or an iterable of them (each a tuple for several arguments); statistics
-    are averaged over batches. The paper
-    (section 3.4) needs these forward passes to undo the new layer's normalisation.
+    `batches` is one batch of inputs or an iterable of them (each a tuple for several arguments); statistics are
+    averaged over batches. The paper (section 3.4) needs these forward passes to undo the new layer's normalisation.
     """
     new = [n for n in (*plan.identity, *plan.silent, *plan.fresh) if plan.student.layers[n].kind == "norm"]
     passes_on = {

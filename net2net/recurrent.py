@@ -1,4 +1,4 @@
-"""Recurrent functions of torch in other words: of all steps two, which show everything that a step does to units.
+"""Recurrent functions of torch, rewritten as two time steps: these show everything that a step does to units.
 
 A first step from nothing makes a state, a second one reads it (and shows the bias that the first leaves out). Where the
 network gives a first state of its own, both read one. The results have the labels of the second, at every position: the
