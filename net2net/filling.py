@@ -10,11 +10,10 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from .errors import TransferError
 from .frames import frames, isometry
 from .mixture import Mixed
-from .record import Axis, Origin, Transfer
+from .record import MEAN, NEW, ZERO, Axis, Origin, Transfer
 from .units import in_mode
 
 SPLITS = ("equal", "uneven", "paired")
-OWN, ZERO, MEAN = -1, -2, -3
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -202,7 +201,7 @@ def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Ge
     exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
     value = source = source.to(target.device, exact)
     own = zero = None  # where the student's own value stays, where zero comes
-    keeps = any(bool((~axis.first if pad else axis.index == OWN).any()) for axis in origin.axes.values())
+    keeps = any(bool((~axis.first if pad else axis.index == NEW).any()) for axis in origin.axes.values())
     straight = None if keeps or origin.flat or exact != target.dtype else target
     for dim, axis in origin.axes.items():
         value = _along(value, axis, dim, straight if dim == max(origin.axes) else None)
@@ -212,7 +211,7 @@ def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Ge
                 value = _times(value, entrywise(axis, value, dim, axis.index >= 0), source)
         elif not pad and bool((axis.index == ZERO).any()):
             zero = _either(zero, entrywise(axis, value, dim, axis.index == ZERO))
-        missing = ~axis.first if pad else axis.index == OWN
+        missing = ~axis.first if pad else axis.index == NEW
         if bool(missing.any()):
             own = _either(own, entrywise(axis, value, dim, missing))
     if not pad and origin.factor != 1.0:
@@ -292,7 +291,8 @@ def _paired_in_groups(axis: Axis, value: Tensor, dim: int, generator: torch.Gene
 def _paired(
     value: Tensor, index: Tensor, share: Tensor, dim: int, generator: torch.Generator, spread: Tensor
 ) -> Tensor:
-    # Noise that the copies of a unit cancel among themselves, in units of the shared weights themselves.
+    # Noise that the copies of a unit cancel among themselves, half as large as the shared weights: it parts them well,
+    # and they stay what most of the result comes from.
     shape = [-1 if d == dim else 1 for d in range(value.dim())]
     known = (index >= 0).reshape(shape).to(value)
     noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * spread / 2 * known
@@ -314,7 +314,7 @@ def _shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | No
     other = 1 - dim if value.dim() > 1 else dim  # the axis that produces
     inside = axis.groups > 1 and dim == 1
     rows, size = value.shape[other], value.shape[dim]
-    part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)
+    part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)  # none more than three times another
     index = axis.index.reshape(axis.groups, -1).repeat_interleave(rows // axis.groups, 0) if inside else axis.index
     index = index.expand(rows, size)
     if axis.groups > 1 and not inside:  # shared among those of one group

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import TransferError, used_differently
 from .mixture import Mixed, mixed, streams
 from .passage import Bends, bends
+from .record import MEAN, NEW, ZERO
 from .units import Layer, Norm, Trace, in_order
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
@@ -25,17 +26,12 @@ class Unpaired(TransferError):
     """A layer of the teacher has no counterpart by name."""
 
 
-NEW = -1  # a student unit that no teacher unit corresponds to: fresh, and read with zero weights
-ZERO = -2  # one that is zero wherever it goes: padding of an RMS norm
-MEAN = -3  # and below: one that holds the mean of the teacher's units `Plan.means[MEAN - g]`: padding of a layer norm
-
-
 @dataclass(frozen=True)
 class Plan:
     """How a student is filled: decided before a single weight is written.
 
-    `teacher_of` maps each student unit (its root label) to the teacher unit (root) that it copies, or to `NEW`, `ZERO`,
-    `MEAN`. `names` maps each student tensor to its teacher's counterpart, or to None. `identity`, `silent` and
+    `teacher_of` maps each student unit (its root label) to the teacher unit (root) that it copies, or to `NEW`, `ZERO`
+    or `MEAN - k`. `names` maps each student tensor to its teacher's counterpart, or to None. `identity`, `silent` and
     `fresh` name the student's layers that the teacher lacks: those that pass their units through, those that end a
     branch which must add nothing, and those that are read with zero weights only. `rescaled` gives, for norms that see
     padding, the factor of their mean square; `eps` what modules with another eps than their teacher's must have.
@@ -58,20 +54,6 @@ class Plan:
     bends: dict[str, Bends]
     patterns: Tensor
     mixed: dict[str, tuple[Mixed, ...]]
-
-    def student_units(self, name: str, dim: int) -> Tensor | None:
-        """For each entry of a student tensor's axis its unit; None if not followed."""
-        units = _axis(self.student, name, dim)
-        return None if units is None else self.student_roots[units]
-
-    def teacher_units(self, name: str, dim: int) -> Tensor | None:
-        """For each entry of a teacher tensor's axis its unit; None if not followed."""
-        units = _axis(self.teacher, name, dim)
-        return None if units is None else self.teacher_roots[units]
-
-
-def _axis(trace: Trace, name: str, dim: int) -> Tensor | None:
-    return trace.axes[name][dim] if name in trace.axes else None
 
 
 # -- names --------------------------------------------------------------------------------------------------------

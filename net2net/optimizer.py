@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .filling import OWN, entrywise, gathered, merged, named_tensors
-from .record import Axis, Origin, Transfer
+from .filling import entrywise, gathered, merged, named_tensors
+from .record import NEW, Axis, Origin, Transfer
 from .units import unwrap
 
 FIRST = {"momentum_buffer", "exp_avg", "grad_avg"}
@@ -61,7 +61,7 @@ def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tens
 
 
 def _known(index: Tensor) -> Tensor:
-    return index.clamp(min=OWN)
+    return index.clamp(min=NEW)
 
 
 def optimizer_state(record: Transfer, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module) -> None:

@@ -19,17 +19,20 @@ from .mixture import Mixed
 
 FORMAT = 1
 
+NEW = -1  # what no unit or entry of the teacher's corresponds to: the student's own, and read with zero weights
+ZERO = -2  # what is zero wherever it goes: padding of an RMS norm
+MEAN = -3  # and below, MEAN - k: the mean of the teacher's units or entries `means[k]`: padding of a layer norm
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
     """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's.
 
-    Negative entries come from no single one: -1 is the student's own, -2 zero, and -3 - k the mean of the teacher's
-    entries `means[k]`. `first` marks the entries that are not copies of an earlier one. `reads` says that the axis
-    reads units, so that its entries are shared out among copies. `share` is what part of the teacher's outgoing
-    weight (if it reads) or gradient (if it does not) each entry takes; a negative one belongs to a unit that has the
-    other sign, of a pair that passes an activation. With `groups` entries are shared among those of
-    one group; if `index` is longer than the axis it has one row a group.
+    Negative entries come from no single one: they are `NEW`, `ZERO`, or `MEAN - k`. `first` marks the entries that are
+    not copies of an earlier one. `reads` says that the axis reads units, so that its entries are shared out among
+    copies. `share` is what part of the teacher's outgoing weight (if it reads) or gradient (if it does not) each entry
+    takes; a negative one belongs to a unit that has the other sign, of a pair that passes an activation. With `groups`
+    entries are shared among those of one group; if `index` is longer than the axis it has one row a group.
     """
 
     index: Tensor

@@ -12,10 +12,10 @@ from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError, used_differently
 from .filling import SPLITS, add_noise, fill, named_tensors, parametrised, refuse_spectral_norm
-from .mapping import MEAN, NEW, ZERO, Plan, Rename, Unpaired, key_names, plan, teacher_names
+from .mapping import Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .matching import candidates
 from .passage import signs, undone
-from .record import Axis, Origin, Transfer
+from .record import MEAN, NEW, ZERO, Axis, Origin, Transfer
 from .units import Example, Inputs, Layer, Trace, run, tensors_in, trace, unwrap
 
 
@@ -391,9 +391,8 @@ class _Builder:
                 )
             elif mine.shape[dim] != other.shape[dim]:
                 raise TransferError(
-                    f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and "
-                    f"axis {dim} does not "
-                    "carry units that the forward pass can follow: such axes keep their size."
+                    f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and axis {dim} does "
+                    "not carry units that the forward pass can follow: such axes keep their size."
                 )
         merged, mixed = self._merged(theirs), plan.mixed.get(name, ())
         return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=merged, mixed=mixed)
@@ -473,7 +472,7 @@ class _Builder:
         inner = plan.student.inner.get(name)
         groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
         if inner is not None and dim == 1:
-            index = self._inside(name, units, source, groups, reads)
+            index = self._inside(name, units, source, groups)
         else:
             index = self._matched(units, source)
             self._check_complete(name, index, len(source), dim)
@@ -520,7 +519,7 @@ class _Builder:
             index[entry] = codes[what]
         return index, tuple(means)
 
-    def _inside(self, name: str, units: Tensor, source: Tensor, groups: int, reads: bool) -> Tensor:
+    def _inside(self, name: str, units: Tensor, source: Tensor, groups: int) -> Tensor:
         """The axis inside a group: for every student group its places in the teacher's group that it copies."""
         plan = self.plan
         other = plan.teacher.inner.get(plan.names[name] or "")
@@ -559,9 +558,8 @@ class _Builder:
             if root not in self.open:
                 why = next((f", as {why}" for units, why in self.why if root in units), "")
                 raise TransferError(
-                    f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of "
-                    "one unit, more than "
-                    f"its teacher. They move as a whole{why}."
+                    f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more "
+                    f"than its teacher. They move as a whole{why}."
                 )
 
     # -- tied weights -----------------------------------------------------------------------------------------
@@ -589,11 +587,9 @@ class _Builder:
             takers = before
         else:
             raise TransferError(
-                f"{name} embeds and is read by a layer: its copies would have to be whole for the one "
-                "and shared out for "
-                "the other. That is exact only if a norm with a weight, or a layer, stands before "
-                "that layer, and before "
-                "no other."
+                f"{name} embeds and is read by a layer: its copies would have to be whole for the one and shared out "
+                "for the other. That is exact only if a norm with a weight, or a layer, stands before that layer, and "
+                "before no other."
             )
         share = origins[name].axes[axis].share
         made = {name: replace(origins[name], axes=origins[name].axes | {axis: self._embedded(name, axis)}, tied=True)}
@@ -685,11 +681,9 @@ def _taps(layer: Layer, other: Layer, mine: int, theirs: int, dim: int) -> Axis 
     if lost or resized or options[0]["stride"] != options[1]["stride"]:
         raise TransferError(
             f"The kernel of {layer.name} ({mine} taps, padding {options[0]['padding']}, stride {options[0]['stride']}, "
-            f"dilation {options[0]['dilation']}) does not look at every place that the teacher's "
-            f"looks at ({theirs} taps, "
-            f"padding {options[1]['padding']}, stride {options[1]['stride']}, dilation "
-            f"{options[1]['dilation']}): a larger "
-            "kernel has the teacher's in its middle, and more padding."
+            f"dilation {options[0]['dilation']}) does not look at every place that the teacher's looks at "
+            f"({theirs} taps, padding {options[1]['padding']}, stride {options[1]['stride']}, "
+            f"dilation {options[1]['dilation']}): a larger kernel has the teacher's in its middle, and more padding."
         )
     where = {place: tap for tap, place in enumerate(places[1])}
     index = torch.tensor([where.get(place, ZERO) for place in places[0]])
@@ -756,6 +750,8 @@ def _on_others(
             measured = compare(theirs, run(student, others))
             if measured.max_relative <= enough:
                 return measured, enough
+            # Rounding disturbs every layer, this the input alone, by little: 1e4 times its effect leaves room for that.
+            # A hundredth of the output is no rounding, however deep the network.
             beside = others.each(lambda x: x * (1 + 4 * torch.finfo(x.dtype).eps) if x.is_floating_point() else x)
             return measured, max(enough, min(1e4 * compare(theirs, run(teacher, beside)).max_relative, 1e-2))
     return None
