@@ -66,7 +66,8 @@ def fill(teacher: nn.Module, student: nn.Module, record: Transfer, pad: bool = F
             source = merged(theirs[origin.teacher], *origin.merged)
             if name in matrices:
                 source, origin = _mixed(source, origin, matrices[name])
-            target.copy_(gathered(source, target, origin, generator, "pad" if pad else record.split))
+            made = _unshared(source, target, origin) if pad else gathered(source, target, origin, generator, record.split)
+            target.copy_(made)
         elif not pad:
             fill_new(target, origin, mine, generator, record.split)
     if not pad:
@@ -194,36 +195,46 @@ def gathered(source: Tensor, target: Tensor, origin: Origin, generator: torch.Ge
     Entries that no teacher entry stands for are zero, a mean, or the student's own. Where it can be the result is made
     in `target`: there is no room for another copy of a large network's largest tensor.
     """
-    pad = split == "pad"
     shape = target.shape
     if origin.flat:
         source, target = source.reshape(-1), target.reshape(-1)
     exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
     value = source = source.to(target.device, exact)
     own = zero = None  # where the student's own value stays, where zero comes
-    keeps = any(bool((~axis.first if pad else axis.index == NEW).any()) for axis in origin.axes.values())
+    keeps = any(bool((axis.index == NEW).any()) for axis in origin.axes.values())
     straight = None if keeps or origin.flat or exact != target.dtype else target
     for dim, axis in origin.axes.items():
         value = _along(value, axis, dim, straight if dim == max(origin.axes) else None)
-        if axis.reads and not pad:
+        if axis.reads:
             value = _shared(axis, value, dim, generator, split, source)
             if bool((axis.index < 0).any()):
                 value = _times(value, entrywise(axis, value, dim, axis.index >= 0), source)
-        elif not pad and bool((axis.index == ZERO).any()):
+        elif bool((axis.index == ZERO).any()):
             zero = _either(zero, entrywise(axis, value, dim, axis.index == ZERO))
-        missing = ~axis.first if pad else axis.index == NEW
-        if bool(missing.any()):
-            own = _either(own, entrywise(axis, value, dim, missing))
-    if not pad and origin.factor != 1.0:
+        if bool((axis.index == NEW).any()):
+            own = _either(own, entrywise(axis, value, dim, axis.index == NEW))
+    if origin.factor != 1.0:
         value = _times(value, origin.factor, source)
-    if not pad:
-        value = _by_rows(value, origin, source)
-    if not pad and origin.turn is not None:
+    value = _by_rows(value, origin, source)
+    if origin.turn is not None:
         (reading,) = (dim for dim, axis in origin.axes.items() if axis.reads and dim < 2)
         value = turned(value, reading, origin.turn)
     if zero is not None:
         value, own = _times(value, ~zero, source), None if own is None else own & ~zero
     value = value.to(target.dtype)
+    return (value if own is None else torch.where(own, target, value)).reshape(shape)
+
+
+def _unshared(source: Tensor, target: Tensor, origin: Origin) -> Tensor:
+    """The teacher's own entries, once and unshared; the student's own are everywhere else (random_pad)."""
+    shape = target.shape
+    if origin.flat:
+        source, target = source.reshape(-1), target.reshape(-1)
+    value, own = source.to(target), None
+    for dim, axis in origin.axes.items():
+        value = _along(value, axis, dim)
+        if not bool(axis.first.all()):
+            own = _either(own, entrywise(axis, value, dim, ~axis.first))
     return (value if own is None else torch.where(own, target, value)).reshape(shape)
 
 
