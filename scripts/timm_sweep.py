@@ -27,15 +27,13 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments import files  # noqa: E402 (the checkout is not installed)
-from experiments.device import describe as hardware  # noqa: E402
+from experiments.device import describe as hardware  # noqa: E402 (the checkout is not installed)
 from net2net import TransferError, describe, equivalence, widen  # noqa: E402
 from scripts import zoo  # noqa: E402
 from scripts.trained import look_trained  # noqa: E402
 
 PAGE = ROOT / "results" / "timm.md"
 FACTOR = 1.5
-EXACT = 1e-10  # the largest relative error that counts as rounding, in float64
 SECONDS = 120  # of one core, so that other work on the machine does not count
 GIBIBYTES = 16
 SIZES = (64, 96, 128, 160, 192, 224)
@@ -171,7 +169,7 @@ def choose(modules: Sequence[str]) -> Iterator[Subject]:
 def smallest(module: str) -> str:
     """The network with the fewest parameters of a module of timm; of several the one with the shortest name."""
     with torch.device("meta"):
-        sizes = {name: zoo._parameters(timm.create_model(name)) for name in timm.list_models(module=module)}
+        sizes = {name: zoo.parameters(timm.create_model(name)) for name in timm.list_models(module=module)}
     return min(sizes, key=lambda name: (sizes[name], len(name), name))
 
 
@@ -233,9 +231,7 @@ class Row:
             return self.fault
         if self.reason is not None:
             return "refused"
-        if not self.alive > zoo.ALIVE:
-            return "DEAD"
-        return "exact" if self.error is not None and self.error <= EXACT else "WRONG"
+        return zoo.judged(self.alive, self.error)
 
     def __str__(self) -> str:
         error = "" if self.error is None else f"{self.error:8.1e}"
@@ -266,7 +262,7 @@ def measure(subject: Subject) -> Row:
     """Widen the network by FACTOR wherever it is free and compare on images that the growth has not seen."""
     model = build(subject)
     example, fresh = (_images(subject, 2, seed) for seed in (2, 3))
-    row = partial(Row, subject, alive=zoo._spread(model, fresh))
+    row = partial(Row, subject, alive=zoo.spread(model, fresh))
     started = time.process_time()
     try:
         grown = widen(model, example, FACTOR)
@@ -276,27 +272,27 @@ def measure(subject: Subject) -> Row:
             return row(seconds, sizes, wider, reason=_held(model, example))
         return row(seconds, sizes, wider, error=equivalence(model, grown, fresh).max_relative)
     except TransferError as refusal:
-        return row(time.process_time() - started, *_growth(model, model), reason=zoo._shorten(str(refusal)))
+        return row(time.process_time() - started, *_growth(model, model), reason=zoo.shorten(str(refusal)))
     except Exception as error:  # which ought never to come from inside: it is counted, and the table goes on
-        reason = zoo._shorten(f"{type(error).__name__}: {error}")
+        reason = zoo.shorten(f"{type(error).__name__}: {error}")
         return row(time.process_time() - started, *_growth(model, model), reason=reason, fault="CRASHED")
 
 
 def _images(subject: Subject, count: int, seed: int) -> Tensor:
-    return zoo._images(count, subject.pixels, seed)
+    return zoo.images(count, subject.pixels, seed)
 
 
 def _growth(model: nn.Module, grown: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
     """The parameters before and after; how many layers have more units than before, and how many there are."""
     before, after = ({n: len(w) for n, w in m.named_parameters() if w.dim() > 1 < len(w)} for m in (model, grown))
     wider = sum(after[name] > units for name, units in before.items())
-    return (zoo._parameters(model), zoo._parameters(grown)), (wider, len(before))
+    return (zoo.parameters(model), zoo.parameters(grown)), (wider, len(before))
 
 
 def _held(model: nn.Module, example: Tensor) -> str:
     """What keeps the widths of a network as they are, the most frequent reason first."""
     reasons = Counter(group.state for group in describe(model, example).groups)
-    return zoo._shorten("Nothing grew. " + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common()))
+    return zoo.shorten("Nothing grew. " + "; ".join(f"{reason} ({n})" for reason, n in reasons.most_common()))
 
 
 # -- one process each ---------------------------------------------------------------------------------------------
@@ -338,10 +334,7 @@ def _send(subject: Subject, connection: Connection) -> None:
 
 def page(rows: Sequence[Row]) -> str:
     """The results as markdown."""
-    count = Counter(row.verdict for row in rows)
     once = Counter(row.subject.module for row in rows) == Counter(timm.list_modules())
-    faults = "".join(f", **{count[fault]} {fault}**" for fault in ("CRASHED", "SLOW", "DEAD") if count[fault])
-    wrong = f"{count['WRONG']} wrong" if not count["WRONG"] else f"**{count['WRONG']} WRONG**"
     lines = [
         "# timm",
         "",
@@ -351,10 +344,10 @@ def page(rows: Sequence[Row]) -> str:
         "images, disturbed) in float64, grown, and compared with what it had been on 2 images that the growth had not",
         "seen. The images are the smallest on which no parameter loses its effect.",
         "",
-        f"- **Result:** {len(rows)} networks: {count['exact']} exact, {count['refused']} refused, {wrong}{faults}",
+        f"- **Result:** {len(rows)} networks: {zoo.counted(row.verdict for row in rows)}",
         f"- **Modules:** {'all' if once else '**not all**'} {len(timm.list_modules())} of `timm.list_modules()`, "
         "one network each",
-        f"- **Exact:** largest |before - after| at most {EXACT:.0e} of the largest |output|",
+        f"- **Exact:** largest |before - after| at most {zoo.EXACT:.0e} of the largest |output|",
         "- **Layers wider:** weights with more units than before, of all weights with more axes than one",
         "- **Alive:** standard deviation of the output between the images over its mean size; under "
         f"{zoo.ALIVE:.0e} nothing counts",
@@ -411,12 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
     for subject in subjects:
         rows.append(isolated(subject))
         print(rows[-1], flush=True)
-    count = Counter(row.verdict for row in rows)
-    print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
-    if not options.only:
-        files.write(PAGE, page(rows).encode())
-        print(f"written to {PAGE.relative_to(ROOT)}")
-    return 0 if set(count) <= {"exact", "refused"} else 1
+    return zoo.conclude([row.verdict for row in rows], PAGE, None if options.only else page(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -122,7 +122,6 @@ def maxvit(
 
 
 MOBILENET_V2 = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2]]
-VGG11 = [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
 WIDER_VGG11 = [96, "M", 192, "M", 512, 512, "M", 768, 768, "M", 768, 512, "M"]
 
 # Every other network in PAIRS is torchvision's own under that name.
@@ -340,9 +339,7 @@ class Row:
         """exact, refused, or one of the faults: WRONG, CRASHED, and DEAD for a teacher that could prove nothing."""
         if self.reason is not None:
             return "CRASHED" if self.crashed else "refused"
-        if not self.alive > ALIVE:
-            return "DEAD"
-        return "exact" if self.error is not None and self.error <= EXACT else "WRONG"
+        return judged(self.alive, self.error)
 
     def __str__(self) -> str:
         error = "" if self.error is None else f"{self.error:8.1e}"
@@ -358,36 +355,37 @@ def measure(pair: Pair) -> Row:
     """Grow the teacher into the student and compare them on images that the growth has not seen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        teacher = look_trained(build(pair.teacher).double(), _images(8, pair.pixels, seed=1))
+        teacher = look_trained(build(pair.teacher).double(), images(8, pair.pixels, seed=1))
         student = look_trained(build(pair.student).double(), seed=1)
-    sizes = (_parameters(teacher), _parameters(student))
-    example, fresh = (_images(2, pair.pixels, seed) for seed in (2, 3))
-    row = partial(Row, pair, sizes, _spread(teacher, fresh), _rounding(teacher, fresh))
+    sizes = (parameters(teacher), parameters(student))
+    example, fresh = (images(2, pair.pixels, seed) for seed in (2, 3))
+    row = partial(Row, pair, sizes, spread(teacher, fresh), _rounding(teacher, fresh))
     started = time.perf_counter()
     try:
         transfer(teacher, student, example)
         seconds = time.perf_counter() - started
         return row(seconds, error=equivalence(teacher, student, fresh).max_relative)
     except TransferError as refusal:
-        return row(time.perf_counter() - started, reason=_shorten(str(refusal)))
+        return row(time.perf_counter() - started, reason=shorten(str(refusal)))
     except Exception as error:  # which ought never to come from inside: it is counted, and the table goes on
-        reason = _shorten(f"{type(error).__name__}: {error}")
+        reason = shorten(f"{type(error).__name__}: {error}")
         return row(time.perf_counter() - started, reason=reason, crashed=True)
 
 
-def _images(count: int, pixels: int, seed: int) -> Tensor:
+def images(count: int, pixels: int, seed: int) -> Tensor:
     """Noise, in a colour of its own for every image, so that images differ after global pooling too."""
     generator = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=generator, dtype=torch.double)
     return draw(count, 3, 1, 1) + draw(count, 3, pixels, pixels)
 
 
-def _parameters(model: nn.Module) -> int:
+def parameters(model: nn.Module) -> int:
+    """How many there are."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
-def _spread(model: nn.Module, images: Tensor) -> float:
+def spread(model: nn.Module, images: Tensor) -> float:
     """How much the output varies between images, as a part of its mean size."""
     output = model(images)
     return (output.std(0).mean() / output.abs().mean()).item()
@@ -401,15 +399,38 @@ def _rounding(model: nn.Module, images: Tensor) -> float:
         return compare(model(images), model(beside)).max_relative
 
 
-def _shorten(reason: str) -> str:
+def shorten(reason: str) -> str:
+    """As much of it as fits into the page."""
     return textwrap.shorten(reason, 400, placeholder=" …")
+
+
+def judged(alive: float, error: float | None) -> str:
+    """exact or WRONG; DEAD for a network whose output hardly varies: it proves nothing."""
+    if not alive > ALIVE:
+        return "DEAD"
+    return "exact" if error is not None and error <= EXACT else "WRONG"
+
+
+def counted(verdicts: Iterable[str]) -> str:
+    """How many there are of each verdict, for the page: faults in bold."""
+    count = Counter(verdicts)
+    faults = "".join(f", **{count[fault]} {fault}**" for fault in ("CRASHED", "SLOW", "DEAD") if count[fault])
+    wrong = f"{count['WRONG']} wrong" if not count["WRONG"] else f"**{count['WRONG']} WRONG**"
+    return f"{count['exact']} exact, {count['refused']} refused, {wrong}{faults}"
+
+
+def conclude(verdicts: Sequence[str], path: Path, text: str | None) -> int:
+    """Print how many there are of each verdict, and write the page if there is one; returns 1 for a fault."""
+    count = Counter(verdicts)
+    print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
+    if text is not None:
+        files.write(path, text.encode())
+        print(f"written to {path.relative_to(ROOT)}")
+    return 0 if set(count) <= {"exact", "refused"} else 1
 
 
 def page(rows: Sequence[Row]) -> str:
     """The results as markdown."""
-    count = Counter(row.verdict for row in rows)
-    faults = "".join(f", **{count[fault]} {fault}**" for fault in ("CRASHED", "DEAD") if count[fault])
-    wrong = f"{count['WRONG']} wrong" if not count["WRONG"] else f"**{count['WRONG']} WRONG**"
     lines = [
         "# The zoo",
         "",
@@ -420,7 +441,7 @@ def page(rows: Sequence[Row]) -> str:
         f"one into the other in float64, and the two ran on 2 images that the growth had not seen ({PIXELS} pixels",
         "wide where the table says nothing else).",
         "",
-        f"- **Result:** {len(rows)} pairs: {count['exact']} exact, {count['refused']} refused, {wrong}{faults}",
+        f"- **Result:** {len(rows)} pairs: {counted(row.verdict for row in rows)}",
         f"- **Exact:** largest |teacher - student| at most {EXACT:.0e} of the teacher's largest |output|",
         "- **Alive:** standard deviation of the teacher's output between the images over its mean size; under "
         f"{ALIVE:.0e} nothing counts",
@@ -487,12 +508,7 @@ def main(arguments: list[str] | None = None) -> int:
     for pair in pairs:
         rows.append(measure(pair))
         print(rows[-1], flush=True)
-    count = Counter(row.verdict for row in rows)
-    print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
-    if not options.only:
-        files.write(PAGE, page(rows).encode())
-        print(f"written to {PAGE.relative_to(ROOT)}")
-    return 0 if set(count) <= {"exact", "refused"} else 1
+    return conclude([row.verdict for row in rows], PAGE, None if options.only else page(rows))
 
 
 if __name__ == "__main__":
