@@ -32,15 +32,14 @@ from .ranges import Chain, Range, hull
 class Labels:
     """What is known of an activation.
 
-    `units` has the activation's shape. `sources` names the layers whose outputs are summed or concatenated in it;
-    `via` names the normalisations that it has passed since. `gain` is the product of the plain numbers that it was
-    multiplied by since a layer produced it. `linear` says that it is a plain sum of what layers produced, so that
-    one of its units can hold the mean of others. `normed` names the norm that it comes from directly: units which that
-    saw as its mean, or as zero, are zero here. `begun` names the one norm across units that it begins with, if it
-    is a plain sum since. `past` tells of activations and gates. `outer` says by how much it has just been padded,
-    before and behind, the last axis first. `range` is between which numbers it lies,
-    `chain` the activations that it has met, one directly behind the other, since the last layer. `raw` names the layer
-    whose result it is, untouched.
+    `units` has the activation's shape. `sources` names the layers whose outputs are summed or concatenated in it; `via`
+    names the normalisations that it has passed since. `gain` is the product of the plain numbers that it was multiplied
+    by since a layer produced it. `linear` says that it is a plain sum of what layers produced, so that one of its units
+    can hold the mean of others. `normed` names the norm that it comes from directly: units which that saw as its mean,
+    or as zero, are zero here. `begun` names the one norm across units that it begins with, if it is a plain sum since.
+    `past` tells of activations and gates. `outer` says by how much it has just been padded, before and behind, the last
+    axis first. `range` is between which numbers it lies, `chain` the activations that it has met, one directly behind
+    the other, since the last layer. `raw` names the layer whose result it is, untouched.
     """
 
     units: Tensor
@@ -558,8 +557,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             raise TransferError(f"{name} has no shape yet: run the lazy network once on an input first.")
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
             raise TransferError(
-                f"{name} is a {type(tensor).__name__}, no plain tensor: gather a sharded network "
-                "first, grow a quantised "
+                f"{name} is a {type(tensor).__name__}, no plain tensor: gather a sharded network first, grow a quantised "
                 "one before it is quantised."
             )
     if any(type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")) for module in model.modules()):
