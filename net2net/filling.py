@@ -66,7 +66,9 @@ def fill(teacher: nn.Module, student: nn.Module, record: Transfer, pad: bool = F
             source = merged(theirs[origin.teacher], *origin.merged)
             if name in matrices:
                 source, origin = _mixed(source, origin, matrices[name])
-            made = _unshared(source, target, origin) if pad else gathered(source, target, origin, generator, record.split)
+            made = (
+                _unshared(source, target, origin) if pad else gathered(source, target, origin, generator, record.split)
+            )
             target.copy_(made)
         elif not pad:
             fill_new(target, origin, mine, generator, record.split)

@@ -557,8 +557,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             raise TransferError(f"{name} has no shape yet: run the lazy network once on an input first.")
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
             raise TransferError(
-                f"{name} is a {type(tensor).__name__}, no plain tensor: gather a sharded network first, grow a quantised "
-                "one before it is quantised."
+                f"{name} is a {type(tensor).__name__}, no plain tensor: gather a sharded network first, grow a "
+                "quantised one before it is quantised."
             )
     if any(type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")) for module in model.modules()):
         raise TransferError("The network is quantised: grow it before.")
