@@ -127,16 +127,16 @@ def file_faults(
     except (ExperimentError, OmegaConfBaseException) as error:
         return [str(error)], None
     of = (record.get("arm"), record.get("student"))
+    named = ({TEACHER: (TEACHER, None)} | arm_folders(config.students, config.arms)).get(arm)
+    if named is None or record.get("seed") != seed or of != named:
+        whose = f"{of[0]} of {of[1]}" if of[1] else of[0]
+        return [f"its manifest is of {whose} of seed {record.get('seed')}"], record
     faults: list[str] = []
-    if record.get("seed") != seed or of != ({TEACHER: (TEACHER, None)} | arm_folders(config.students, config.arms)).get(
-        arm
-    ):
-        return [f"its manifest is of {of[0]}{f' of {of[1]}' if of[1] else ''} of seed {record.get('seed')}"], record
     # A teacher is trained once for all experiments that start from it: its manifest names the first of them.
     name = place.split("/", 1 if place.startswith("curves/") else 2)[-1]
     if arm != TEACHER and not record.get("experiment") == config.name == name:
         faults.append(f"its manifest is of the experiment {record.get('experiment')}")
-    says, is_ = flatten(determined(config, *of)), flatten(record["settings"])
+    says, is_ = flatten(determined(config, *named)), flatten(record["settings"])
     faults += [
         f"{key} is {says[key]} by its configuration, {is_[key]} in its settings"
         for key in sorted(says.keys() & is_.keys())  # of what has become a setting since, it says nothing
