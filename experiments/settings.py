@@ -26,6 +26,7 @@ PER_RUN = {
     # What the scale makes of the paper's network: it stands in `model`, too, where the network is that one.
     "inception.slim",
     "inception.stem",
+    "first",  # a teacher's hash of the network that it is grown from, its seed's
 }
 
 

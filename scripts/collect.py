@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.config import ExperimentError
 from experiments.files import write
 from experiments.report import arm_files, experiments, parse_curve, read_complete
+from experiments.settings import varied
 
 # An absolute path inside a longer text; not the slashes of a URL, of `a/b` or of `~/a`.
 _PATH = re.compile(r"(?<![\w.~/-])/(?!/)[^\s'\"`,;:=()\[\]{}]+")
@@ -66,17 +67,24 @@ def portable(manifest: dict[str, Any]) -> dict[str, Any]:
     return result | {"command": without_folders_in_words(command)} if isinstance(command, str) else result
 
 
-def copy(curve: Path, manifest: Path, target: Path) -> str | None:
+def copy(curve: Path, manifest: Path, target: Path, replace: bool = False) -> str | None:
     """The arm's files lie beside each other as `target` + .csv and .json; returns a phrase on the curve.
 
     None, and nothing is written, if the arm is unfinished.
-    Raises ExperimentError if the curve and its manifest do not belong together.
+    Raises ExperimentError if the curve and its manifest do not belong together, or, unless it may `replace` it, if
+    there is a curve that was made with other settings.
     """
     complete = read_complete(curve, manifest)
     if complete is None:
         return None
     data, record = complete
     points = parse_curve(data, curve)
+    there = None if replace else read_complete(*(target.with_name(target.name + end) for end in (".csv", ".json")))
+    if there is not None and (other := varied([portable(record), there[1]])):
+        raise ExperimentError(
+            f"{target} holds a curve that was made with other settings ({', '.join(other)}): collect with --results "
+            "FOLDER into another folder, or with --replace in its place."
+        )
     files = {
         target.with_name(f"{target.name}.csv"): data,
         target.with_name(f"{target.name}.json"): (json.dumps(portable(record), indent=2) + "\n").encode(),
@@ -112,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--replace", action="store_true", help="also curves that were made with other settings")
     parser.add_argument("experiment", nargs="*", help="all of them if none is named")
     options = parser.parse_args(arguments)
     collected = skipped = refused = 0
@@ -124,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed, arm, curve, manifest in arm_files(folder):
             name = f"{experiment}/seed{seed}/{arm}"
             try:
-                copied = copy(curve, manifest, options.results / "curves" / name)
+                copied = copy(curve, manifest, options.results / "curves" / name, options.replace)
             except ExperimentError as error:
                 refused += 1
                 print(f"{name}: refused. {error}", file=sys.stderr)

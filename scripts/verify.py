@@ -4,9 +4,9 @@ Of each curve under results/curves and results/trials: it has the checksum in it
 the manifest's commits are in the history of this checkout, and nothing was uncommitted there; its command, composed
 by the code and the configurations of that commit, gives the configuration in the manifest; that one names the arm, and
 its settings are what that determines; the processes that it names made every step; the teacher that it started from
-lies beside it. What training alone could tell (accuracies, what was measured before the first step, seconds) is taken
-as it stands. Prints a line a fault and exits with 1 if there is any. A shallow clone has no history to look into, which
-is said and is no fault.
+lies beside it; the seeds of an arm differ in no setting. What training alone could tell (accuracies, what was measured
+before the first step, seconds) is taken as it stands. Prints a line a fault and exits with 1 if there is any. A shallow
+clone has no history to look into, which is said and is no fault.
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import report
 from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
-from experiments.settings import determined, digest
+from experiments.settings import determined, digest, mixed
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the machine decides, and no command says. Paths are shortened when curves are collected, on both sides.
@@ -153,6 +153,9 @@ def company_faults(folder: Path, records: dict[tuple[int, str], dict[str, Any]])
     for manifest in sorted(folder.glob("seed*/*.json")):
         if not manifest.with_suffix(".csv").exists():
             yield int(manifest.parent.name[4:]), manifest.stem, "there is a manifest without its curve"
+    for arm in dict.fromkeys(arm for _, arm in records):
+        if found := mixed(record for (_, other), record in records.items() if other == arm):
+            yield min(seed for seed, other in records if other == arm), arm, f"its seeds differ in {', '.join(found)}"
     for (seed, arm), record in records.items():
         if arm != TEACHER and "teacher" in record["settings"]:
             beside = records.get((seed, TEACHER))
@@ -248,8 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 1
+    if not checked:
+        print(f"There are no curves under {results / 'curves'}.", file=sys.stderr)
+        return 1
     print(f"{checked} curves checked, {found} faults")
-    return 1 if found or not checked else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "schedule.evaluate": ("0it", "schedule.evaluate is 0it"),
     "schedule.warmup": ("-1it", "schedule.warmup is -1it: The duration '-1it'"),
     "growth.warmup": ("5", "growth.warmup is 5: The duration '5' has no unit"),
-    "students.../x": ({}, "The student '../x' cannot name a folder of its own"),
+    "students.a/b": ({}, "The student 'a/b' cannot name a folder of its own"),
     "students.teacher": ({}, "The student 'teacher' cannot name a folder of its own"),
     "growth.noise": (-1.0, "growth.noise is -1.0"),
     "growth.calibrate": (-1, "growth.calibrate is -1"),

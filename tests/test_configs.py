@@ -140,7 +140,7 @@ def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(
 ) -> None:
     assert {"quickstart", "wider_imagenette", "frontier_wider"} <= set(OF_ONE_SIZE)
     found = []
-    for scale in SCALES:
+    for scale in ("cpu", "gpu"):  # what a machine may choose
         monkeypatch.setattr(command, "default_scale", lambda scale=scale: scale)
         found.append(cases(f"experiment={experiment}"))
         for config in found[-1]:

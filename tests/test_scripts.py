@@ -73,6 +73,7 @@ def manifest(experiment: str, arm: str, seed: int, curve: bytes, **changes: Any)
                 **{"lr": 0.01, "decay": "linear", "warmup": "0it", "evaluate": "0.5ep"},
             },
         },
+        "settings": {"seed": seed},
         "data": "CIFAR-10, 50,000 train / 10,000 test",
         "commit": "0123456789abcdef",
         "dirty": False,
@@ -286,6 +287,27 @@ def test_collecting_copies_curves_and_skips_what_is_unfinished(
     assert not (results / "curves" / "wider" / "seed2").exists()
     names = {path.name for path in results.rglob("*") if path.is_file()}
     assert names == {f"{arm}.{suffix}" for arm in CURVES for suffix in ("csv", "json")}
+
+
+def test_collecting_puts_no_curve_in_the_place_of_one_made_otherwise(
+    runs: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 0
+    manifest = runs / "wider/seed0/net2net/manifest.json"
+    record = json.loads(manifest.read_text())
+    record["config"].setdefault("schedule", {})["epochs"] = "3it"
+    manifest.write_text(json.dumps(record))
+    kept = (results / "curves/wider/seed0/net2net.json").read_text()
+    capsys.readouterr()
+    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 1
+    out, err = capsys.readouterr()
+    assert "11 collected, 0 skipped, 1 refused" in out
+    assert "wider/seed0/net2net: refused." in err and "made with other settings (schedule.epochs)" in err
+    assert (results / "curves/wider/seed0/net2net.json").read_text() == kept
+    assert collect.main(["--runs", str(runs), "--results", str(results), "wider", "--replace"]) == 0
+    assert (
+        json.loads((results / "curves/wider/seed0/net2net.json").read_text())["config"]["schedule"]["epochs"] == "3it"
+    )
 
 
 def test_collecting_deletes_nothing(runs: Path, results: Path) -> None:

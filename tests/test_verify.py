@@ -134,6 +134,18 @@ def test_what_lacks_its_company_is_found(copied: Path) -> None:
     }
 
 
+@needs_history
+def test_seeds_of_other_settings_are_found(copied: Path) -> None:
+    for arm in ("net2net", "teacher"):
+        copy(f"curves/wider_inception/seed1/{arm}", copied / f"curves/wider_inception/seed1/{arm}")
+    assert list(verify.faults(copied)) == []
+    path = copied / "curves/wider_inception/seed1/net2net.json"
+    record = json.loads(path.read_text())
+    record["config"]["schedule"]["momentum"] = record["settings"]["schedule"]["momentum"] = 0.5
+    path.write_text(json.dumps(record))
+    assert f"{PLACE}: its seeds differ in `schedule.momentum` (0.9, 0.5)" in list(verify.faults(copied))
+
+
 def files(place: Path) -> tuple[Path, Path]:
     """Curve and manifest."""
     return place.with_suffix(".csv"), place.with_suffix(".json")
