@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -123,7 +123,7 @@ def file_faults(
             return [f"{manifest.name} is missing or says that the run was not finished"], None
         data, record = complete
         last = report.parse_curve(data, curve)[-1]["step"]
-        config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record["config"]))  # type: ignore[assignment]
+        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record["config"])))
     except (ExperimentError, OmegaConfBaseException) as error:
         return [str(error)], None
     of = (record.get("arm"), record.get("student"))

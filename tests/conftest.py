@@ -19,6 +19,7 @@ TINY = (
     "model.slim=0.03",
     "schedule.epochs=30it",
     "schedule.evaluate=10it",
+    "schedule.lr=0.01",
     "growth.calibrate=64",
     "device=cpu",
     "precision=float32",

@@ -63,7 +63,7 @@ def test_arms_share_everything_but_weights_and_rate(traced: dict[str, dict[str, 
             assert torch.equal(images, their_images) and torch.equal(labels, their_labels), name
         scale = 1 if name in ("teacher", "random_init") else 0.1
         assert stage["rates"] == pytest.approx([scale * rate for rate in reference["rates"]]), name
-    assert reference["rates"] == pytest.approx([0.0015, 0.003, 0.0015])  # one step of warm-up, then linear to zero
+    assert reference["rates"] == pytest.approx([0.005, 0.01, 0.005])  # one step of warm-up, then linear to zero
 
     fresh, low = reference["weights"], traced["random_init_low_lr"]["weights"]
     assert all(torch.equal(fresh[key], low[key]) for key in fresh)
@@ -95,7 +95,7 @@ def test_step_0_of_a_finished_run(finished: Path) -> None:
     assert first["random_init"]["test_loss"] == first["random_init_low_lr"]["test_loss"]
     step0 = json.loads((finished / "net2net/manifest.json").read_text())["step0"]
     assert step0["agree"] == step0["of"] == 359
-    assert step0["max_relative_error"] < 1e-4
+    assert step0["max_relative_error"] < 1e-5
     assert step0["float32"]["of"] == 359
 
 

@@ -84,9 +84,9 @@ def test_the_rate_of_a_teacher_that_does_not_anneal_is_still_there_when_it_is_ha
         rates[decay] = {
             name: checkpoint.load(folder / name)["optimizer"]["param_groups"][0]["lr"] for name in (TEACHER, "net2net")
         }
-    assert rates["constant"][TEACHER] == pytest.approx(0.003)
-    assert rates["linear"][TEACHER] == pytest.approx(0.003 / 8)
-    assert rates["constant"]["net2net"] == rates["linear"]["net2net"] == pytest.approx(0.1 * 0.003 / 6)
+    assert rates["constant"][TEACHER] == pytest.approx(0.01)
+    assert rates["linear"][TEACHER] == pytest.approx(0.01 / 8)
+    assert rates["constant"]["net2net"] == rates["linear"]["net2net"] == pytest.approx(0.1 * 0.01 / 6)
 
 
 def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny: Tiny) -> None:

@@ -781,8 +781,10 @@ class TestRefusals:
         def branched(n: int, more: int) -> Net:
             parts = {"a": nn.Linear(3, n), "norm": nn.LayerNorm(n), "fc": nn.Linear(n + more, 5)}
             new = {"b": nn.Linear(3, more)} if more else {}
-            how = lambda net, x: net.fc(torch.cat([net.norm(net.a(x)), *([net.b(x)] if more else [])], 1))  # noqa: E731
-            return Net({**parts, **new}, how)
+            return Net(
+                {**parts, **new},
+                lambda net, x: net.fc(torch.cat([net.norm(net.a(x)), *([net.b(x)] if more else [])], 1)),
+            )
 
         filled = []
 
