@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import files, locks
 from .config import Config, ExperimentError
-from .device import Arithmetic, candidates, describe
+from .machine import Arithmetic, candidates, describe
 from .optimizers import make_optimizer
 
 GAIN = 1.05  # a less precise arithmetic has to be faster by so much

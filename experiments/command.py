@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
 
     def say(sentence: str, shared: bool = False) -> None:
         # Of the processes that torchrun starts, all find what is wrong with the command: one says it.
-        if sentence not in said and not (rank() and (shared or "experiments.compare" not in sys.modules)):
+        if sentence not in said and not (rank() and (shared or "experiments.experiment" not in sys.modules)):
             print(f"\nError: {sentence}", file=sys.stderr)
         said.add(sentence)
 
@@ -163,8 +163,8 @@ def run(configs: list[Config], log: IO[str] | None = None) -> None:
     if configs[0].scale == default_scale() and not any(a.startswith("scale=") for a in sys.argv[1:]):
         found = "a GPU was found" if configs[0].scale == "gpu" else "no GPU was found"
         console.print(f"scale={configs[0].scale}: {found}; choose another with scale=...", highlight=False)
-    from . import mirror
-    from .compare import compare
+    from . import wandb_log as mirror
+    from .experiment import compare
 
     failed: list[str] = []
     for config in configs:

@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import arms, flops, report
+from . import arms, flops
+from .analysis import curves as report
 from .choice import Choice, choose
 from .config import TEACHER, Config
 from .data import Splits
-from .ranks import ALONE, Ranks
+from .distributed import ALONE, Ranks
 from .settings import determined, digest, trained_with
 from .training import Job
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
+from .analysis.curves import STARTS_FROM_TEACHER
 from .config import CONTINUED, TEACHER, Config, flatten
-from .report import STARTS_FROM_TEACHER
 
 # Of the schedule: what a stage has by another name, or another stage alone.
 OTHER_STAGES = ("teacher_epochs", "first_epochs", "teacher_decay", "teacher_augment")

@@ -16,11 +16,12 @@ from torch import nn
 
 import net2net
 
-from . import arms, checkpoint, ledger, locks
+from . import arms, checkpoint, locks
+from . import run_log as ledger
 from .config import FIRST, TEACHER, ExperimentError
 from .run import Run
 from .settings import rate
-from .stages import carry_out, is_complete
+from .stage import carry_out, is_complete
 from .training import load_network
 
 

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, ledger
+from . import checkpoint
+from . import run_log as ledger
 from .config import Config, DivergedError, ExperimentError, steps
 from .data import Splits, complete_batches
-from .device import Arithmetic
+from .distributed import ALONE, Ranks
+from .machine import Arithmetic
 from .optimizers import make_optimizer, rate_at
 from .progress import Follower
 from .randomness import seed_layers
-from .ranks import ALONE, Ranks
 from .signals import Asked, Requests
 
 

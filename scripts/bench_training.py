@@ -18,7 +18,7 @@ from experiments import flops
 from experiments.choice import fastest, measure
 from experiments.config import Config, Data, Schedule
 from experiments.data import Folder, Images, Splits, load
-from experiments.device import Arithmetic, candidates, describe, pick_device
+from experiments.machine import Arithmetic, candidates, describe, pick_device
 from experiments.models import build
 from experiments.optimizers import make_optimizer
 from experiments.training import Job, learn, train

@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import report
-from experiments.claims import judge, read_claims
+from experiments.analysis import curves as report
+from experiments.analysis.claims import judge, read_claims
+from experiments.analysis.pages import tally
 from experiments.config import ExperimentError
-from experiments.pages import tally
 
 
 def main(arguments: list[str] | None = None) -> int:

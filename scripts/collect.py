@@ -16,9 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.analysis.curves import arm_files, experiments, parse_curve, read_complete
 from experiments.config import ExperimentError
 from experiments.files import write
-from experiments.report import arm_files, experiments, parse_curve, read_complete
 from experiments.settings import varied
 
 # An absolute path inside a longer text; not the slashes of a URL, of `a/b` or of `~/a`.

@@ -12,15 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import report
-from experiments.claims import judge, read_claims
+from experiments.analysis import curves as report
+from experiments.analysis.cases import families
+from experiments.analysis.claims import judge, read_claims
+from experiments.analysis.curves import Results
+from experiments.analysis.figure_cases import draw_family
+from experiments.analysis.figures import PAPER, draw, draw_paper
+from experiments.analysis.pages import results_readme, summary, trials
 from experiments.config import ExperimentError
-from experiments.family import families
-from experiments.figure import PAPER, draw, draw_paper
-from experiments.figure_cases import draw_family
 from experiments.files import write
-from experiments.pages import results_readme, summary, trials
-from experiments.report import Results
 
 
 def fill_block(readme: Path, name: str, text: str) -> bool:

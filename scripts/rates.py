@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import report
+from experiments.analysis import curves as report
+from experiments.analysis.cases import families
+from experiments.analysis.search import are_rates, best, tried
 from experiments.config import ExperimentError
-from experiments.family import families
-from experiments.search import are_rates, best, tried
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import locks
+from experiments.analysis.curves import arm_files, ordered
 from experiments.progress import duration
-from experiments.report import arm_files, ordered
 from experiments.sweep import FAILURE, PLAN, read_plan
 
 STATES = ("done", "running", "waiting", "failed", "stopped")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments.device import describe as hardware  # noqa: E402 (the checkout is not installed)
+from experiments.machine import describe as hardware  # noqa: E402 (the checkout is not installed)
 from net2net import TransferError, describe, equivalence, widen  # noqa: E402
 from scripts import zoo  # noqa: E402
 from scripts.trained import look_trained  # noqa: E402

@@ -45,7 +45,7 @@ STAGES = ("teacher", "net2net")
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
-        "experiments.compare",
+        "experiments.experiment",
         "experiments.command",
         "sklearn.datasets",
         "matplotlib.figure",

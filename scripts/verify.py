@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import report
+from experiments.analysis import curves as report
 from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
 from experiments.settings import determined, digest, mixed
 

@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments import files  # noqa: E402 (the checkout is not installed)
-from experiments.device import describe  # noqa: E402
+from experiments.machine import describe  # noqa: E402
 from net2net import TransferError, equivalence, transfer  # noqa: E402
 from net2net.equivalence import compare  # noqa: E402
 from scripts.trained import look_trained  # noqa: E402

@@ -8,7 +8,7 @@ from torch import nn
 
 from experiments.config import Config, Data, Schedule
 from experiments.data import Images, Splits
-from experiments.device import Arithmetic
+from experiments.machine import Arithmetic
 from experiments.training import Job
 
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from loops import Quiet, network, small_job
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import arms, ranks
+from experiments import arms
+from experiments import distributed as ranks
 from experiments.config import ExperimentError
 from experiments.data import Images, load
 from experiments.run import Run

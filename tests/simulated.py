@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments import report
+from experiments.analysis import curves as report
 from experiments.config import Config, arm_folders, steps
 
 PER_EPOCH = 351

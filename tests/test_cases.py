@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import report
+from experiments.analysis import curves as report
 from experiments.config import Config, ExperimentError
 from scripts import collect
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments import choice, command, device
+from experiments import choice, command
+from experiments import machine as device
 from experiments.choice import choose, fastest, measure
 from experiments.config import Config, ExperimentError
-from experiments.device import Arithmetic, candidates
+from experiments.machine import Arithmetic, candidates
 from experiments.models import build
 
 CPU = torch.device("cpu")

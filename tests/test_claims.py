@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from experiments import claims, family, pages, report
-from experiments.claims import Claim, judge, read_claims
+from experiments.analysis import cases as family
+from experiments.analysis import claims, pages
+from experiments.analysis import curves as report
+from experiments.analysis.claims import Claim, judge, read_claims
+from experiments.analysis.curves import COLUMNS, Point, split_arm
+from experiments.analysis.statistics import HEADLINE_SEEDS
 from experiments.config import Config, ExperimentError
-from experiments.report import COLUMNS, Point, split_arm
-from experiments.statistics import HEADLINE_SEEDS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = read_claims(ROOT / "results/claims.yaml")

@@ -129,7 +129,7 @@ def test_a_value_that_no_run_can_have_is_refused(key: str) -> None:
 def test_a_wrong_value_is_refused_before_the_images_are_loaded(
     train_py: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.compare.load", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr("experiments.experiment.load", lambda config: pytest.fail("loaded"))
     for typed in ("schedule.decay=cosine", "rates.net2net=0", "precision=half", "device=gpu", "arms=[]"):
         assert train_py(typed) == 1
         error_of(capsys)
@@ -227,6 +227,6 @@ def test_an_interruption_says_how_to_go_on(
     def stop(config: Config) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.compare.load", stop)
+    monkeypatch.setattr("experiments.experiment.load", stop)
     assert train_py() == 130
     assert capsys.readouterr().err == "\nInterrupted. Run the same command again to go on.\n"

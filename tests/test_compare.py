@@ -10,10 +10,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import arms, checkpoint, compare, stages, training
+from experiments import arms, checkpoint, training
+from experiments import experiment as compare
+from experiments import stage as stages
+from experiments.analysis.curves import read_arm
 from experiments.config import Config, ExperimentError, arm_folders
 from experiments.data import load
-from experiments.report import read_arm
 from experiments.run import Run
 
 Make = Callable[..., Config]

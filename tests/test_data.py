@@ -26,11 +26,12 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import RandomResizedCrop, v2
 
 from experiments.config import Data, ExperimentError
-from experiments.data import Folder, Images, complete_batches, load, parts, tree
+from experiments.data import Folder, Images, complete_batches, load, parts
+from experiments.data import image_folder as tree
 from experiments.data.cifar import cifar10
-from experiments.data.memory import crop_and_flip, statistics
+from experiments.data.image_folder import centre
+from experiments.data.in_memory import crop_and_flip, statistics
 from experiments.data.splits import divide
-from experiments.data.tree import centre
 from experiments.randomness import derive_seed, generator
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "data"

@@ -14,9 +14,9 @@ import torch
 from loops import pictures
 
 from experiments import checkpoint, command, training
+from experiments.analysis.curves import parse_curve
 from experiments.config import ExperimentError
 from experiments.memory import out_of_memory
-from experiments.report import parse_curve
 from scripts import torture
 
 ARM = "runs/quickstart/seed0/random_init"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import checkpoint, files, ledger
+from experiments import checkpoint, files
+from experiments import run_log as ledger
+from experiments.analysis.curves import COLUMNS, load
 from experiments.config import ExperimentError
-from experiments.report import COLUMNS, load
 
 
 def full(*_: object) -> None:

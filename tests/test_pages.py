@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import simulated
 
-from experiments import costs, family, figure_cases, frontier, pages, report, search
+from experiments.analysis import cases as family
+from experiments.analysis import costs, figure_cases, frontier, pages, search
+from experiments.analysis import curves as report
 from experiments.config import Config
 from experiments.settings import mixed
 from scripts import claims, figures, rates

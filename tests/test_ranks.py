@@ -17,7 +17,7 @@ from ranked import plain
 
 from experiments import checkpoint
 from experiments.config import ExperimentError
-from experiments.ranks import ALONE, Ranks, join
+from experiments.distributed import ALONE, Ranks, join
 from experiments.training import train
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments import figure, pages, report, settings
+from experiments import settings
+from experiments.analysis import curves as report
+from experiments.analysis import figures as figure
+from experiments.analysis import pages
 from experiments.config import ExperimentError
 from scripts import collect, figures
 

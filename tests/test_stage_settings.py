@@ -108,7 +108,7 @@ def carried_and_dropped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     """Seeds of a student that is exactly its teacher, with the optimizer's state carried and dropped."""
     from conftest import TINY, composed
 
-    from experiments.compare import compare
+    from experiments.experiment import compare
 
     folders: dict[str, Path] = {}
     for state in ("carried", "dropped"):

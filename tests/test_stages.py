@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import checkpoint, ledger, training
+from experiments import checkpoint, training
+from experiments import run_log as ledger
 from experiments.config import ExperimentError
-from experiments.stages import is_complete
+from experiments.stage import is_complete
 
 Main = Callable[..., int]
 # One arm that needs the teacher: two stages of two seconds.

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from experiments import statistics
-from experiments.statistics import Reached, crossing, estimate, log_ratio, seeds_needed, verdict
+from experiments.analysis import statistics
+from experiments.analysis.statistics import Reached, crossing, estimate, log_ratio, seeds_needed, verdict
 
 
 def test_students_t_is_that_of_the_tables() -> None:

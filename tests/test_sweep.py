@@ -76,7 +76,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         asked.append(config)
         raise RuntimeError("a bug") if config.seed == 1 else ExperimentError("The images are gone.")
 
-    monkeypatch.setattr("experiments.compare.compare", fail)
+    monkeypatch.setattr("experiments.experiment.compare", fail)
     return asked
 
 
@@ -103,7 +103,7 @@ def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_what_it_runs(
     train_py: Main, failing: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_py("-m", "seed=0,1", "arms=[net2net,random_init]")
-    monkeypatch.setattr("experiments.compare.compare", lambda *_, **__: None)
+    monkeypatch.setattr("experiments.experiment.compare", lambda *_, **__: None)
     assert train_py("-m", "seed=1,2", "arms=net2net") == 0
     experiment = tmp_path / "runs/quickstart"
     both = ["net2net", "random_init"]

@@ -13,7 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from experiments import checkpoint, compare, locks, report, teachers, training
+from experiments import checkpoint, locks, teachers, training
+from experiments import experiment as compare
+from experiments.analysis import curves as report
 from experiments.config import ARMS, Config, ExperimentError, check
 from experiments.data import load
 from experiments.run import Run

@@ -13,7 +13,7 @@ import torch
 from loops import Quiet, network, same, small_job, without_seconds
 
 from experiments import checkpoint, files, locks, training
-from experiments.report import parse_curve
+from experiments.analysis.curves import parse_curve
 from experiments.training import Job, train
 from scripts import torture
 

@@ -4,10 +4,10 @@
 decoded; `splits.py` divides; `memory.py` and `streamed.py` give batches, and share `batching.py`.
 """
 
-from experiments.data.batching import complete_batches
-from experiments.data.memory import Images
-from experiments.data.sources import load
-from experiments.data.splits import Splits
-from experiments.data.streamed import Folder
+from .batching import complete_batches
+from .in_memory import Images
+from .sources import load
+from .splits import Splits
+from .streamed import Folder
 
 __all__ = ["Folder", "Images", "Splits", "complete_batches", "load"]

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from experiments.config import ExperimentError
-from experiments.randomness import generator
+from ..config import ExperimentError
+from ..randomness import generator
 
 EVERYTHING = slice(None)  # the share that one process alone takes of a batch
 

@@ -10,9 +10,9 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.config import ExperimentError
-from experiments.data.tree import Tree, centre, picture
-from experiments.files import writable
+from ..config import ExperimentError
+from ..files import writable
+from .image_folder import Tree, centre, picture
 
 ELSEWHERE = "set data.cache, or the variable NET2NET_CACHE, to a folder that can"
 _log = logging.getLogger(__name__)

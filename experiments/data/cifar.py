@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.config import ExperimentError
-from experiments.data.cache import ELSEWHERE
-from experiments.files import writable
+from ..config import ExperimentError
+from ..files import writable
+from .cache import ELSEWHERE
 
 PATIENCE = 20.0  # seconds without an answer before the network counts as absent
 

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from experiments.data.tree import picture
+from .image_folder import picture
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.config import Data, ExperimentError
-from experiments.data.cache import decoded
-from experiments.data.cifar import cifar10
-from experiments.data.memory import Images, statistics
-from experiments.data.splits import Splits, divide
-from experiments.data.streamed import Folder
-from experiments.data.tree import find_tree
-from experiments.randomness import generator
+from ..config import Data, ExperimentError
+from ..randomness import generator
+from .cache import decoded
+from .cifar import cifar10
+from .image_folder import find_tree
+from .in_memory import Images, statistics
+from .splits import Splits, divide
+from .streamed import Folder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # as every published ImageNet model
 IMAGENET_STD = (0.229, 0.224, 0.225)

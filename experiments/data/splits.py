@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from experiments.config import ExperimentError
-from experiments.data.memory import Images
-from experiments.data.streamed import Folder
+from ..config import ExperimentError
+from .in_memory import Images
+from .streamed import Folder
 
 
 @dataclass(frozen=True)

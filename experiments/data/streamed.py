@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.config import ExperimentError
-from experiments.data.batching import EVERYTHING, epoch_order, normaliser
-from experiments.data.parts import RandomPart
-from experiments.data.tree import centre, picture
-from experiments.randomness import derive_seed
+from ..config import ExperimentError
+from ..randomness import derive_seed
+from .batching import EVERYTHING, epoch_order, normaliser
+from .image_folder import centre, picture
+from .parts import RandomPart
 
 if TYPE_CHECKING:
     from PIL import Image

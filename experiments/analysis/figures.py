@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config import TEACHER
-from experiments.files import write
-from experiments.report import Curves, before, flops_unit, load, name, ordered, split_arm, spread
+from ..config import TEACHER
+from ..files import write
+from .curves import Curves, before, flops_unit, load, name, ordered, split_arm, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import costs, family, report, search
+from ..config import ARMS, TEACHER, flatten
+from ..settings import PER_RUN, distinct, mixed
+from . import cases as family
+from . import costs, search
+from . import curves as report
 from .claims import Finding
-from .config import ARMS, TEACHER, flatten
-from .figure import PAPER
+from .curves import Results
+from .figures import PAPER
 from .frontier import budgets, is_frontier
-from .report import Results
-from .settings import PER_RUN, distinct, mixed
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS, Estimate
 
 COMMAND = "python scripts/figures.py"

@@ -15,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .analysis.curves import COLUMNS
 from .config import ExperimentError
 from .files import write
-from .report import COLUMNS
 
 
 def write_curve(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from experiments.data.batching import EVERYTHING, epoch_order, normaliser
-from experiments.randomness import generator
+from ..randomness import generator
+from .batching import EVERYTHING, epoch_order, normaliser
 
 
 @dataclass(frozen=True)

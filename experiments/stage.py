@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, ledger, mirror, progress, report
+from . import checkpoint, progress
+from . import run_log as ledger
+from . import wandb_log as mirror
+from .analysis import curves as report
 from .config import TEACHER, ExperimentError, flatten
-from .device import describe
+from .machine import describe
 from .run import Run
 from .training import Job, train
 

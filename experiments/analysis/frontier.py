@@ -1,7 +1,8 @@
 """An experiment whose cases are training budgets: which share of a budget each arm needs."""
 
-from . import claims, report
-from .family import Cases
+from . import claims
+from . import curves as report
+from .cases import Cases
 
 
 def is_frontier(cases: Cases) -> bool:

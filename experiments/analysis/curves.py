@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.config import ARMS, TEACHER, ExperimentError
+from ..config import ARMS, TEACHER, ExperimentError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,10 +14,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from . import family, report, statistics
-from .config import TEACHER, ExperimentError, nearest
-from .report import Curves, Manifests, Point, Results
-from .settings import mixed
+from ..config import TEACHER, ExperimentError, nearest
+from ..settings import mixed
+from . import cases as family
+from . import curves as report
+from . import statistics
+from .curves import Curves, Manifests, Point, Results
 from .statistics import Estimate, Reached
 
 

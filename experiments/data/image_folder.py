@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.config import ExperimentError
+from ..config import ExperimentError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,9 +1,9 @@
 """An experiment whose cases are initial rates: which is best for which arm, with one training budget or several."""
 
-from . import report
-from .config import TEACHER
-from .family import Cases
-from .settings import varied
+from ..config import TEACHER
+from ..settings import varied
+from . import curves as report
+from .cases import Cases
 
 SEARCHED = ("schedule.epochs", "rates.", "case")  # what the cases of a search differ in
 

@@ -5,10 +5,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import family, report, search
-from .figure import FORMATS, LOOKS, MARKERS, band, canvas, save, seeds_phrase
+from . import cases as family
+from . import curves as report
+from . import search
+from .curves import flops_unit, ordered
+from .figures import FORMATS, LOOKS, MARKERS, band, canvas, save, seeds_phrase
 from .frontier import is_frontier
-from .report import flops_unit, ordered
 from .statistics import Estimate
 
 if TYPE_CHECKING:

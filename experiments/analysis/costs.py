@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import report
-from .report import Curves
+from . import curves as report
+from .curves import Curves
 
 COLUMNS = ("step", "examples", "flops", "seconds")
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from . import report, statistics
-from .config import ARMS, CONFIGS, TEACHER
-from .report import Curves, Manifests, Results, Spread
+from ..config import ARMS, CONFIGS, TEACHER
+from . import curves as report
+from . import statistics
+from .curves import Curves, Manifests, Results, Spread
 from .statistics import Estimate
 
 Cases = dict[str, tuple[Curves, Manifests]]  # name of the case -> what was run

@@ -13,15 +13,17 @@ from torch import nn
 
 import net2net
 
-from . import arms, checkpoint, figure, files, locks, progress, report, teachers
+from . import arms, checkpoint, files, locks, progress, teachers
+from .analysis import curves as report
+from .analysis import figures as figure
 from .config import FIRST, LENGTHS, TEACHER, Config, DivergedError, ExperimentError, arm_folders, steps
 from .data import complete_batches, load
-from .device import describe, pick_device
+from .distributed import join
+from .machine import describe, pick_device
 from .memory import keep_freed, out_of_memory
 from .optimizers import make_optimizer
-from .ranks import join
 from .run import Run
-from .stages import carry_out, is_complete
+from .stage import carry_out, is_complete
 from .training import learn
 
 
