@@ -4,11 +4,11 @@ Chen, Goodfellow and Shlens, "Net2Net: Accelerating learning via knowledge trans
 """
 
 from .blend import Blend
-from .describe import Description, Group, describe
 from .equivalence import Equivalence, equivalence
 from .errors import TransferError
+from .grow.describe import Description, Group, describe
+from .grow.widen import deepen, widen
 from .record import Axis, Origin, Transfer, load_record, save_record
-from .resize import deepen, widen
 from .transfer import random_pad, replay, transfer
 
 __all__ = [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
-from .units import Example, Inputs, run, tensors_in, unwrap
+from .trace.graph import Example, Inputs, run, tensors_in, unwrap
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .filling import entrywise, gathered, merged, named_tensors
+from .fill.gather import entrywise, gathered, merged, named_tensors
 from .record import NEW, Axis, Origin, Transfer
-from .units import unwrap
+from .trace.graph import unwrap
 
 FIRST = {"momentum_buffer", "exp_avg", "grad_avg"}
 SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .equivalence import Equivalence
 from .errors import TransferError
-from .mixture import Mixed
+from .plan.mixing import Mixed
 
 FORMAT = 1
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import identity
 from .equivalence import Equivalence, compare
 from .errors import TransferError, used_differently
-from .filling import SPLITS, add_noise, fill, named_tensors, parametrised, refuse_spectral_norm
-from .mapping import Plan, Rename, Unpaired, key_names, plan, teacher_names
-from .matching import candidates
-from .passage import signs, undone
+from .fill.gather import SPLITS, add_noise, fill, named_tensors, parametrised, refuse_spectral_norm
+from .plan import new_layers as identity
+from .plan.mapping import Plan, Rename, Unpaired, key_names, plan, teacher_names
+from .plan.names import candidates
+from .plan.sign_pairs import signs, undone
 from .record import MEAN, NEW, ZERO, Axis, Origin, Transfer
-from .units import Example, Inputs, Layer, Trace, run, tensors_in, trace, unwrap
+from .trace.graph import Example, Inputs, Layer, Trace, run, tensors_in, trace, unwrap
 
 
 def transfer(

@@ -30,8 +30,8 @@ from torchvision import models
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import net2net
-from net2net.mapping import plan
-from net2net.units import Inputs, trace
+from net2net.plan.mapping import plan
+from net2net.trace.graph import Inputs, trace
 from scripts.bench_training import print_choice, print_loader, print_loop, print_startup
 from scripts.measure import seconds, verdict
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from net2net import Origin, filling
+from net2net import Origin
+from net2net.fill import gather as filling
 
 
 def randomise(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> nn.Module:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from networks import Net, randomise
 from torch import Tensor, nn
 
-from net2net import TransferError, equivalence, filling, load_record, replay, save_record, transfer
+from net2net import TransferError, equivalence, load_record, replay, save_record, transfer
+from net2net.fill import gather as filling
 
 BAR = 1e-12
 Shape = tuple[int, int, int]  # groups, units that one reads, units that one gives

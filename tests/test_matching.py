@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
 
-from net2net import TransferError, equivalence, matching, transfer
-from net2net.matching import candidates
+from net2net import TransferError, equivalence, transfer
+from net2net.plan import names as matching
+from net2net.plan.names import candidates
 
 BAR = 1e-12
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import net2net
-from net2net import filling
-from net2net.frames import frames
+from net2net.fill import gather as filling
+from net2net.fill.isometry import frames
 
 pytestmark = pytest.mark.usefixtures("float64")
 

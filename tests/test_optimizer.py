@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
-from net2net import Blend, Transfer, TransferError, equivalence, filling, load_record, save_record, transfer
+from net2net import Blend, Transfer, TransferError, equivalence, load_record, save_record, transfer
+from net2net.fill import gather as filling
 
 BAR = 1e-12
 

@@ -11,7 +11,7 @@ from torchvision import models
 
 import net2net
 from experiments.models import build
-from net2net import filling
+from net2net.fill import gather as filling
 
 BAR = 1e-12
 

@@ -8,7 +8,7 @@ from networks import Net
 from torch import Tensor, nn
 
 from net2net import TransferError, describe, transfer, widen
-from net2net.recurrent import RECURRENT
+from net2net.trace.rules.recurrent import RECURRENT
 
 X = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torchvision import models
 
 import net2net
-from net2net import Blend, TransferError, deepen, equivalence, filling, load_record, replay, save_record, widen
+from net2net import Blend, TransferError, deepen, equivalence, load_record, replay, save_record, widen
+from net2net.fill import gather as filling
 
 BAR = 1e-10
 

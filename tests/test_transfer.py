@@ -20,7 +20,8 @@ from torchvision.models.shufflenetv2 import ShuffleNetV2
 
 import net2net
 from experiments.models import build
-from net2net import TransferError, equivalence, filling, transfer
+from net2net import TransferError, equivalence, transfer
+from net2net.fill import gather as filling
 
 BAR = 1e-12
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .filling import merged
-from .passage import NOTHING, Passage, gated
-from .ranges import ALL, Chain, Range, hull, image, total
+from ...fill.gather import merged
+from ...plan.sign_pairs import NOTHING, Passage, gated
+from ..activations import ALL, Chain, Range, hull, image, total
+from ..graph import PLAIN, Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 from .recurrent import RECURRENT
-from .units import PLAIN, Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
 
 Rule = Callable[[Trace, Call], None]
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import TransferError
+from ..errors import TransferError
 
 if TYPE_CHECKING:
-    from .units import Layer
+    from ..trace.graph import Layer
 
 Bends = tuple[tuple[str, float], ...]  # of each activation the layer before it, and the slope
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import TransferError
-from .filling import fill_new
+from ..errors import TransferError
+from ..fill.gather import fill_new
+from ..record import Origin
+from ..trace.activations import moved
+from ..trace.graph import Example, Inputs, Layer, run
 from .mapping import Plan
-from .ranges import moved
-from .record import Origin
-from .units import Example, Inputs, Layer, run
 
 
 def check_identity(plan: Plan) -> None:

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from .errors import TransferError
-from .frames import frames, isometry
-from .mixture import Mixed
-from .record import MEAN, NEW, ZERO, Axis, Origin, Transfer
-from .units import in_mode
+from ..errors import TransferError
+from ..plan.mixing import Mixed
+from ..record import MEAN, NEW, ZERO, Axis, Origin, Transfer
+from ..trace.graph import in_mode
+from .isometry import frames, isometry
 
 SPLITS = ("equal", "uneven", "paired")
 

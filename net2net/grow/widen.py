@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .blend import Blend
+from ..blend import Blend
+from ..errors import TransferError
+from ..fill.gather import parametrised, refuse_spectral_norm
+from ..record import Transfer
+from ..trace.graph import Example, Inputs, Trace, run, trace, unwrap
+from ..transfer import transfer
 from .describe import Description, Group, described
-from .errors import TransferError
-from .filling import parametrised, refuse_spectral_norm
-from .record import Transfer
-from .transfer import transfer
-from .units import Example, Inputs, Trace, run, trace, unwrap
 
 Widths = float | Mapping[str, float | int]
 

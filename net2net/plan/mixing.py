@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import used_differently
-from .units import PLAIN, Layer, Norm, Trace, in_order
+from ..errors import used_differently
+from ..trace.graph import PLAIN, Layer, Norm, Trace, in_order
 
 
 @dataclass(frozen=True)

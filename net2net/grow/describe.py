@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .mapping import close
-from .units import Example, Inputs, Layer, Trace, trace, unwrap
+from ..plan.mapping import close
+from ..trace.graph import Example, Inputs, Layer, Trace, trace, unwrap
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import TransferError, used_differently
-from .mixture import Mixed, mixed, streams
-from .passage import Bends, bends
-from .record import MEAN, NEW, ZERO
-from .units import Layer, Norm, Trace, in_order
+from ..errors import TransferError, used_differently
+from ..record import MEAN, NEW, ZERO
+from ..trace.graph import Layer, Norm, Trace, in_order
+from .mixing import Mixed, mixed, streams
+from .sign_pairs import Bends, bends
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .errors import TransferError
+from ..errors import TransferError
 
 SMALLEST = 9  # channels that are solved for together, at least: fewer have more equations than unknowns
 LARGEST = 1200  # entries of a block's Q: more take minutes

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import TransferError
-from .passage import NOTHING, Passage
-from .ranges import Chain, Range, hull
+from ..errors import TransferError
+from ..plan.sign_pairs import NOTHING, Passage
+from .activations import Chain, Range, hull
 
 
 @dataclass(frozen=True)
@@ -773,7 +773,7 @@ def _asks_for_mode(model: nn.Module) -> bool:
 
 
 def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> Any:
-    from .rules import EXPANSIONS, apply
+    from .rules.elementwise import EXPANSIONS, apply
 
     mode = _Mode(result, apply, EXPANSIONS)
     hooks = []
