@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.machine import describe as hardware  # noqa: E402 (the checkout is not installed)
 from net2net import TransferError, describe, equivalence, widen  # noqa: E402
+from net2net.testing import look_trained  # noqa: E402
 from scripts import zoo  # noqa: E402
-from scripts.trained import look_trained  # noqa: E402
 
 PAGE = ROOT / "results" / "timm.md"
 FACTOR = 1.5

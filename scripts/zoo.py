@@ -51,7 +51,7 @@ from experiments import files  # noqa: E402 (the checkout is not installed)
 from experiments.machine import describe  # noqa: E402
 from net2net import TransferError, equivalence, transfer  # noqa: E402
 from net2net.equivalence import compare  # noqa: E402
-from scripts.trained import look_trained  # noqa: E402
+from net2net.testing import look_trained  # noqa: E402
 
 PAGE = ROOT / "results" / "zoo.md"
 EXACT = 1e-10  # the largest relative error that counts as rounding, in float64

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams
 
 import net2net
+from net2net.testing import look_trained
 from scripts import zoo
-from scripts.trained import look_trained
 
 QUICK = "mobilenet_v3_small -> mobilenet_v3_small x2.0"
 
