@@ -6,23 +6,30 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint torture figures verify bench lock clean
+.PHONY: help setup demo test test-all lint docs torture figures verify bench lock clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.installed ## make .venv from requirements.lock
 
 demo: .venv/.installed ## grow a small network on real images and draw its curves: experiment=quickstart
 	$(RUN) train.py experiment=quickstart
 
-test: lint ## lint, types and all tests
+test: lint ## lint and the quick tests: under three minutes on two cores
 	WANDB_MODE=disabled $(RUN) -m pytest
 
-lint: .venv/.installed ## style, format and types
+test-all: lint ## lint and all tests
+	WANDB_MODE=disabled $(RUN) -m pytest -m ""
+
+lint: .venv/.installed ## style, format, imports between packages, and types
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(RUN) .venv/bin/lint-imports
 	$(RUN) -m basedpyright net2net experiments scripts train.py
+
+docs: .venv/.installed ## build the documentation in docs/_build; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build
 
 torture: .venv/.installed ## kill runs at 200 random moments, and compare what becomes of them
 	$(RUN) scripts/torture.py --kills 200
@@ -42,7 +49,7 @@ lock: .venv/bin/uv ## bring requirements.lock in step with pyproject.toml
 		--generate-hashes --custom-compile-command "make lock" $(LOCK_FLAGS) -o requirements.lock
 
 clean: ## remove the environment, builds and caches; runs and results stay
-	rm -rf .venv build net2net.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build docs/_build net2net.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock pins uv too, with its hashes.

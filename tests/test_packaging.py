@@ -138,4 +138,4 @@ def test_wheel_holds_net2net_alone_and_asks_for_torch_alone(tmp_path: Path) -> N
     assert header["Version"] == number
     required = [Requirement(r) for r in header.get_all("Requires-Dist", [])]
     assert [r.name for r in required if r.marker is None] == ["torch"]
-    assert set(header.get_all("Provides-Extra", [])) == {"experiments", "dev", "zoo"}
+    assert set(header.get_all("Provides-Extra", [])) == {"experiments", "dev", "docs", "zoo"}
