@@ -9,7 +9,8 @@ def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
     """The optimizer of a run; weight decay spares what has one dimension (batch norm, biases).
 
     RMSProp is the paper's (section 2); its decay and epsilon are not printed there, so they are those that
-    Inception was published with (Szegedy et al. 2015b: decay 0.9, epsilon 1.0) but for epsilon: PAPER.md, O6.
+    Inception was published with (Szegedy et al. 2015b: decay 0.9, epsilon 1.0) but for epsilon:
+    docs/reproduction.md, O6.
     """
     groups = [
         {"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": schedule.weight_decay},

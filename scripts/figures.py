@@ -2,8 +2,8 @@
 
 From results/curves and results/claims.yaml alone, offline: results/figures/*.png and .svg (a figure an experiment, and
 the paper's figures 4 to 6), results/README.md, and the block between the results markers of the README.md beside
-the results; from results/trials, the block between the trials markers of the PAPER.md there. The same curves give
-the same bytes.
+the results; from results/trials, the block between the trials markers of docs/reproduction.md there. The same
+curves give the same bytes.
 """
 
 import argparse
@@ -58,7 +58,10 @@ def write_pages(folder: Path, results: Results) -> list[str]:
     claims = folder / "claims.yaml"
     findings = [judge(claim, results) for claim in read_claims(claims)] if claims.is_file() else []
     write(folder / "README.md", results_readme(results, findings).encode())
-    blocks = {"README.md": ("results", summary(results, findings)), "PAPER.md": ("trials", trials(folder / "trials"))}
+    blocks = {
+        "README.md": ("results", summary(results, findings)),
+        "docs/reproduction.md": ("trials", trials(folder / "trials")),
+    }
     filled = {
         page: name for page, (name, text) in blocks.items() if fill_block(folder.resolve().parent / page, name, text)
     }

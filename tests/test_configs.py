@@ -58,13 +58,13 @@ def test_the_header_states_claim_command_and_what_to_expect(composed: Callable[.
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_open_questions_are_in_the_paper_notes(experiment: str) -> None:
-    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "PAPER.md").read_text(), re.M))
+    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "docs/reproduction.md").read_text(), re.M))
     assert known
     assert set(re.findall(r"\bO\d+\b", header(experiment))) <= known
 
 
 def test_code_that_names_an_open_question_names_one_that_exists() -> None:
-    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "PAPER.md").read_text(), re.M))
+    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "docs/reproduction.md").read_text(), re.M))
     for path in sorted([*ROOT.glob("experiments/**/*.py"), *ROOT.glob("net2net/*.py")]):
         assert set(re.findall(r"\bO\d+\b", path.read_text())) <= known, path
 

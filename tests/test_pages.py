@@ -20,7 +20,7 @@ from experiments.settings import mixed
 from scripts import claims, figures, rates
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "PAPER.md", "results/README.md")
+PAGES = ("README.md", "docs/reproduction.md", "results/README.md")
 Cases = Callable[..., list[Config]]
 
 
@@ -30,6 +30,7 @@ def copied(tmp_path: Path) -> Path:
     for name in ("curves", "trials"):
         shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
     shutil.copy(ROOT / "results/claims.yaml", tmp_path / "results")
+    (tmp_path / "docs").mkdir()
     for page in PAGES:
         shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
@@ -86,7 +87,7 @@ def sha(path: Path) -> str:
 def test_every_command_in_the_pages_composes(cases: Cases, page: str) -> None:
     text = html.unescape((ROOT / page).read_text())
     commands = {match.strip() for match in re.findall(r"python train\.py ([^`#\n]*experiment=[^`#\n]+)", text)}
-    assert commands or page == "PAPER.md"
+    assert commands or page == "docs/reproduction.md"
     for command in sorted(commands):
         words = [word for word in shlex.split(command) if not word.startswith(("-", "hydra"))]
         swept = "-m" in shlex.split(command)

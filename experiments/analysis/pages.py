@@ -1,4 +1,4 @@
-"""The pages that are made from curves: results/README.md, and the tables of README.md and PAPER.md."""
+"""The pages that are made from curves: results/README.md, and the tables of README.md and docs/reproduction.md."""
 
 import shlex
 from collections import Counter

@@ -1,7 +1,8 @@
 """The paper's Inception network (section 4.1): 3 convolutions, 11 modules, rectangular kernels.
 
 The paper gives its shape, not its channel counts: where it is silent the widths are those of the published
-Inception-BN (Ioffe and Szegedy 2015, figure 5). Open questions O1 to O4 in PAPER.md say what was chosen and why.
+Inception-BN (Ioffe and Szegedy 2015, figure 5). docs/reproduction.md, O1 to O4, says what was chosen and
+why.
 """
 
 import torch
