@@ -32,7 +32,7 @@ docs: .venv/.installed ## build the documentation in docs/_build; a warning is a
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build
 
 torture: .venv/.installed ## kill runs at 200 random moments, and compare what becomes of them
-	$(RUN) scripts/torture.py --kills 200
+	$(RUN) -m tests.torture --kills 200
 
 figures: .venv/.installed ## draw the figures and the table from results/curves
 	$(RUN) scripts/figures.py

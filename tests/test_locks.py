@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torture import context
 
 from experiments import locks
 from experiments.config import ExperimentError
-from scripts.torture import context
 
 
 def hold_on(folder: Path, fork: bool = False) -> None:

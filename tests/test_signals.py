@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torture
 from loops import Quiet, network, pictures, same, without_seconds
 
 from experiments import checkpoint, training
 from experiments.signals import Interrupted, Requests
 from experiments.training import Job, train
-from scripts import torture
 
 HEARD = (signal.SIGTERM, signal.SIGUSR2)
 Handler = Callable[[int, Any], None]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torture
 from rich.console import Console
 
 from experiments import checkpoint, locks, teachers, training
@@ -19,7 +20,7 @@ from experiments.analysis import curves as report
 from experiments.config import ARMS, Config, ExperimentError, check
 from experiments.data import load
 from experiments.run import Run
-from scripts import torture, verify
+from scripts import verify
 
 Make = Callable[..., Config]
 SMALL = [*torture.SETTINGS[1:], "schedule.epochs=8it", "schedule.evaluate=4it", "growth.calibrate=0"]

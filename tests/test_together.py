@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torture
 from conftest import TINY
 
 from experiments import command, locks
 from experiments import run_log as ledger
 from experiments.analysis import curves as report
 from experiments.analysis import figures as figure
-from scripts import torture
 
 LONG = [*torture.SETTINGS, "arms=[random_init]", "target=random_init", "schedule.epochs=1000ep"]
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torture
 from loops import Quiet, network, same, small_job, without_seconds
 
 from experiments import checkpoint, files, locks, training
 from experiments.analysis.curves import parse_curve
 from experiments.training import Job, train
-from scripts import torture
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     found = torture.torture(tmp_path, kills=20, seed=int.from_bytes(os.urandom(4), "big"))
     assert found.wrong == [] and found.kills == 20
-    assert found.in_write >= 3 and found.done >= 1
+    assert found.inside_write >= 3 and found.right >= 1
 
 
 def test_a_single_bit_would_be_noticed(tmp_path: Path) -> None:
