@@ -15,6 +15,7 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
+STARTS_FROM_TEACHER = ("net2net", "random_pad", "teacher_continued")
 CONTINUED = "teacher_continued"  # the arm that has no student
 TEACHER = "teacher"  # what the network is called that arms start from
 FIRST = "first"  # and the one that it is grown from, if it is
@@ -248,3 +249,24 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         result |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return result
+
+
+def split_arm(label: str) -> tuple[str | None, str]:
+    """(student, arm) of a folder's name: `wider_net2net` is ("wider", "net2net"); `net2net` has no student."""
+    for arm in (TEACHER, *ARMS):
+        if label == arm:
+            return None, arm
+        if label.endswith(f"_{arm}"):
+            return label.removesuffix(f"_{arm}"), arm
+    return None, label
+
+
+def ordered(labels: Iterable[str]) -> list[str]:
+    """The labels in reading order: teacher, each student's arms together, arms without a student."""
+
+    def key(label: str) -> tuple[bool, bool, str, int, str]:
+        student, arm = split_arm(label)
+        place = ARMS.index(arm) if arm in ARMS else len(ARMS)
+        return arm != TEACHER, student is None, student or "", place, label
+
+    return sorted(labels, key=key)

@@ -16,7 +16,17 @@ import net2net
 from . import arms, checkpoint, files, locks, progress, teachers
 from .analysis import curves as report
 from .analysis import figures as figure
-from .config import FIRST, LENGTHS, TEACHER, Config, DivergedError, ExperimentError, arm_folders, steps
+from .config import (
+    FIRST,
+    LENGTHS,
+    STARTS_FROM_TEACHER,
+    TEACHER,
+    Config,
+    DivergedError,
+    ExperimentError,
+    arm_folders,
+    steps,
+)
 from .data import complete_batches, load
 from .distributed import join
 from .machine import describe, pick_device
@@ -44,7 +54,7 @@ def compare(config: Config, console: Console, skip_busy: bool = False) -> Path |
     run = Run(config, ranks.in_turn(lambda: load(config.data)).to(device), device, console, ranks)
     networks = ranks.together(lambda: _checked_networks(run))
     stages = arm_folders(config.students, config.arms)
-    if {arm for arm, _ in stages.values()} & set(report.STARTS_FROM_TEACHER):
+    if {arm for arm, _ in stages.values()} & set(STARTS_FROM_TEACHER):
         stages = {TEACHER: (TEACHER, None)} | stages
     todo = [name for name, (arm, student) in stages.items() if not _done(run, name, arm, student)]
     _announce(run, networks, stages, todo)

@@ -1,5 +1,7 @@
 """One experiment of one seed on this machine: what its stages are made of, and where they lie."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -11,13 +13,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from . import arms, flops
-from .analysis import curves as report
 from .choice import Choice, choose
-from .config import TEACHER, Config
+from .config import CONTINUED, STARTS_FROM_TEACHER, TEACHER, Config, split_arm
 from .data import Splits
 from .distributed import ALONE, Ranks
-from .settings import determined, digest, trained_with
 from .training import Job
+
+# Of the schedule: what a stage has by another name, or another stage alone.
+OTHER_STAGES = ("teacher_epochs", "first_epochs", "teacher_decay", "teacher_augment")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Run:
 
         What was spent `before` counts as its own.
         """
-        arm = report.split_arm(name)[1]
+        arm = split_arm(name)[1]
         config = trained_with(self.config, arm)
         return Job(
             folder or self.folder / name,
@@ -95,7 +98,7 @@ class Run:
 
     def epochs(self, name: str) -> str:
         """How long a stage trains."""
-        return trained_with(self.config, report.split_arm(name)[1]).schedule.epochs
+        return trained_with(self.config, split_arm(name)[1]).schedule.epochs
 
     @cached_property
     def costs(self) -> dict[str | None, tuple[int, int]]:
@@ -131,7 +134,7 @@ class Run:
             settings["ranks"] = self.ranks.count
         if arm == TEACHER and self.earlier is not None:
             settings["first"] = self.earlier.teacher
-        if arm in report.STARTS_FROM_TEACHER:
+        if arm in STARTS_FROM_TEACHER:
             settings["teacher"] = self.teacher
         return settings
 
@@ -139,3 +142,46 @@ class Run:
     def teacher(self) -> str:
         """The teacher's name among all teachers: a hash of all that determines it."""
         return digest(self.settings(TEACHER, None))
+
+
+def trained_with(config: Config, arm: str) -> Config:
+    """The configuration with the schedule of one stage, where the teacher's or its heirs' is another."""
+    schedule = config.schedule
+    if arm == TEACHER:
+        length, decay = schedule.teacher_epochs or schedule.epochs, schedule.teacher_decay or schedule.decay
+        schedule = replace(schedule, epochs=length, decay=decay)
+    if arm in STARTS_FROM_TEACHER or (arm == TEACHER and config.first):
+        schedule = replace(schedule, warmup=config.growth.warmup or schedule.warmup)
+    return replace(config, schedule=schedule)
+
+
+def rate(config: Config, arm: str) -> float:
+    """The initial rate of a stage, a multiple of schedule.lr; that of a grown network for a teacher that is one."""
+    if arm == TEACHER:
+        return config.rates["net2net"] if config.first else 1.0
+    return config.rates[arm]
+
+
+def determined(config: Config, arm: str, student: str | None) -> dict[str, Any]:
+    """What the configuration says of the product of a stage, and nothing else: images, machine, teacher are missing."""
+    tree = asdict(trained_with(config, arm))
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "data": {key: value for key, value in tree["data"].items() if key not in ("root", "cache", "workers")},
+        "network": config.model | (config.teacher if student is None else config.students[student]),
+        "schedule": {key: value for key, value in tree["schedule"].items() if key not in OTHER_STAGES},
+    }
+    if arm == TEACHER:
+        settings["augment"] = config.schedule.teacher_augment
+    if arm != TEACHER or config.first:
+        settings["rate"] = rate(config, arm)
+    if arm == "net2net" or (arm == TEACHER and config.first):
+        settings["growth"] = tree["growth"]
+    if arm == CONTINUED:
+        settings["optimizer_state"] = config.growth.optimizer_state
+    return settings
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """The name of what these settings determine: a hash."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

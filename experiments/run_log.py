@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -15,9 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .analysis.curves import COLUMNS
 from .config import ExperimentError
 from .files import write
+
+Point = dict[str, float]  # column of curve.csv -> value; NaN where the cell is empty
+COLUMNS: tuple[str, ...] = (
+    *("step", "epoch", "examples", "seconds", "flops"),
+    *("train_loss", "train_accuracy", "holdout_loss", "holdout_accuracy", "test_loss", "test_accuracy"),
+)
 
 
 def write_curve(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
@@ -27,6 +33,29 @@ def write_curve(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
     table.writeheader()
     table.writerows({key: _shown(value) for key, value in row.items()} for row in rows)
     write(folder / "curve.csv", text.getvalue().encode())
+
+
+def parse_curve(data: bytes, name: str | Path) -> list[Point]:
+    """The points of a curve's CSV; `name` is what messages call it.
+
+    Raises ExperimentError if a column is missing, a cell is no number or there is no point.
+    """
+    heads, *rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""))) or [[]]
+    missing = [column for column in COLUMNS if column not in heads]
+    if missing:
+        raise ExperimentError(f"The curve {name} has no column {missing[0]}: run its arm again.")
+    places = [heads.index(column) for column in COLUMNS]
+    padding = [""] * len(heads)  # a row may be cut off
+    try:
+        points = [
+            dict(zip(COLUMNS, [float(cells[i]) if cells[i] else math.nan for i in places], strict=True))
+            for cells in (row + padding for row in rows if row)
+        ]
+    except ValueError as error:
+        raise ExperimentError(f"The curve {name} has a cell that is no number ({error}): run its arm again.") from None
+    if not points:
+        raise ExperimentError(f"The curve {name} has no rows: run its arm again.")
+    return points
 
 
 def _shown(value: float) -> float | str:

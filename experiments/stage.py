@@ -10,8 +10,7 @@ from torch import nn
 from . import checkpoint, progress
 from . import run_log as ledger
 from . import wandb_log as mirror
-from .analysis import curves as report
-from .config import TEACHER, ExperimentError, flatten
+from .config import STARTS_FROM_TEACHER, TEACHER, ExperimentError, flatten
 from .machine import describe
 from .run import Run
 from .training import Job, train
@@ -77,7 +76,7 @@ def carry_out(
         "parameters": sum(p.numel() for p in network.parameters()),
         "forward_flops": run.costs[student][0],
         "train_flops_per_image": job.flops,
-        "teacher": TEACHER if arm in report.STARTS_FROM_TEACHER else None,
+        "teacher": TEACHER if arm in STARTS_FROM_TEACHER else None,
         "complete": False,
     }
     provenance = ledger.provenance() | {"device": str(run.device), "hardware": describe(run.device)}

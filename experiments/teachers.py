@@ -19,8 +19,7 @@ import net2net
 from . import arms, checkpoint, locks
 from . import run_log as ledger
 from .config import FIRST, TEACHER, ExperimentError
-from .run import Run
-from .settings import rate
+from .run import Run, rate
 from .stage import carry_out, is_complete
 from .training import load_network
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.analysis.curves import COLUMNS
 from experiments.config import ARMS
+from experiments.run_log import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("teacher", *ARMS[:4])

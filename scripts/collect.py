@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.analysis.curves import arm_files, experiments, parse_curve, read_complete
+from experiments.analysis.curves import arm_files, experiments, read_complete, varied
 from experiments.config import ExperimentError
 from experiments.files import write
-from experiments.settings import varied
+from experiments.run_log import parse_curve
 
 # An absolute path inside a longer text; not the slashes of a URL, of `a/b` or of `~/a`.
 _PATH = re.compile(r"(?<![\w.~/-])/(?!/)[^\s'\"`,;:=()\[\]{}]+")

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import locks
-from experiments.analysis.curves import arm_files, ordered
+from experiments.analysis.curves import arm_files
+from experiments.config import ordered
 from experiments.progress import duration
 from experiments.sweep import FAILURE, PLAN, read_plan
 

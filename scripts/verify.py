@@ -26,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.analysis import curves as report
+from experiments.analysis.curves import mixed
 from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
-from experiments.settings import determined, digest, mixed
+from experiments.run import determined, digest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the machine decides, and no command says. Paths are shortened when curves are collected, on both sides.

@@ -11,9 +11,9 @@ from experiments.analysis import cases as family
 from experiments.analysis import claims, pages
 from experiments.analysis import curves as report
 from experiments.analysis.claims import Claim, judge, read_claims
-from experiments.analysis.curves import COLUMNS, Point, split_arm
 from experiments.analysis.statistics import HEADLINE_SEEDS
-from experiments.config import Config, ExperimentError
+from experiments.config import Config, ExperimentError, split_arm
+from experiments.run_log import COLUMNS, Point
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = read_claims(ROOT / "results/claims.yaml")

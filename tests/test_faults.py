@@ -15,9 +15,9 @@ import torture
 from loops import pictures
 
 from experiments import checkpoint, command, training
-from experiments.analysis.curves import parse_curve
 from experiments.config import ExperimentError
 from experiments.memory import out_of_memory
+from experiments.run_log import parse_curve
 
 ARM = "runs/quickstart/seed0/random_init"
 ALONE = (*torture.SETTINGS, "arms=random_init", "target=random_init", "schedule.epochs=12it", "schedule.evaluate=4it")

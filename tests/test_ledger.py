@@ -11,8 +11,9 @@ import pytest
 
 from experiments import checkpoint, files
 from experiments import run_log as ledger
-from experiments.analysis.curves import COLUMNS, load
+from experiments.analysis.curves import load
 from experiments.config import ExperimentError
+from experiments.run_log import COLUMNS
 
 
 def full(*_: object) -> None:

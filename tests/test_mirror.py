@@ -18,8 +18,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb_server import Server, serve
 
 from experiments import wandb_log as mirror
-from experiments.analysis.curves import COLUMNS
 from experiments.config import Config, check
+from experiments.run_log import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 MANIFEST = {"settings": {"seed": 0}, "parameters": 1, "forward_flops": 2, "commit": "abc", "hardware": "a CPU"}

@@ -15,8 +15,8 @@ import simulated
 from experiments.analysis import cases as family
 from experiments.analysis import costs, figure_cases, frontier, pages, search
 from experiments.analysis import curves as report
+from experiments.analysis.curves import mixed
 from experiments.config import Config
-from experiments.settings import mixed
 from scripts import claims, figures, rates
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments import settings
 from experiments.analysis import curves as report
 from experiments.analysis import figures as figure
 from experiments.analysis import pages
@@ -454,20 +453,20 @@ def test_a_line_for_each_student_in_the_summary() -> None:
 
 def test_curves_of_other_settings_are_told() -> None:
     records = [manifest("wider", "net2net", seed, b"") for seed in (0, 1)]
-    assert settings.mixed(records) == []
+    assert report.mixed(records) == []
     records[1]["config"]["schedule"]["lr"] = 0.02
     records[1]["config"]["data"]["root"] = "elsewhere"  # where the images lie changes nothing
     records[1]["precision"] = "float32"
-    assert settings.mixed(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
+    assert report.mixed(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
 
 
 def test_teachers_that_different_cases_trained_alike_are_alike() -> None:
     records = [manifest("wider", "teacher", seed, b"") for seed in (0, 1)]
     records = [record | {"settings": {"schedule": {"lr": 0.01}}} for record in records]
     records[1]["config"]["growth"] = {"noise": 0.5}
-    assert settings.mixed(records) == []
+    assert report.mixed(records) == []
     records[1]["settings"] = {"schedule": {"lr": 0.02}}
-    assert settings.mixed(records) == ["`schedule.lr` (0.01, 0.02)"]
+    assert report.mixed(records) == ["`schedule.lr` (0.01, 0.02)"]
 
 
 def test_a_result_that_was_edited_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

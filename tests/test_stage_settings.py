@@ -13,8 +13,7 @@ from rich.console import Console
 from experiments import arms, checkpoint, teachers
 from experiments.config import TEACHER, Config
 from experiments.data import load
-from experiments.run import Run
-from experiments.settings import trained_with
+from experiments.run import Run, trained_with
 from experiments.training import _batches
 
 Tiny = Callable[..., Config]

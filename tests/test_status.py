@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import locks, sweep
-from experiments.analysis.curves import COLUMNS
+from experiments.run_log import COLUMNS
 from scripts import bench_runs, status
 
 ROOT = Path(__file__).parents[1]

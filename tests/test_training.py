@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from experiments import checkpoint, flops, progress, training
 from experiments import machine as device
-from experiments.analysis.curves import parse_curve
 from experiments.config import ExperimentError, Schedule
 from experiments.optimizers import make_optimizer, rate_at
 from experiments.randomness import derive_seed, seed_layers
+from experiments.run_log import parse_curve
 from experiments.signals import Interrupted
 from experiments.training import Job, evaluate, train
 

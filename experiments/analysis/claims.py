@@ -15,11 +15,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..config import TEACHER, ExperimentError, nearest
-from ..settings import mixed
 from . import cases as family
 from . import curves as report
 from . import statistics
-from .curves import Curves, Manifests, Point, Results
+from .curves import Curves, Manifests, Point, Results, mixed
 from .statistics import Estimate, Reached
 
 

@@ -4,9 +4,7 @@ A curve is a list of points, one an evaluation; curves are kept as {arm: {seed: 
 spelled as its folder is (`net2net`, or `wider_net2net` where an experiment has several students).
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import re
@@ -15,21 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import ARMS, TEACHER, ExperimentError
+from ..config import STARTS_FROM_TEACHER, TEACHER, ExperimentError, flatten, ordered, split_arm
+from ..run_log import COLUMNS, Point, parse_curve
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Point = dict[str, float]  # column of curve.csv -> value; NaN where the cell is empty
 Curves = dict[str, dict[int, list[Point]]]
 Manifests = dict[str, dict[int, dict[str, Any]]]
 Results = Mapping[str, tuple[Curves, Manifests]]  # experiment, or experiment/case -> what was run
 
-COLUMNS: tuple[str, ...] = (
-    *("step", "epoch", "examples", "seconds", "flops"),
-    *("train_loss", "train_accuracy", "holdout_loss", "holdout_accuracy", "test_loss", "test_accuracy"),
-)
-STARTS_FROM_TEACHER = ("net2net", "random_pad", "teacher_continued")
+# Settings that may differ between seeds of one experiment without making their mean meaningless.
+PER_RUN = {
+    "seed",
+    "arms",
+    "claim",
+    "device",
+    "logger",
+    "runs",
+    "checkpoint_seconds",
+    "data.root",
+    "data.cache",
+    "data.workers",
+    # What the scale makes of the paper's network: it stands in `model`, too, where the network is that one.
+    "inception.slim",
+    "inception.stem",
+    "first",  # a teacher's hash of the network that it is grown from, its seed's
+}
 
 
 @dataclass(frozen=True)
@@ -54,50 +64,6 @@ class Row:
     reached: int  # seeds that reach it
     flops: Spread  # this arm alone
     flops_total: Spread | None  # with the teacher's, for arms that start from it; None: no teacher there
-
-
-def split_arm(label: str) -> tuple[str | None, str]:
-    """(student, arm) of a folder's name: `wider_net2net` is ("wider", "net2net"); `net2net` has no student."""
-    for arm in (TEACHER, *ARMS):
-        if label == arm:
-            return None, arm
-        if label.endswith(f"_{arm}"):
-            return label.removesuffix(f"_{arm}"), arm
-    return None, label
-
-
-def ordered(labels: Iterable[str]) -> list[str]:
-    """The labels in reading order: teacher, each student's arms together, arms without a student."""
-
-    def key(label: str) -> tuple[bool, bool, str, int, str]:
-        student, arm = split_arm(label)
-        place = ARMS.index(arm) if arm in ARMS else len(ARMS)
-        return arm != TEACHER, student is None, student or "", place, label
-
-    return sorted(labels, key=key)
-
-
-def parse_curve(data: bytes, name: str | Path) -> list[Point]:
-    """The points of a curve's CSV; `name` is what messages call it.
-
-    Raises ExperimentError if a column is missing, a cell is no number or there is no point.
-    """
-    heads, *rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""))) or [[]]
-    missing = [column for column in COLUMNS if column not in heads]
-    if missing:
-        raise ExperimentError(f"The curve {name} has no column {missing[0]}: run its arm again.")
-    places = [heads.index(column) for column in COLUMNS]
-    padding = [""] * len(heads)  # a row may be cut off
-    try:
-        points = [
-            dict(zip(COLUMNS, [float(cells[i]) if cells[i] else math.nan for i in places], strict=True))
-            for cells in (row + padding for row in rows if row)
-        ]
-    except ValueError as error:
-        raise ExperimentError(f"The curve {name} has a cell that is no number ({error}): run its arm again.") from None
-    if not points:
-        raise ExperimentError(f"The curve {name} has no rows: run its arm again.")
-    return points
 
 
 def read_arm(path: Path) -> list[Point]:
@@ -345,3 +311,27 @@ def table(experiment_dir: Path) -> "Table":
         costs = (cost_cell(row.flops, size), cost_cell(row.flops_total, size))
         result.add_row(row.arm, str(row.n), start, percent(row.final), steps, *costs)
     return result
+
+
+def varied(records: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """Each setting that should be the same in all of these manifests and is not, with its different values."""
+    # A precision of "auto" is another one on another device.
+    settings = [flatten(_decisive(record)) | {"precision": record.get("precision")} for record in records]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in PER_RUN)
+    found = {key: distinct(one.get(key) for one in settings) for key in keys}
+    return {key: values for key, values in found.items() if len(values) > 1}
+
+
+def _decisive(record: dict[str, Any]) -> dict[str, Any]:
+    """A teacher's own settings: the rest of its configuration is that of whichever case happened to train it."""
+    return record["settings"] if record.get("arm") == TEACHER else record["config"]
+
+
+def mixed(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The same as text: `schedule.lr (0.01, 0.02)` for each."""
+    return [f"`{key}` ({', '.join(values)})" for key, values in varied(records).items()]
+
+
+def distinct(values: Iterable[Any]) -> list[str]:
+    """The different ones among `values` as text, in order of appearance."""
+    return list(dict.fromkeys(str(value) for value in values))

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ARMS, TEACHER, flatten
-from ..settings import PER_RUN, distinct, mixed
 from . import cases as family
 from . import costs, search
 from . import curves as report
 from .claims import Finding
-from .curves import Results
+from .curves import PER_RUN, Results, distinct, mixed
 from .figures import PAPER
 from .frontier import budgets, is_frontier
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS, Estimate

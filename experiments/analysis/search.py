@@ -1,9 +1,9 @@
 """An experiment whose cases are initial rates: which is best for which arm, with one training budget or several."""
 
 from ..config import TEACHER
-from ..settings import varied
 from . import curves as report
 from .cases import Cases
+from .curves import varied
 
 SEARCHED = ("schedule.epochs", "rates.", "case")  # what the cases of a search differ in
 

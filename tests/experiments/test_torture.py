@@ -14,7 +14,7 @@ import torture
 from loops import Quiet, network, same, small_job, without_seconds
 
 from experiments import checkpoint, files, locks, training
-from experiments.analysis.curves import parse_curve
+from experiments.run_log import parse_curve
 from experiments.training import Job, train
 
 
