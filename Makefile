@@ -49,7 +49,7 @@ lock: .venv/bin/uv ## bring requirements.lock in step with pyproject.toml
 		--generate-hashes --custom-compile-command "make lock" $(LOCK_FLAGS) -o requirements.lock
 
 clean: ## remove the environment, builds and caches; runs and results stay
-	rm -rf .venv build docs/_build net2net.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build net2net.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock pins uv too, with its hashes.

@@ -29,6 +29,7 @@ INSTALLERS = (
     ".ci/run",
     "CITATION.cff",
     "CHANGELOG.md",
+    *(f".github/workflows/{name}.yml" for name in ("ci", "nightly", "docs", "release")),
 )
 
 
@@ -109,6 +110,24 @@ def test_make_lists_its_targets() -> None:
     assert done.returncode == 0, done.stderr
     (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert [line.split()[1] for line in done.stdout.splitlines()] == phony.split()
+
+
+def test_workflows_run_what_a_person_runs() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    minor = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    workflows = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert {f".github/workflows/{path.name}" for path in workflows} <= set(INSTALLERS)
+    for path in workflows:
+        steps = [step for job in yaml.safe_load(path.read_text())["jobs"].values() for step in job["steps"]]
+        versions = {step["with"]["python-version"] for step in steps if "python-version" in step.get("with", {})}
+        assert versions == {minor}, path
+        for target in re.findall(r"make ([\w-]+)", " ".join(step.get("run", "") for step in steps)):
+            assert f"\n{target}: " in makefile, f"{path}: there is no make {target}"
+
+
+def test_editable_install_finds_the_whole_checkout() -> None:
+    # setuptools then writes one path file with the root; else it would map net2net alone.
+    assert PYPROJECT["tool"]["setuptools"]["package-dir"] == {"": "."}
 
 
 def test_wheel_holds_net2net_alone_and_asks_for_torch_alone(tmp_path: Path) -> None:

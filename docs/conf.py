@@ -1,0 +1,40 @@
+"""Settings of the documentation: `make docs` builds it in docs/_build."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = "net2net"
+author = "The net2net authors"
+release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"net2net {release}"
+
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+
+
+def bring_in_results(_app: Sphinx, page: str, text: list[str]) -> None:
+    """Show results/README.md, which lies outside this folder, as the page `results`, and lead links to it there.
+
+    Its figures come along; its links to code and curves become plain text.
+    """
+    if page == "results":
+        whole = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+        figures = re.sub(r"!\[([^\]]*)\]\((figures/[^)]*)\)", r"![\1](../results/\2)", whole)
+        text[0] = re.sub(r"(?<!!)\[([^\[\]]*)\]\((?!http|#)[^)]*\)", r"\1", figures)
+    text[0] = text[0].replace("(../results/README.md", "(results.md")
+
+
+def setup(app: Sphinx) -> None:
+    """Register the hook above."""
+    app.connect("source-read", bring_in_results)
