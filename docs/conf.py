@@ -23,18 +23,16 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 
-def bring_in_results(_app: Sphinx, page: str, text: list[str]) -> None:
-    """Show results/README.md, which lies outside this folder, as the page `results`, and lead links to it there.
-
-    Its figures come along; its links to code and curves become plain text.
-    """
+def resolve_links(_app: Sphinx, page: str, text: list[str]) -> None:
+    """Show results/README.md as the page `results`; turn links to other files outside this folder into plain text."""
     if page == "results":
         whole = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
         figures = re.sub(r"!\[([^\]]*)\]\((figures/[^)]*)\)", r"![\1](../results/\2)", whole)
         text[0] = re.sub(r"(?<!!)\[([^\[\]]*)\]\((?!http|#)[^)]*\)", r"\1", figures)
-    text[0] = text[0].replace("(../results/README.md", "(results.md")
+    inside = text[0].replace("(../results/README.md", "(results.md")
+    text[0] = re.sub(r"(?<!!)\[([^\[\]]*)\]\(\.\./[^)]*\)", r"\1", inside)
 
 
 def setup(app: Sphinx) -> None:
     """Register the hook above."""
-    app.connect("source-read", bring_in_results)
+    app.connect("source-read", resolve_links)

@@ -1,4 +1,4 @@
-"""The document on growing one's own network: its blocks run in order, and print what it shows."""
+"""The documentation: its code runs and prints what it shows; the links, files and commands that it names exist."""
 
 import contextlib
 import io
@@ -9,26 +9,50 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.config import CONFIGS
+
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs" / "growing-your-own.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", TEXT, re.DOTALL)
+PAGES = sorted(["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+HEADERS = sorted(f"configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.yaml"))
 ROUNDING = re.compile(r"\d\.\d\de-\d\d")  # differs from machine to machine
 
 
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The blocks of Python on the page, each with the text block below it, or with an empty text."""
+    return re.findall(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", read(page), re.DOTALL)
+
+
 def same(shown: str, printed: str) -> bool:
-    """Whether this was printed, lines of three dots apart; rounding errors may be ten times what is shown, or 1e-6."""
+    """Tell whether `shown` was printed.
+
+    A line of three dots stands for any lines. A rounding error may be ten times the one that is shown, or 1e-6.
+    """
     errors = [[float(x) for x in ROUNDING.findall(text)] for text in (shown, printed)]
     small = not errors[1] or max(errors[1]) <= max([1e-6, *(10 * x for x in errors[0])])
     shown, printed = (re.sub(r"\d\.\d\de[-+]\d\d", "~", text) for text in (shown, printed))
     return small and OutputChecker().check_output(shown, printed, ELLIPSIS)
 
 
-def test_every_block_prints_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def anchors(page: str) -> set[str]:
+    """The names by which links can lead to a heading of the page."""
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_some_pages_have_code() -> None:
+    assert {page for page in PAGES if blocks(page)} >= {"README.md", "docs/growing-your-own.md", "docs/exactness.md"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_every_block_prints_what_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     torch.manual_seed(0)
     names: dict[str, object] = {}
-    assert len(BLOCKS) > 5
-    for code, shown in BLOCKS:
+    for code, shown in blocks(page):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, names)
         assert same(shown, printed.getvalue()), f"{code}\nprints\n{printed.getvalue()}"
@@ -42,6 +66,21 @@ def test_what_is_not_printed_is_not_accepted() -> None:
     assert not same("", line)
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(((?!http)[^)#]+)", TEXT):
-        assert (ROOT / "docs" / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", read(page)):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(str(file.resolve().relative_to(ROOT))), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HEADERS])
+def test_every_command_that_is_named_exists(page: str) -> None:
+    text = read(page)
+    for name in re.findall(r"train\.py.* experiment=([a-z_]\w*)", text):
+        assert (CONFIGS / "experiment" / f"{name}.yaml").exists(), name
+    targets = re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)
+    for script in re.findall(r"python (?:-m )?(scripts[/.]\w+)", text):
+        assert (ROOT / f"{script.replace('.', '/')}.py").exists(), script
