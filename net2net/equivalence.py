@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TransferError
-from .trace.graph import Example, Inputs, run, tensors_in, unwrap
+from .network import Example, Inputs, run, tensors_in, unwrap
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .fill.gather import entrywise, gathered, merged, named_tensors
+from .fill.gather import entrywise, gathered
+from .network import unwrap
 from .record import NEW, Axis, Origin, Transfer
-from .trace.graph import unwrap
+from .tensors import merge_groups, named_tensors
 
 FIRST = {"momentum_buffer", "exp_avg", "grad_avg"}
 SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
@@ -38,7 +39,7 @@ def gradients(record: Transfer, theirs: Mapping[str, Tensor], student: nn.Module
 
 def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor:
     """A teacher's gradient, or the `power`-th moment of one, in the student's shape; NaN where it is not known."""
-    source = merged(source, *origin.merged, between=float("nan"))
+    source = merge_groups(source, *origin.merged, between=float("nan"))
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
     padded = any(axis.means and not axis.reads for axis in origin.axes.values())  # the mean's gradient falls to all
     padded |= any(axis.reads and axis.signed for axis in origin.axes.values())  # no unit of a pair is the teacher's

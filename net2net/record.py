@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from .equivalence import Equivalence
 from .errors import TransferError
-from .plan.mixing import Mixed
 
 FORMAT = 1
 
@@ -51,6 +50,27 @@ class Axis:
     def signed(self) -> bool:
         """Whether it reads pairs of units, which are no copies of each other."""
         return bool((self.share < 0).any())
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One axis of a student tensor that is the teacher's times a matrix, made of the stream's `frames`.
+
+    `how` says which: `stream` (Q, for what is on the stream), `before` (A, for what the norm that begins it sees), or
+    `behind` (Q, for what reads another norm on the stream, whose weight and bias, `norm`, it takes in). `first` and
+    `other` stand for the weights of the first and the other norms, `bias` for the biases of those. `begins` is the
+    teacher's weight of the norm that begins the stream, `widths` are the stream's in teacher and student. `rows` and
+    `columns` are the channels of the entries of the student's and the teacher's axis, those of several positions one
+    after the other.
+    """
+
+    dim: int
+    how: str
+    begins: str | None
+    widths: tuple[int, int]
+    norm: tuple[str | None, str | None]
+    rows: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True, eq=False)

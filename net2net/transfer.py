@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from .equivalence import Equivalence, compare
 from .errors import TransferError, used_differently
-from .fill.gather import SPLITS, add_noise, fill, named_tensors, parametrised, refuse_spectral_norm
+from .fill.gather import SPLITS, add_noise, fill
+from .network import Example, Inputs, run, tensors_in, unwrap
 from .plan import new_layers as identity
 from .plan.mapping import Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .plan.names import candidates
 from .plan.sign_pairs import signs, undone
 from .record import MEAN, NEW, ZERO, Axis, Origin, Transfer
-from .trace.graph import Example, Inputs, Layer, Trace, run, tensors_in, trace, unwrap
+from .tensors import named_tensors, parametrised, refuse_spectral_norm
+from .trace.facts import Key, Layer
+from .trace.graph import SeenAs, Trace
+from .trace.tracer import trace
 
 
 def transfer(
@@ -103,7 +107,8 @@ def transfer(
         if not absorbed[0]:
             raise
         generator.set_state(state)
-        traces = trace(teacher, inputs, absorbed=absorbed[0]), trace(student, inputs, absorbed=absorbed[1])
+        theirs, mine = (SeenAs(scale_absorbed=each) for each in absorbed)
+        traces = trace(teacher, inputs, theirs), trace(student, inputs, mine)
         try:
             record = _first(grow, attempts, generator)
         except TransferError:
@@ -173,7 +178,8 @@ def _absorbed(traces: tuple[Trace, Trace], rename: Rename) -> tuple[frozenset[st
     The root of the width behind an embedding, say, before positions are added: what reads the sum cannot undo it.
     """
     theirs, mine = (
-        {layer: next(iter(by)) for layer, by in each.numbers.items() if len(by) == 1 and by != {1.0}} for each in traces
+        {layer: next(iter(by)) for layer, by in each.multipliers.items() if len(by) == 1 and by != {1.0}}
+        for each in traces
     )
     try:
         names = teacher_names(traces[1], traces[0], rename)
@@ -188,24 +194,32 @@ def _alike(teacher: nn.Module, inputs: Inputs, traces: tuple[Trace, Trace], rena
     theirs, mine = traces
     names = teacher_names(mine, theirs, rename)
     depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in traces]
-    one = {names[name] for name in depthwise[1] | mine.values.keys()} - depthwise[0] - theirs.values.keys()
+    one = {names[name] for name in depthwise[1] | mine.parameters.values.keys()}
+    one = {Key(name) for name in one - depthwise[0] - theirs.parameters.values.keys() if name is not None}
     split = {
-        f"{other}|groups" for name in mine.inner if (other := names[name]) is not None and other not in theirs.inner
+        Key(other, "groups")
+        for name in mine.parameters.inner
+        if (other := names[name]) is not None and other not in theirs.parameters.inner
     }
     keys = key_names(names)
     alike = one | split | ({keys(c.key) for c in mine.contractions} - {c.key for c in theirs.contractions})
-    met = {keys(key) for key in mine.relations.keys() - theirs.relations.keys()}
-    alike |= {key for key in met - theirs.relations.keys() if key is not None and key[:-2] in theirs.keys}
-    alike = frozenset(name for name in alike if name is not None)
+    met = {keys(key) for key in mine.units.relations.keys() - theirs.units.relations.keys()}
+    alike |= {
+        key
+        for key in met - theirs.units.relations.keys()
+        if key is not None and replace(key, part="") in theirs.units.met
+    }
     merged = {}
     for layer in mine.layers.values():
         other = theirs.layers.get(names.get(layer.name) or "")
         if other is not None and (groups := layer.options.get("groups", 1)) < (more := other.options.get("groups", 1)):
             times = -(-more // groups)
-            room = mine.tensors[layer.name].shape[1] // theirs.tensors[other.name].shape[1]
+            room = mine.parameters.tensors[layer.name].shape[1] // theirs.parameters.tensors[other.name].shape[1]
             merged |= {other.name: times} if times <= room else {}
-    alike -= merged.keys()
-    return (trace(teacher, inputs, alike, merged, theirs.absorbed), mine) if alike or merged else traces
+    as_grouped = frozenset(key for key in alike if key is not None) - {Key(name) for name in merged}
+    if not as_grouped and not merged:
+        return traces
+    return trace(teacher, inputs, SeenAs(as_grouped, merged, theirs.seen_as.scale_absorbed)), mine
 
 
 Attempt = tuple[Rename, bool, bool]  # how layers are paired, then what `plan` calls `passing_all` and `paired`
@@ -264,10 +278,12 @@ def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator:
     builder = _Builder(plan)
     if split != "pad":  # which promises no function
         builder.check_numbers()
-    origins = {name: builder.origin(name) for name in plan.student.tensors}
+    origins = {name: builder.origin(name) for name in plan.student.parameters.tensors}
     for name, module, weight in parametrised(student):
         key = f"{name}.{weight}".lstrip(".")
-        if (theirs := plan.names.get(key)) and plan.student.tensors[key].shape != plan.teacher.tensors[theirs].shape:
+        if (theirs := plan.names.get(key)) and plan.student.parameters.tensors[
+            key
+        ].shape != plan.teacher.parameters.tensors[theirs].shape:
             refuse_spectral_norm(module, weight, key)
     for module in plan.eps:
         if not hasattr(student.get_submodule(module), "eps"):
@@ -279,7 +295,10 @@ def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator:
             origins[name] = _padded(origins[name], role, factor**0.5 if role == "weight" else 1.0)
     for name in [name for name in origins if builder.is_tied(name)]:
         origins |= builder.untied(name, origins)
-    shapes = ({name: tuple(t.shape) for name, t in trace.originals.items()} for trace in (plan.teacher, plan.student))
+    shapes = (
+        {name: tuple(t.shape) for name, t in trace.parameters.originals.items()}
+        for trace in (plan.teacher, plan.student)
+    )
     return Transfer(origins, split, noise, plan.eps, generator.get_state(), tuple(shapes))  # type: ignore[arg-type]
 
 
@@ -306,15 +325,15 @@ class _Builder:
         copied = plan.teacher_of[real]
         self.count = torch.zeros(len(plan.teacher_roots), dtype=torch.long)
         self.count.index_add_(0, copied[copied >= 0], torch.ones_like(copied[copied >= 0]))
-        apart = student.roots_apart()
+        apart = plan.units.roots_without_contractions()
         left = [c.left for c in student.contractions]
         self.open = {int(r) for labels in left for r in plan.student_roots[labels].unique()}
         self.left = torch.unique(apart[torch.cat(left)]) if left else torch.empty(0, dtype=torch.long)
-        self.apart, self.teacher_apart = apart, plan.teacher.roots_apart()
+        self.apart, self.teacher_apart = apart, plan.teacher_units.roots_without_contractions()
         self.padded_norms = {
             norm.tensors["weight"].rpartition(".")[0] for norm, _ in plan.rescaled.values() if norm.tensors
         }
-        told = [*student.reasons, *student.pinned]
+        told = [*plan.units.whole, *plan.units.pinned]
         self.why = [(set(plan.student_roots[labels].tolist()), why) for labels, why in told]
         self.gains = self._softmax_gains()
 
@@ -326,8 +345,8 @@ class _Builder:
         plan = self.plan
         logits = {int(r) for c in plan.student.contractions for r in plan.student_roots[c.left].unique()}
         key_of = key_names(plan.names)
-        for key, (numbers, units, call) in plan.student.fixed.items():
-            theirs = plan.teacher.fixed.get(key_of(key) or "")
+        for key, (numbers, units, call) in plan.student.fixed_gains.items():
+            theirs = plan.teacher.fixed_gains.get(key_of(key) or Key(""))
             if theirs is None or theirs[0] == numbers or logits & set(plan.student_roots[units].tolist()):
                 continue
             mine, other = (", ".join(f"{number:.4g}" for number in each) for each in (numbers, theirs[0]))
@@ -339,8 +358,8 @@ class _Builder:
     def _softmax_gains(self) -> dict[int, float]:
         """For queries whose logits the student scales by another number than its teacher, by what to multiply them."""
         gains = {}
-        for key, (gain, _, units) in self.plan.student.gains.items():
-            theirs = self.plan.teacher.gains.get(key)
+        for key, (gain, _, units) in self.plan.student.softmax_gains.items():
+            theirs = self.plan.teacher.softmax_gains.get(key)
             if theirs is not None and theirs[0] != gain:
                 heads = set(self.plan.student_roots[units].tolist())
                 for contraction in self.plan.student.contractions:
@@ -353,20 +372,22 @@ class _Builder:
         plan, theirs = self.plan, self.plan.names[name]
         if theirs is None:
             return self._new(name)
-        mine, other = plan.student.tensors[name], plan.teacher.tensors[theirs]
+        mine, other = plan.student.parameters.tensors[name], plan.teacher.parameters.tensors[theirs]
         if mine.dim() != other.dim():
             raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
-        if (name in plan.student.values) != (theirs in plan.teacher.values):
+        if (name in plan.student.parameters.values) != (theirs in plan.teacher.parameters.values):
             raise used_differently(name)
         layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
         factor = 1.0
         if layer and counterpart and layer.kind == "mix":
             factor = counterpart.gain / layer.gain * self._undone(layer)
         factor *= self._absorbed(name, theirs)
-        if name in plan.student.values:
-            if name in plan.student.axes or theirs in plan.teacher.axes:
+        if name in plan.student.parameters.values:
+            if name in plan.student.parameters.axes or theirs in plan.teacher.parameters.axes:
                 return self._whole(name, theirs, "a layer reads it, and another adds it up")
-            axis, rows = self._axis(name, plan.student.values[name], plan.teacher.values[theirs], 0, False)
+            axis, rows = self._axis(
+                name, plan.student.parameters.values[name], plan.teacher.parameters.values[theirs], 0, False
+            )
             mixed = plan.mixed.get(name, ())
             return Origin("shared", theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=mixed)
         axes, rows = {}, None
@@ -378,13 +399,13 @@ class _Builder:
                     "the student use it differently, or one of them not at all."
                 )
             if units is not None and source is not None:
-                reads = plan.student.read_axis.get(name) == dim
+                reads = plan.student.parameters.read_axis.get(name) == dim
                 axes[dim], scaled = self._axis(name, units, source, dim, reads)
                 rows = scaled if dim == 0 else rows
             elif dim > 1 and layer is not None and counterpart is not None and layer.options:
                 if (taps := _taps(layer, counterpart, mine.shape[dim], other.shape[dim], dim - 2)) is not None:
                     axes[dim] = taps
-            elif mine.shape[dim] != other.shape[dim] and layer is None and name not in plan.student.axes:
+            elif mine.shape[dim] != other.shape[dim] and layer is None and name not in plan.student.parameters.axes:
                 raise TransferError(
                     f"{name} has shape {tuple(mine.shape)}, the teacher's {tuple(other.shape)}, and the forward pass "
                     "on this example does not use it: give an example that does."
@@ -400,25 +421,25 @@ class _Builder:
     def _absorbed(self, name: str, theirs: str) -> float:
         """By what a layer's weight or bias is multiplied for the sake of what its result is multiplied by."""
         mine, other = (
-            next((n for n in each.absorbed if t in each.layers[n].tensors.values()), None)
+            next((n for n in each.seen_as.scale_absorbed if t in each.layers[n].tensors.values()), None)
             for each, t in ((self.plan.student, name), (self.plan.teacher, theirs))
         )
         if mine is None or other is None:
             return 1.0
-        return next(iter(self.plan.teacher.numbers[other])) / next(iter(self.plan.student.numbers[mine]))
+        return next(iter(self.plan.teacher.multipliers[other])) / next(iter(self.plan.student.multipliers[mine]))
 
     def _undone(self, layer: Layer) -> float:
         """By what its weight is multiplied for the sake of what its units have passed in new layers."""
-        bends = layer.past.bends if layer.past.bends[:1] and layer.past.bends[0][0] in self.plan.bends else ()
-        return undone(layer.past, bends, self.plan.silent)
+        bends = layer.passage.bends if layer.passage.bends[:1] and layer.passage.bends[0][0] in self.plan.bends else ()
+        return undone(layer.passage, bends, self.plan.silent)
 
     def _merged(self, theirs: str) -> tuple[int, int]:
         """Into how many groups a layer of the teacher's falls, and how many of them are one here."""
-        times = self.plan.teacher.merged.get(theirs, 1)
+        times = self.plan.teacher.seen_as.merged_groups.get(theirs, 1)
         return (self.plan.teacher.layers[theirs].options["groups"], times) if times > 1 else (1, 1)
 
     def _whole(self, name: str, theirs: str, why: str) -> Origin:
-        if self.plan.student.tensors[name].shape != self.plan.teacher.tensors[theirs].shape:
+        if self.plan.student.parameters.tensors[name].shape != self.plan.teacher.parameters.tensors[theirs].shape:
             raise TransferError(f"{name} cannot grow: {why}.")
         return Origin("shared", theirs)
 
@@ -429,7 +450,7 @@ class _Builder:
         if name in self.new and layer is not None and layer.kind == "mix" and name in plan.identity:
             assert layer.produces is not None and layer.reads is not None
             produced, read = self._entries_of(layer.produces), self._entries_of(layer.reads)
-            groups = plan.student.inner[name][1] if name in plan.student.inner else 1
+            groups = plan.student.parameters.inner[name][1] if name in plan.student.parameters.inner else 1
             axes = {0: _axis(produced, False), 1: self._reading(read, plan.student_roots[layer.reads], groups)}
             turned = self._turned(name, layer.produces)
             return Origin("identity", axes=axes, fill="pass", factor=self._undone(layer), rows=turned)
@@ -469,7 +490,7 @@ class _Builder:
         """One axis of a tensor that both networks have, and by what its entries are multiplied."""
         plan = self.plan
         roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
-        inner = plan.student.inner.get(name)
+        inner = plan.student.parameters.inner.get(name)
         groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
         if inner is not None and dim == 1:
             index = self._inside(name, units, source, groups)
@@ -480,7 +501,7 @@ class _Builder:
         rows, share = None, None
         if reads:
             layer = plan.student.layers.get(name)
-            kept = layer is not None and layer.normed in self.padded_norms
+            kept = layer is not None and layer.after_norm in self.padded_norms
             index = torch.where(index >= 0, index, torch.where((index <= ZERO) & kept, NEW, ZERO))
         else:
             apart = self.apart[units]
@@ -522,7 +543,7 @@ class _Builder:
     def _inside(self, name: str, units: Tensor, source: Tensor, groups: int) -> Tensor:
         """The axis inside a group: for every student group its places in the teacher's group that it copies."""
         plan = self.plan
-        other = plan.teacher.inner.get(plan.names[name] or "")
+        other = plan.teacher.parameters.inner.get(plan.names[name] or "")
         if other is None:
             raise TransferError(f"{name} is in groups that its teacher's counterpart does not fit into.")
         theirs = plan.teacher_roots[source].reshape(other[1], -1)
@@ -566,9 +587,9 @@ class _Builder:
 
     def is_tied(self, name: str) -> bool:
         """Whether a table of embeddings is the weight of a layer, too, and grows."""
-        axis = self.plan.student.read_axis.get(name)
+        axis = self.plan.student.parameters.read_axis.get(name)
         layer = self.plan.student.layers.get(name)
-        entries = None if axis is None or layer is None else self.plan.student.axes[name][axis]
+        entries = None if axis is None or layer is None else self.plan.student.parameters.axes[name][axis]
         tied = layer is not None and layer.options.get("embedding") and entries is not None
         if not tied or entries is None:
             return False
@@ -577,9 +598,9 @@ class _Builder:
 
     def untied(self, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
         """A tied table holds copies as they are; the norm before the layer that reads it takes the shares instead."""
-        student, axis = self.plan.student, self.plan.student.read_axis[name]
+        student, axis = self.plan.student, self.plan.student.parameters.read_axis[name]
         layer = student.layers[name]
-        norm = student.layers.get(layer.normed or "")
+        norm = student.layers.get(layer.after_norm or "")
         before = [student.layers[source] for source in sorted(layer.sources) if source in student.layers]
         if norm is not None and "weight" in norm.tensors and self._readers(norm.name) == [name]:
             takers = [norm]
@@ -614,13 +635,17 @@ class _Builder:
 
     def _readers(self, name: str) -> list[str]:
         """The layers that read what a layer produces, or a norm passes on."""
-        return [other.name for other in self.plan.student.layers.values() if name in other.sources | other.via]
+        return [other.name for other in self.plan.student.layers.values() if name in other.sources | other.norms_since]
 
     def _takes_shares(self, layer: Layer, reader: str) -> bool:
         """Whether the units of `layer` may be scaled for the sake of the one layer that reads them."""
         student = self.plan.student
         own = layer.kind == "mix" and layer.name != reader and self.plan.names[layer.name] is not None
-        first = own and student.axes[layer.name][0] is layer.produces and student.read_axis[layer.name] != 0
+        first = (
+            own
+            and student.parameters.axes[layer.name][0] is layer.produces
+            and student.parameters.read_axis[layer.name] != 0
+        )
         return bool(first) and self._readers(layer.name) == [reader]
 
 
@@ -635,9 +660,9 @@ def _padded(origin: Origin, role: str, factor: float) -> Origin:
 
 def _entries(trace: Trace, name: str, dim: int) -> Tensor | None:
     """The labels of a tensor's axis; of one inside groups those of every group in turn."""
-    if name in trace.inner and dim == 1:
-        return trace.inner[name][0]
-    return trace.axes[name][dim] if name in trace.axes else None
+    if name in trace.parameters.inner and dim == 1:
+        return trace.parameters.inner[name][0]
+    return trace.parameters.axes[name][dim] if name in trace.parameters.axes else None
 
 
 def _axis(
@@ -741,7 +766,7 @@ def _on_others(
     With it the difference that rounding may make there, if it is not small `enough`: far from its data a deep network
     can amplify it without bound. None if no such inputs serve.
     """
-    for others in (inputs.others(), inputs.others(numbers=None)):
+    for others in (inputs.draw_like(), inputs.draw_like(numbers=None)):
         try:
             theirs = run(teacher, others)
         except TransferError:
@@ -752,14 +777,18 @@ def _on_others(
                 return measured, enough
             # Rounding disturbs every layer, this the input alone, by little: 1e4 times its effect leaves room for that.
             # A hundredth of the output is no rounding, however deep the network.
-            beside = others.each(lambda x: x * (1 + 4 * torch.finfo(x.dtype).eps) if x.is_floating_point() else x)
+            beside = others.map(lambda x: x * (1 + 4 * torch.finfo(x.dtype).eps) if x.is_floating_point() else x)
             return measured, max(enough, min(1e4 * compare(theirs, run(teacher, beside)).max_relative, 1e-2))
     return None
 
 
 def _tolerance(plan: Plan) -> float:
     """The relative difference that rounding may make: the square root of the coarsest precision."""
-    floating = [t for t in (*plan.student.tensors.values(), *plan.teacher.tensors.values()) if t.is_floating_point()]
+    floating = [
+        t
+        for t in (*plan.student.parameters.tensors.values(), *plan.teacher.parameters.tensors.values())
+        if t.is_floating_point()
+    ]
     return max((torch.finfo(t.dtype).eps for t in floating), default=torch.finfo(torch.float32).eps) ** 0.5
 
 

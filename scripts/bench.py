@@ -30,8 +30,9 @@ from torchvision import models
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import net2net
+from net2net.network import Inputs
 from net2net.plan.mapping import plan
-from net2net.trace.graph import Inputs, trace
+from net2net.trace.tracer import trace
 from scripts.bench_training import print_choice, print_loader, print_loop, print_startup
 from scripts.measure import seconds, verdict
 

@@ -72,7 +72,7 @@ def test_one_grouped_convolution_behind_another() -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
 def test_without_the_zeros_between_them_is_refused(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = (grouped(shape, transposed) for shape in PACKED["three in two"])
-    monkeypatch.setattr(filling, "merged", lambda w, _, times: w if times == 1 else w.repeat(1, times, 1, 1))
+    monkeypatch.setattr(filling, "merge_groups", lambda w, _, times: w if times == 1 else w.repeat(1, times, 1, 1))
     with pytest.raises(TransferError, match="does not compute its teacher's function"):
         transfer(teacher, student, images())
 

@@ -757,7 +757,7 @@ class TestRefusals:
     def test_of_an_unknown_split_and_of_an_example_that_is_no_tensor(self) -> None:
         with pytest.raises(TransferError, match="split 'odd' is unknown: it is one of equal, uneven"):
             transfer(chain(3), chain(4), images(), split="odd")
-        with pytest.raises(TransferError, match="example is a tensor, a tuple"):
+        with pytest.raises(TransferError, match="example must be a tensor, a tuple"):
             transfer(chain(3), chain(4), [images()])
 
     @pytest.mark.parametrize("grow", [transfer, net2net.random_pad])

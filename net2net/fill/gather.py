@@ -4,50 +4,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import TransferError
-from ..plan.mixing import Mixed
-from ..record import MEAN, NEW, ZERO, Axis, Origin, Transfer
-from ..trace.graph import in_mode
+from ..record import MEAN, NEW, ZERO, Axis, Mixed, Origin, Transfer
+from ..tensors import computed, merge_groups, named_tensors, parametrised
 from .isometry import frames, isometry
 
 SPLITS = ("equal", "uneven", "paired")
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name; a weight that a parametrisation computes stands for what it is made of."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, module, weight in parametrised(model):
-        prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
-        tensors[f"{name}.{weight}".lstrip(".")] = _computed(module, weight)
-    return tensors
-
-
-def _computed(module: nn.Module, weight: str) -> Tensor:
-    """A parametrised weight as in eval mode: in training a spectral norm changes its buffers whenever it is read."""
-    with in_mode(module.parametrizations[weight], training=False):  # type: ignore[index]
-        return getattr(module, weight).detach()
-
-
-def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Every module with a parametrised weight: its name, itself, the name of the weight."""
-    return [
-        (name, module, weight)
-        for name, module in model.named_modules()
-        if parametrize.is_parametrized(module)
-        for weight in module.parametrizations  # type: ignore[union-attr]
-    ]
-
-
-def refuse_spectral_norm(module: nn.Module, weight: str, name: str) -> None:
-    """Raise TransferError if the parametrised weight, which `name` is the name of and which grows, has one."""
-    if any(isinstance(part, _SpectralNorm) for part in module.parametrizations[weight]):  # type: ignore[index, union-attr]
-        raise TransferError(
-            f"{name} has a spectral norm, which divides by the largest singular value: that of copies is another one."
-        )
 
 
 @torch.no_grad()
@@ -63,7 +26,7 @@ def fill(teacher: nn.Module, student: nn.Module, record: Transfer, pad: bool = F
         target = mine[name]
         if origin.how == "shared":
             assert origin.teacher is not None
-            source = merged(theirs[origin.teacher], *origin.merged)
+            source = merge_groups(theirs[origin.teacher], *origin.merged)
             if name in matrices:
                 source, origin = _mixed(source, origin, matrices[name])
             made = (
@@ -83,7 +46,7 @@ def _assign(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
     """Set a parametrised weight, through the parametrisation's own inverse, and see whether it can hold the value."""
     try:
         setattr(module, weight, value)
-        held = _computed(module, weight)
+        held = computed(module, weight)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise TransferError(f"The parametrisation of {name} cannot be given a weight: {error}") from error
     if not torch.allclose(held, value, rtol=torch.finfo(value.dtype).eps ** 0.75, atol=torch.finfo(value.dtype).eps):
@@ -128,18 +91,6 @@ def passing(origin: Origin, target: Tensor) -> Tensor:
     weight = torch.zeros_like(target)
     weight[(slice(None), slice(None), *(k // 2 for k in target.shape[2:]))] = same.to(weight)
     return weight
-
-
-def merged(weight: Tensor, groups: int, times: int, between: float = 0.0) -> Tensor:
-    """The weight of the same convolution with `times` of its `groups` as one: `between` them stand zeros."""
-    if times == 1:
-        return weight
-    rows, inside = weight.shape[:2]
-    made = weight.new_full((rows, inside * times, *weight.shape[2:]), between)
-    for row in range(rows):
-        start = row // (rows // groups) % times * inside
-        made[row, start : start + inside] = weight[row]
-    return made
 
 
 def matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:

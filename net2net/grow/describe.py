@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..network import Example, Inputs, unwrap
 from ..plan.mapping import close
-from ..trace.graph import Example, Inputs, Layer, Trace, trace, unwrap
+from ..trace.facts import Layer
+from ..trace.graph import Trace
+from ..trace.tracer import trace
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,18 @@ def describe(model: nn.Module, example: Example) -> Description:
 
 def described(traced: Trace) -> Description:
     """The same of a pass that was made already."""
-    close(traced)
-    roots = traced.roots()
+    close(traced.units)
+    roots = traced.units.roots()
     layers = [layer for layer in traced.layers.values() if layer.kind == "mix" and layer.produces is not None]
     group = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))
     of: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers:
         of[int(group[roots[layer.produces]][0])].append(layer)
-    pinned, whole = _reasons(traced.pinned, roots), _reasons(traced.reasons, roots)
+    pinned, whole = _reasons(traced.units.pinned, roots), _reasons(traced.units.whole, roots)
     for contraction in traced.contractions:
         whole |= dict.fromkeys(roots[contraction.left].tolist(), "the units of a head, queries by keys")
     heads = [roots[contraction.left] for contraction in traced.contractions]
-    for children, parents in traced.relations.values():
+    for children, parents in traced.units.relations.values():
         if heads:
             valued = roots[children][torch.isin(roots[parents], torch.cat(heads))]
             whole |= dict.fromkeys(valued.tolist(), "the units of a head, values")
@@ -121,7 +124,7 @@ def described(traced: Trace) -> Description:
 def _width(traced: Trace, layer: Layer) -> int:
     """What the layer's class calls its width: an LSTM's counts a unit once, not each of its gates."""
     assert layer.produces is not None
-    module = traced.model.get_submodule(layer.module) if layer.module in traced.modules else None
+    module = traced.model.get_submodule(layer.module) if layer.module in traced.module_names else None
     produced = len(layer.produces)
     return min(produced, module.hidden_size) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else produced
 
@@ -138,7 +141,9 @@ def _carriers(traced: Trace, roots: Tensor, group: Tensor) -> dict[int, dict[str
     """For every group the modules, in the order of the forward pass, that have an entry for each unit and produce
     none."""
     producers = {layer.name for layer in traced.layers.values() if layer.kind == "mix"}
-    carried = {name: axes[0] for name, axes in traced.axes.items() if axes and axes[0] is not None} | traced.values
+    carried = {
+        name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None
+    } | traced.parameters.values
     found: dict[int, dict[str, None]] = defaultdict(dict)
     for name, labels in carried.items():
         for number in torch.unique(group[roots[labels]]).tolist() if name not in producers else ():

@@ -16,9 +16,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..blend import Blend
 from ..errors import TransferError
-from ..fill.gather import parametrised, refuse_spectral_norm
+from ..network import Example, Inputs, run, unwrap
 from ..record import Transfer
-from ..trace.graph import Example, Inputs, Trace, run, trace, unwrap
+from ..tensors import parametrised, refuse_spectral_norm
+from ..trace.graph import Trace
+from ..trace.tracer import trace
 from ..transfer import transfer
 from .describe import Description, Group, described
 
@@ -120,7 +122,9 @@ def _first(group: Group) -> str:
 
 def _second_names(traced: Trace) -> list[tuple[str, str]]:
     """The other names of modules that the network has twice, each beside the first."""
-    pairs = [(name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in traced.first_names.items()]
+    pairs = [
+        (name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in traced.parameters.first_names.items()
+    ]
     return [(name, first) for name, first in pairs if name != first]
 
 
@@ -187,16 +191,16 @@ def _resized(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False
 
     For a `trial`, which shows whether it runs, it holds zeros where it grows, and elsewhere the model's parameters.
     """
-    roots = traced.roots()
-    shapes = {name: _shape(traced, roots, name, count) for name in traced.tensors}
-    if all(shape == traced.tensors[name].shape for name, shape in shapes.items()):
+    roots = traced.units.roots()
+    shapes = {name: _shape(traced, roots, name, count) for name in traced.parameters.tensors}
+    if all(shape == traced.parameters.tensors[name].shape for name, shape in shapes.items()):
         raise TransferError("Nothing grows: every width stays what it is.")
-    copied = _copied(model, shared=trial and not traced.stand_ins)  # a parametrisation is set in place
+    copied = _copied(model, shared=trial and not traced.parameters.stand_ins)  # a parametrisation is set in place
     stand_ins = {f"{name}.{weight}".lstrip("."): (module, weight) for name, module, weight in parametrised(copied)}
     generator = torch.Generator().manual_seed(0)
     places = _places(copied)
     for name, shape in shapes.items():
-        old = traced.tensors[name]
+        old = traced.parameters.tensors[name]
         if shape == old.shape:
             continue
         value = old.new_zeros(shape) if trial else _drawn(old, shape, generator)
@@ -249,13 +253,13 @@ def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) 
 
 def _parts(traced: Trace, groups: Description) -> list[list[Tensor]]:
     """The units of every group in parts that grow by themselves."""
-    signature = _signatures(traced, traced.roots())
+    signature = _signatures(traced, traced.units.roots())
     return [signature(group.units) for group in groups.groups]
 
 
 def _counts(traced: Trace, parts: list[list[Tensor]], factors: dict[int, float]) -> Tensor:
     """By how many units each unit is replaced, on average over those that are alike."""
-    count = torch.ones(len(traced.roots()), dtype=torch.double)
+    count = torch.ones(len(traced.units.roots()), dtype=torch.double)
     for k, factor in factors.items():
         for alike in parts[k]:
             count[alike] = max(len(alike), round(len(alike) * factor + 1e-9)) / len(
@@ -267,11 +271,11 @@ def _counts(traced: Trace, parts: list[list[Tensor]], factors: dict[int, float])
 def _signatures(traced: Trace, roots: Tensor) -> Callable[[Tensor], list[Tensor]]:
     """Units in parts that grow by themselves: those of one group or head, which the same layers read."""
     marks: dict[int, list[tuple[str, int]]] = defaultdict(list)
-    for key, (children, parents) in traced.relations.items():
+    for key, (children, parents) in traced.units.relations.items():
         for child, parent in zip(roots[children].tolist(), roots[parents].tolist(), strict=True):
             if child != parent:
-                marks[child].append((key, parent))
-    for name, axes in traced.axes.items():
+                marks[child].append((str(key), parent))
+    for name, axes in traced.parameters.axes.items():
         for dim, labels in enumerate(axes):
             if labels is not None:
                 for root in torch.unique(roots[labels]).tolist():
@@ -287,19 +291,19 @@ def _signatures(traced: Trace, roots: Tensor) -> Callable[[Tensor], list[Tensor]
 
 
 def _shape(traced: Trace, roots: Tensor, name: str, count: Tensor) -> torch.Size:
-    tensor = traced.tensors[name]
+    tensor = traced.parameters.tensors[name]
     shape = list(tensor.shape)
-    if name in traced.values:
-        units = roots[traced.values[name].reshape(tensor.shape)]
+    if name in traced.parameters.values:
+        units = roots[traced.parameters.values[name].reshape(tensor.shape)]
         for dim in range(tensor.dim()):
             if not torch.equal(units, units.narrow(dim, 0, 1).expand_as(units)):  # not along positions
                 shape[dim] = max(shape[dim], round(float(count[units].sum(dim).max())))
         return torch.Size(shape)
     for dim in range(tensor.dim()):
-        if dim == 1 and name in traced.inner:
-            labels, groups = traced.inner[name]
+        if dim == 1 and name in traced.parameters.inner:
+            labels, groups = traced.parameters.inner[name]
             shape[dim] = round(float(count[roots[labels]].sum()) / groups)
-        elif name in traced.axes and (labels := traced.axes[name][dim]) is not None:
+        elif name in traced.parameters.axes and (labels := traced.parameters.axes[name][dim]) is not None:
             shape[dim] = round(float(count[roots[labels]].sum()))
     return torch.Size(shape)
 
@@ -410,15 +414,15 @@ def _let_numbers_follow(copied: nn.Module, traced: Trace, count: Tensor) -> Foll
             for depth in range(len(parts) + 1):  # every module around it
                 sizes[".".join(parts[:depth])][before].add(after)
 
-    roots = traced.roots()
+    roots = traced.units.roots()
     for name, labels in traced.outputs.items():
-        units = traced.tight(labels.units)
+        units = traced.units.drop_repeats(labels.units)
         for dim, size in enumerate(units.shape):
             if size > 1:
                 note(name, size, round(float(count[roots[units.movedim(dim, 0).reshape(size, -1)[:, 0]]].sum())))
     for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
-        if name in traced.tensors:
-            for before, after in zip(traced.tensors[name].shape, tensor.shape, strict=True):
+        if name in traced.parameters.tensors:
+            for before, after in zip(traced.parameters.tensors[name].shape, tensor.shape, strict=True):
                 note(name, before, after)
     for name, module in copied.named_modules():
         if name in sizes and not isinstance(module, _KNOWN):
@@ -511,10 +515,14 @@ class _Deeper:
 
 def _units_of(traced: Trace, name: str) -> tuple[int, int]:
     """How many units a module gives, and along how many positions (0: units come last)."""
-    if name not in traced.modules:
+    if name not in traced.module_names:
         raise TransferError(f"There is no module {name!r} to put a layer behind.")
     labels = traced.outputs.get(name)
-    axes = [] if labels is None else [dim for dim, size in enumerate(traced.tight(labels.units).shape) if size > 1]
+    axes = (
+        []
+        if labels is None
+        else [dim for dim, size in enumerate(traced.units.drop_repeats(labels.units).shape) if size > 1]
+    )
     if labels is None or len(axes) != 1:
         raise TransferError(
             f"The result of {name} is not one tensor with one axis of units: no layer can stand behind it."

@@ -8,14 +8,16 @@ different layers read (the halves of a shuffle) are chosen apart.
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import TransferError, used_differently
 from ..record import MEAN, NEW, ZERO
-from ..trace.graph import Layer, Norm, Trace, in_order
+from ..trace.facts import Key, Layer, Norm
+from ..trace.graph import Trace
+from ..trace.units import Units, in_order
 from .mixing import Mixed, mixed, streams
 from .sign_pairs import Bends, bends
 
@@ -41,6 +43,8 @@ class Plan:
 
     teacher: Trace
     student: Trace
+    teacher_units: Units
+    units: Units
     teacher_roots: Tensor
     student_roots: Tensor
     teacher_of: Tensor
@@ -49,7 +53,7 @@ class Plan:
     identity: frozenset[str]
     silent: frozenset[str]
     fresh: frozenset[str]
-    rescaled: dict[str, tuple[Norm, float]]
+    rescaled: dict[Key, tuple[Norm, float]]
     eps: dict[str, float]
     bends: dict[str, Bends]
     patterns: Tensor
@@ -67,18 +71,18 @@ def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, s
     teacher prefixes, the longest that fits; a prefix that maps to "" marks a layer that the teacher lacks.
     """
     convert = rename if callable(rename) else _by_prefix(rename or {})
-    names = {name: convert(name) for name in student.tensors}
-    found = {name: teacher.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
-    if lost := set(teacher.tensors) - set(found.values()):
-        first = next(name for name in teacher.tensors if name in lost)
+    names = {name: convert(name) for name in student.parameters.tensors}
+    found = {name: teacher.parameters.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
+    if lost := set(teacher.parameters.tensors) - set(found.values()):
+        first = next(name for name in teacher.parameters.tensors if name in lost)
         raise Unpaired(
             f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
             "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
         )
-    for name in [layer.name for layer in student.layers.values() if layer.kind == "norm" and not layer.tensors]:
-        module, _, rest = name.partition("|")
-        theirs = f"{convert(module)}|{rest}"
-        found[name] = theirs if theirs in teacher.layers else None
+    for layer in student.layers.values():
+        if layer.key is not None:
+            theirs = str(replace(layer.key, where=convert(layer.key.where) or ""))
+            found[layer.name] = theirs if theirs in teacher.layers else None
     return found
 
 
@@ -94,7 +98,7 @@ def _by_prefix(rename: Mapping[str, str]) -> Callable[[str], str | None]:
     return convert
 
 
-def key_names(names: dict[str, str | None]) -> Callable[[str], str | None]:
+def key_names(names: dict[str, str | None]) -> Callable[[Key], Key | None]:
     """The teacher's key of what the student calls by a key: a tensor's or a module's name, then what it is."""
     modules = {}
     for mine, theirs in names.items():
@@ -105,15 +109,14 @@ def key_names(names: dict[str, str | None]) -> Callable[[str], str | None]:
                 break
             modules.setdefault(mine, theirs)
 
-    def convert(key: str) -> str | None:
-        if " in " in key:
-            both = [convert(part) for part in key.split(" in ")]
-            return None if None in both else " in ".join(both)  # type: ignore[arg-type]
-        head, bar, rest = key.partition("|")
-        if head in names:
-            theirs = names[head]
-            return None if theirs is None else theirs + bar + rest
-        return modules.get(head, head) + bar + rest
+    def convert(key: Key) -> Key | None:
+        if key.inside is not None:
+            inner, outer = convert(replace(key, inside=None)), convert(key.inside)
+            return None if inner is None or outer is None else replace(inner, inside=outer)
+        if key.where in names:
+            theirs = names[key.where]
+            return None if theirs is None else replace(key, where=theirs)
+        return replace(key, where=modules.get(key.where, key.where))
 
     return convert
 
@@ -139,12 +142,15 @@ def plan(
     operation pins; the message names the layer, and by how much or why.
     """
     names = teacher_names(student, teacher, rename)
-    teacher, student = teacher.copied(), student.copied()  # another attempt begins with what the passes told
-    roles = _roles(teacher, student, names, passing_all)
+    units, teacher_units = (
+        student.units.copy(),
+        teacher.units.copy(),
+    )  # another attempt begins with what the passes told
+    roles = _roles(teacher, student, units, names, passing_all)
     idle = roles["silent"] | roles["fresh"]
     behind = bends(student.layers.values(), roles["identity"], idle) if paired else {}
-    _unite_passed(student, roles["identity"], behind)
-    choice = _Choice(teacher, student, names, generator, roles["identity"])
+    _unite_passed(student, units, roles["identity"], behind)
+    choice = _Choice(teacher, student, teacher_units, units, names, generator, roles["identity"])
     shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
     for layer in shared:
         choice.pair(layer.name)  # refuses the first that is too small, in the order of the forward pass
@@ -168,6 +174,8 @@ def plan(
     return Plan(
         teacher,
         student,
+        teacher_units,
+        units,
         choice.teacher_roots,
         choice.roots,
         choice.g,
@@ -189,7 +197,7 @@ class _Family:
     `level` says how many units above them they belong to; `width` how many there are with those of other levels.
     """
 
-    name: str
+    name: Key
     mine: Tensor
     theirs: Tensor
     level: int
@@ -203,15 +211,21 @@ class _Choice:
         self,
         teacher: Trace,
         student: Trace,
+        teacher_units: Units,
+        units: Units,
         names: dict[str, str | None],
         generator: torch.Generator,
         passing: Collection[str],
     ) -> None:
         self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
+        self.units, self.teacher_units = units, teacher_units
         self.key = key_names(names)
-        close(student)
-        close(teacher, {other for key in student.relations if " in " in key and (other := self.key(key)) is not None})
-        self.teacher_roots, self.roots = teacher.roots(), student.roots()
+        close(units)
+        close(
+            teacher_units,
+            {other for key in units.relations if key.inside is not None and (other := self.key(key)) is not None},
+        )
+        self.teacher_roots, self.roots = teacher_units.roots(), units.roots()
         self.g = torch.full((len(self.roots),), NEW)
         self.patterns = torch.zeros_like(self.g)  # of units that pass activations in pairs: a bit for each sign
         self.narrowest = torch.full((len(self.roots),), len(self.roots))  # of the layers that a unit is in, the width
@@ -220,26 +234,26 @@ class _Choice:
         self.readers, self.teacher_readers = self._readers()
         self.norm_kinds = self._norm_kinds()
         counterparts = {norm.key: other for norm in student.norms if (other := self._counterpart(norm)) is not None}
-        self.streams = streams(student, self.roots, self.teacher_roots, counterparts, passing)
+        self.streams = streams(student, units, self.roots, self.teacher_roots, counterparts, passing)
         self.mixing = torch.zeros(len(self.roots), dtype=torch.bool)
         for stream in self.streams:
             self.mixing[stream.units] = True
 
     # -- what a unit's copy must agree in ---------------------------------------------------------------------
 
-    def _owners(self) -> tuple[dict[int, dict[str, int]], dict[int, dict[str, int]]]:
+    def _owners(self) -> tuple[dict[int, dict[Key, int]], dict[int, dict[Key, int]]]:
         """For every unit the units that it belongs to, by relations that both networks have, in the teacher's names."""
-        mine: dict[int, dict[str, int]] = defaultdict(dict)
-        theirs: dict[int, dict[str, int]] = defaultdict(dict)
-        for key, (children, parents) in self.student.relations.items():
+        mine: dict[int, dict[Key, int]] = defaultdict(dict)
+        theirs: dict[int, dict[Key, int]] = defaultdict(dict)
+        for key, (children, parents) in self.units.relations.items():
             other = self.key(key)
-            if other is None or other not in self.teacher.relations:
+            if other is None or other not in self.teacher_units.relations:
                 continue
             for child, parent in zip(self.roots[children].tolist(), self.roots[parents].tolist(), strict=True):
                 if child != parent:
                     mine[child][other] = parent
             for child, parent in zip(
-                *(self.teacher_roots[x].tolist() for x in self.teacher.relations[other]), strict=True
+                *(self.teacher_roots[x].tolist() for x in self.teacher_units.relations[other]), strict=True
             ):
                 if child != parent:
                     theirs[child][other] = parent
@@ -250,9 +264,9 @@ class _Choice:
         generator = torch.Generator().manual_seed(0)
         mine, theirs = torch.zeros_like(self.roots), torch.zeros_like(self.teacher_roots)
         for name, other in self.names.items():
-            if other is None or name not in self.student.axes or other not in self.teacher.axes:
+            if other is None or name not in self.student.parameters.axes or other not in self.teacher.parameters.axes:
                 continue
-            for a, b in zip(self.student.axes[name], self.teacher.axes[other], strict=False):
+            for a, b in zip(self.student.parameters.axes[name], self.teacher.parameters.axes[other], strict=False):
                 if a is not None and b is not None:
                     number = int(torch.randint(2**62, (), generator=generator))
                     mine[torch.unique(self.roots[a])] += number
@@ -301,11 +315,11 @@ class _Choice:
 
     def families(self, shared: Iterable[Layer]) -> list[_Family]:
         """Every family that both networks have."""
-        pairs = {layer.name: self.pair(layer.name) for layer in shared}
-        for key, labels in self.student.families.items():
+        pairs = {Key(layer.name): self.pair(layer.name) for layer in shared}
+        for key, labels in self.units.families.items():
             other = self.key(key)
-            if other is not None and other in self.teacher.families:
-                pairs[key] = (self.roots[labels], self.teacher_roots[self.teacher.families[other]])
+            if other is not None and other in self.teacher_units.families:
+                pairs[key] = (self.roots[labels], self.teacher_roots[self.teacher_units.families[other]])
         found = []
         for name, (mine, theirs) in pairs.items():
             depths = [
@@ -317,7 +331,7 @@ class _Choice:
                 found.append(_Family(name, mine[depths[0] == level], alike if len(alike) else theirs, level, len(mine)))
         return found
 
-    def _depth(self, unit: int, owners: dict[int, dict[str, int]], below: tuple[int, ...] = ()) -> int:
+    def _depth(self, unit: int, owners: dict[int, dict[Key, int]], below: tuple[int, ...] = ()) -> int:
         if unit not in owners:
             return 0
         above = {owner for owner in owners[unit].values() if owner not in below and owner != unit}
@@ -334,7 +348,7 @@ class _Choice:
         owned = not self.teacher_owners.keys().isdisjoint(theirs.tolist())
         if not apart and not owned:
             return [(mine, theirs)]
-        parts: dict[tuple[frozenset[tuple[str, int]], int], list[int]] = defaultdict(list)
+        parts: dict[tuple[frozenset[tuple[Key, int]], int], list[int]] = defaultdict(list)
         for unit in dict.fromkeys(mine.tolist()):
             readers = int(self.readers[unit]) if apart else 0
             parts[frozenset(self.owners.get(unit, {}).items()), readers].append(unit)
@@ -427,7 +441,7 @@ class _Choice:
         free = self.g[mine[: len(first)]] == NEW
         self.g[mine[: len(first)][free]] = first[free]
         self._draw(mine, mine, distinct)
-        self._consistent(mine, distinct, layer.name)
+        self._consistent(mine, distinct, Key(layer.name))
 
     # -- checking ---------------------------------------------------------------------------------------------
 
@@ -447,8 +461,8 @@ class _Choice:
         """No pinned unit may be copied."""
         for trace, roots in ((self.student, self.roots), (self.teacher, self.teacher_roots)):
             why = {}
-            for units, reason in trace.pinned:
-                for root in roots[units].tolist():
+            for labels, reason in trace.units.pinned:
+                for root in roots[labels].tolist():
                     why.setdefault(root, reason)
             for name, theirs in self.names.items():
                 layer = self.student.layers.get(name)
@@ -459,7 +473,7 @@ class _Choice:
                 if len(mine) > len(other) and pinned:
                     raise TransferError(f"{name} cannot grow from {len(other)} to {len(mine)} units: {why[pinned[0]]}.")
 
-    def check_norms(self) -> tuple[dict[str, tuple[Norm, float]], dict[str, float]]:
+    def check_norms(self) -> tuple[dict[Key, tuple[Norm, float]], dict[str, float]]:
         """Every norm across units sees all units of the teacher's equally often, or with padding that it can undo."""
         rescaled, eps = {}, {}
         for layer in self.student.layers.values():
@@ -524,7 +538,7 @@ class _Choice:
         found = [MEAN - k for k, mean in enumerate(self.means) if torch.equal(torch.sort(mean).values, units)]
         return torch.tensor(found, dtype=torch.long)
 
-    def _consistent(self, mine: Tensor, theirs: Tensor, name: str) -> None:
+    def _consistent(self, mine: Tensor, theirs: Tensor, name: Key) -> None:
         if not bool((torch.isin(self.g[mine], theirs) | (self.g[mine] < 0)).all()):
             raise TransferError(
                 f"Units of {_said(name)} meet units of another layer that copy another teacher unit; "
@@ -532,31 +546,31 @@ class _Choice:
             )
 
 
-def _said(key: str) -> str:
+def _said(key: Key) -> str:
     """A key as a reader of an error knows it."""
-    return key.split("|")[0] or "the network"
+    return key.where or "the network"
 
 
-def close(trace: Trace, nested: Collection[str] = ()) -> None:
+def close(units: Units, nested: Collection[Key] = ()) -> None:
     """A unit belongs to one unit in every relation: where labels of one unit belong to several, those are one.
 
     So are units that belong to each other, in a circle. Two relations over the same units are compared: groups that
     coincide are one group, smaller groups belong to the larger ones around them. `nested` are keys of the other
     network's that say which are smaller there: here they are not made one even if they coincide.
     """
-    while trace.relations:
-        related = list(trace.relations.values())
+    while units.relations:
+        related = list(units.relations.values())
         which = torch.arange(len(related)).repeat_interleave(torch.tensor([len(children) for children, _ in related]))
-        children, parents = (trace.find(torch.cat(side)) for side in zip(*related, strict=True))
+        children, parents = (units.find(torch.cat(side)) for side in zip(*related, strict=True))
         order = torch.argsort(children, stable=True)
         order = order[torch.argsort(which[order], stable=True)]
         which, a, b = which[order], children[order], parents[order]
         same = (which[1:] == which[:-1]) & (a[1:] == a[:-1]) & (b[1:] != b[:-1])
         if bool(same.any()):
-            trace.unite(b[1:][same], b[:-1][same])
+            units.unite(b[1:][same], b[:-1][same])
         elif len(circular := _circular(torch.stack([a, b])[:, a != b])):
-            trace.unite(circular[:, 0], circular[:, 1])
-        elif not _nest(trace, nested):
+            units.unite(circular[:, 0], circular[:, 1])
+        elif not _nest(units, nested):
             return
 
 
@@ -583,39 +597,41 @@ def _circular(edges: Tensor) -> Tensor:
     return torch.tensor([edge for edge in map(tuple, edges.T.tolist()) if edge[0] in reached(edge[1])])
 
 
-def _nest(trace: Trace, nested: Collection[str]) -> bool:
+def _nest(units: Units, nested: Collection[Key]) -> bool:
     """Relate the owners of one unit to each other where one decides the other; whether labels were joined."""
-    of: dict[int, dict[str, int]] = defaultdict(dict)
-    for key, (children, parents) in list(trace.relations.items()):
-        if " in " in key:
+    of: dict[int, dict[Key, int]] = defaultdict(dict)
+    for key, (children, parents) in list(units.relations.items()):
+        if key.inside is not None:
             continue
-        for child, parent in zip(trace.find(children).tolist(), trace.find(parents).tolist(), strict=True):
+        for child, parent in zip(units.find(children).tolist(), units.find(parents).tolist(), strict=True):
             of[child][key] = parent
-    together: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
+    together: dict[tuple[Key, Key], set[tuple[int, int]]] = defaultdict(set)
     for owners in of.values():
-        keys = sorted(owners)
+        keys = sorted(owners, key=str)
         for i, a in enumerate(keys):
             for b in keys[i + 1 :]:
                 together[a, b].add((owners[a], owners[b]))
-    joined: set[str] = set()  # relations whose units are no longer those in `together`
+    joined: set[Key] = set()  # relations whose units are no longer those in `together`
     for (a, b), pairs in together.items():
         pairs = {(x, y) for x, y in pairs if x != y}
         lefts, rights = {x for x, _ in pairs}, {y for _, y in pairs}
         if not pairs or (len(lefts) < len(pairs) and len(rights) < len(pairs)) or joined & {a, b}:
             continue
         x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
-        smaller = [f"{a} in {b}" in nested, f"{b} in {a}" in nested]
+        smaller = [replace(a, inside=b) in nested, replace(b, inside=a) in nested]
         if len(lefts) == len(rights) == len(pairs) and not any(smaller):
-            trace.unite(x, y)
+            units.unite(x, y)
             joined |= {a, b}
         elif len(lefts) == len(pairs) and not smaller[1]:
-            trace.relate(f"{a} in {b}", x, y)
+            units.relate(replace(a, inside=b), x, y)
         else:
-            trace.relate(f"{b} in {a}", y, x)
+            units.relate(replace(b, inside=a), y, x)
     return bool(joined)
 
 
-def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing_all: bool) -> dict[str, set[str]]:
+def _roles(
+    teacher: Trace, student: Trace, units: Units, names: dict[str, str | None], passing_all: bool
+) -> dict[str, set[str]]:
     """What each layer that only the student has becomes: identity, silent or fresh.
 
     A layer is an **identity** if a reader that the teacher has too lacks, in the student, the output of a layer which
@@ -660,7 +676,7 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing
             demand(reader, set(other.sources) - {theirs(s) for s in reader.sources if s not in mixers})
 
     if passing_all:
-        roots = student.roots()
+        roots = units.roots()
         kept = {root for layer in readers if layer.produces is not None for root in roots[layer.produces].tolist()}
         identity |= {name for name in mixers if not kept & set(roots[new[name].produces].tolist())}
 
@@ -668,11 +684,11 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing
     # it sees that branch alone.
     carrying = lambda layer: layer.sources - (mixers - identity)  # noqa: E731 (a definition, not a step)
     for reader in [*readers, *(new[name] for name in identity)]:
-        for name in reader.via & set(new):
+        for name in reader.norms_since & set(new):
             if carrying(new[name]):
                 identity.add(name)
 
-    roots = student.roots()
+    roots = units.roots()
     carried = {
         root
         for layer in student.layers.values()
@@ -687,16 +703,16 @@ def _roles(teacher: Trace, student: Trace, names: dict[str, str | None], passing
     return {"identity": identity, "silent": silent, "fresh": set(new) - identity - silent}
 
 
-def _unite_passed(student: Trace, identity: set[str], bends: Collection[str]) -> None:
+def _unite_passed(student: Trace, units: Units, identity: set[str], bends: Collection[str]) -> None:
     """A new layer that is as wide as what it reads passes each entry on for itself: what reads it then, reads that."""
     for name in identity:
         layer = student.layers[name]
         if name in bends or not layer.sources.isdisjoint(bends):
             continue
         if layer.kind == "mix" and layer.reads is not None and layer.produces is not None:
-            read = student.find(layer.reads)
+            read = units.find(layer.reads)
             if len(read) == len(layer.produces):
-                student.unite(layer.produces, layer.reads)
+                units.unite(layer.produces, layer.reads)
 
 
 def _layer_name(layer: Layer, names: dict[str, str | None]) -> str:

@@ -14,28 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import used_differently
-from ..trace.graph import PLAIN, Layer, Norm, Trace, in_order
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """One axis of a student tensor that is the teacher's times a matrix, made of the stream's `frames`.
-
-    `how` says which: `stream` (Q, for what is on the stream), `before` (A, for what the norm that begins it sees), or
-    `behind` (Q, for what reads another norm on the stream, whose weight and bias, `norm`, it takes in). `first` and
-    `other` stand for the weights of the first and the other norms, `bias` for the biases of those. `begins` is the
-    teacher's weight of the norm that begins the stream, `widths` are the stream's in teacher and student. `rows` and
-    `columns` are the channels of the entries of the student's and the teacher's axis, those of several positions one
-    after the other.
-    """
-
-    dim: int
-    how: str
-    begins: str | None
-    widths: tuple[int, int]
-    norm: tuple[str | None, str | None]
-    rows: Tensor
-    columns: Tensor
+from ..record import Mixed
+from ..trace.facts import NO_NORM, Key, Layer, Norm
+from ..trace.graph import Trace
+from ..trace.units import Units, in_order
 
 
 @dataclass(frozen=True)
@@ -52,9 +34,10 @@ class Stream:
 
 def streams(
     student: Trace,
+    student_units: Units,
     roots: Tensor,
     teacher_roots: Tensor,
-    counterparts: Mapping[str, Norm],
+    counterparts: Mapping[Key, Norm],
     passing: Collection[str],
 ) -> list[Stream]:
     """The streams that have to be mixed and can be: those that layer norms read, that grow by no whole number, and that
@@ -69,21 +52,27 @@ def streams(
             continue
         if norm.padded and "weight" in norm.tensors:
             first = norm
-        elif norm.padded or norm.begun != PLAIN:
+        elif norm.padded or norm.first_norm != NO_NORM:
             continue
         units, others = in_order(roots[norm.units[0]]), in_order(teacher_roots[theirs.units[0]])
-        behind = [other for other in student.norms if other.begun == (norm.name if first else PLAIN)]
+        behind = [other for other in student.norms if other.first_norm == (norm.name if first else NO_NORM)]
         behind = [other for other in behind if bool(torch.isin(roots[other.units], units).all())]
         if not behind or len(units) % len(others) == 0 or any(torch.isin(units, one.units).any() for one in found):
             continue
         norms = {other.name: counterparts[other.key] for other in behind if other.key in counterparts}
-        if _can(student, roots, first, units, {other.name: other for other in behind}, passing):
+        if _can(student, student_units, roots, first, units, {other.name: other for other in behind}, passing):
             found.append(Stream(first, theirs.tensors["weight"] if first else None, norms, units, others))
     return found
 
 
 def _can(
-    trace: Trace, roots: Tensor, first: Norm | None, units: Tensor, norms: dict[str, Norm], passing: Collection[str]
+    trace: Trace,
+    related: Units,
+    roots: Tensor,
+    first: Norm | None,
+    units: Tensor,
+    norms: dict[str, Norm],
+    passing: Collection[str],
 ) -> bool:
     """Whether everything on these units is linear in them, or a layer norm over all of them."""
 
@@ -93,7 +82,7 @@ def _can(
     def serves(layer: Layer) -> bool:
         if layer.kind == "norm":
             return layer.name in every
-        if layer.kind != "mix" or layer.name in trace.inner or layer.options.get("embedding"):
+        if layer.kind != "mix" or layer.name in trace.parameters.inner or layer.options.get("embedding"):
             return False
         if not layer.tensors.keys() <= {"weight", "bias"}:
             return False
@@ -101,10 +90,10 @@ def _can(
             return False
         if layer.reads is None or not on(layer.reads):
             return True
-        norm = norms.get(layer.begun or "")
+        norm = norms.get(layer.first_norm or "")
         if norm is None:
-            return layer.linear if first is None else layer.begun == first.name
-        return layer.begun == layer.normed and norm.units.shape[1] in (len(units), len(layer.reads))
+            return layer.linear if first is None else layer.first_norm == first.name
+        return layer.first_norm == layer.after_norm and norm.units.shape[1] in (len(units), len(layer.reads))
 
     def even(labels: Tensor) -> bool:
         """Whether there is every channel, equally often."""
@@ -113,16 +102,16 @@ def _can(
 
     def whole(norm: Norm) -> bool:
         """Whether it sees one row of the channels, with an entry for each."""
-        shapes = {tuple(trace.tensors[name].shape) for name in norm.tensors.values()}
+        shapes = {tuple(trace.parameters.tensors[name].shape) for name in norm.tensors.values()}
         return len(norm.units) == 1 and even(norm.units) and shapes <= {(norm.units.shape[1],)}
 
     every = norms if first is None else norms | {first.name: first}
     layers = [layer for layer in trace.layers.values() if on(layer.reads) or on(layer.produces)]
     tensors = {tensor for layer in layers for tensor in layer.tensors.values()}
-    elsewhere = [labels for name, axes in trace.axes.items() if name not in tensors for labels in axes]
-    elsewhere += [labels for name, labels in trace.values.items() if name not in tensors]
-    elsewhere += [labels for pair in trace.relations.values() for labels in pair]
-    elsewhere += [*(c.left for c in trace.contractions), *(labels for labels, _ in trace.pinned)]
+    elsewhere = [labels for name, axes in trace.parameters.axes.items() if name not in tensors for labels in axes]
+    elsewhere += [labels for name, labels in trace.parameters.values.items() if name not in tensors]
+    elsewhere += [labels for pair in related.relations.values() for labels in pair]
+    elsewhere += [*(c.left for c in trace.contractions), *(labels for labels, _ in related.pinned)]
     elsewhere += [norm.units for norm in trace.norms if norm.kind != "layer" or norm.name not in every]
     return (
         not any(on(labels) for labels in elsewhere)
@@ -168,19 +157,19 @@ def mixed(
                 add(name, 0, begins[role] if layer.name == first else {"weight": "other", "bias": "bias"}[role])
         if layer.kind == "mix" and inside(layer.produces):
             for role, name in layer.tensors.items():
-                dim = 0 if role == "bias" else 1 - student.read_axis[name]
+                dim = 0 if role == "bias" else 1 - student.parameters.read_axis[name]
                 add(name, dim, "before" if layer.name in before else "stream")
         if layer.kind == "mix" and inside(layer.reads):
-            norm = stream.norms.get(layer.begun or "")
+            norm = stream.norms.get(layer.first_norm or "")
             tensors = (None, None) if norm is None else (norm.tensors.get("weight"), norm.tensors.get("bias"))
-            add(layer.name, student.read_axis[layer.name], "stream" if norm is None else "behind", tensors)
+            add(layer.name, student.parameters.read_axis[layer.name], "stream" if norm is None else "behind", tensors)
     return made
 
 
 def _labels(trace: Trace, name: str, dim: int) -> Tensor:
-    if name in trace.values:  # of a norm
-        return trace.values[name]
-    labels = trace.axes[name][dim] if name in trace.axes else None
+    if name in trace.parameters.values:  # of a norm
+        return trace.parameters.values[name]
+    labels = trace.parameters.axes[name][dim] if name in trace.parameters.axes else None
     if labels is None:
         raise used_differently(name)
     return labels

@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TransferError
 from ..fill.gather import fill_new
+from ..network import Example, Inputs, run
 from ..record import Origin
 from ..trace.activations import moved
-from ..trace.graph import Example, Inputs, Layer, run
+from ..trace.facts import Layer
 from .mapping import Plan
 
 
@@ -36,7 +37,7 @@ def check_identity(plan: Plan) -> None:
         if layer.kind == "scale" and "taps" not in layer.tensors:
             continue
         _check_activations(plan, layer)
-        kernel = plan.student.tensors[name].shape[2:]
+        kernel = plan.student.parameters.tensors[name].shape[2:]
         if layer.options.get("transposed"):
             raise TransferError(f"The new layer {name} cannot be an identity: it is a transposed convolution.")
         stride = layer.options.get("stride", 1)
@@ -115,11 +116,16 @@ def dense(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
     for seed, name in enumerate(sorted(plan.identity)):
         layer = student.layers[name]
         readers = [other for other in student.layers.values() if name in other.sources and other.kind != "scale"]
-        if layer.kind != "mix" or name in student.inner or len(readers) != 1:
+        if layer.kind != "mix" or name in student.parameters.inner or len(readers) != 1:
             continue
         (reader,) = readers
         after = made.get(reader.name, origins.get(reader.name))
-        plain = reader.kind == "mix" and reader.linear and reader.sources == {name} and reader.name not in student.inner
+        plain = (
+            reader.kind == "mix"
+            and reader.linear
+            and reader.sources == {name}
+            and reader.name not in student.parameters.inner
+        )
         whole = plain and torch.equal(plan.student_roots[reader.reads], plan.student_roots[layer.produces])
         if whole and after is not None and after.turn is None and after.how == "shared":
             made[name] = replace(made.get(name, origins[name]), turn=seed)

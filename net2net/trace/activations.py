@@ -3,9 +3,11 @@
 What an example shows is not enough: ReLU6 is the identity on small activations alone, ReLU on positive ones.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class Chain:
     behind: str
     functions: Functions
 
-    def longer(self, function: Callable[[Tensor], Tensor]) -> "Chain":
+    def longer(self, function: Callable[[Tensor], Tensor]) -> Chain:
         """The same with one more."""
         return Chain(self.behind, (*self.functions, function))
 
@@ -98,3 +100,58 @@ def total(ranges: Iterable[Range]) -> Range:
     if None in known:
         return None
     return sum(one[0] for one in known if one), sum(one[1] for one in known if one)
+
+
+Bends = tuple[tuple[str, float], ...]  # of each activation the layer before it, and the slope
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What units have met since a layer produced them.
+
+    `bends` are the activations with f(x) - f(-x) = slope * x, each with the layer before it that can turn a
+    unit's sign. `gates` are the numbers that they are multiplied by if certain layers give zeros. `carrier` is the last
+    layer with a weight for each unit since the last activation; `rest` is what the units are if the layer that produced
+    them gives zeros, None if that is not known.
+    """
+
+    bends: Bends = ()
+    gates: tuple[tuple[str, float], ...] = ()
+    carrier: str | None = None
+    rest: float | None = None
+
+    def bent(self, function: Callable[[Tensor], Tensor]) -> Passage:
+        """The passage behind an activation; one that no pair of units passes begins anew."""
+        half = torch.linspace(0.25, 12.0, 8, dtype=torch.double)
+        at = torch.cat([half, -half, torch.tensor([self.rest or 0.0], dtype=torch.double)])
+        try:
+            result = function(at)
+            if result.dtype != torch.double:  # a comparison, or another precision
+                return NOTHING
+            positive, negative, rest = result.split([len(half), len(half), 1])
+        except (RuntimeError, TypeError, ValueError):  # it takes no such numbers
+            return NOTHING
+        known = None if self.rest is None else float(rest)
+        slope = float((positive - negative)[0] / half[0])
+        if self.carrier is None or slope == 0 or not torch.allclose(positive - negative, slope * half, 1e-13, 0.0):
+            return Passage(rest=known)
+        return replace(self, bends=(*self.bends, (self.carrier, slope)), carrier=None, rest=known)
+
+    def scaled(self, factor: float) -> Passage:
+        """The passage behind a multiplication by a number."""
+        return replace(self, rest=None if self.rest is None else self.rest * factor)
+
+
+NOTHING = Passage()
+
+
+def gated(operands: Sequence[tuple[Passage, frozenset[str]]]) -> Passage:
+    """The passage of the product of two activations, each with the layers that it comes from: if one would be a number
+    other than zero without its last layer, it is a gate of the other."""
+    gates = [k for k, (past, sources) in enumerate(operands) if past.rest and len(sources) == 1]
+    if len(operands) != 2 or len(gates) != 1:
+        return NOTHING
+    (gate,) = gates
+    (past, sources), (passing, _) = operands[gate], operands[1 - gate]
+    assert past.rest is not None
+    return replace(passing, gates=(*passing.gates, (*sources, past.rest)), rest=None)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...fill.gather import merged
-from ...plan.sign_pairs import NOTHING, Passage, gated
-from ..activations import ALL, Chain, Range, hull, image, total
-from ..graph import PLAIN, Call, Contraction, Labels, Layer, Norm, Trace, spread, tensors_in
+from ...network import tensors_in
+from ...tensors import merge_groups
+from ..activations import ALL, NOTHING, Chain, Passage, Range, gated, hull, image, total
+from ..facts import NO_NORM, Call, Contraction, Key, Labels, Layer, LayerKind, Norm, NormKind
+from ..graph import Trace
+from ..units import spread
 from .recurrent import RECURRENT
 
 Rule = Callable[[Trace, Call], None]
@@ -30,7 +32,7 @@ def apply(trace: Trace, call: Call) -> None:
         return
     for x in tensors_in([*call.args, *call.kwargs.values()]):
         if (layer := getattr(getattr(x, "_net2net_labels", None), "raw", None)) is not None:
-            trace.numbers.setdefault(layer, set()).add(_number(trace, call))
+            trace.multipliers.setdefault(layer, set()).add(_number(trace, call))
     if call.name == "__setitem__":
         return assignment(trace, call)
     if tensors_in(call.out):
@@ -53,7 +55,7 @@ def _made(units: Tensor, of: Sequence[Labels], **flags: Any) -> Labels:
     return Labels(
         units,
         frozenset().union(*(labels.sources for labels in of)),
-        frozenset().union(*(labels.via for labels in of)),
+        frozenset().union(*(labels.norms_since for labels in of)),
         **flags,
     )
 
@@ -61,15 +63,19 @@ def _made(units: Tensor, of: Sequence[Labels], **flags: Any) -> Labels:
 def give_up(trace: Trace, call: Call, why: str) -> None:
     """Pin every unit that meets in `call` and follow none of them further: the result is one thing, of fixed size."""
     for x in tensors_in([*call.args, *call.kwargs.values()]):
-        if (view := trace.view(x)) is not None and view.name not in trace.values:  # of no use to tell them apart
-            trace.values[view.name] = trace.fresh(1, view.name, whole=False).expand(trace.tensors[view.name].numel())
+        if (
+            view := trace.parameters.view(x)
+        ) is not None and view.name not in trace.parameters.values:  # of no use to tell them apart
+            trace.parameters.values[view.name] = trace.units.fresh(1, Key(view.name), distinct=False).expand(
+                trace.parameters.tensors[view.name].numel()
+            )
     met = _operands(trace, call)
     for labels in met:
-        trace.pin(labels.units, why)
-    key = trace.key(call.name, call.module)
+        trace.units.pin(labels.units, why)
+    key = trace.units.key(call.name, call.module)
     for position, out in enumerate(tensors_in(call.args[0] if call.name == "__setitem__" else call.out)):
-        units = trace.fresh(1, f"{key}|{position}")[0].expand(out.shape)
-        trace.pin(units, why)
+        units = trace.units.fresh(1, replace(key, part=str(position)))[0].expand(out.shape)
+        trace.units.pin(units, why)
         trace.label(out, _made(units, met))
 
 
@@ -94,48 +100,50 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     if any(x.dim() > out.dim() for x in operands) or (out.dim() and out.shape != _broadcast(operands)):
         return give_up(trace, call, f"{call} changes what an element is")
     activations = [x for x in operands if hasattr(x, "_net2net_labels")]
-    others = [x for x in operands if not hasattr(x, "_net2net_labels") and trace.counts(x)]
+    others = [x for x in operands if not hasattr(x, "_net2net_labels") and trace.tells_units(x)]
     if not activations:  # parameters alone
         parameters = [x for x in others if trace.follows(x)]
-        if not parameters or (out.dtype == torch.bool and all(map(trace.is_buffer, parameters))):
+        if not parameters or (out.dtype == torch.bool and all(map(trace.parameters.is_buffer, parameters))):
             return  # a mask of positions
-        if len(parameters) == len(operands) == 1 and _scaled(call) and (view := trace.view(parameters[0])):
-            return trace.see(out, replace(view, gain=view.gain * _gain(trace, call)))
+        if len(parameters) == len(operands) == 1 and _scaled(call) and (view := trace.parameters.view(parameters[0])):
+            return trace.parameters.remember_view(out, replace(view, gain=view.gain * _gain(trace, call)))
         activations, others = parameters[:1], [x for x in others if x is not parameters[0]]
     met = [labels for x in activations if (labels := trace.labels(x))]
     passed: set[str] = set()
     alike = 0  # constants that are the same for all units
     first, *rest = (labels.units.broadcast_to(out.shape) for labels in met)
     for units in rest:
-        first = trace.meet(first, units, call)
+        first = trace.units.combine(first, units, call)
     for x in others:
-        varying = [dim for dim, size in enumerate(trace.tight(first).shape) if size > 1]
+        varying = [dim for dim, size in enumerate(trace.units.drop_repeats(first).shape) if size > 1]
         shape = (1,) * (out.dim() - x.dim()) + tuple(x.shape)
         shared = [dim for dim in varying if shape[dim] > 1]
-        if not shared and trace.parameter_of(x) not in trace.alike:
+        if not shared and Key(trace.parameters.owner_of(x) or "") not in trace.seen_as.as_grouped:
             alike += not trace.follows(x)
             continue
         if (labels := trace.labels(x)) is not None:
-            first = trace.meet(first, labels.units.broadcast_to(out.shape), call)
+            first = trace.units.combine(first, labels.units.broadcast_to(out.shape), call)
             met.append(labels)
             passed |= _record_scale(trace, call, x, met)
         else:
             why = f"{call} joins it to a constant of its own width"
             if any(not _uniform(x.reshape(shape), dim) for dim in shared):  # zeros, ones serve every width
-                trace.pin(first, why)
+                trace.units.pin(first, why)
     name = _plain(call.name)
-    factor = 1.0 if met[0].raw in trace.absorbed else _gain(trace, call)
+    factor = 1.0 if met[0].result_of in trace.seen_as.scale_absorbed else _gain(trace, call)
     gain = _joined_gain(trace, call, met, factor, [x.dtype for x in activations])
     scaled = name in ("mul", "div") and len(met) > 1
     many = len([x for x in operands if x.numel() > 1]) - (alike if name == "mul" else 0)  # stochastic depth, for one
     plain = name in (_LINEAR | {"add", "sub"}) and not scaled and len(met) == many
     linear = plain and all(labels.linear for labels in met)
-    normed = met[0].normed if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
+    normed = met[0].after_norm if len(met) == len(operands) == 1 and name in _KEEP_ZERO else None
     past = _passage(trace, call, operands, met, len(activations))
     begun = _begun(met) if plain else None
     lies, chain = _range(trace, call, operands, met)
-    made = _made(first, met, gain=gain, linear=linear, normed=normed, begun=begun, past=past, range=lies, chain=chain)
-    trace.label(out, replace(made, via=made.via | passed))
+    made = _made(
+        first, met, gain=gain, linear=linear, after_norm=normed, first_norm=begun, passage=past, range=lies, chain=chain
+    )
+    trace.label(out, replace(made, norms_since=made.norms_since | passed))
 
 
 def _joined_gain(
@@ -156,9 +164,11 @@ def _joined_gain(
     alone = len(met) == len(dtypes) == len(tensors_in([*call.args, *call.kwargs.values()]))
     numbers = [x for x in call.args if isinstance(x, (int, float)) and not isinstance(x, bool)]
     if gains != {1.0} and not (name in ("add", "sub") and len(gains) == 1 and alone and not numbers):
-        units = torch.cat([torch.unique(trace.tight(labels.units)) for labels in met if labels.gain != 1.0])
-        key = trace.key(f"number before {name}", call.module)
-        trace.fixed[key] = (tuple(labels.gain for labels in met if labels.gain != 1.0), units, str(call))
+        units = torch.cat(
+            [torch.unique(trace.units.drop_repeats(labels.units)) for labels in met if labels.gain != 1.0]
+        )
+        key = trace.units.key(f"number before {name}", call.module)
+        trace.fixed_gains[key] = (tuple(labels.gain for labels in met if labels.gain != 1.0), units, str(call))
     # What a plain number multiplies keeps it beside what is added: softmax asks for it.
     return gains.pop() if name in _SUMS and len(gains) == 1 else 1.0
 
@@ -170,13 +180,13 @@ def _uniform(constant: Tensor, dim: int) -> bool:
 
 def _begun(met: Sequence[Labels | None]) -> str | None:
     """The one norm that a plain sum begins with."""
-    norms = {labels and labels.begun for labels in met if labels is None or not labels.linear}
+    norms = {labels and labels.first_norm for labels in met if labels is None or not labels.linear}
     return norms.pop() if len(norms) == 1 else None
 
 
 def _passage(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence[Labels], activations: int) -> Passage:
     """What the elementwise result of `operands`, the first of which are activations, has met."""
-    name, past = _plain(call.name), met[0].past
+    name, past = _plain(call.name), met[0].passage
     if len(operands) == 1:
         if name in _LINEAR:
             return past.scaled(_gain(trace, call))
@@ -184,7 +194,7 @@ def _passage(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence
         return past.bent(lambda x: call.func(x, *call.args[1:], **rest)) if call.args else NOTHING
     if activations == 1:
         return replace(past, rest=None) if name in _SCALES else NOTHING
-    return gated([(labels.past, labels.sources) for labels in met]) if name == "mul" else NOTHING
+    return gated([(labels.passage, labels.sources) for labels in met]) if name == "mul" else NOTHING
 
 
 def _range(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence[Labels]) -> tuple[Range, Chain | None]:
@@ -199,8 +209,8 @@ def _range(trace: Trace, call: Call, operands: Sequence[Tensor], met: Sequence[L
     function = partial(_of_one, call.func, call.args[1:], rest)  # not the call, which holds its activations
     if chain is not None:
         chain = chain.longer(function)
-    elif before.past.carrier is not None:
-        chain = Chain(before.past.carrier, (function,))
+    elif before.passage.carrier is not None:
+        chain = Chain(before.passage.carrier, (function,))
     if chain is not None:
         shorter = [one for one in trace.chains.get(chain.behind, []) if one.functions != chain.functions[:-1]]
         trace.chains[chain.behind] = [*shorter, chain]
@@ -243,10 +253,10 @@ def _number(trace: Trace, call: Call) -> float:
 
 def _record_scale(trace: Trace, call: Call, x: Tensor, met: Sequence[Labels]) -> set[str]:
     """A parameter with one entry a unit, as layer scale, which a student may have alone: its name, if it is one."""
-    name, role = trace.name_of(x), _SCALES.get(_plain(call.name))
+    name, role = trace.parameters.name_of(x), _SCALES.get(_plain(call.name))
     if name is None or role is None:
         return set()
-    trace.add(Layer("scale", name, {role: name}, None, met[0].sources, met[0].via))
+    trace.add(Layer(LayerKind.SCALE, name, {role: name}, None, met[0].sources, met[0].norms_since))
     return {name}
 
 
@@ -260,11 +270,11 @@ def prelu(trace: Trace, call: Call) -> None:
     first = units.units
     if slopes is not None:
         dim = 1 if x.dim() > 1 else 0
-        first = trace.meet(first, spread(slopes.units, dim, x.shape), call)
-    if (name := trace.name_of(weight)) is not None:
-        trace.add(Layer("scale", name, {"slope": name}, None, units.sources, units.via))
-        units = replace(units, via=units.via | {name})
-    trace.label(call.out, Labels(first, units.sources, units.via, normed=units.normed))
+        first = trace.units.combine(first, spread(slopes.units, dim, x.shape), call)
+    if (name := trace.parameters.name_of(weight)) is not None:
+        trace.add(Layer(LayerKind.SCALE, name, {"slope": name}, None, units.sources, units.norms_since))
+        units = replace(units, norms_since=units.norms_since | {name})
+    trace.label(call.out, Labels(first, units.sources, units.norms_since, after_norm=units.after_norm))
 
 
 def blend(trace: Trace, call: Call) -> None:
@@ -272,13 +282,15 @@ def blend(trace: Trace, call: Call) -> None:
     x, activated, amount = call.args
     before = trace.labels(x)
     join(trace, call, [x, activated])
-    name, after = trace.name_of(amount), trace.labels(call.out)
+    name, after = trace.parameters.name_of(amount), trace.labels(call.out)
     if name is not None and before is not None and after is not None:
-        trace.add(Layer("scale", name, {"amount": name}, None, before.sources, before.via))
+        trace.add(Layer(LayerKind.SCALE, name, {"amount": name}, None, before.sources, before.norms_since))
         open_ = not amount.is_meta and not bool(amount.any())
         kept = before.range if open_ else None
-        trace.label(call.out, replace(after, via=after.via | {name}, linear=before.linear and open_, range=kept))
-        if chains := trace.chains.get(before.past.carrier or ""):
+        trace.label(
+            call.out, replace(after, norms_since=after.norms_since | {name}, linear=before.linear and open_, range=kept)
+        )
+        if chains := trace.chains.get(before.passage.carrier or ""):
             chains.pop()  # a new layer does not meet it: the amount of a new blend is zero
 
 
@@ -295,7 +307,7 @@ def assignment(trace: Trace, call: Call) -> None:
         part = units[index]
         if isinstance(value, Tensor) and value.numel() > 1:
             return give_up(trace, call, f"{call.module or 'the network'} writes constants into a part of it")
-        if torch.equal(torch.unique(trace.find(part)), torch.unique(trace.find(units))):
+        if torch.equal(torch.unique(trace.units.find(part)), torch.unique(trace.units.find(units))):
             return  # a number at some positions of every unit
         value_units = _constant(trace, call, part.shape)
     units = units.clone()
@@ -305,7 +317,7 @@ def assignment(trace: Trace, call: Call) -> None:
 
 def _constant(trace: Trace, call: Call, shape: Sequence[int]) -> Tensor:
     """Labels of a tensor of constants: of one width in both networks."""
-    return trace.fresh(1, trace.key(f"constant {call.name}", call.module))[0].expand(tuple(shape))
+    return trace.units.fresh(1, trace.units.key(f"constant {call.name}", call.module))[0].expand(tuple(shape))
 
 
 # -- normalisation ------------------------------------------------------------------------------------------------
@@ -316,18 +328,21 @@ def batch_norm(trace: Trace, call: Call) -> None:
     labels = trace.labels(call.args[0])
     if labels is None or not hasattr(call.args[0], "_net2net_labels"):
         return give_up(trace, call, f"{call} normalises a parameter")
-    units = trace.line(labels.units, 1, f"{call} has one entry for them")
+    units = trace.units.units_along(labels.units, 1, f"{call} has one entry for them")
     positions = {"mean": 1, "var": 2, "weight": 3, "bias": 4}
     keys = {"mean": "running_mean", "var": "running_var", "weight": "weight", "bias": "bias"}
     roles = {role: call.arg(position, keys[role]) for role, position in positions.items()}
-    tensors = {role: name for role, tensor in roles.items() if (name := trace.name_of(tensor)) is not None}
+    tensors = {role: name for role, tensor in roles.items() if (name := trace.parameters.name_of(tensor)) is not None}
     for name in tensors.values():
-        trace.axis(name, 0, units)
-    name = next(iter(tensors.values())).rpartition(".")[0] if tensors else trace.key("norm", call.module)
+        trace.parameters.axis(name, 0, units)
+    key = None if tensors else trace.units.key("norm", call.module)
+    name = str(key) if key else next(iter(tensors.values())).rpartition(".")[0]
     options = {"eps": call.arg(7, "eps", 1e-5), "module": call.module}
-    trace.add(Layer("norm", name, tensors, units, labels.sources, labels.via, options))
-    past = replace(labels.past, rest=None)
-    made = Labels(spread(units, 1, call.out.shape), labels.sources, labels.via | {name}, past=past, range=ALL)
+    trace.add(Layer(LayerKind.NORM, name, tensors, units, labels.sources, labels.norms_since, options, key=key))
+    past = replace(labels.passage, rest=None)
+    made = Labels(
+        spread(units, 1, call.out.shape), labels.sources, labels.norms_since | {name}, passage=past, range=ALL
+    )
     trace.label(call.out, made)
 
 
@@ -341,18 +356,20 @@ def layer_norm(trace: Trace, call: Call) -> None:
     units, tensors = labels.units, {}
     for role, tensor in (("weight", call.arg(2, "weight")), ("bias", None if rms else call.arg(3, "bias"))):
         if tensor is not None and (entries := trace.labels(tensor)) is not None:
-            units = trace.meet(units, entries.units.broadcast_to(units.shape), call)
-            if (name := trace.name_of(tensor)) is not None:
+            units = trace.units.combine(units, entries.units.broadcast_to(units.shape), call)
+            if (name := trace.parameters.name_of(tensor)) is not None:
                 tensors[role] = name
     eps = call.arg(3 if rms else 4, "eps", None if rms else 1e-5)
     if eps is None:
         eps = torch.finfo(call.args[0].dtype).eps
     size = math.prod(shape)
-    lead = trace.tight(units).shape[: units.dim() - len(shape)]
+    lead = trace.units.drop_repeats(units).shape[: units.dim() - len(shape)]
     rows = units[tuple(slice(0, n) for n in lead)].reshape(-1, size)
     # A unit that holds a mean has no deviation from it, but at other positions.
-    alone = size == max(shape) and len(torch.unique(trace.find(rows[0]))) == size
-    _cross(trace, call, replace(labels, units=units), rows, tensors, eps, "rms" if rms else "layer", alone)
+    alone = size == max(shape) and len(torch.unique(trace.units.find(rows[0]))) == size
+    _cross(
+        trace, call, replace(labels, units=units), rows, tensors, eps, NormKind.RMS if rms else NormKind.LAYER, alone
+    )
 
 
 def group_norm(trace: Trace, call: Call) -> None:
@@ -361,17 +378,17 @@ def group_norm(trace: Trace, call: Call) -> None:
     labels = trace.labels(call.args[0])
     if labels is None or not hasattr(call.args[0], "_net2net_labels"):
         return give_up(trace, call, f"{call} normalises a parameter")
-    line = trace.line(labels.units, 1, f"{call} has one entry for them")
+    line = trace.units.units_along(labels.units, 1, f"{call} has one entry for them")
     roles = {"weight": call.arg(2, "weight"), "bias": call.arg(3, "bias")}
-    tensors = {role: name for role, tensor in roles.items() if (name := trace.name_of(tensor)) is not None}
+    tensors = {role: name for role, tensor in roles.items() if (name := trace.parameters.name_of(tensor)) is not None}
     for name in tensors.values():
-        trace.axis(name, 0, line)
+        trace.parameters.axis(name, 0, line)
     units = line.reshape(groups, -1)
     if groups > 1:
-        key = trace.key("groups", call.module)
-        trace.relate(key, units, trace.fresh(groups, key)[:, None].expand_as(units))
+        key = trace.units.key("groups", call.module)
+        trace.units.relate(key, units, trace.units.fresh(groups, key)[:, None].expand_as(units))
     alone = call.args[0][0].numel() == units.numel()
-    _cross(trace, call, labels, units, tensors, call.arg(4, "eps", 1e-5), "layer", alone)
+    _cross(trace, call, labels, units, tensors, call.arg(4, "eps", 1e-5), NormKind.LAYER, alone)
 
 
 def _cross(
@@ -381,18 +398,31 @@ def _cross(
     rows: Tensor,
     tensors: dict[str, str],
     eps: float,
-    kind: str,
+    kind: NormKind,
     alone: bool,
 ) -> None:
     """Record a norm that takes the mean over each of `rows`, and nothing but one entry of each unit if `alone`."""
-    key = trace.key("norm", call.module)
-    name = next(iter(tensors.values())).rpartition(".")[0] if tensors else key
+    key = trace.units.key("norm", call.module)
+    name = next(iter(tensors.values())).rpartition(".")[0] if tensors else str(key)
     padded = kind == "rms" or (labels.linear and alone)
     trace.norms.append(
-        Norm(key, kind, rows, tensors, eps, call.module, padded, name, PLAIN if labels.linear else labels.begun)
+        Norm(key, kind, rows, tensors, eps, call.module, padded, name, NO_NORM if labels.linear else labels.first_norm)
     )
-    trace.add(Layer("norm", name, tensors, rows.reshape(-1), labels.sources, labels.via, {"across": True}))
-    trace.label(call.out, Labels(labels.units, labels.sources, labels.via | {name}, normed=name, begun=name))
+    trace.add(
+        Layer(
+            LayerKind.NORM,
+            name,
+            tensors,
+            rows.reshape(-1),
+            labels.sources,
+            labels.norms_since,
+            {"across": True},
+            key=None if tensors else key,
+        )
+    )
+    trace.label(
+        call.out, Labels(labels.units, labels.sources, labels.norms_since | {name}, after_norm=name, first_norm=name)
+    )
 
 
 # -- layers that read units and produce new ones ----------------------------------------------------------------
@@ -408,7 +438,7 @@ def convolution(trace: Trace, call: Call) -> None:
         for position, name in zip(at, ("stride", "padding", "groups", "dilation"), strict=True)
     )
     owner, labels, spatial = trace.model.get_submodule(call.module), trace.labels(x), weight.dim() - 2
-    outer = () if labels is None else labels.outer
+    outer = () if labels is None else labels.padded_by
     if getattr(owner, "padding_mode", "zeros") != "zeros":  # padded by another function, before
         padding, outer = owner.padding, ()
     options = {"stride": stride, "padding": padding, "dilation": dilation, "transposed": transposed, "groups": groups}
@@ -433,52 +463,56 @@ def mix(
     bias: Tensor | None = None,
 ) -> None:
     """A layer whose weight reads axis `dim` of `x` with `axes[0]` and produces the same axis with `axes[1]`."""
-    found = trace.weight(weight)
+    found = trace.parameters.weight(weight)
     if found is None:
         return give_up(trace, call, f"the weight of {call} is not a parameter of the network")
     name, options = found.name, options or {"groups": 1}
     bias = call.arg(2, "bias") if bias is None and call.name != "matmul" else bias
     tensors = {"weight": name}
-    if (bias_name := trace.name_of(bias)) is not None:
+    if (bias_name := trace.parameters.name_of(bias)) is not None:
         tensors["bias"] = bias_name
     labels = trace.labels(x)
     reads = None
     if labels is not None:
-        reads = trace.line(labels.units, dim, f"{name} reads them with one weight")
+        reads = trace.units.units_along(labels.units, dim, f"{name} reads them with one weight")
     (in_dim, in_taken), (out_dim, out_taken) = found.axes[axes[0]], found.axes[axes[1]]
-    times = trace.merged.get(name, 1)
+    times = trace.seen_as.merged_groups.get(name, 1)
     if times > 1:
-        if trace.tensors[name] is weight:
-            trace.tensors[name] = merged(weight, groups, times)
-        weight = trace.tensors[name]
-    split = f"{name}|groups" in trace.alike
-    grouped = groups > times or name in trace.alike or split
+        if trace.parameters.tensors[name] is weight:
+            trace.parameters.tensors[name] = merge_groups(weight, groups, times)
+        weight = trace.parameters.tensors[name]
+    split = Key(name, "groups") in trace.seen_as.as_grouped
+    grouped = groups > times or Key(name) in trace.seen_as.as_grouped or split
     if grouped and reads is None:
         return give_up(trace, call, f"{name} is grouped and reads what is not followed")
     if grouped and reads is not None and labels is not None:
         if weight.shape[0] == groups and weight.shape[1] == 1 and not split:
             if out_taken is not None and len(out_taken) < len(reads):  # one filter, the same for every unit
-                made = Labels(spread(reads, dim, call.out.shape), labels.sources, labels.via)
+                made = Labels(spread(reads, dim, call.out.shape), labels.sources, labels.norms_since)
                 return trace.label(call.out, made)
             return _depthwise(trace, call, labels, reads, dim, tensors, options)
         produced = _grouped(trace, name, reads, groups, times, transposed=axes == (0, 1))
     else:
         if reads is not None:
-            trace.axis(name, in_dim, reads, in_taken)
-        produced = trace.axis(name, out_dim, None, out_taken)
-    trace.read_axis[name] = in_dim
-    if bias is not None and (part := trace.weight(bias)) is not None:
-        trace.axis(part.name, part.axes[0][0], produced, part.axes[0][1])
+            trace.parameters.axis(name, in_dim, reads, in_taken)
+        produced = trace.parameters.axis(name, out_dim, None, out_taken)
+    trace.parameters.read_axis[name] = in_dim
+    if bias is not None and (part := trace.parameters.weight(bias)) is not None:
+        trace.parameters.axis(part.name, part.axes[0][0], produced, part.axes[0][1])
     elif bias is not None and (more := trace.labels(bias)) is not None:
-        trace.unite(more.units.reshape(-1), produced)
+        trace.units.unite(more.units.reshape(-1), produced)
     gain = found.gain if labels is None else found.gain * labels.gain
-    every = [reads, produced] if name in trace.inner else [trace.axes[name][axis] for axis in (in_dim, out_dim)]
+    every = (
+        [reads, produced]
+        if name in trace.parameters.inner
+        else [trace.parameters.axes[name][axis] for axis in (in_dim, out_dim)]
+    )
     read = labels or Labels(produced)  # of constants: nothing is known
-    state = (gain, read.linear, read.normed, read.begun, read.past, read.range)
-    trace.add(Layer("mix", name, tensors, every[0], read.sources, read.via, options, every[1], *state))
+    state = (gain, read.linear, read.after_norm, read.first_norm, read.passage, read.range)
+    trace.add(Layer(LayerKind.MIX, name, tensors, every[0], read.sources, read.norms_since, options, every[1], *state))
     past = Passage(carrier=name, rest=0.0)
     units = spread(produced, dim, call.out.shape)
-    trace.label(call.out, Labels(units, frozenset({name}), linear=True, past=past, range=ALL, raw=name))
+    trace.label(call.out, Labels(units, frozenset({name}), linear=True, passage=past, range=ALL, result_of=name))
 
 
 def _depthwise(
@@ -487,30 +521,34 @@ def _depthwise(
     """A filter for every unit: the unit goes on."""
     assert labels is not None
     for tensor in tensors.values():
-        trace.axis(tensor, 0, reads)
+        trace.parameters.axis(tensor, 0, reads)
     name = tensors["weight"]
     roles = {"taps": name} | ({"shift": tensors["bias"]} if "bias" in tensors else {})
-    trace.add(Layer("scale", name, roles, reads, labels.sources, labels.via, options, range=labels.range))
-    past = replace(labels.past, carrier=name, rest=None)
+    trace.add(
+        Layer(LayerKind.SCALE, name, roles, reads, labels.sources, labels.norms_since, options, range=labels.range)
+    )
+    past = replace(labels.passage, carrier=name, rest=None)
     units = spread(reads, dim, call.out.shape)
-    trace.label(call.out, Labels(units, labels.sources, labels.via | {name}, past=past, range=ALL))
+    trace.label(call.out, Labels(units, labels.sources, labels.norms_since | {name}, passage=past, range=ALL))
 
 
 def _grouped(trace: Trace, name: str, reads: Tensor, groups: int, times: int, transposed: bool) -> Tensor:
     """Units read and produced inside one group belong to it; `times` groups in turn are one, the last what is left."""
     packs = -(-groups // times)
     if transposed:
-        trace.axis(name, 0, reads)
-        produced = trace.inside(name, packs)
+        trace.parameters.axis(name, 0, reads)
+        produced = trace.parameters.inside(name, packs)
         produced = produced[: len(produced) * groups // (packs * times)]
     else:
-        places = trace.fresh((packs * times - groups) * len(reads) // groups, whole=False)  # of groups that are not
-        trace.inside(name, packs, torch.cat([reads, places]))
-        produced = trace.axis(name, 0)
-    key = f"{name}|groups"
-    owners = trace.families[key] if key in trace.families else trace.fresh(packs, key)
+        places = trace.units.fresh(
+            (packs * times - groups) * len(reads) // groups, distinct=False
+        )  # of groups that are not
+        trace.parameters.inside(name, packs, torch.cat([reads, places]))
+        produced = trace.parameters.axis(name, 0)
+    key = Key(name, "groups")
+    owners = trace.units.families[key] if key in trace.units.families else trace.units.fresh(packs, key)
     owned = [owners[torch.arange(len(units)) * groups // len(units) // times] for units in (reads, produced)]
-    trace.relate(key, torch.cat([reads, produced]), torch.cat(owned))
+    trace.units.relate(key, torch.cat([reads, produced]), torch.cat(owned))
     return produced
 
 
@@ -522,15 +560,15 @@ def overwritten(trace: Trace, call: Call) -> None:
 
 def embedding(trace: Trace, call: Call) -> None:
     """Every entry of the table is a row of units; the table's length is fixed."""
-    found = trace.weight(call.arg(1, "weight"))
+    found = trace.parameters.weight(call.arg(1, "weight"))
     if found is None or found.axes[0][0] != 0 or hasattr(call.args[0], "_net2net_labels"):
         return give_up(trace, call, f"the table of {call} is not a parameter of the network")
     if call.arg(3, "max_norm") is not None:
         return give_up(trace, call, f"{call} shortens its rows to a norm, which copies change")
     name, tensors = found.name, {"weight": found.name}
-    produced = trace.axis(name, 1)
-    trace.add(Layer("mix", name, tensors, None, frozenset(), frozenset(), {"embedding": True}, produced))
-    trace.label(call.out, Labels(spread(produced, -1, call.out.shape), frozenset({name}), linear=True, raw=name))
+    produced = trace.parameters.axis(name, 1)
+    trace.add(Layer(LayerKind.MIX, name, tensors, None, frozenset(), frozenset(), {"embedding": True}, produced))
+    trace.label(call.out, Labels(spread(produced, -1, call.out.shape), frozenset({name}), linear=True, result_of=name))
 
 
 # -- products that sum over an axis -------------------------------------------------------------------------------
@@ -539,9 +577,9 @@ def embedding(trace: Trace, call: Call) -> None:
 def matmul(trace: Trace, call: Call) -> None:
     """A layer, if one factor is a parameter; else a contraction of two activations."""
     a, b = call.args[0], call.arg(1, "other", call.kwargs.get("mat2"))
-    if not hasattr(b, "_net2net_labels") and trace.weight(b) is not None and b.dim() == 2:
+    if not hasattr(b, "_net2net_labels") and trace.parameters.weight(b) is not None and b.dim() == 2:
         return mix(trace, call, a, b, -1, (0, 1))
-    if not hasattr(a, "_net2net_labels") and trace.weight(a) is not None and a.dim() == 2 and b.dim() > 1:
+    if not hasattr(a, "_net2net_labels") and trace.parameters.weight(a) is not None and a.dim() == 2 and b.dim() > 1:
         return mix(trace, call, b, a, -2, (1, 0))
     if not (a.dim() > 1 and b.dim() > 1) or not (trace.follows(a) or trace.follows(b)):
         return give_up(trace, call, f"{call} multiplies vectors")
@@ -557,27 +595,28 @@ def contract(trace: Trace, call: Call, a: Tensor, b: Tensor, shape: Sequence[int
     if left is None or right is None:  # a constant matrix, of one size in both networks
         labels, dim = (left, -1) if left is not None else (right, -2)
         assert labels is not None
-        units = trace.bundle(labels.units, [labels.units.dim() + dim], f"{call} multiplies it with a constant")
+        units = trace.units.tie_along(labels.units, [labels.units.dim() + dim], f"{call} multiplies it with a constant")
         trace.label(call.out, _made(units.broadcast_to((*batch, *units.shape[-2:])).expand(tuple(shape)), met))
         return
-    one, two = trace.tight(left.units), trace.tight(right.units)
-    key = trace.key("contraction", call.module)
-    inner = [one.shape[-1] > 1 or key in trace.alike, two.shape[-2] > 1 or key in trace.alike]
+    one, two = trace.units.drop_repeats(left.units), trace.units.drop_repeats(right.units)
+    key = trace.units.key("contraction", call.module)
+    as_grouped = key in trace.seen_as.as_grouped
+    inner = [one.shape[-1] > 1 or as_grouped, two.shape[-2] > 1 or as_grouped]
     why = f"{call} sums products over them"
-    one = trace.bundle(one, [one.dim() - 1], why)
-    two = trace.bundle(two, [two.dim() - 2], why)
+    one = trace.units.tie_along(one, [one.dim() - 1], why)
+    two = trace.units.tie_along(two, [two.dim() - 2], why)
     if any(inner):
         apart, together = torch.broadcast_tensors(one, two)
-        trace.unite(apart, together, contraction=True)
+        trace.units.unite(apart, together, contraction=True)
         if all(inner):
-            trace.contractions.append(Contraction(key, torch.unique(trace.tight(left.units))))
-        _, numbers = torch.unique(trace.find(apart), return_inverse=True)
-        heads = trace.fresh(int(numbers.max()) + 1)  # a label of their own, which is neither factor's
+            trace.contractions.append(Contraction(key, torch.unique(trace.units.drop_repeats(left.units))))
+        _, numbers = torch.unique(trace.units.find(apart), return_inverse=True)
+        heads = trace.units.fresh(int(numbers.max()) + 1)  # a label of their own, which is neither factor's
         units = heads[numbers]
-        trace.unite(units, apart, contraction=True)
+        trace.units.unite(units, apart, contraction=True)
         trace.label(call.out, _made(units.expand(tuple(shape)), met, gain=gain))
         return
-    units = trace.meet(one.expand(tuple(shape)), two.expand(tuple(shape)), call)
+    units = trace.units.combine(one.expand(tuple(shape)), two.expand(tuple(shape)), call)
     trace.label(call.out, _made(units, met, gain=gain))
 
 
@@ -591,11 +630,11 @@ def movement(trace: Trace, call: Call) -> None:
     if any(hasattr(x, "_net2net_labels") for x in tensors_in(where)):
         return give_up(trace, call, f"{call} moves it to where the values say")
     if not any(hasattr(x, "_net2net_labels") for x in operands) and len(operands) == 1:
-        view = trace.view(operands[0])
+        view = trace.parameters.view(operands[0])
         moved = [] if view is None else [_move(call, [places]) for places in view.places]
         if view is not None and None not in moved:
             for out, *places in zip(tensors_in(call.out), *moved, strict=True):  # type: ignore[arg-type]
-                trace.see(out, replace(view, places=tuple(places)))
+                trace.parameters.remember_view(out, replace(view, places=tuple(places)))
         return
     labels = [trace.labels(x) for x in operands]
     known = [one for one in labels if one is not None]
@@ -609,11 +648,18 @@ def movement(trace: Trace, call: Call) -> None:
         return give_up(trace, call, f"{call} changes what an element is")
     gain = known[0].gain if len({one.gain for one in known}) == 1 else 1.0
     linear = all(one is not None and one.linear for one in labels)
-    normed = known[0].normed if len({one and one.normed for one in labels}) == 1 else None
-    past = known[0].past if len({one and one.past for one in labels}) == 1 else NOTHING
+    normed = known[0].after_norm if len({one and one.after_norm for one in labels}) == 1 else None
+    past = known[0].passage if len({one and one.passage for one in labels}) == 1 else NOTHING
     lies = hull(one and one.range for one in labels)
     for out, new in zip(tensors_in(call.out), moved, strict=True):
-        state = {"gain": gain, "linear": linear, "normed": normed, "begun": _begun(labels), "past": past, "range": lies}
+        state = {
+            "gain": gain,
+            "linear": linear,
+            "after_norm": normed,
+            "first_norm": _begun(labels),
+            "passage": past,
+            "range": lies,
+        }
         trace.label(out, _made(new, known, **state))
 
 
@@ -640,12 +686,12 @@ def channelwise(trace: Trace, call: Call) -> None:
     name, out = _plain(call.name), tensors_in(call.out)[0]
     spatial = int(name.partition("pool")[2][0]) if "pool" in name else out.dim() - 2
     dim = out.dim() - spatial - 1
-    units = trace.line(labels.units, dim, f"{call} mixes positions")
+    units = trace.units.units_along(labels.units, dim, f"{call} mixes positions")
     for out in tensors_in(call.out):
         linear = labels.linear and "avg" in name
-        state = (labels.gain, linear, labels.normed, None, labels.past if "avg" in name else NOTHING)
+        state = (labels.gain, linear, labels.after_norm, None, labels.passage if "avg" in name else NOTHING)
         lies = hull([labels.range, (0.0, 0.0)]) if "pool" in name and "lp" not in name else None  # of the padding
-        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.via, *state, range=lies))
+        trace.label(out, Labels(spread(units, dim, out.shape), labels.sources, labels.norms_since, *state, range=lies))
 
 
 def reduction(trace: Trace, call: Call) -> None:
@@ -662,15 +708,21 @@ def reduction(trace: Trace, call: Call) -> None:
     if _plain(call.name) in ("mean", "amax", "amin", "max", "min", "all", "any"):
         units = _across(trace, call, labels.units, dims)
     else:
-        units = trace.bundle(labels.units, list(dims), f"{call} mixes them")
+        units = trace.units.tie_along(labels.units, list(dims), f"{call} mixes them")
     shape = [1 if d in dims else size for d, size in enumerate(labels.units.shape)]
     linear = _plain(call.name) in ("mean", "sum")
     for out in tensors_in(call.out):
         units_out = units.expand(shape).reshape(out.shape)
         gain = labels.gain if linear else 1.0
-        made = Labels(units_out, labels.sources, labels.via, gain)
+        made = Labels(units_out, labels.sources, labels.norms_since, gain)
         if linear:
-            made = replace(made, linear=labels.linear, normed=labels.normed, begun=labels.begun, past=labels.past)
+            made = replace(
+                made,
+                linear=labels.linear,
+                after_norm=labels.after_norm,
+                first_norm=labels.first_norm,
+                passage=labels.passage,
+            )
         if _plain(call.name) in ("mean", "amax", "amin"):
             made = replace(made, range=labels.range)
         trace.label(out, made)
@@ -678,19 +730,19 @@ def reduction(trace: Trace, call: Call) -> None:
 
 def _across(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) -> Tensor:
     """A new unit for each set of units that `dims` hold together; one that is alone stays itself."""
-    units = trace.tight(units)
+    units = trace.units.drop_repeats(units)
     mixed = [d for d in dims if units.shape[d] > 1]
     if not mixed:
         return units
     kept = [1 if d in mixed else size for d, size in enumerate(units.shape)]
     rows = units.movedim(mixed, list(range(-len(mixed), 0))).flatten(-len(mixed)).reshape(math.prod(kept), -1)
-    rows, which = torch.unique(trace.find(rows), dim=0, return_inverse=True)  # the same at several positions
-    key = trace.key("across", call.module)
-    kind = "mean" if _plain(call.name) == "mean" else "extreme"
+    rows, which = torch.unique(trace.units.find(rows), dim=0, return_inverse=True)  # the same at several positions
+    key = trace.units.key("across", call.module)
+    kind = NormKind.MEAN if _plain(call.name) == "mean" else NormKind.EXTREME
     trace.norms.append(Norm(key, kind, rows, {}, 0.0, call.module, padded=False))
-    made = trace.fresh(len(rows), key)
+    made = trace.units.fresh(len(rows), key)
     if len(rows) > 1:
-        trace.relate(key, rows, made[:, None].expand_as(rows))
+        trace.units.relate(key, rows, made[:, None].expand_as(rows))
     return made[which].reshape(kept)
 
 
@@ -704,11 +756,15 @@ def lengthwise(trace: Trace, call: Call) -> None:
     dim = call.arg(2 if name in ("normalize", "topk") else 1, "dim", call.kwargs.get("axis", default))
     if dim is None or not isinstance(dim, int):
         return give_up(trace, call, f"{call} mixes elements along an axis that is not named")
-    units = trace.bundle(labels.units, [dim], f"{call} mixes them")
+    units = trace.units.tie_along(labels.units, [dim], f"{call} mixes them")
     if "softm" in call.name:
-        trace.gains[trace.key("softmax", call.module)] = (labels.gain, labels.sources, torch.unique(units))
+        trace.softmax_gains[trace.units.key("softmax", call.module)] = (
+            labels.gain,
+            labels.sources,
+            torch.unique(units),
+        )
     for out in tensors_in(call.out):
-        trace.label(out, Labels(units.expand(out.shape), labels.sources, labels.via))
+        trace.label(out, Labels(units.expand(out.shape), labels.sources, labels.norms_since))
 
 
 def pad(trace: Trace, call: Call) -> None:
@@ -719,12 +775,12 @@ def pad(trace: Trace, call: Call) -> None:
     units, amounts, mode = labels.units, call.arg(1, "pad"), call.arg(2, "mode", "constant")
     outer = tuple(zip(amounts[::2], amounts[1::2], strict=True))
     zeros = mode == "constant" and not call.arg(3, "value")  # which any sum and any norm leave zero
-    if mode != "constant" and max(trace.tight(units).shape[-(len(amounts) // 2) :]) > 1:
+    if mode != "constant" and max(trace.units.drop_repeats(units).shape[-(len(amounts) // 2) :]) > 1:
         units, amounts = F.pad(units.double(), amounts, mode).long(), []
     for k in range(len(amounts) // 2):
         dim, (before, after) = units.dim() - 1 - k, amounts[2 * k : 2 * k + 2]
         size = units.shape[dim] + before + after
-        if trace.tight(units).shape[dim] == 1:
+        if trace.units.drop_repeats(units).shape[dim] == 1:
             units = units.narrow(dim, 0, 1).expand([size if d == dim else n for d, n in enumerate(units.shape)])
             continue
         if before < 0 or after < 0:
@@ -732,15 +788,15 @@ def pad(trace: Trace, call: Call) -> None:
         parts = [units]
         for position, count in ((0, before), (len(parts) + 1, after)):
             if count:
-                new = trace.fresh(count, trace.key("padding", call.module))
+                new = trace.units.fresh(count, trace.units.key("padding", call.module))
                 shape = [count if d == dim else n for d, n in enumerate(units.shape)]
                 parts.insert(position, spread(new, dim, shape))
                 zeros = False  # it holds no mean of others
         units = torch.cat(parts, dim)
-    made = Labels(units, labels.sources, labels.via, labels.gain, outer=outer)
+    made = Labels(units, labels.sources, labels.norms_since, labels.gain, padded_by=outer)
     if zeros:
         made = replace(made, range=hull([labels.range, (0.0, 0.0)]))
-        made = replace(made, linear=labels.linear, normed=labels.normed, begun=labels.begun)
+        made = replace(made, linear=labels.linear, after_norm=labels.after_norm, first_norm=labels.first_norm)
     trace.label(call.out, made)
 
 
@@ -749,9 +805,9 @@ def unfold(trace: Trace, call: Call) -> None:
     labels = trace.labels(call.args[0])
     if labels is None or labels.units.dim() != 4:
         return unknown(trace, call)
-    units = trace.line(labels.units, 1, f"{call} mixes positions")
+    units = trace.units.units_along(labels.units, 1, f"{call} mixes positions")
     units = units.repeat_interleave(call.out.shape[1] // len(units))
-    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via, labels.gain))
+    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.norms_since, labels.gain))
 
 
 def fold(trace: Trace, call: Call) -> None:
@@ -759,9 +815,9 @@ def fold(trace: Trace, call: Call) -> None:
     labels = trace.labels(call.args[0])
     if labels is None or labels.units.dim() != 3:
         return unknown(trace, call)
-    units = trace.line(labels.units, 1, f"{call} mixes positions").reshape(call.out.shape[1], -1)
-    units = trace.bundle(units, [1], f"{call} sums over patches").reshape(-1)
-    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.via, labels.gain))
+    units = trace.units.units_along(labels.units, 1, f"{call} mixes positions").reshape(call.out.shape[1], -1)
+    units = trace.units.tie_along(units, [1], f"{call} sums over patches").reshape(-1)
+    trace.label(call.out, Labels(spread(units, 1, call.out.shape), labels.sources, labels.norms_since, labels.gain))
 
 
 # -- functions that are other functions ---------------------------------------------------------------------------
@@ -1030,7 +1086,7 @@ RULES: dict[str, Rule] = {
             "std",
             "var_mean",
             "std_mean",
-            "norm",
+            LayerKind.NORM,
             "logsumexp",
             "all",
             "any",

@@ -1,0 +1,183 @@
+"""Run a network and leave it as it was: its inputs, its modes, its wrappers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from .errors import TransferError
+
+Example = Tensor | tuple[Any, ...] | dict[str, Any]
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+QUANTISED_MODULES = ("torch.ao.nn", "torch.nn.quantized")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network inside DistributedDataParallel, DataParallel, torch.compile or an averaging wrapper.
+
+    Raises:
+        TransferError: a parameter is not a plain tensor that holds the whole weight (lazy, sharded, quantised), or the
+            network is a ScriptModule.
+    """
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = inner
+        else:
+            break
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise TransferError(f"{name} has no shape yet: run the lazy network once on an input first.")
+        if type(tensor) not in PLAIN_TENSORS:
+            raise TransferError(
+                f"{name} is a {type(tensor).__name__}, not a plain tensor: gather a sharded network first, and grow a "
+                "quantised one before it is quantised."
+            )
+    if any(type(module).__module__.startswith(QUANTISED_MODULES) for module in model.modules()):
+        raise TransferError("The network is quantised: grow it before it is quantised.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TransferError("The network is a ScriptModule, whose operations cannot be followed: pass the original.")
+    return model
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of a forward pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example: Example) -> "Inputs":
+        """Return the arguments that `example` stands for: one tensor, a tuple of arguments or a dict of keywords."""
+        if isinstance(example, dict):
+            inputs = cls((), example)
+        elif not isinstance(example, (Tensor, tuple)):
+            inputs = cls((), {})
+        else:
+            inputs = cls(example if isinstance(example, tuple) else (example,), {})
+        if not inputs.tensors:
+            raise TransferError(
+                "The example must be a tensor, a tuple of arguments or a dict of keyword arguments, with at least one "
+                "tensor in it."
+            )
+        return inputs
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in the arguments."""
+        return tensors_in([*self.args, *self.kwargs.values()])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """Return the same arguments with every tensor changed."""
+        return Inputs(
+            tuple(_map(value, change) for value in self.args),
+            {name: _map(value, change) for name, value in self.kwargs.items()},
+        )
+
+    def draw_like(self, seed: int = 0, numbers: int | None = 2**16) -> "Inputs":
+        """Draw other inputs of the same kind.
+
+        Floating-point tensors become normal noise with the same standard deviation. Whole numbers are drawn from among
+        those of the example.
+
+        Args:
+            seed: of the generator.
+            numbers: the batch gets as many rows as make about this many numbers, two at least. None keeps its size.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {x.shape[0] for x in self.tensors if x.dim()}
+        total = sum(x.numel() for x in self.tensors)
+        rows = None
+        if numbers is not None and len(sizes) == 1:
+            (size,) = sizes
+            rows = max(2, min(numbers * size // max(total, 1), 64 * size))
+        return self.map(lambda x: _draw_like(x, rows, generator))
+
+
+def _draw_like(x: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
+    """Draw a tensor like `x`, with another number of rows if `rows` is given."""
+    if x.layout != torch.strided:
+        return x
+    shape = (rows, *x.shape[1:]) if rows and x.dim() else x.shape
+    if not x.is_floating_point():
+        among = x.reshape(-1)
+        if not len(among):
+            return x
+        return among[torch.randint(len(among), shape, generator=generator).to(x.device)]
+    deviation = x.double().std() if x.numel() > 1 else torch.ones(())
+    return (torch.randn(shape, generator=generator, dtype=torch.double).to(x.device) * deviation).to(x.dtype)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to every tensor in nested containers."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_map(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """Return every tensor in nested tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in tensors_in(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in tensors_in(item)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]  # type: ignore
+    return []
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Hold the network in one mode, without gradients, while the block runs.
+
+    Afterwards every module has its own mode again. In training mode the buffers and the random state are restored, too.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
+    model.train(training)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(enabled=training):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Return the network's output on these very tensors; raise TransferError if the forward pass fails."""
+    try:
+        return model(*inputs.args, **inputs.kwargs)
+    except TransferError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs.tensors)
+        raise TransferError(f"The forward pass of {type(model).__name__} on inputs {shapes} fails: {error}") from error
+
+
+def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
+    """Return the network's output in eval mode (or in training mode), without gradients.
+
+    The network is left as it was, and so are the inputs: it works on a copy.
+    """
+    with in_mode(model, training):
+        if training:
+            torch.manual_seed(0)
+        return call(model, inputs.map(torch.clone))

@@ -1,0 +1,210 @@
+"""The vocabulary of a trace: what is known of an activation, a layer, a norm, a contraction, a call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+from .activations import NOTHING, Chain, Passage, Range
+
+NO_NORM = ""  # the `first_norm` of what is a plain sum of layers
+
+
+class LayerKind(StrEnum):
+    """What an operation does to units."""
+
+    MIX = "mix"  # reads units and produces new ones: convolution, linear, embedding
+    NORM = "norm"  # normalises; one entry a unit
+    SCALE = "scale"  # one entry a unit: layer scale, depthwise filter, slope
+    OUTPUT = "output"  # the network's result: reads, and has no parameters
+
+
+class NormKind(StrEnum):
+    """What a statistic across units takes."""
+
+    LAYER = "layer"  # subtracts the mean and divides by the standard deviation
+    RMS = "rms"  # divides by the root of the mean square
+    MEAN = "mean"  # the mean alone
+    EXTREME = "extreme"  # the largest or smallest
+
+
+@dataclass(frozen=True)
+class Key:
+    """The name of something that both networks have.
+
+    It is the `number`-th `what` in the module `where` (or belongs to the tensor `where`). `part` tells apart several
+    such things. With `inside` it says that one grouping of units lies inside another.
+    """
+
+    where: str
+    what: str = ""
+    number: int = 0
+    part: str = ""
+    inside: "Key | None" = None
+
+    def __str__(self) -> str:
+        parts = (self.where, self.what, str(self.number or ""), self.part)
+        text = "|".join([parts[0], *(part for part in parts[1:] if part)])
+        return text if self.inside is None else f"{text} in {self.inside}"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known of an activation.
+
+    Attributes:
+        units: the unit of every element, in the activation's shape.
+        sources: the layers whose outputs are summed or concatenated in it.
+        norms_since: the norms that it has passed since.
+        gain: the product of the plain numbers that it was multiplied by since a layer produced it.
+        linear: whether it is a plain sum of what layers produced, so that one of its units can hold the mean of others.
+        after_norm: the norm that it comes from directly. Units that this norm saw as its mean, or as zero, are zero.
+        first_norm: the one norm across units that it begins with, if it is a plain sum since.
+        passage: the activations and gates that it has met.
+        padded_by: how much it has just been padded, before and behind, the last axis first.
+        range: between which numbers it lies.
+        chain: the activations that it has met, one directly behind the other, since the last layer.
+        result_of: the layer whose result it is, untouched.
+    """
+
+    units: Tensor
+    sources: frozenset[str] = frozenset()
+    norms_since: frozenset[str] = frozenset()
+    gain: float = 1.0
+    linear: bool = False
+    after_norm: str | None = None
+    first_norm: str | None = None
+    passage: Passage = NOTHING
+    padded_by: tuple[tuple[int, int], ...] = ()
+    range: Range = None
+    chain: Chain | None = None
+    result_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A parametrised operation of the forward pass: it reads units, produces units, or both.
+
+    Attributes:
+        kind: what it does to units.
+        name: the name of its weight; of a norm without parameters, that of its module and a number.
+        tensors: role (weight, bias, mean, var, taps, shift, factor, slope, amount) -> name of the tensor.
+        reads: the units of the entries of the axis that it reads.
+        sources, norms_since: those of the activation that it reads.
+        options: stride, padding and the like.
+        produces: the units of the entries of the axis that it produces.
+        gain, linear, after_norm, first_norm, passage, range: those of the activation that it reads.
+        key: what a norm without parameters is called in both networks.
+    """
+
+    kind: LayerKind
+    name: str
+    tensors: dict[str, str]
+    reads: Tensor | None
+    sources: frozenset[str]
+    norms_since: frozenset[str]
+    options: dict[str, Any] = field(default_factory=dict)
+    produces: Tensor | None = None
+    gain: float = 1.0
+    linear: bool = False
+    after_norm: str | None = None
+    first_norm: str | None = None
+    passage: Passage = NOTHING
+    range: Range = None
+    key: Key | None = None
+
+    @property
+    def module(self) -> str:
+        """The name of the module that owns the layer's weight; of a weight of the network's own, that weight's."""
+        return self.name.rpartition(".")[0] or self.name
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A statistic across units. It is exact if each of its groups sees all units of the teacher's equally often.
+
+    (An extreme is exact if each unit is seen at all.)
+
+    Attributes:
+        key: what it is called in both networks.
+        kind: which statistic.
+        units: the units of every group, one row each.
+        tensors: role (weight, bias) -> name of the tensor.
+        eps: as the forward pass uses it.
+        module: the module that it is called in.
+        padded: whether the units before it could hold means (layer norm) or zeros (RMS norm), which it can undo.
+        name: the name of its layer.
+        first_norm: the norm that what it sees begins with, `NO_NORM` if that is a sum of layers.
+    """
+
+    key: Key
+    kind: NormKind
+    units: Tensor
+    tensors: dict[str, str]
+    eps: float
+    module: str
+    padded: bool
+    name: str = ""
+    first_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A product that sums over units of two activations (queries by keys): it needs each unit once.
+
+    `left` holds the units of one factor, whose entries beyond the teacher's are zero in a student.
+    """
+
+    key: Key
+    left: Tensor
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, or a view of one whose axes lie along the parameter's.
+
+    `axes` holds, for each axis of the view, the parameter's axis and the entries taken of it (None: all). `gain` is the
+    number that it was multiplied by.
+    """
+
+    name: str
+    axes: list[tuple[int, Tensor | None]]
+    gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor whose elements are those of a parameter: `places` holds their place on each of its axes."""
+
+    name: str
+    places: tuple[Tensor, ...]
+    gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a torch function in the forward pass.
+
+    Attributes:
+        name: the function's name, as "conv2d" or "__iadd__".
+        func: the function.
+        args, kwargs: its arguments.
+        out: what it returned.
+        module: the module that called it.
+    """
+
+    name: str
+    func: Callable
+    args: Sequence
+    kwargs: dict[str, Any]
+    out: Any
+    module: str
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """Return the argument, wherever it stands in the call."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.module or 'the network'}"

@@ -1,0 +1,179 @@
+"""Which axis, or which view, of a parameter carries which units."""
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TransferError
+from .facts import Key, View, Weight
+from .units import Units, compact, spread
+
+
+class Parameters:
+    """The parameters and buffers of one network, and the units of their axes as far as the pass has come.
+
+    Attributes:
+        tensors: name -> tensor. A weight that a parametrisation computes stands for what it is made of.
+        originals: the same before any tensor was replaced by one with its groups merged.
+        buffers: the names of those that are buffers.
+        first_names: every name, those of tied tensors too -> the name that the tensor goes by.
+        stand_ins: the weights that parametrisations compute.
+        axes: tensor name -> the units of each of its axes.
+        values: tensor name -> the units of all of its elements, flat, where it is used as an activation.
+        read_axis: tensor name -> the axis that reads units.
+        inner: tensor in groups -> the units of its axis 1 in every group, and the number of groups.
+    """
+
+    def __init__(self, model: nn.Module, units: Units) -> None:
+        self._units = units
+        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.originals = dict(self.tensors)
+        self.buffers = {name for name, _ in model.named_buffers()}
+        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
+        every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self.first_names = {name: self._names[id(tensor)] for name, tensor in every}
+        self.stand_ins: list[str] = []
+        self.axes: dict[str, list[Tensor | None]] = {}
+        self.values: dict[str, Tensor] = {}
+        self.read_axis: dict[str, int] = {}
+        self.inner: dict[str, tuple[Tensor, int]] = {}
+        self._reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    def name_of(self, tensor: object) -> str | None:
+        """Return the name of a parameter or buffer of the network; a tied tensor goes by its first name."""
+        return self._names.get(id(tensor))
+
+    def owner_of(self, value: Tensor) -> str | None:
+        """Return the name of the parameter that this is, or is a view of."""
+        view = getattr(value, "_net2net_view", None)
+        return self.name_of(value) if view is None else view.name
+
+    def is_buffer(self, value: Tensor) -> bool:
+        """Tell whether this is a buffer, or a view of one."""
+        return self.owner_of(value) in self.buffers
+
+    def stand_in(self, tensor: Tensor, name: str, prefix: str) -> None:
+        """Let `tensor`, which is computed from the parameters under `prefix`, stand for them as the weight `name`."""
+        self.tensors = {n: t for n, t in self.tensors.items() if not n.startswith(prefix)} | {name: tensor}
+        self.originals = dict(self.tensors)
+        self.first_names = {n: first for n, first in self.first_names.items() if not n.startswith(prefix)}
+        self.first_names[name] = name
+        self.stand_ins.append(name)
+        self._names[id(tensor)] = name
+
+    # -- views ------------------------------------------------------------------------------------------------
+
+    def view(self, value: Tensor) -> View | None:
+        """Return the parameter that this is, or is a view of; None for an activation or a constant."""
+        if hasattr(value, "_net2net_labels"):
+            return None
+        if (name := self.name_of(value)) is None:
+            return getattr(value, "_net2net_view", None)
+        shape = value.shape
+        return View(name, tuple(spread(torch.arange(n), dim, shape) for dim, n in enumerate(shape)))
+
+    def remember_view(self, out: Tensor, view: View) -> None:
+        """Remember that `out` is a view of a parameter."""
+        out._net2net_view = view  # type: ignore[attr-defined]
+
+    def weight(self, value: Tensor) -> Weight | None:
+        """Return the parameter behind a weight; None unless every axis of the weight lies along one of its axes."""
+        if (name := self.name_of(value)) is not None:
+            return Weight(name, [(dim, None) for dim in range(value.dim())])
+        if (view := self.view(value)) is None:
+            return None
+        axes: list[tuple[int, Tensor | None]] = [(-1, None)] * value.dim()
+        for axis, places in enumerate(map(compact, view.places)):
+            moving = [dim for dim, size in enumerate(places.shape) if size > 1]
+            if len(moving) > 1 or (moving and axes[moving[0]][0] >= 0):
+                return None
+            if moving:
+                axes[moving[0]] = (axis, places.reshape(-1))
+        unused = [axis for axis in range(len(view.places)) if axis not in dict(axes)]
+        for dim, (axis, _) in enumerate(axes):
+            if axis < 0 and unused:  # of length one
+                axes[dim] = (unused[0], view.places[unused.pop(0)].reshape(-1)[:1])
+        return Weight(view.name, axes, view.gain)
+
+    # -- units ------------------------------------------------------------------------------------------------
+
+    def elements(self, view: View, shape: torch.Size) -> Tensor:
+        """Return the units of a parameter's elements that are used as an activation of `shape`."""
+        sizes = self.tensors[view.name].shape
+        if view.name not in self.values:
+            self.values[view.name] = self._units.fresh(sizes.numel(), Key(view.name), distinct=False)
+        flat, step = torch.zeros(shape, dtype=torch.long), sizes.numel()
+        for places, size in zip(view.places, sizes, strict=True):
+            step //= size
+            flat = flat + places * step
+        units = self.values[view.name][flat]
+        self._reached.setdefault(view.name, torch.zeros(sizes.numel(), dtype=torch.bool))[flat] = True
+        return units
+
+    def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
+        """Let axis `dim` of the tensor `name` carry `units`, and return its labels.
+
+        A tensor that is used a second time carries the same units again.
+
+        Args:
+            name: of the tensor.
+            dim: the axis.
+            units: the units it reads. None makes fresh ones: the axis produces them.
+            taken: the entries of the axis that are meant (None: all).
+        """
+        tensor = self.tensors[name]
+        axes = self.axes.setdefault(name, [None] * tensor.dim())
+        known = axes[dim]
+        if known is None:
+            if taken is None and units is not None and len(units) != tensor.shape[dim]:
+                raise TransferError(
+                    f"{name} is used with {len(units)} entries on axis {dim}, and has {tensor.shape[dim]}."
+                )
+            known = units if units is not None and taken is None else self._units.fresh(tensor.shape[dim])
+            axes[dim] = known
+        part = known if taken is None else known[taken]
+        if units is not None and units is not part:
+            self._units.unite(units, part)
+        return part
+
+    def inside(self, name: str, groups: int, units: Tensor | None = None) -> Tensor:
+        """Let axis 1 of the tensor `name` carry `units`, one row of them for each of its groups; return the labels."""
+        if name not in self.inner:
+            size = self.tensors[name].shape[1] * groups
+            self.inner[name] = (self._units.fresh(size) if units is None else units, groups)
+        known = self.inner[name][0]
+        if units is not None and units is not known:
+            self._units.unite(units, known)
+        return known
+
+    def complete(self) -> None:
+        """Let elements that the pass did not use be units of those that it did use.
+
+        These are positions beyond the example's length, or the rows of other classes. They are pinned where that cannot
+        be told, because the used ones differ along an axis that is used in part.
+        """
+        for name, reached in self._reached.items():
+            if not reached.all() and len(self.values[name]) == len(reached):
+                self._complete(name, reached)
+
+    def _complete(self, name: str, reached: Tensor) -> None:
+        shape = self.tensors[name].shape
+        box, labels = reached.reshape(shape), self.values[name].reshape(shape)
+        used = [box.movedim(dim, 0).reshape(shape[dim], -1).any(1).nonzero().flatten() for dim in range(len(shape))]
+        partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
+        inside = self._units.find(labels[torch.meshgrid(*used, indexing="ij")])
+        same = all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly)
+        if int(reached.sum()) != inside.numel() or not same:
+            why = f"the example uses only {int(reached.sum())} of the {len(reached)} elements of {name}"
+            self._units.pin(labels, why)
+            return
+        for dim in partly:  # as the first that is used
+            like = torch.arange(shape[dim])
+            like[~torch.isin(like, used[dim])] = used[dim][0]
+            labels = labels.index_select(dim, like)
+        self._units.unite(self.values[name], labels.reshape(-1))
+
+    def used(self) -> set[str]:
+        """Return the names of the tensors of which the pass knows an axis or elements."""
+        return {*self.axes, *self.values}

@@ -1,0 +1,139 @@
+"""Remapping inference: one forward pass learns which axis of which tensor carries which units.
+
+The paper (section 3.3) describes, without building it, a pass "like shape inference" that asks every operation how it
+moves units. This is that pass. Every activation carries a tensor of integer unit labels of its own shape (expanded
+views, so almost no memory). Data movement is applied to the labels themselves; what an operation does to units
+otherwise is one short rule (`rules`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import CodeType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from ..errors import TransferError
+from ..network import Inputs, call, in_mode, tensors_in
+from .facts import Call, Key, Labels, Layer, LayerKind
+from .graph import PLAIN, SeenAs, Trace
+from .rules import EXPANSIONS, apply
+
+
+def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
+    """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
+
+    A network that has parameters which the eval mode does not reach (auxiliary heads), or code of its own that asks for
+    the mode, runs once in training mode, too. The network is left as it was. The units of its output are pinned: a
+    network's result keeps its width.
+
+    Args:
+        model: the network, unwrapped.
+        inputs: the arguments of its forward pass.
+        seen_as: groups and factors to see otherwise than they are.
+
+    Raises:
+        TransferError: the forward pass fails.
+    """
+    result = Trace(model, seen_as)
+    with parametrize.cached(), in_mode(model, training=False):  # in training a spectral norm refines its estimate
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module):
+                for weight in module.parametrizations:  # type: ignore[union-attr]
+                    prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
+                    result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
+        result.output = _pass(model, inputs, result, training=False)
+        if _has_unreached_parameters(result) or _asks_for_mode(model):
+            with suppress(TransferError):  # it may need what an example does not give: several images, a target
+                _pass(model, inputs, result, training=True)
+        result.parameters.complete()
+    return result
+
+
+def _has_unreached_parameters(result: Trace) -> bool:
+    reached = result.parameters.used() | {t for layer in result.layers.values() for t in layer.tensors.values()}
+    names = [name for name, _ in result.model.named_parameters() if name in result.parameters.tensors]
+    return any(name not in reached for name in names)
+
+
+def _asks_for_mode(model: nn.Module) -> bool:
+    """Tell whether a module that is not torch's own has code that names the training mode."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    own = [vars(base) for base in classes if not base.__module__.startswith(("torch.", "builtins"))]
+    own += [vars(module) for module in model.modules()]
+    codes = [code for held in own for method in held.values() if (code := getattr(method, "__code__", None))]
+    while codes:
+        code = codes.pop()
+        if "training" in code.co_names:
+            return True
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return False
+
+
+class _Mode(TorchFunctionMode):
+    """Shows every torch call of a forward pass to the rules."""
+
+    def __init__(self, result: Trace) -> None:
+        super().__init__()
+        self.trace = result
+        self.modules = [""]  # those that the pass is inside of, the innermost last
+
+    def leave(self, name: str, out: Any) -> None:
+        self.modules.pop()
+        if isinstance(out, Tensor) and (labels := self.trace.labels(out)) is not None:
+            self.trace.outputs[name] = labels
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name in EXPANSIONS and any(self.trace.follows(x) for x in tensors_in([*args, *kwargs.values()])):
+            with self:  # the same in functions that have rules; only its labels are used
+                shadow = EXPANSIONS[name](*args, **kwargs)
+            if shadow is not NotImplemented:
+                for mine, theirs in zip(tensors_in(out), tensors_in(shadow), strict=False):
+                    if (labels := self.trace.labels(theirs)) is not None:
+                        self.trace.label(mine, labels)
+                return out
+        if not args:  # the rules find the first argument by its position
+            args = tuple(kwargs.pop(key) for key in ("input", "tensors", "self") if key in kwargs)
+        apply(self.trace, Call(name, func, args, kwargs, out, self.modules[-1]))
+        return out
+
+
+@contextmanager
+def _module_names(model: nn.Module, mode: _Mode) -> Iterator[None]:
+    """Tell `mode` which module the pass is inside of, while the block runs."""
+    hooks = []
+    for name, module in model.named_modules():
+        # Before the user's own, which may raise: what leaves a module has entered it.
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name), prepend=True))
+        hooks.append(
+            module.register_forward_hook(lambda _, __, out, name=name: mode.leave(name, out), always_call=True)
+        )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> Any:
+    """Run the network in one mode, and let `result` learn from every call."""
+    mode = _Mode(result)
+    with _module_names(model, mode), in_mode(model, training):
+        inputs = inputs.map(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled
+        for position, x in enumerate(inputs.tensors):
+            if x.is_floating_point() or x.is_complex():
+                units = result.units.fresh(1, Key(f"input {position}")).expand(x.shape)
+                result.label(x, Labels(units, frozenset({"input"})))
+        with mode:
+            output = call(model, inputs)
+    for position, tensor in enumerate(tensors_in(output)):
+        if (labels := result.labels(tensor)) is not None:
+            result.units.pin(labels.units, "it is the network's output")
+            name = f"output {position}" + " in training" * training
+            result.add(Layer(LayerKind.OUTPUT, name, {}, None, labels.sources, labels.norms_since))
+    return output

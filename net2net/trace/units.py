@@ -1,0 +1,218 @@
+"""Labels that are one unit: a union-find over integer tensors.
+
+A label is an integer without meaning. Two labels that meet in an elementwise operation are one unit from then on. Units
+may also belong to a larger unit (a channel to its group, a value to its head): a copy of the smaller one then stays
+inside a copy of the larger one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import TransferError
+from .facts import Call, Key
+
+
+class Units:
+    """The units of one network, as far as its forward pass has told them apart.
+
+    Attributes:
+        families: labels that came into being together, by a key that both networks share.
+        relations: key -> labels, and beside them labels of the units that they belong to.
+        met: the key of everything that met elementwise.
+        whole: labels that move as a whole only, and why.
+        pinned: labels that may not be copied at all, and why.
+    """
+
+    def __init__(self, as_grouped: frozenset[Key] = frozenset()) -> None:
+        """`as_grouped` are keys of pairs that are no pairs in the other network: there each belongs to what it meets."""
+        self.as_grouped = as_grouped
+        self.families: dict[Key, Tensor] = {}
+        self.relations: dict[Key, tuple[Tensor, Tensor]] = {}
+        self.met: set[Key] = set()
+        self.whole: list[tuple[Tensor, str]] = []
+        self.pinned: list[tuple[Tensor, str]] = []
+        self._count = 0
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._root = torch.empty(0, dtype=torch.long)  # label -> smallest label of its unit
+        self._pending: list[Tensor] = []  # 2 x k: labels that are one unit, not yet in `_root`
+        self._without_contractions: list[Tensor] = []  # 2 x k: every union that no contraction made
+        self._ends: list[int] = []  # where the ranges of labels that came into being together end
+        self._distinct: list[bool] = []  # for each such range, whether its labels are units of one layer
+
+    def copy(self) -> "Units":
+        """Return units that can be united and related further without any effect on these."""
+        other = copy(self)
+        other.relations = dict(self.relations)
+        other._pending, other._without_contractions = list(self._pending), list(self._without_contractions)
+        return other
+
+    # -- making and naming ------------------------------------------------------------------------------------
+
+    def fresh(self, count: int, key: Key | None = None, distinct: bool = True) -> Tensor:
+        """Return `count` labels that nothing carries yet.
+
+        Args:
+            count: how many.
+            key: a name that both networks share, by which the labels can be paired.
+            distinct: whether they are units of one layer, which `combine` must not make one.
+        """
+        start, self._count = self._count, self._count + count
+        self._ends.append(self._count)
+        self._distinct.append(distinct)
+        labels = torch.arange(start, self._count)
+        if key is not None:
+            self.families[key] = labels
+        return labels
+
+    def key(self, what: str, where: str) -> Key:
+        """Return a name for the next `what` in a module; the same thing has it in the other network."""
+        self._calls[where, what] += 1
+        return Key(where, what, self._calls[where, what])
+
+    # -- which labels are one unit ----------------------------------------------------------------------------
+
+    def unite(self, a: Tensor, b: Tensor, contraction: bool = False) -> None:
+        """Make the labels `a` and `b` one unit, entry by entry; say if a `contraction` is the only reason."""
+        if a.shape != b.shape:
+            raise TransferError(f"Units of widths {tuple(a.shape)} and {tuple(b.shape)} meet in one parameter.")
+        if a.numel():
+            edges = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
+            self._pending.append(edges)
+            if not contraction:
+                self._without_contractions.append(edges)
+
+    def find(self, labels: Tensor) -> Tensor:
+        """Return the root of every label: the smallest label of its unit, as far as the pass has come."""
+        if len(self._root) < self._count:
+            self._root = torch.cat([self._root, torch.arange(len(self._root), self._count)])
+        if self._pending:
+            edges, self._pending = torch.cat(self._pending, dim=1), []
+            self._root = _join(self._root, edges)
+        return self._root[labels]
+
+    def roots(self) -> Tensor:
+        """Return the root of every label there is."""
+        return self.find(torch.arange(self._count))
+
+    def roots_without_contractions(self) -> Tensor:
+        """Return the roots as if contractions had joined nothing: queries and keys are told apart."""
+        found = self._without_contractions
+        edges = torch.cat(found, dim=1) if found else torch.empty(2, 0, dtype=torch.long)
+        return _join(torch.arange(self._count), edges)
+
+    def combine(self, a: Tensor, b: Tensor, call: Call) -> Tensor:
+        """Return the labels of an elementwise result of `a` and `b`.
+
+        Labels that meet are one unit. If that would make one unit of several that a layer keeps apart (a gate over all
+        channels, a head's weights over its values), each belongs to what it meets instead.
+        """
+        shape, key = a.shape, self.key(call.name, call.module)
+        self.met.add(key)
+        a, b = torch.broadcast_tensors(self.drop_repeats(a), self.drop_repeats(b))
+        mine, theirs = self.find(a), self.find(b)
+        if torch.equal(mine, theirs):
+            return a.expand(shape)
+        base = self._count
+        pairs, inverse = torch.unique(mine * base + theirs, return_inverse=True)
+        left, right = pairs // base, pairs % base
+        single = [len(torch.unique(side)) == len(pairs) for side in (left, right)]
+        belongs = [replace(key, part=part) in self.as_grouped for part in ("<", ">")]
+        if not any(belongs) and (all(single) or not self._collapses(left, right)):
+            self.unite(a, b)
+            return a.expand(shape)
+        if single[0] and not belongs[1]:
+            self.relate(replace(key, part="<"), left, right)
+            return a.expand(shape)
+        if single[1]:
+            self.relate(replace(key, part=">"), right, left)
+            return b.expand(shape)
+        joined = self.fresh(len(pairs), key)
+        self.relate(replace(key, part="left"), joined, left)
+        self.relate(replace(key, part="right"), joined, right)
+        return joined[inverse].reshape(a.shape).expand(shape)
+
+    def _collapses(self, left: Tensor, right: Tensor) -> bool:
+        """Tell whether uniting the roots `left` and `right` makes one unit of two that a layer keeps apart."""
+        before = self.roots()
+        after = _join(before, torch.stack([left, right]))
+        meeting = torch.zeros(self._count, dtype=torch.bool)
+        meeting[left] = meeting[right] = True
+        touched = meeting[before].nonzero().flatten()
+        family = torch.bucketize(touched, torch.tensor(self._ends), right=True)
+        distinct = torch.tensor(self._distinct)[family]
+        touched, family = touched[distinct], family[distinct]
+        count = [len(torch.unique(family * self._count + root[touched])) for root in (before, after)]
+        return count[1] < count[0]
+
+    # -- what holds units -------------------------------------------------------------------------------------
+
+    def relate(self, key: Key, children: Tensor, parents: Tensor) -> None:
+        """Let each unit of `children` belong to the unit of `parents` beside it."""
+        pairs = torch.unique(torch.stack([children.reshape(-1), parents.reshape(-1)]), dim=1)
+        self.relations[key] = (pairs[0], pairs[1])
+
+    def pin(self, units: Tensor, why: str) -> None:
+        """Let the units keep their number: growing them raises an error that says `why`."""
+        self.pinned.append((torch.unique(compact(units)), why))
+
+    def tie_along(self, units: Tensor, dims: Sequence[int], why: str) -> Tensor:
+        """Make one unit of all labels along `dims`, which then move as a whole; return the labels, 1 long there."""
+        first = units = self.drop_repeats(units)
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        if first.shape != units.shape:
+            self.unite(units, first.expand_as(units))
+            self.whole.append((torch.unique(first), why))
+        return first
+
+    def units_along(self, units: Tensor, dim: int, why: str) -> Tensor:
+        """Return the labels along one axis. Labels that the other axes tell apart there become one unit."""
+        dim %= units.dim()
+        others = [d for d in range(units.dim()) if d != dim]
+        return self.tie_along(units, others, why).reshape(-1).expand(units.shape[dim])
+
+    def drop_repeats(self, units: Tensor) -> Tensor:
+        """Return the same labels with length 1 on every axis that only repeats them."""
+        units = compact(units)
+        for dim, size in enumerate(units.shape):
+            first = units.narrow(dim, 0, 1)
+            if size > 1 and torch.equal(self.find(units), self.find(first).expand_as(units)):
+                units = first
+        return units
+
+
+def _join(root: Tensor, edges: Tensor) -> Tensor:
+    """Return the roots once the labels of every edge are one unit: each the smallest label of its unit."""
+    names, ends = torch.unique(root[edges], return_inverse=True)
+    parent = torch.arange(len(names))
+    while True:
+        high, low = torch.maximum(parent[ends[0]], parent[ends[1]]), torch.minimum(parent[ends[0]], parent[ends[1]])
+        hooked = parent.scatter_reduce(0, high, low, "amin")
+        while not torch.equal(hooked, hooked[hooked]):
+            hooked = hooked[hooked]
+        if torch.equal(hooked, parent):
+            break
+        parent = hooked
+    moved = torch.arange(len(root))
+    moved[names] = names[parent]
+    return moved[root]
+
+
+def in_order(values: Tensor) -> Tensor:
+    """Return the distinct values in the order in which they first occur."""
+    return torch.tensor(list(dict.fromkeys(values.tolist())), dtype=torch.long)
+
+
+def compact(units: Tensor) -> Tensor:
+    """Return the same labels with length 1 on the axes along which they are repeated in memory."""
+    return units[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in units.stride())]
+
+
+def spread(units: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
+    """Return labels for an activation of `shape` that carries `units` along axis `dim`: an expanded view."""
+    return units.reshape([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(tuple(shape))
