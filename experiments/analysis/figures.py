@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE = Path(__file__).resolve().parents[2] / "scripts" / "paper.mplstyle"
+STYLE = Path(__file__).with_name("paper.mplstyle")
 FORMATS = ("png", "svg")
 # Colours of Okabe and Ito: colour-blind readers tell them apart. In grey, line styles and markers do.
 LOOKS: dict[str, tuple[str, Any, str]] = {

@@ -252,7 +252,7 @@ def claims_section(found: list[Finding]) -> str:
             "## Claims",
             f"""Each claim is a test in [claims.yaml](claims.yaml), judged from the curves alone: {tally(found)}.
 Differences and ratios are paired by seed; in brackets their 95 % interval, the wider of Student's t and the bootstrap
-at either end ([statistics.py](../experiments/statistics.py) says why). A claim holds if all of the interval lies where
+at either end ([statistics.py](../experiments/analysis/statistics.py) says why). A claim holds if all of the interval lies where
 it says, fails if none of it does. There is no verdict on fewer than {CLAIM_SEEDS} seeds, and none on what is to be
 quoted on fewer than {HEADLINE_SEEDS}; of what is undecided the table says what would tell. The best of several cases
 is, for each seed, the one that ends best on the holdout images of the other seeds. Of so many tests at 95 % some are
