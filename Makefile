@@ -25,7 +25,7 @@ test-all: lint ## lint and all tests
 lint: .venv/.installed ## style, format, imports between packages, and types
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
-	$(RUN) .venv/bin/lint-imports
+	$(RUN) .venv/bin/lint-imports --no-logo
 	$(RUN) -m basedpyright net2net experiments scripts train.py
 
 docs: .venv/.installed ## build the documentation in docs/_build; a warning is an error
@@ -49,7 +49,7 @@ lock: .venv/bin/uv ## bring requirements.lock in step with pyproject.toml
 		--generate-hashes --custom-compile-command "make lock" $(LOCK_FLAGS) -o requirements.lock
 
 clean: ## remove the environment, builds and caches; runs and results stay
-	rm -rf .venv build dist docs/_build net2net.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build net2net.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The lock pins uv too, with its hashes.
