@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..network import Example, Inputs, unwrap
-from ..plan.mapping import close
 from ..trace.facts import Layer
 from ..trace.graph import Trace
+from ..trace.groups import close
 from ..trace.tracer import trace
 
 

@@ -17,6 +17,7 @@ from ..errors import TransferError, used_differently
 from ..record import MEAN, NEW, ZERO
 from ..trace.facts import Key, Layer, Norm
 from ..trace.graph import Trace
+from ..trace.groups import close
 from ..trace.units import Units, in_order
 from .mixing import Mixed, mixed, streams
 from .sign_pairs import Bends, bends
@@ -549,84 +550,6 @@ class _Choice:
 def _said(key: Key) -> str:
     """A key as a reader of an error knows it."""
     return key.where or "the network"
-
-
-def close(units: Units, nested: Collection[Key] = ()) -> None:
-    """A unit belongs to one unit in every relation: where labels of one unit belong to several, those are one.
-
-    So are units that belong to each other, in a circle. Two relations over the same units are compared: groups that
-    coincide are one group, smaller groups belong to the larger ones around them. `nested` are keys of the other
-    network's that say which are smaller there: here they are not made one even if they coincide.
-    """
-    while units.relations:
-        related = list(units.relations.values())
-        which = torch.arange(len(related)).repeat_interleave(torch.tensor([len(children) for children, _ in related]))
-        children, parents = (units.find(torch.cat(side)) for side in zip(*related, strict=True))
-        order = torch.argsort(children, stable=True)
-        order = order[torch.argsort(which[order], stable=True)]
-        which, a, b = which[order], children[order], parents[order]
-        same = (which[1:] == which[:-1]) & (a[1:] == a[:-1]) & (b[1:] != b[:-1])
-        if bool(same.any()):
-            units.unite(b[1:][same], b[:-1][same])
-        elif len(circular := _circular(torch.stack([a, b])[:, a != b])):
-            units.unite(circular[:, 0], circular[:, 1])
-        elif not _nest(units, nested):
-            return
-
-
-def _circular(edges: Tensor) -> Tensor:
-    """Those edges, from a unit to one that it belongs to, from whose end a way leads back to their start."""
-    edges = torch.unique(edges, dim=1)
-    while True:  # an edge on a circle goes on at both ends
-        on = torch.isin(edges[0], edges[1]) & torch.isin(edges[1], edges[0])
-        if bool(on.all()):
-            break
-        edges = edges[:, on]
-    owners: dict[int, set[int]] = defaultdict(set)
-    for child, parent in edges.T.tolist():
-        owners[child].add(parent)
-
-    def reached(start: int) -> set[int]:
-        found, waiting = set(), [start]
-        while waiting:
-            new = owners[waiting.pop()] - found
-            found |= new
-            waiting += new
-        return found
-
-    return torch.tensor([edge for edge in map(tuple, edges.T.tolist()) if edge[0] in reached(edge[1])])
-
-
-def _nest(units: Units, nested: Collection[Key]) -> bool:
-    """Relate the owners of one unit to each other where one decides the other; whether labels were joined."""
-    of: dict[int, dict[Key, int]] = defaultdict(dict)
-    for key, (children, parents) in list(units.relations.items()):
-        if key.inside is not None:
-            continue
-        for child, parent in zip(units.find(children).tolist(), units.find(parents).tolist(), strict=True):
-            of[child][key] = parent
-    together: dict[tuple[Key, Key], set[tuple[int, int]]] = defaultdict(set)
-    for owners in of.values():
-        keys = sorted(owners, key=str)
-        for i, a in enumerate(keys):
-            for b in keys[i + 1 :]:
-                together[a, b].add((owners[a], owners[b]))
-    joined: set[Key] = set()  # relations whose units are no longer those in `together`
-    for (a, b), pairs in together.items():
-        pairs = {(x, y) for x, y in pairs if x != y}
-        lefts, rights = {x for x, _ in pairs}, {y for _, y in pairs}
-        if not pairs or (len(lefts) < len(pairs) and len(rights) < len(pairs)) or joined & {a, b}:
-            continue
-        x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
-        smaller = [replace(a, inside=b) in nested, replace(b, inside=a) in nested]
-        if len(lefts) == len(rights) == len(pairs) and not any(smaller):
-            units.unite(x, y)
-            joined |= {a, b}
-        elif len(lefts) == len(pairs) and not smaller[1]:
-            units.relate(replace(a, inside=b), x, y)
-        else:
-            units.relate(replace(b, inside=a), y, x)
-    return bool(joined)
 
 
 def _roles(
