@@ -1,6 +1,5 @@
-# What a person or CI runs. `.venv` holds what requirements.lock pins and nothing else is installed anywhere:
-# a Python managed by the system stays as it is. The commands name `.venv/bin/python` and no script, so a moved
-# checkout keeps working.
+# The commands that a person or continuous integration runs. They install the packages that requirements.lock pins into
+# .venv, and nothing anywhere else. They call .venv/bin/python and no script in .venv/bin, so that the checkout can be moved.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -43,7 +42,7 @@ verify: .venv/.installed ## check every committed curve against its manifest and
 bench: .venv/.installed ## measure speed; PHOTOS=FOLDER for the loader, too
 	$(RUN) scripts/bench.py $(if $(PHOTOS),--photos "$(PHOTOS)")
 
-# Pins that still satisfy pyproject.toml stay; LOCK_FLAGS=--upgrade takes the newest.
+# Pins that still satisfy pyproject.toml stay as they are. LOCK_FLAGS=--upgrade takes the newest versions.
 lock: .venv/bin/uv ## bring requirements.lock in step with pyproject.toml
 	$(RUN) -m uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.11 --fork-strategy fewest \
 		--generate-hashes --custom-compile-command "make lock" $(LOCK_FLAGS) -o requirements.lock
@@ -52,7 +51,7 @@ clean: ## remove the environment, builds and caches; runs and results stay
 	rm -rf .venv build dist docs/_build net2net.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The lock pins uv too, with its hashes.
+# uv itself is pinned in the lock, with hashes.
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "net2net needs Python 3.11 or newer: name one with make PYTHON=/path/to/python3." >&2; exit 1; }
@@ -60,10 +59,10 @@ clean: ## remove the environment, builds and caches; runs and results stay
 	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > .venv/uv.txt
 	$(RUN) -m pip install -qq --require-hashes -r .venv/uv.txt
 
-# uv reads nothing of pip's settings, so the folders of wheels that pip knows are handed over (a missing one would
-# be an error). Compiling takes 10 s and spares 5 s at the first import, and at every import where Python may not
-# write bytecode. Where uv cannot reach its packages, pip installs the same pins with this machine's own settings.
-# --python keeps uv out of an activated environment. setuptools is pinned: no isolation needed to build our package.
+# uv does not read pip's settings, so it is given the folders of wheels that pip knows (uv fails on a folder that does not
+# exist). Compiling takes 10 s. It saves 5 s at the first import, and at every import where Python may not write bytecode.
+# If uv cannot reach the package index, pip installs the same pins with the settings of this machine. --python keeps uv out
+# of an activated environment. setuptools is pinned, so our package is built without isolation.
 .venv/.installed: requirements.lock pyproject.toml | .venv/bin/uv
 	@set --; \
 	for folder in $${PIP_FIND_LINKS:-$$($(RUN) -m pip config get global.find-links 2>/dev/null)}; do \

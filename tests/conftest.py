@@ -1,4 +1,4 @@
-"""What several test files share: the smallest experiments that still are experiments."""
+"""Fixtures that several test files share: the smallest experiments."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from experiments import command
 from experiments.config import Config
 from experiments.training import Job
 
-# The digits, a network of 3,000 weights, thirty steps: two seconds an arm.
+# The digits, a network of 3,000 weights, thirty steps: two seconds per arm.
 TINY = (
     "experiment=quickstart",
     "model.slim=0.03",
@@ -30,25 +30,25 @@ TINY = (
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Sums in a fixed order, and no fight over the cores."""
+    """Let torch use one thread: sums have a fixed order, and tests do not compete for the cores."""
     torch.set_num_threads(1)
 
 
 def cases(*overrides: str) -> list[Config]:
-    """The configurations that the command line with these settings runs."""
+    """Return the configurations that the command line runs with these settings."""
     command.register()
     with initialize_config_dir(str(command.CONFIGS), version_base="1.3"):
         return command.configurations(compose("train", list(overrides)), overrides)
 
 
 def composed(*overrides: str) -> Config:
-    """The configuration that the command line with these settings runs; the first, if it has cases."""
+    """Return the configuration that the command line runs with these settings, or the first of several cases."""
     return cases(*overrides)[0]
 
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """Networks are made in float64, from the same random state in every test."""
+    """Make networks in float64, from the same random state in every test."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     yield
@@ -57,31 +57,31 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture(name="composed")
 def composed_fixture() -> Callable[..., Config]:
-    """`composed` as a fixture."""
+    """Give tests the function `composed`."""
     return composed
 
 
 @pytest.fixture(name="cases")
 def cases_fixture() -> Callable[..., list[Config]]:
-    """`cases` as a fixture."""
+    """Give tests the function `cases`."""
     return cases
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Config]:
-    """The smallest experiment, which writes under tmp_path/runs; more settings may be given."""
+    """Return a function that makes the smallest experiment, with more settings if given. It writes to tmp_path/runs."""
     return lambda *overrides: composed(*TINY, f"runs={tmp_path}/runs", *overrides)
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """The smallest training run."""
+    """Return the smallest training run."""
     return small_job(tmp_path / "arm")
 
 
 @pytest.fixture
 def train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command line of the smallest experiment, in this process and in an empty folder; gives the exit status."""
+    """Return a function that runs the smallest experiment in an empty folder and returns its exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     return lambda *arguments: command.main([*TINY, "runs=runs", *arguments])
@@ -89,7 +89,7 @@ def train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., i
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one seed of the smallest experiment, with all of its arms. Not to be changed."""
+    """Return the folder of one seed of the smallest experiment, with all of its arms. Do not change its files."""
     runs = tmp_path_factory.mktemp("finished") / "runs"
     argv = sys.argv
     sys.argv = ["train.py"]

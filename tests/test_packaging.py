@@ -1,4 +1,4 @@
-"""The files that install the project agree with each other and name nothing of any machine."""
+"""The files that install the project agree with each other, and they name no machine."""
 
 import os
 import re
@@ -34,13 +34,13 @@ INSTALLERS = (
 
 
 def pins(lock: str) -> dict[str, str]:
-    """Package -> version, of every package that `lock` pins and gives a hash for."""
+    """Return the version of every package that the lock pins with a hash."""
     pinned = re.findall(r"^([\w.-]+)==([^ ;]+)[^\n]*\\\n +--hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE)
     return {canonicalize_name(name): version for name, version in pinned}
 
 
 def direct_dependencies() -> list[Requirement]:
-    """What pyproject.toml asks for, in the extras that development installs, the package itself left out."""
+    """Return the requirements in pyproject.toml, with the extras for development, without the package itself."""
     project = PYPROJECT["project"]
     extras = {name: texts for name, texts in project["optional-dependencies"].items() if name != "zoo"}
     texts = [*project["dependencies"], *chain(*extras.values())]
@@ -104,7 +104,7 @@ def test_make_lists_its_targets() -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("make is not installed")
-    # MAKEFLAGS of an outer `make test` would change what the inner one prints.
+    # The MAKEFLAGS of an outer `make test` would change what the inner one prints.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     done = subprocess.run([make], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -133,7 +133,7 @@ def test_editable_install_finds_the_whole_checkout() -> None:
 def test_wheel_holds_net2net_alone_and_asks_for_torch_alone(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    # A copy, because a build leaves folders behind; with the neighbours, because they must stay out.
+    # Build a copy, because a build leaves folders behind. Copy the neighbours too: they have to stay out of the wheel.
     for folder in ("net2net", "experiments", "scripts", "configs", "tests"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE", "train.py"):
