@@ -1,4 +1,4 @@
-"""The step-ups of torchvision's classifiers: every pair can be built, and a fault cannot pass for a success."""
+"""The zoo: every entry of its tables can be built, and a fault cannot pass for a success."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -6,20 +6,24 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams
 
 import net2net
 from net2net.testing import look_trained
-from scripts import zoo
+from scripts import zoo, zoo_networks
+from scripts.zoo_networks import CASES, ZOO, Network, Pair, build
 
 QUICK = "mobilenet_v3_small -> mobilenet_v3_small x2.0"
+PAIRS = [case for case in CASES["zoo"] if isinstance(case, Pair)]
+NETWORKS = [case for case in CASES["timm"] if isinstance(case, Network)]
 
 
-def named(name: str) -> zoo.Pair:
+def find(key: str) -> Pair:
     """The pair of that name."""
-    return next(pair for pair in zoo.PAIRS if pair.name == name)
+    return next(pair for pair in PAIRS if pair.key == key)
 
 
 @pytest.fixture(scope="module")
@@ -32,56 +36,70 @@ def shapes() -> Iterator[Callable[[str], dict[str, torch.Size]]]:
             return original(**options)  # pyright: ignore[reportArgumentType]
 
     @cache
-    def build(name: str) -> dict[str, torch.Size]:
+    def shapes_of(name: str) -> dict[str, torch.Size]:
         with torch.device("meta"):
-            return {name: parameter.shape for name, parameter in zoo.build(name).named_parameters()}
+            return {name: parameter.shape for name, parameter in build(name).named_parameters()}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BlockParams, "from_init_params", on_the_cpu)
-        yield build
+        yield shapes_of
 
 
-def test_there_are_enough_pairs_and_no_two_of_one_name() -> None:
-    names = [pair.name for pair in zoo.PAIRS]
-    assert len(names) >= 45
-    assert len(set(names)) == len(names)
-    assert set(zoo.EXPLANATIONS) <= set(names)
-    assert set(zoo.NETWORKS) <= {network for pair in zoo.PAIRS for network in (pair.teacher, pair.student)}
+def test_the_tables_are_complete_and_name_nothing_twice() -> None:
+    keys = [pair.key for pair in PAIRS]
+    assert len(keys) == 86 == len(set(keys))
+    assert set(ZOO["explanations"]) <= set(keys)
+    assert set(ZOO["networks"]) <= {network for pair in PAIRS for network in (pair.teacher, pair.student)}
+    assert sorted(network.module for network in NETWORKS) == sorted(timm.list_modules())
+    assert all(network.model in timm.list_models(module=network.module) for network in NETWORKS)
 
 
-@pytest.mark.parametrize("pair", zoo.PAIRS, ids=lambda pair: pair.name)
-def test_a_pair_is_a_step_up_of_its_kind(shapes: Callable[[str], dict[str, torch.Size]], pair: zoo.Pair) -> None:
-    teacher, student = shapes(pair.teacher), shapes(pair.student)
-    assert sum(shape.numel() for shape in student.values()) > sum(shape.numel() for shape in teacher.values())
-    if pair.name != "regnet_y_400mf -> regnet_y_800mf":  # deeper in one stage, shallower in another
-        assert (len(student) > len(teacher)) == (pair.kind != "width")
-    if pair.kind == "width":
-        assert list(student) == list(teacher)
-        wider = zip(student.values(), teacher.values(), strict=True)
-        assert all(mine >= theirs for pair in wider for mine, theirs in zip(*pair, strict=True))
+@pytest.mark.parametrize("family", sorted({pair.family for pair in PAIRS}))
+def test_every_pair_is_a_step_up_of_its_kind(shapes: Callable[[str], dict[str, torch.Size]], family: str) -> None:
+    for pair in (pair for pair in PAIRS if pair.family == family):
+        teacher, student = shapes(pair.teacher), shapes(pair.student)
+        assert sum(shape.numel() for shape in student.values()) > sum(shape.numel() for shape in teacher.values())
+        if pair.key != "regnet_y_400mf -> regnet_y_800mf":  # deeper in one stage, shallower in another
+            assert (len(student) > len(teacher)) == (pair.grows != "width"), pair
+        if pair.grows == "width":
+            assert list(student) == list(teacher), pair
+            wider = zip(student.values(), teacher.values(), strict=True)
+            assert all(new >= old for shapes in wider for new, old in zip(*shapes, strict=True)), pair
 
 
-@pytest.mark.parametrize("name", [QUICK, "shufflenet_v2_x0_5 -> shufflenet_v2_x1_0", "resnet18 -> resnet34"])
-def test_a_quick_pair(name: str) -> None:
-    row = zoo.measure(named(name))
-    assert row.verdict in ("exact", "refused")
-    assert row.alive > zoo.ALIVE
-    assert (row.error is None) == (row.verdict == "refused") == bool(row.reason)
+@pytest.mark.parametrize("key", [QUICK, "shufflenet_v2_x0_5 -> shufflenet_v2_x1_0", "resnet18 -> resnet34"])
+def test_a_quick_pair_is_measured(key: str) -> None:
+    result = zoo.measure_pair(find(key))
+    assert result.verdict == "exact" and result.alive > zoo.ALIVE and result.rounding > 0
 
 
-def broken(how: Callable[[nn.Module], object]) -> Callable[..., None]:
-    """`transfer`, and then something happens to the student."""
+@pytest.mark.system
+def test_a_network_of_timm_is_measured_in_a_process_of_its_own() -> None:
+    network = next(network for network in NETWORKS if network.model == "test_vit")
+    result = zoo.measure_isolated(network)
+    assert result.verdict == "exact" and result.wider == (6, 26) and result.sizes[1] > result.sizes[0]
+
+
+@pytest.mark.system
+def test_a_network_that_is_too_slow_or_dies_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert zoo.measure_isolated(Network("resnet", "no_such_network", 64)).verdict == "CRASHED"
+    monkeypatch.setattr(zoo, "SECONDS", 0)
+    assert zoo.measure_isolated(NETWORKS[0]).verdict == "SLOW"
+
+
+def broken(change: Callable[[nn.Module], object]) -> Callable[..., None]:
+    """`transfer`, followed by a change of the student."""
 
     def transfer(teacher: nn.Module, student: nn.Module, example: Tensor) -> None:
         net2net.transfer(teacher, student, example)
         with torch.no_grad():
-            how(student)
+            change(student)
 
     return transfer
 
 
 @pytest.mark.parametrize(
-    "how",
+    "change",
     [
         lambda student: student.get_parameter("features.0.0.weight")[0, 0, 0, 0].mul_(1 + 1e-5),
         lambda student: student.get_parameter("features.4.block.2.fc1.bias").zero_(),
@@ -91,35 +109,37 @@ def broken(how: Callable[[nn.Module], object]) -> Callable[..., None]:
     ids=["weight", "bias", "statistics", "nan"],
 )
 def test_a_student_that_was_perturbed_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: Callable[[nn.Module], object]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: Callable[[nn.Module], object]
 ) -> None:
-    monkeypatch.setattr(zoo, "transfer", broken(how))
+    monkeypatch.setattr(zoo, "transfer", broken(change))
     assert zoo.main(["--only", QUICK]) == 1
     assert capsys.readouterr().out.startswith("WRONG ")
 
 
-def test_a_crash_from_inside_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_crash_inside_the_library_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(zoo, "transfer", broken(lambda student: student.get_parameter("nothing")))
     assert zoo.main(["--only", QUICK]) == 1
-    assert "AttributeError: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("CRASHED ") and "AttributeError: " in shown
 
 
 def test_a_dead_teacher_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dead(model: nn.Module, *_: object, **__: object) -> nn.Module:
+    def die(model: nn.Module, *_: object, **__: object) -> nn.Module:
         with torch.no_grad():
             model.get_parameter("classifier.3.weight").zero_()
         return model.eval()
 
-    monkeypatch.setattr(zoo, "look_trained", dead)
+    monkeypatch.setattr(zoo, "look_trained", die)
     monkeypatch.setattr(zoo, "transfer", lambda teacher, student, example: None)
-    row = zoo.measure(named(QUICK))
-    assert row.error is not None
-    assert row.verdict == "DEAD"
+    result = zoo.measure_pair(find(QUICK))
+    assert result.error is not None and result.verdict == "DEAD"
 
 
-def test_every_part_of_a_teacher_that_looks_trained_has_a_say() -> None:
+def test_every_part_of_a_network_that_looks_trained_matters() -> None:
     torch.manual_seed(0)
-    model = look_trained(zoo.build("efficientnet_b0").double(), torch.randn(8, 3, 64, 64).double())
+    model = look_trained(build("efficientnet_b0").double(), torch.randn(8, 3, 64, 64).double())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     output = model(torch.randn(2, 3, 64, 64).double())
     (output * torch.randn_like(output)).sum().backward()
@@ -131,48 +151,74 @@ def test_every_part_of_a_teacher_that_looks_trained_has_a_say() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def row(name: str, error: float | None = 1e-15, reason: str | None = None) -> zoo.Row:
+def result(case: Pair | Network, error: float | None = 1e-15, reason: str | None = None) -> zoo.Result:
     """A made-up measurement."""
-    return zoo.Row(named(name), (1_260_000, 2_000_000), 0.5, 2e-15, 1.23, error, reason)
+    return zoo.Result(case, 1.23, (1_260_000, 2_000_000), (3, 4), 0.5, 2e-15, error, reason)
 
 
-def test_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = "convnext_small -> convnext_base"
-    rows = [row("resnet18 -> resnet34"), row("inception_v3 -> inception_v3, 7x7 x1.5", 1e-9), row(refused, None, "No.")]
-    monkeypatch.setattr(zoo, "EXPLANATIONS", {refused: "Mathematics."})
-    page = zoo.page(rows)
+    results = [
+        result(find("resnet18 -> resnet34")),
+        result(find("inception_v3 -> inception_v3, 7x7 x1.5"), 1e-9),
+        result(find(refused), None, "No."),
+    ]
+    monkeypatch.setitem(ZOO, "explanations", {refused: "Mathematics."})
+    page = zoo.zoo_page(results)
     for line in (
         "- **Result:** 3 pairs: 1 exact, 1 refused, **1 WRONG**",
         "| ResNet | resnet18 | resnet34 | depth | 1.3 → 2.0 | 0.5 | 2e-15 | 1.0e-15 | 1.2 | exact |",
         "| Inception | inception_v3 (96 pixels) | inception_v3, 7x7 x1.5 | width "
         "| 1.3 → 2.0 | 0.5 | 2e-15 | 1.0e-09 | 1.2 | WRONG |",
         "| ConvNeXt | convnext_small | convnext_base | width | 1.3 → 2.0 | 0.5 | 2e-15 | – | 1.2 | refused |",
-        "- **convnext_small → convnext_base:** Mathematics. In its own words: “No.”",
+        "- **convnext_small → convnext_base:** Mathematics. The message: “No.”",
         "- inception_v3, 7x7 x1.5: `inception_v3(channels_7x7=1.5)`",
     ):
         assert f"\n{line}\n" in page
-    monkeypatch.setattr(zoo, "EXPLANATIONS", {})
-    assert "*Not explained.*" in zoo.page(rows)
-    assert "0 wrong\n" in zoo.page(rows[:1])
-    assert "## Refusals" not in zoo.page(rows[:1])
-    assert "1 CRASHED" in zoo.page([replace(rows[2], crashed=True)])
+    monkeypatch.setitem(ZOO, "explanations", {})
+    assert "*Not explained.*" in zoo.zoo_page(results)
+    assert "0 wrong\n" in zoo.zoo_page(results[:1])
+    assert "## Refusals" not in zoo.zoo_page(results[:1])
+    assert "1 CRASHED" in zoo.zoo_page([replace(results[2], fault="CRASHED")])
 
 
-def test_only_a_full_run_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_page_of_timm() -> None:
+    deepseek, refused = (next(n for n in NETWORKS if n.module == name) for name in ("deepseek_vit", "mlp_mixer"))
+    page = zoo.timm_page([result(deepseek), result(refused, None, "No.")])
+    for line in (
+        "- **Result:** 2 networks: 1 exact, 1 refused, 0 wrong",
+        "| deepseek_vit | deepseek_vit_412m (depth=2, num_classes=10) | 224 | 3 of 4 | 1.3 → 2.0 | 0.5 | 1.0e-15 | 1.2 "
+        "| exact |",
+        "- **gmlp_ti16_224** (refused): “No.”",
+    ):
+        assert f"\n{line}\n" in page
+    assert "**not all** 98 of" in page
+    assert "- **Modules:** all 98 of" in zoo.timm_page([result(network) for network in NETWORKS])
+
+
+@pytest.mark.parametrize(("page", "measure"), [("zoo", "measure_pair"), ("timm", "measure_isolated")])
+def test_only_a_complete_run_writes_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], page: str, measure: str
 ) -> None:
-    monkeypatch.setattr(zoo, "ROOT", tmp_path)
-    monkeypatch.setattr(zoo, "PAGE", tmp_path / "results" / "zoo.md")
-    monkeypatch.setattr(zoo, "measure", lambda pair: row(pair.name))
-    assert zoo.main(["--only", "resnet*"]) == 0
+    monkeypatch.setattr(zoo, "RESULTS", tmp_path)
+    monkeypatch.setattr(zoo, measure, result)
+    assert zoo.main(["--page", page, "--only", "resnet*"]) == 0
     assert not list(tmp_path.iterdir())
-    assert zoo.main([]) == 0
-    assert zoo.PAGE.read_text() == zoo.page([row(pair.name) for pair in zoo.PAIRS])
-    assert capsys.readouterr().out.endswith(f"{len(zoo.PAIRS)} exact\nwritten to results/zoo.md\n")
+    assert zoo.main(["--page", page]) == 0
+    write = zoo.zoo_page if page == "zoo" else zoo.timm_page
+    assert (tmp_path / f"{page}.md").read_text() == write([result(case) for case in CASES[page]])
+    assert capsys.readouterr().out.endswith(f"{len(CASES[page])} exact\nwritten to results/{page}.md\n")
 
 
 def test_the_list_and_a_name_that_is_not_on_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert zoo.main(["--list", "--only", "swin_v2_t -> *"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "swin_v2_t -> swin_v2_s"
+    assert zoo.main(["--page", "timm", "--list", "--only", "vgg"]) == 0
+    assert capsys.readouterr().out == "vgg: vgg11\n"
     assert zoo.main(["--only", "alexnet*"]) == 1
-    assert capsys.readouterr().err == "No pair is called alexnet*: see --list.\n"
+    assert capsys.readouterr().err == "Nothing in zoo.yaml is called alexnet*: see --list.\n"
+
+
+def test_the_choice_takes_the_smallest_network_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo_networks, "SIZES", (64, 96))
+    assert list(zoo_networks.choose(["mambaout"])) == [Network("mambaout", "test_mambaout", 64)]

@@ -18,12 +18,14 @@ from experiments.run_log import parse_curve
 from experiments.training import Job, train
 
 
+@pytest.mark.system
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     found = torture.torture(tmp_path, kills=20, seed=int.from_bytes(os.urandom(4), "big"))
     assert found.wrong == [] and found.kills == 20
     assert found.inside_write >= 3 and found.right >= 1
 
 
+@pytest.mark.system
 def test_a_single_bit_would_be_noticed(tmp_path: Path) -> None:
     """What the torture compares with: or it would find nothing, whatever were lost."""
     torture.start(torture.SETTINGS, tmp_path, tmp_path / "log").join()
@@ -69,6 +71,7 @@ def die_at(call: int, folder: Path) -> None:
     (folder.parent / "calls").write_text(str(made))
 
 
+@pytest.mark.system
 def test_killed_at_any_call_to_the_file_system_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = network()
     rows = train(whole, shorter_job(tmp_path / "whole"), Quiet())
