@@ -8,8 +8,8 @@ from .equivalence import Equivalence, equivalence
 from .errors import TransferError
 from .grow.describe import Description, Group, describe
 from .grow.widen import deepen, widen
-from .record import Axis, Origin, Transfer, load_record, save_record
-from .transfer import random_pad, replay, transfer
+from .record import Axis, Origin, save_record
+from .transfer import Transfer, load_record, random_pad, replay, transfer
 
 __all__ = [
     "Axis",

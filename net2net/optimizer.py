@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 from .errors import TransferError
 from .fill.gather import entrywise, gathered
 from .network import unwrap
-from .record import NEW, Axis, Origin, Transfer
+from .record import NEW, Axis, How, Origin, Record
 from .tensors import merge_groups, named_tensors
 
 FIRST = {"momentum_buffer", "exp_avg", "grad_avg"}
 SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 
 
-def gradients(record: Transfer, theirs: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
+def gradients(record: Record, theirs: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
     """What the gradient of every student parameter is, given the teacher's by name, on the same loss and inputs.
 
     Exact where every copy takes an equal share (`split="equal"`) and each unit of a larger one is copied as often as
@@ -48,7 +48,7 @@ def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tens
     axes = {
         dim: Axis(_known(axis.index), axis.first, False, axis.share, axis.groups) for dim, axis in origin.axes.items()
     }
-    plain = Origin("shared", origin.teacher, axes, origin.flat)
+    plain = Origin(How.SHARED, origin.teacher, axes, origin.flat)
     value = gathered(source, unknown, plain, torch.Generator(), "equal")
     shape = value.shape
     value = value.reshape(-1) if origin.flat else value
@@ -65,7 +65,7 @@ def _known(index: Tensor) -> Tensor:
     return index.clamp(min=NEW)
 
 
-def optimizer_state(record: Transfer, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module) -> None:
+def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module) -> None:
     """Carry the state of `old`, which trained `teacher`, into `new`, which will train `student`, both in place.
 
     Afterwards `new` has the parameter groups of `old` (learning rates, decay and whatever else they hold), with the

@@ -1,37 +1,76 @@
-"""The record of a transfer: where every entry of every student tensor came from. Filling only carries it out."""
+"""The record of a growth: where every entry of every student tensor comes from.
+
+The plan writes a record, and `fill` carries it out without looking at anything else. A record is data: it can be saved
+as JSON, read in any language, and replayed on the same two networks.
+"""
 
 import base64
 import json
 import os
 import secrets
-import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from .equivalence import Equivalence
 from .errors import TransferError
 
 FORMAT = 1
 
-NEW = -1  # what no unit or entry of the teacher's corresponds to: the student's own, and read with zero weights
-ZERO = -2  # what is zero wherever it goes: padding of an RMS norm
-MEAN = -3  # and below, MEAN - k: the mean of the teacher's units or entries `means[k]`: padding of a layer norm
+NEW = -1  # the teacher has no such unit: the student keeps its own value, and the weights that read it are zero
+ZERO = -2  # zero everywhere: what pads an RMS norm
+MEAN = -3  # MEAN - k is the mean of the teacher's units, or entries, `means[k]`: what pads a layer norm
+
+
+class How(StrEnum):
+    """Where a student tensor comes from."""
+
+    SHARED = "shared"  # from a tensor of the teacher
+    IDENTITY = "identity"  # from a new layer that passes its units through
+    SILENT = "silent"  # from a new branch that adds nothing at first
+    FRESH = "fresh"  # from the student's own initialisation
+
+
+class Fill(StrEnum):
+    """What a tensor that the teacher lacks holds."""
+
+    OWN = "own"  # the student's own values
+    ZERO = "zero"
+    ONE = "one"
+    MEAN = "mean"  # the running mean of its batch norm
+    DEVIATION = "deviation"  # the running standard deviation of its batch norm
+    TAP = "tap"  # one at the centre of every depthwise kernel
+    PASS = "pass"  # a layer whose output is its input
+
+
+class Matrix(StrEnum):
+    """The matrix that a rotated axis is multiplied by; A and Q are those of `fill.isometry.find_isometries`."""
+
+    STREAM = "stream"  # Q: the axis writes to the stream
+    BEFORE = "before"  # A without its mean: the axis writes to the norm that begins the stream
+    BEHIND = "behind"  # Q and the affine part of the norm in front of it: the axis reads from the stream
+    FIRST = "first"  # the weight of the norm that begins the stream
+    OTHER = "other"  # the weight of another norm on the stream
+    BIAS = "bias"  # the bias of a norm on the stream
 
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's.
+    """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's axis.
 
-    Negative entries come from no single one: they are `NEW`, `ZERO`, or `MEAN - k`. `first` marks the entries that are
-    not copies of an earlier one. `reads` says that the axis reads units, so that its entries are shared out among
-    copies. `share` is what part of the teacher's outgoing weight (if it reads) or gradient (if it does not) each entry
-    takes; a negative one belongs to a unit that has the other sign, of a pair that passes an activation. With `groups`
-    entries are shared among those of one group; if `index` is longer than the axis it has one row a group.
+    Attributes:
+        index: teacher entries, int64; a negative one is `NEW`, `ZERO` or `MEAN - k`. If it is longer than the axis, it
+            holds one row for each group.
+        first: bool, as long as `index`: entries that are not a copy of an earlier entry.
+        reads: whether the axis reads units, so that copies of an entry divide its value among themselves.
+        share: float64, as long as `index`: the part of the teacher's weight (if the axis reads) or of its gradient (if
+            it does not) that each entry takes. A negative share belongs to the second unit of a sign pair.
+        groups: copies divide a value among those of their own group.
+        means: for each code `MEAN - k` the teacher entries to average.
     """
 
     index: Tensor
@@ -43,29 +82,31 @@ class Axis:
 
     @property
     def copies(self) -> int:
-        """How many entries repeat an earlier one."""
+        """The number of entries that repeat an earlier one."""
         return int(((self.index >= 0) & ~self.first).sum())
 
     @property
     def signed(self) -> bool:
-        """Whether it reads pairs of units, which are no copies of each other."""
+        """Whether the axis reads sign pairs, whose units are no copies of each other."""
         return bool((self.share < 0).any())
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """One axis of a student tensor that is the teacher's times a matrix, made of the stream's `frames`.
+    """One axis of a student tensor that is a matrix times the teacher's axis, for streams whose channels are rotated.
 
-    `how` says which: `stream` (Q, for what is on the stream), `before` (A, for what the norm that begins it sees), or
-    `behind` (Q, for what reads another norm on the stream, whose weight and bias, `norm`, it takes in). `first` and
-    `other` stand for the weights of the first and the other norms, `bias` for the biases of those. `begins` is the
-    teacher's weight of the norm that begins the stream, `widths` are the stream's in teacher and student. `rows` and
-    `columns` are the channels of the entries of the student's and the teacher's axis, those of several positions one
-    after the other.
+    Attributes:
+        dim: the axis.
+        how: which matrix.
+        begins: the teacher's weight of the norm that begins the stream, or None.
+        widths: the channels of the stream in the teacher and in the student.
+        norm: the teacher's weight and bias of the norm in front of the axis, if `how` is `behind`.
+        rows: the channel of each entry of the student's axis, one position after the other.
+        columns: the same for the teacher's axis.
     """
 
     dim: int
-    how: str
+    how: Matrix
     begins: str | None
     widths: tuple[int, int]
     norm: tuple[str | None, str | None]
@@ -75,22 +116,28 @@ class Mixed:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where one student tensor came from: `how` is shared, identity, silent or fresh.
+    """Where one student tensor comes from.
 
-    `axes` says it axis by axis; of a `flat` tensor it is of all elements in one row. `fill` is what a tensor that the
-    teacher lacks holds: its own values, zero, one, a pass-through of its units (`pass`, `tap`), or what undoes the
-    normalisation of its norm (`deviation`, `mean`, from the statistics `of`). A shared tensor, and a pass-through,
-    are multiplied by `factor`, and along the first axis by `rows`. With `turn` a layer's units, or what reads them, are
-    turned by a random rotation of that seed. `tied` marks a table of embeddings that a layer reads, too. `merged` says
-    how many groups the teacher's layer has, and how many of them make one of the student's, with zeros between them
-    (the last is of what is left). `mixed` are axes that are the teacher's times a matrix, whatever `axes` says.
+    Attributes:
+        how: shared, identity, silent or fresh.
+        teacher: the name of the teacher's tensor, if it is shared.
+        axes: the axes that carry units, or kernel taps, by their number.
+        flat: `axes[0]` counts all elements of the tensor in one row.
+        fill: what it holds if the teacher lacks it.
+        of: for the fills `mean` and `deviation` the name of the statistic, and the norm's eps.
+        factor: multiplies the whole tensor.
+        rows: multiplies each entry of the first axis, float64.
+        turn: the seed of a random rotation of the units between this layer and the next.
+        tied: the tensor is an embedding that a layer reads, too, or takes the shares of one.
+        merged: (groups, times): `times` of the `groups` of the teacher's convolution become one, with zeros between.
+        mixed: axes that are a matrix times the teacher's; `axes` does not count for them.
     """
 
-    how: str
+    how: How
     teacher: str | None = None
     axes: dict[int, Axis] = field(default_factory=dict)
     flat: bool = False
-    fill: str = "own"
+    fill: Fill = Fill.OWN
     of: tuple[str, float] = ("", 0.0)
     factor: float = 1.0
     rows: Tensor | None = None
@@ -100,14 +147,21 @@ class Origin:
     mixed: tuple[Mixed, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Transfer:
-    """The record of a transfer: where every tensor of the student came from, and what was measured.
+Shapes = dict[str, tuple[int, ...]]
 
-    `split` and `noise` are those of `transfer`; of `random_pad` the split is "pad". `eps` holds the new eps of norms
-    that see padding. `state` is the state of the generator from which shares and noise were drawn. `shapes` are those
-    of all tensors of the teacher and of the student. `measured` is the difference of the two networks on the example,
-    before noise; None for `random_pad`.
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Where every tensor of a student comes from, and how far the student is from its teacher.
+
+    Attributes:
+        origins: the origin of every parameter and buffer of the student by name.
+        split: how copies divide a weight: equal, uneven or paired as in `transfer`; "pad" for `random_pad`.
+        noise: the noise of `transfer`.
+        eps: the new eps of norms that see padding, by module.
+        state: the state of the generator that shares are drawn from.
+        shapes: the shapes of all tensors of the teacher and of the student.
+        measured: the difference of the two networks on the example, before noise; None for `random_pad`.
     """
 
     origins: dict[str, Origin]
@@ -115,58 +169,40 @@ class Transfer:
     noise: float
     eps: dict[str, float] = field(default_factory=dict)
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    shapes: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = field(default_factory=lambda: ({}, {}))
+    shapes: tuple[Shapes, Shapes] = field(default_factory=lambda: ({}, {}))
     measured: Equivalence | None = None
-    models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(
-        default=None, compare=False, repr=False
-    )
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "models": None}  # a copy, or a pickle, is of no networks yet
-
-    def of(self, teacher: nn.Module, student: nn.Module) -> "Transfer":
-        """The same record, of these networks (a loaded record knows of none)."""
-        return replace(self, models=(weakref.ref(teacher), weakref.ref(student)))
-
-    def gradients(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The student's gradients, given the teacher's by name (see `net2net.optimizer.gradients`)."""
-        from .optimizer import gradients
-
-        return gradients(self, theirs, self._networks()[1])
-
-    def optimizer_state(self, old: Optimizer, new: Optimizer) -> None:
-        """Carry what `old` has gathered while it trained the teacher into `new`, which will train the student
-        (see `net2net.optimizer.optimizer_state`)."""
-        from .optimizer import optimizer_state
-
-        optimizer_state(self, old, new, *self._networks())
-
-    def _networks(self) -> tuple[nn.Module, nn.Module]:
-        teacher, student = (None, None) if self.models is None else (ref() for ref in self.models)
-        if teacher is None or student is None:
-            raise TransferError("This record knows of no networks: say which by record.of(teacher, student).")
-        return teacher, student
 
     def __str__(self) -> str:
-        count = {
-            how: sum(o.how == how for o in self.origins.values()) for how in ("shared", "identity", "silent", "fresh")
-        }
-        wider = sum(any(axis.copies for axis in o.axes.values()) for o in self.origins.values() if o.how == "shared")
+        origins = self.origins.values()
+        count = {how: sum(origin.how == how for origin in origins) for how in How}
+        wider = sum(any(axis.copies for axis in o.axes.values()) for o in origins if o.how == How.SHARED)
         text = (
-            f"{count['shared']} tensors from the teacher ({wider} of them wider), {count['identity']} of identities, "
-            f"{count['silent']} of silent branches, {count['fresh']} fresh"
+            f"{count[How.SHARED]} tensors from the teacher ({wider} of them wider), {count[How.IDENTITY]} of "
+            f"identities, {count[How.SILENT]} of silent branches, {count[How.FRESH]} fresh"
         )
         return f"{text}; {self.measured}" if self.measured else text
 
 
-def save_record(record: Transfer, path: str | Path) -> None:
-    """Write `record` as JSON to `path`, readable in any language; it appears there complete or not at all."""
+def save_record(record: Record, path: str | Path) -> None:
+    """Write a record as JSON. The file appears complete or not at all.
+
+    Args:
+        record: what `transfer`, `random_pad` or `load_record` returned.
+        path: the file, which is replaced if it exists.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> record = net2net.transfer(nn.Linear(3, 4), nn.Linear(3, 4), torch.randn(2, 3))
+        >>> net2net.save_record(record, "growth.json")
+    """
     path = Path(path)
-    data = asdict(replace(record, models=None))
-    text = json.dumps({"format": FORMAT, **data}, default=_plain)
+    data = {each.name: getattr(record, each.name) for each in fields(Record)}
+    text = json.dumps({"format": FORMAT, **data}, default=_to_json)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with open(partial, "x") as file:  # with the permissions of any new file, unlike tempfile's
+        with open(partial, "x") as file:  # tempfile would give it permissions that no other new file has
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -175,40 +211,56 @@ def save_record(record: Transfer, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _plain(tensor: Tensor) -> object:
-    if tensor.dtype == torch.uint8:
-        return base64.b64encode(bytes(tensor.tolist())).decode()
-    return tensor.long().tolist() if tensor.dtype == torch.bool else tensor.tolist()
+def _to_json(value: object) -> object:
+    """Return what JSON writes for a dataclass or a tensor."""
+    if is_dataclass(value):
+        return vars(value)
+    assert isinstance(value, Tensor)
+    if value.dtype == torch.uint8:
+        return base64.b64encode(bytes(value.tolist())).decode()
+    return value.long().tolist() if value.dtype == torch.bool else value.tolist()
 
 
-def load_record(path: str | Path) -> Transfer:
-    """Read what `save_record` wrote. TransferError if the file is not a record; OSError if it cannot be read."""
+def read_record(path: str | Path) -> Record:
+    """Read what `save_record` wrote (see `load_record`)."""
     try:
         data = json.loads(Path(path).read_text())
         if data.pop("format") != FORMAT:
             raise TransferError(f"{path} is a record of another version of net2net: its format is not {FORMAT}.")
+        data.pop("models", None)  # files of FORMAT 1 may hold a null here
         data["origins"] = {name: _origin(**origin) for name, origin in data["origins"].items()}
         data["state"] = torch.tensor(list(base64.b64decode(data["state"])), dtype=torch.uint8)
         data["shapes"] = tuple({name: tuple(shape) for name, shape in shapes.items()} for shapes in data["shapes"])
         data["measured"] = Equivalence(**data["measured"]) if data["measured"] else None
-        return Transfer(**data)
+        return Record(**data)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise TransferError(f"{path} is no record of a transfer: {error}") from error
 
 
-def _origin(axes: dict, of: list, rows: list | None, merged: list, mixed: Sequence[dict] = (), **rest) -> Origin:
-    axes = {int(dim): _axis(**axis) for dim, axis in axes.items()}
-    rows_tensor = None if rows is None else torch.tensor(rows, dtype=torch.double)
-    mixture = tuple(_mixed(**one) for one in mixed)
-    return Origin(**rest, axes=axes, of=(of[0], of[1]), rows=rows_tensor, merged=(merged[0], merged[1]), mixed=mixture)
+def _origin(
+    how: str, fill: str, axes: dict, of: list, rows: list | None, merged: list, mixed: Sequence[dict] = (), **rest
+) -> Origin:
+    """Return an origin from its JSON."""
+    return Origin(
+        How(how),
+        fill=Fill(fill),
+        axes={int(dim): _axis(**axis) for dim, axis in axes.items()},
+        of=(of[0], of[1]),
+        rows=None if rows is None else torch.tensor(rows, dtype=torch.double),
+        merged=(merged[0], merged[1]),
+        mixed=tuple(_mixed(**one) for one in mixed),
+        **rest,
+    )
 
 
-def _mixed(widths: list, norm: list, rows: list, columns: list, **rest) -> Mixed:
+def _mixed(how: str, widths: list, norm: list, rows: list, columns: list, **rest) -> Mixed:
+    """Return a rotated axis from its JSON."""
     places = {"rows": torch.tensor(rows), "columns": torch.tensor(columns)}
-    return Mixed(widths=(widths[0], widths[1]), norm=(norm[0], norm[1]), **places, **rest)
+    return Mixed(how=Matrix(how), widths=(widths[0], widths[1]), norm=(norm[0], norm[1]), **places, **rest)
 
 
 def _axis(index: list, first: list, share: list, means: list, **rest) -> Axis:
+    """Return an axis from its JSON."""
     return Axis(
         torch.tensor(index, dtype=torch.long),
         torch.tensor(first, dtype=torch.bool),

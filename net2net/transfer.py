@@ -1,26 +1,88 @@
 """Filling a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .equivalence import Equivalence, compare
 from .errors import TransferError, used_differently
+from .fill.calibrate import calibrate as measure_norms
 from .fill.gather import SPLITS, add_noise, fill
 from .network import Example, Inputs, run, tensors_in, unwrap
+from .optimizer import gradients, optimizer_state
 from .plan import new_layers as identity
 from .plan.mapping import Plan, Rename, Unpaired, key_names, plan, teacher_names
 from .plan.names import candidates
 from .plan.sign_pairs import signs, undone
-from .record import MEAN, NEW, ZERO, Axis, Origin, Transfer
+from .record import MEAN, NEW, ZERO, Axis, Fill, How, Origin, Record, read_record
 from .tensors import named_tensors, parametrised, refuse_spectral_norm
 from .trace.facts import Key, Layer
 from .trace.graph import SeenAs, Trace
 from .trace.tracer import trace
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer(Record):
+    """The record of a growth together with its two networks.
+
+    Attributes:
+        models: weak references to the teacher and the student; None for a record that was loaded, copied or unpickled.
+            They are weak because a grown network holds its record: a strong reference would drag the teacher into every
+            copy and every pickle of the student, and keep it in memory as long as the student lives.
+    """
+
+    models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "models": None}  # a weak reference can be neither copied nor pickled
+
+    def of(self, teacher: nn.Module, student: nn.Module) -> "Transfer":
+        """Return the same record with these two networks, which it holds weakly."""
+        return replace(self, models=(weakref.ref(teacher), weakref.ref(student)))
+
+    def gradients(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Predict the student's gradients from the teacher's (see `net2net.optimizer.gradients`)."""
+        return gradients(self, theirs, self._networks()[1])
+
+    def optimizer_state(self, old: Optimizer, new: Optimizer) -> None:
+        """Carry the state of the teacher's optimizer `old` into the student's optimizer `new`, in place (see
+        `net2net.optimizer.optimizer_state`)."""
+        optimizer_state(self, old, new, *self._networks())
+
+    def _networks(self) -> tuple[nn.Module, nn.Module]:
+        """Return the teacher and the student, or raise TransferError."""
+        teacher, student = (None, None) if self.models is None else (ref() for ref in self.models)
+        if teacher is None or student is None:
+            raise TransferError("This record knows of no networks: say which by record.of(teacher, student).")
+        return teacher, student
+
+
+def load_record(path: str | Path) -> Transfer:
+    """Read a record that `save_record` wrote. It has no networks yet: `load_record(path).of(teacher, student)`.
+
+    Args:
+        path: the JSON file.
+
+    Returns:
+        The record, for `replay`, or with its networks for `gradients` and `optimizer_state`.
+
+    Raises:
+        TransferError: the file is not a record, or of another format.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> record = net2net.transfer(nn.Linear(3, 4), nn.Linear(3, 4), torch.randn(2, 3))
+        >>> net2net.save_record(record, "growth.json")
+        >>> net2net.replay(net2net.load_record("growth.json"), nn.Linear(3, 4), nn.Linear(3, 4))
+    """
+    return Transfer(**vars(read_record(path)))
 
 
 def transfer(
@@ -83,7 +145,7 @@ def transfer(
     several = len(attempts) > 1 or bool(absorbed[0])
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
-    def grow(names: Rename, passing_all: bool, paired: bool) -> Transfer:
+    def grow(names: Rename, passing_all: bool, paired: bool) -> Record:
         prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all, paired)
         identity.check_identity(prepared)
         record = _record(prepared, student, split, noise, generator)
@@ -92,7 +154,7 @@ def transfer(
         with _put_back_if_refused(student, record) if several else nullcontext():
             fill(teacher, student, record)
             if batches is not None:
-                identity.calibrate(student, prepared, batches)
+                measure_norms(student, record, identity.new_batch_norms(prepared), batches)
             measured = compare(prepared.teacher.output, run(student, inputs))
             enough = _tolerance(prepared)
             _refuse_if_different(measured, prepared, "the example", enough)
@@ -113,10 +175,9 @@ def transfer(
             record = _first(grow, attempts, generator)
         except TransferError:
             raise refused from None
-    record = record.of(teacher, student)
     if noise:
         add_noise(student, record, generator)
-    return record
+    return Transfer(**vars(record)).of(teacher, student)
 
 
 def random_pad(
@@ -137,16 +198,16 @@ def random_pad(
     teacher, student = unwrap(teacher), unwrap(student)
     inputs, traces = _traced(teacher, student, example)
 
-    def pad(names: Rename, passing_all: bool, paired: bool) -> Transfer:
+    def pad(names: Rename, passing_all: bool, paired: bool) -> Record:
         prepared = plan(*_alike(teacher, inputs, traces, names), names, generator, passing_all, paired)
         return _record(prepared, student, "pad", 0.0, generator)
 
-    record = _first(pad, _attempts(teacher, student, rename), generator).of(teacher, student)
-    fill(teacher, student, record, pad=True)
-    return record
+    record = _first(pad, _attempts(teacher, student, rename), generator)
+    fill(teacher, student, record)
+    return Transfer(**vars(record)).of(teacher, student)
 
 
-def replay(record: Transfer, teacher: nn.Module, student: nn.Module) -> None:
+def replay(record: Record, teacher: nn.Module, student: nn.Module) -> None:
     """Fill `student` from `teacher` as `record` says: the same weights as the transfer that made it gave, before noise
     and calibration. TransferError if the networks have not the tensors of the record."""
     shapes = [
@@ -159,7 +220,7 @@ def replay(record: Transfer, teacher: nn.Module, student: nn.Module) -> None:
                 f"The record is of another {which}: {name} is {mine.get(name)} here, {theirs.get(name)} there."
             )
     try:
-        fill(unwrap(teacher), unwrap(student), record, pad=record.split == "pad")
+        fill(unwrap(teacher), unwrap(student), record)
     except (KeyError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
         raise TransferError(f"The record is damaged, or of other networks than these: {error}") from error
 
@@ -233,9 +294,7 @@ def _attempts(teacher: nn.Module, student: nn.Module, rename: Rename) -> list[At
     return [(names, *way) for way in ways for names in pairings]
 
 
-def _first(
-    grow: Callable[[Rename, bool, bool], Transfer], attempts: list[Attempt], generator: torch.Generator
-) -> Transfer:
+def _first(grow: Callable[[Rename, bool, bool], Record], attempts: list[Attempt], generator: torch.Generator) -> Record:
     """`grow` with the first of `attempts` that serves, each from the same random state; else an error."""
     state, refused = generator.get_state(), []
     for attempt in attempts:
@@ -251,7 +310,7 @@ def _first(
 
 
 @contextmanager
-def _put_back_if_refused(student: nn.Module, record: Transfer) -> Iterator[None]:
+def _put_back_if_refused(student: nn.Module, record: Record) -> Iterator[None]:
     """If the block, which fills the student, refuses, the student is as it was: the next attempt finds its own values,
     and the refusal of another attempt, which filled nothing, can be the one that is raised.
 
@@ -274,7 +333,7 @@ def _put_back_if_refused(student: nn.Module, record: Transfer) -> Iterator[None]
 # -- from the plan to the record ----------------------------------------------------------------------------------
 
 
-def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator: torch.Generator) -> Transfer:
+def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator: torch.Generator) -> Record:
     builder = _Builder(plan)
     if split != "pad":  # which promises no function
         builder.check_numbers()
@@ -299,7 +358,7 @@ def _record(plan: Plan, student: nn.Module, split: str, noise: float, generator:
         {name: tuple(t.shape) for name, t in trace.parameters.originals.items()}
         for trace in (plan.teacher, plan.student)
     )
-    return Transfer(origins, split, noise, plan.eps, generator.get_state(), tuple(shapes))  # type: ignore[arg-type]
+    return Record(origins, split, noise, plan.eps, generator.get_state(), tuple(shapes))  # type: ignore[arg-type]
 
 
 class _Builder:
@@ -389,7 +448,7 @@ class _Builder:
                 name, plan.student.parameters.values[name], plan.teacher.parameters.values[theirs], 0, False
             )
             mixed = plan.mixed.get(name, ())
-            return Origin("shared", theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=mixed)
+            return Origin(How.SHARED, theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=mixed)
         axes, rows = {}, None
         for dim in range(mine.dim()):
             units, source = _entries(plan.student, name, dim), _entries(plan.teacher, theirs, dim)
@@ -416,7 +475,7 @@ class _Builder:
                     "not carry units that the forward pass can follow: such axes keep their size."
                 )
         merged, mixed = self._merged(theirs), plan.mixed.get(name, ())
-        return Origin("shared", theirs, axes, factor=factor, rows=rows, merged=merged, mixed=mixed)
+        return Origin(How.SHARED, theirs, axes, factor=factor, rows=rows, merged=merged, mixed=mixed)
 
     def _absorbed(self, name: str, theirs: str) -> float:
         """By what a layer's weight or bias is multiplied for the sake of what its result is multiplied by."""
@@ -441,7 +500,7 @@ class _Builder:
     def _whole(self, name: str, theirs: str, why: str) -> Origin:
         if self.plan.student.parameters.tensors[name].shape != self.plan.teacher.parameters.tensors[theirs].shape:
             raise TransferError(f"{name} cannot grow: {why}.")
-        return Origin("shared", theirs)
+        return Origin(How.SHARED, theirs)
 
     def _new(self, name: str) -> Origin:
         """What becomes of a tensor that the teacher lacks."""
@@ -453,14 +512,14 @@ class _Builder:
             groups = plan.student.parameters.inner[name][1] if name in plan.student.parameters.inner else 1
             axes = {0: _axis(produced, False), 1: self._reading(read, plan.student_roots[layer.reads], groups)}
             turned = self._turned(name, layer.produces)
-            return Origin("identity", axes=axes, fill="pass", factor=self._undone(layer), rows=turned)
+            return Origin(How.IDENTITY, axes=axes, fill=Fill.PASS, factor=self._undone(layer), rows=turned)
         if name in self.new:
             taps = layer is not None and layer.kind == "scale" and layer.reads is not None
             return replace(self.new[name], rows=self._turned(name, layer.reads)) if taps else self.new[name]  # type: ignore
         for layer in plan.student.layers.values():  # a bias that only the student has, on a layer of both
             if name in (layer.tensors.get("bias"), layer.tensors.get("shift")) and layer.name not in plan.fresh:
-                return Origin("identity", fill="zero")
-        return Origin("fresh")
+                return Origin(How.IDENTITY, fill=Fill.ZERO)
+        return Origin(How.FRESH)
 
     def _turned(self, name: str, units: Tensor) -> Tensor | None:
         """The signs that a new layer gives to the units that pass an activation behind it in pairs."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TransferError
-from ..record import MEAN, NEW, ZERO, Axis, Mixed, Origin, Transfer
+from ..record import MEAN, NEW, ZERO, Axis, Mixed, Origin, Record
 from ..tensors import computed, merge_groups, named_tensors, parametrised
 from .isometry import frames, isometry
 
@@ -14,8 +14,9 @@ SPLITS = ("equal", "uneven", "paired")
 
 
 @torch.no_grad()
-def fill(teacher: nn.Module, student: nn.Module, record: Transfer, pad: bool = False) -> None:
-    """Write every student tensor as `record` says; with `pad` only the teacher's own entries, unshared (random_pad)."""
+def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
+    """Write every student tensor as `record` says; for `random_pad` only the teacher's own entries, unshared."""
+    pad = record.split == "pad"
     generator = torch.Generator()
     generator.set_state(record.state)
     theirs, mine = named_tensors(teacher), named_tensors(student)
@@ -293,7 +294,7 @@ def _shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | No
 
 
 @torch.no_grad()
-def add_noise(student: nn.Module, record: Transfer, generator: torch.Generator) -> None:
+def add_noise(student: nn.Module, record: Record, generator: torch.Generator) -> None:
     """Gaussian noise on the incoming weights of every copy but the first (section 3.3)."""
     tensors = named_tensors(student)
     for name, origin in record.origins.items():

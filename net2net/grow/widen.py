@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..blend import Blend
 from ..errors import TransferError
 from ..network import Example, Inputs, run, unwrap
-from ..record import Transfer
+from ..record import Record
 from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.graph import Trace
 from ..trace.tracer import trace
@@ -223,7 +223,7 @@ def _copied(model: nn.Module, shared: bool = False) -> nn.Module:
         raise TransferError(
             f"{type(model).__name__} cannot be copied: {error}. Make the larger one yourself, and use net2net.transfer."
         ) from error
-    for place in [place for place, held in vars(copied).items() if isinstance(held, Transfer)]:
+    for place in [place for place, held in vars(copied).items() if isinstance(held, Record)]:
         del copied.__dict__[place]
     if shared:
         return copied
@@ -234,7 +234,7 @@ def _copied(model: nn.Module, shared: bool = False) -> nn.Module:
     return copied
 
 
-def _keep(copied: nn.Module, record: Transfer) -> None:
+def _keep(copied: nn.Module, record: Record) -> None:
     """The record is the copy's `growth`, or the next name that is not taken."""
     place = "growth"
     while hasattr(copied, place):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import used_differently
-from ..record import Mixed
+from ..record import Matrix, Mixed
 from ..trace.facts import NO_NORM, Key, Layer, Norm
 from ..trace.graph import Trace
 from ..trace.units import Units, in_order
@@ -140,7 +140,7 @@ def mixed(
     before = student.layers[first].sources if first else frozenset()
     made: list[tuple[str, Mixed]] = []
 
-    def add(name: str, dim: int, how: str, norm: tuple[str | None, str | None] = (None, None)) -> None:
+    def add(name: str, dim: int, how: Matrix, norm: tuple[str | None, str | None] = (None, None)) -> None:
         other = names[name]
         if other is not None:
             rows = _places(roots[_labels(student, name, dim)], place, name)
@@ -153,16 +153,21 @@ def mixed(
     for layer in student.layers.values():
         if layer.kind == "norm" and layer.name in {first, *stream.norms}:
             for role, name in layer.tensors.items():
-                begins = {"weight": "first", "bias": "stream"}
-                add(name, 0, begins[role] if layer.name == first else {"weight": "other", "bias": "bias"}[role])
+                begins = {"weight": Matrix.FIRST, "bias": Matrix.STREAM}
+                add(
+                    name,
+                    0,
+                    begins[role] if layer.name == first else {"weight": Matrix.OTHER, "bias": Matrix.BIAS}[role],
+                )
         if layer.kind == "mix" and inside(layer.produces):
             for role, name in layer.tensors.items():
                 dim = 0 if role == "bias" else 1 - student.parameters.read_axis[name]
-                add(name, dim, "before" if layer.name in before else "stream")
+                add(name, dim, Matrix.BEFORE if layer.name in before else Matrix.STREAM)
         if layer.kind == "mix" and inside(layer.reads):
             norm = stream.norms.get(layer.first_norm or "")
             tensors = (None, None) if norm is None else (norm.tensors.get("weight"), norm.tensors.get("bias"))
-            add(layer.name, student.parameters.read_axis[layer.name], "stream" if norm is None else "behind", tensors)
+            how = Matrix.STREAM if norm is None else Matrix.BEHIND
+            add(layer.name, student.parameters.read_axis[layer.name], how, tensors)
     return made
 
 

@@ -1,18 +1,11 @@
-"""Layers that the teacher lacks: pass-through identities, silent branches, calibrated batch norm."""
+"""Layers that the teacher lacks: pass-through identities, silent branches."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import TransferError
-from ..fill.gather import fill_new
-from ..network import Example, Inputs, run
-from ..record import Origin
+from ..record import Fill, How, Origin
 from ..trace.activations import moved
 from ..trace.facts import Layer
 from .mapping import Plan
@@ -91,18 +84,18 @@ def origins(plan: Plan) -> dict[str, Origin]:
     for name in plan.silent:
         for role, tensor in plan.student.layers[name].tensors.items():
             if role in ("weight", "bias"):
-                made[tensor] = Origin("silent", fill="zero")
+                made[tensor] = Origin(How.SILENT, fill=Fill.ZERO)
     for name in plan.identity:
         layer = plan.student.layers[name]
         for role, tensor in layer.tensors.items():
             if layer.kind == "norm" and role in ("weight", "bias"):
                 statistic = "var" if role == "weight" else "mean"
                 of = (layer.tensors[statistic], float(layer.options["eps"]))
-                made[tensor] = Origin("identity", fill={"weight": "deviation", "bias": "mean"}[role], of=of)
+                made[tensor] = Origin(How.IDENTITY, fill={"weight": Fill.DEVIATION, "bias": Fill.MEAN}[role], of=of)
             elif layer.kind == "norm" or role == "weight":
-                made[tensor] = Origin("identity")
+                made[tensor] = Origin(How.IDENTITY)
             else:
-                made[tensor] = Origin("identity", fill=_NEUTRAL[role])
+                made[tensor] = Origin(How.IDENTITY, fill=_NEUTRAL[role])
     return made
 
 
@@ -127,74 +120,28 @@ def dense(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
             and reader.name not in student.parameters.inner
         )
         whole = plain and torch.equal(plan.student_roots[reader.reads], plan.student_roots[layer.produces])
-        if whole and after is not None and after.turn is None and after.how == "shared":
+        if whole and after is not None and after.turn is None and after.how == How.SHARED:
             made[name] = replace(made.get(name, origins[name]), turn=seed)
             made[reader.name] = replace(after, turn=seed)
     return made
 
 
-_NEUTRAL = {"bias": "zero", "shift": "zero", "factor": "one", "slope": "one", "taps": "tap", "amount": "zero"}
+_NEUTRAL = {
+    "bias": Fill.ZERO,
+    "shift": Fill.ZERO,
+    "factor": Fill.ONE,
+    "slope": Fill.ONE,
+    "taps": Fill.TAP,
+    "amount": Fill.ZERO,
+}
 
 
-@torch.no_grad()
-def restore_scale(student: nn.Module, plan: Plan) -> None:
-    """Every new batch norm on the way of carried units undoes its own normalisation: scale sqrt(var + eps), shift mean.
-
-    Exact in eval mode, whatever the statistics are; in train mode as close as they are to the batch's (section 3.4).
-    """
-    tensors = dict(student.named_parameters()) | dict(student.named_buffers())
-    for name, origin in origins(plan).items():
-        if origin.fill in ("deviation", "mean"):
-            fill_new(tensors[name], origin, tensors)
-
-
-def calibrate(student: nn.Module, plan: Plan, batches: Tensor | dict[str, Any] | Iterable[Example]) -> None:
-    """Measure the statistics of every new batch norm on `batches`, then restore the scale of those that pass units on.
-
-    `batches` is one batch of inputs or an iterable of them (each a tuple for several arguments); statistics are
-    averaged over batches. The paper (section 3.4) needs these forward passes to undo the new layer's normalisation.
-    """
-    new = [n for n in (*plan.identity, *plan.silent, *plan.fresh) if plan.student.layers[n].kind == "norm"]
-    passes_on = {
-        student.get_submodule(name): name in plan.identity
-        for name in new
-        if "mean" in plan.student.layers[name].tensors
+def new_batch_norms(plan: Plan) -> dict[str, bool]:
+    """Every batch norm that the teacher lacks, by name, and whether it passes its units through."""
+    names = [*plan.identity, *plan.silent, *plan.fresh]
+    layers = {name: plan.student.layers[name] for name in names}
+    return {
+        name: name in plan.identity
+        for name, layer in layers.items()
+        if layer.kind == "norm" and "mean" in layer.tensors
     }
-    for norm in passes_on:
-        if not isinstance(norm, _BatchNorm):
-            raise TransferError(f"The new batch norm in {type(norm).__name__} is no module: it cannot be calibrated.")
-    if passes_on:
-        with _measuring(passes_on):
-            for batch in [batches] if isinstance(batches, (Tensor, dict)) else batches:
-                run(student, Inputs.of(cast(Example, batch)))
-        restore_scale(student, plan)
-
-
-@contextmanager
-def _measuring(passes_on: dict[nn.Module, bool]) -> Iterator[None]:
-    """While the block runs these norms, and no others, average the batches' own statistics, every batch alike.
-
-    A norm that passes its units on hands its input through instead, so that the layers behind it see the
-    teacher's values.
-    """
-    hooks, momentum = [], {}
-
-    def begin(norm: nn.Module, _: tuple) -> None:
-        norm.training = True
-
-    def end(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        norm.training = False
-        return inputs[0] if passes_on[norm] else output
-
-    for norm in passes_on:
-        momentum[norm], norm.momentum = norm.momentum, None  # type: ignore[assignment]
-        norm.reset_running_stats()  # type: ignore[operator]
-        hooks += [norm.register_forward_pre_hook(begin), norm.register_forward_hook(end)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for norm, value in momentum.items():
-            norm.momentum = value
-            norm.num_batches_tracked.zero_()  # type: ignore[operator]

@@ -1,0 +1,87 @@
+"""Measure the statistics of new batch norms, and let those that pass units through undo their own normalisation."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import TransferError
+from ..network import Example, Inputs, run
+from ..record import Fill, Record
+from .gather import fill_new
+
+
+@torch.no_grad()
+def restore_scale(student: nn.Module, record: Record) -> None:
+    """Let every new batch norm that passes units through undo its normalisation: scale sqrt(var + eps), shift mean.
+
+    This is exact in eval mode whatever the statistics are, and in train mode as far as they are the batch's own
+    (paper, section 3.4).
+    """
+    tensors = dict(student.named_parameters()) | dict(student.named_buffers())
+    for name, origin in record.origins.items():
+        if origin.fill in (Fill.DEVIATION, Fill.MEAN):
+            fill_new(tensors[name], origin, tensors)
+
+
+def calibrate(
+    student: nn.Module,
+    record: Record,
+    norms: Mapping[str, bool],
+    batches: Tensor | dict[str, Any] | Iterable[Example],
+) -> None:
+    """Measure the statistics of new batch norms, then restore the scale of those that pass units through.
+
+    The paper (section 3.4) needs these forward passes to undo the normalisation of a new layer.
+
+    Args:
+        student: the filled student.
+        record: the record that it was filled by.
+        norms: the names of its new batch norms, and whether each passes its units through.
+        batches: one batch of inputs, or several, over which the statistics are averaged.
+
+    Raises:
+        TransferError: a batch norm is no module, or a forward pass fails.
+    """
+    passes_on = {student.get_submodule(name): passes for name, passes in norms.items()}
+    for norm in passes_on:
+        if not isinstance(norm, _BatchNorm):
+            raise TransferError(f"The new batch norm in {type(norm).__name__} is no module: it cannot be calibrated.")
+    if passes_on:
+        with _measure(passes_on):
+            for batch in [batches] if isinstance(batches, (Tensor, dict)) else batches:
+                run(student, Inputs.of(cast(Example, batch)))
+        restore_scale(student, record)
+
+
+@contextmanager
+def _measure(passes_on: dict[nn.Module, bool]) -> Iterator[None]:
+    """While the block runs, these batch norms, and no others, average the statistics of the batches.
+
+    A norm that passes its units through hands on its input instead, so that the layers behind it see the teacher's
+    values.
+    """
+    hooks, momentum = [], {}
+
+    def begin(norm: nn.Module, _: tuple) -> None:
+        norm.training = True
+
+    def end(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        norm.training = False
+        return inputs[0] if passes_on[norm] else output
+
+    for norm in passes_on:
+        momentum[norm], norm.momentum = norm.momentum, None  # type: ignore[assignment]
+        norm.reset_running_stats()  # type: ignore[operator]
+        hooks += [norm.register_forward_pre_hook(begin), norm.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, value in momentum.items():
+            norm.momentum = value
+            norm.num_batches_tracked.zero_()  # type: ignore[operator]
