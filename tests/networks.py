@@ -1,41 +1,22 @@
-"""Small networks for the tests, and statistics that are not those of a fresh network."""
+"""Small networks for the tests, and how two of them are compared."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from net2net import Origin
-from net2net.fill import gather as filling
+from net2net import Axis, Origin, Transfer, equivalence
+
+BAR = 1e-12  # relative, in float64: rounding, and nothing else
 
 
-def randomise(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> nn.Module:
-    """Give every batch norm random running statistics and affine parameters; return the network in eval mode.
-
-    With `images` the statistics are those of the images, disturbed, so that the signal survives a deep network.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm)]
-    with torch.no_grad():
-        if images is not None:
-            momenta = [norm.momentum for norm in norms]
-            for norm in norms:
-                norm.momentum = 1.0
-            model.train()(images)
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-        for norm in norms:
-            if norm.running_mean is not None and norm.running_var is not None:
-                size = norm.running_mean.shape
-                norm.running_mean += 0.3 * norm.running_var.sqrt() * torch.randn(size, generator=generator)
-                norm.running_var *= 0.5 + torch.rand(size, generator=generator)
-            if norm.affine:
-                norm.weight *= 0.5 + torch.rand(norm.weight.shape, generator=generator)
-                norm.bias += 0.3 * torch.randn(norm.bias.shape, generator=generator)
-    return model.eval()
+def images(*shape: int) -> Tensor:
+    """Random numbers of that shape; by default four images that are not square."""
+    return torch.randn(*(shape or (4, 3, 6, 8)))
 
 
 class Net(nn.Module):
@@ -82,6 +63,86 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def inserted(make: Callable[[], nn.Module] | None) -> Net:
+    """A network with `make()` behind a convolution and its ReLU, or with nothing there."""
+    return Net(
+        {"a": conv(3, 4), "extra": make() if make else nn.Identity(), "fc": nn.Linear(4, 3)},
+        lambda net, x: net.fc(net.extra(F.relu(net.a(x))).mean((2, 3))),
+    )
+
+
+def residual(n: int) -> Net:
+    """A stream with a depthwise separable branch, and a squeeze-and-excitation gate."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.n0(net.stem(x)))
+        x = x + net.n2(net.point(F.relu6(net.n1(net.depth(net.up(x))))))
+        gate = torch.sigmoid(net.open(F.silu(net.squeeze(F.adaptive_avg_pool2d(x, 1)))))
+        return net.fc((x * gate).mean((2, 3)))
+
+    inner = 2 * n + 1
+    parts = {"stem": conv(3, n), "up": conv(n, inner, 1), "depth": conv(inner, inner, groups=inner)}
+    parts |= {"point": conv(inner, n, 1), "squeeze": nn.Conv2d(n, n // 2, 1), "open": nn.Conv2d(n // 2, n, 1)}
+    norms = {f"n{k}": nn.BatchNorm2d(width) for k, width in enumerate((n, inner, n))}
+    return Net(parts | norms | {"fc": nn.Linear(n, 5)}, how)
+
+
+def dense(n: int) -> Net:
+    """A stem of 2n channels, and three layers of n that each read all before them, as in a DenseNet."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        for k in range(3):
+            x = torch.cat([x, getattr(net, f"c{k}")(F.relu(getattr(net, f"n{k}")(x)))], 1)
+        return net.fc(F.relu(net.last(x)).mean((2, 3)))
+
+    parts = {"stem": conv(3, 2 * n), "last": nn.BatchNorm2d(5 * n), "fc": nn.Linear(5 * n, 4)}
+    for k in range(3):
+        parts |= {f"n{k}": nn.BatchNorm2d((2 + k) * n), f"c{k}": conv((2 + k) * n, n)}
+    return Net(parts, how)
+
+
+def tied(n: int) -> Net:
+    """Two layers in the middle with one weight and two biases."""
+    net = Net(
+        {"a": nn.Linear(3, n), "b": nn.Linear(n, n), "c": nn.Linear(n, n), "fc": nn.Linear(n, 4)},
+        lambda net, x: net.fc(torch.tanh(net.c(torch.tanh(net.b(torch.tanh(net.a(x.mean((2, 3))))))))),
+    )
+    net.c.weight = net.b.weight
+    return net
+
+
+def grouped(groups: int, inside: int, outside: int, transposed: bool = False) -> Net:
+    """A grouped convolution between two layers that are not: `inside` units in each group in, `outside` out."""
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    read, given = groups * inside, groups * outside
+    parts = {
+        "stem": nn.Conv2d(3, read, 3),
+        "norm": nn.BatchNorm2d(read),
+        "grouped": kind(read, given, 3, groups=groups),
+    }
+    return Net(
+        {**parts, "fc": nn.Linear(given, 5)},
+        lambda net, x: net.fc(F.silu(net.grouped(F.relu(net.norm(net.stem(x))))).mean((2, 3))),
+    )
+
+
+def attention(heads: int, width: int = 8, stream: int = 8, hidden: int = 12) -> Net:
+    """A transformer block on (rows, 5 positions, 3): heads of `width` in all on a stream with layer norms."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.embed(x) + net.place
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in net.qkv(net.n1(x)).chunk(3, -1))
+        x = x + net.gamma * net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return net.head((x + net.down(F.gelu(net.up(net.n2(x))))).mean(1))
+
+    parts = {"embed": nn.Linear(3, stream), "n1": nn.LayerNorm(stream), "qkv": nn.Linear(stream, 3 * width)}
+    parts |= {"out": nn.Linear(width, stream), "n2": nn.LayerNorm(stream), "up": nn.Linear(stream, hidden)}
+    parts |= {"down": nn.Linear(hidden, stream), "head": nn.Linear(stream, 4)}
+    parameters = {"place": (1, 5, stream), "gamma": (stream,)}
+    return Net(parts | {name: nn.Parameter(torch.randn(shape)) for name, shape in parameters.items()}, how)
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every tensor."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -92,7 +153,40 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def without(monkeypatch, left_out: Callable[[Origin], bool]) -> None:
-    """A negative control: tensors of new layers whose origin is `left_out` keep the student's own values."""
-    fill_new = filling.fill_new
-    monkeypatch.setattr(filling, "fill_new", lambda t, origin, *rest: left_out(origin) or fill_new(t, origin, *rest))
+def modes(*models: nn.Module) -> list[bool]:
+    """Whether each module is in train mode."""
+    return [module.training for model in models for module in model.modules()]
+
+
+def assert_same(a: nn.Module, b: nn.Module, inputs: Any, modes: Sequence[str] = ("eval",), bar: float = BAR) -> None:
+    """The two compute the same on these inputs, in these modes."""
+    for mode in modes:
+        measured = equivalence(a, b, inputs, mode=mode)
+        assert measured.max_relative <= bar, (mode, str(measured))
+
+
+def change(record: Transfer, how: Callable[[Origin], Origin]) -> Transfer:
+    """For negative controls: the record with every origin as `how` makes it. At least one must change."""
+    origins = {name: how(origin) for name, origin in record.origins.items()}
+    assert any(origins[name] is not origin for name, origin in record.origins.items())
+    return replace(record, origins=origins)
+
+
+def change_axes(record: Transfer, how: Callable[[Axis], Axis]) -> Transfer:
+    """The same, axis by axis."""
+
+    def each(origin: Origin) -> Origin:
+        axes = {dim: how(axis) for dim, axis in origin.axes.items()}
+        return replace(origin, axes=axes) if any(axes[dim] is not axis for dim, axis in origin.axes.items()) else origin
+
+    return change(record, each)
+
+
+def drop_shares(axis: Axis) -> Axis:
+    """The axis, with every copy taking the whole of the teacher's weight."""
+    return replace(axis, share=torch.ones_like(axis.share)) if axis.reads and axis.copies else axis
+
+
+def shift_index(axis: Axis) -> Axis:
+    """The axis that reads copies, with every entry taken from the teacher's entry of its neighbour."""
+    return replace(axis, index=axis.index.roll(1)) if axis.reads and axis.copies else axis
