@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net2net import Axis, Origin, Transfer, equivalence
+from net2net.fill import gather as filling
+from net2net.testing import look_trained
 
 BAR = 1e-12  # relative, in float64: rounding, and nothing else
 
@@ -190,3 +192,12 @@ def drop_shares(axis: Axis) -> Axis:
 def shift_index(axis: Axis) -> Axis:
     """The axis that reads copies, with every entry taken from the teacher's entry of its neighbour."""
     return replace(axis, index=axis.index.roll(1)) if axis.reads and axis.copies else axis
+
+
+def randomise(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> nn.Module:
+    return look_trained(model, images, seed)
+
+
+def without(monkeypatch, left_out: Callable[[Origin], bool]) -> None:
+    fill_new = filling.fill_new
+    monkeypatch.setattr(filling, "fill_new", lambda t, origin, *rest: left_out(origin) or fill_new(t, origin, *rest))

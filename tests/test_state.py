@@ -227,7 +227,7 @@ def test_a_subclass_of_a_tensor_is_refused() -> None:
 
     model = mlp(3, 4, 2)
     model.register_buffer("part", torch.ones(3).as_subclass(Sharded))
-    with pytest.raises(TransferError, match="part is a Sharded, no plain tensor"):
+    with pytest.raises(TransferError, match="part is a Sharded"):
         transfer(model, mlp(3, 5, 2), images(6, 3))
 
 
@@ -301,7 +301,7 @@ def test_every_output_counts() -> None:
 
 @pytest.mark.parametrize("example", [None, 3, "x", (), {}, [1.0], {"words": 3}])
 def test_an_example_without_tensors_is_refused(example: object) -> None:
-    with pytest.raises(TransferError, match="The example is"):
+    with pytest.raises(TransferError, match="example must be a tensor"):
         transfer(*(two_inputs(n, Pair) for n in (4, 9)), example)  # type: ignore[arg-type]
 
 

@@ -31,7 +31,7 @@ def apply(trace: Trace, call: Call) -> None:
     if name in _SILENT or not any(trace.follows(x) for x in tensors_in([*call.args, *call.kwargs.values()])):
         return
     for x in tensors_in([*call.args, *call.kwargs.values()]):
-        if (layer := getattr(getattr(x, "_net2net_labels", None), "raw", None)) is not None:
+        if (layer := getattr(getattr(x, "_net2net_labels", None), "result_of", None)) is not None:
             trace.multipliers.setdefault(layer, set()).add(_number(trace, call))
     if call.name == "__setitem__":
         return assignment(trace, call)
