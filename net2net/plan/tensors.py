@@ -196,11 +196,12 @@ def new_origin(facts: UnitFacts, name: str, new: dict[str, Origin]) -> Origin:
     """Return the origin of a tensor that the teacher lacks; `new` are those of new layers that are not fresh."""
     plan = facts.plan
     layer = plan.student.layers.get(name)
-    if name in new and layer is not None and layer.kind == LayerKind.MIX and name in plan.roles.identity:
-        return _passing_origin(plan, layer)
     if name in new:
-        taps = layer is not None and layer.kind == LayerKind.SCALE and layer.reads is not None
-        return replace(new[name], rows=_row_signs(plan, name, layer.reads)) if taps else new[name]
+        if layer is not None and layer.kind == LayerKind.MIX and name in plan.roles.identity:
+            return _passing_origin(plan, layer)
+        if layer is not None and layer.kind == LayerKind.SCALE and layer.reads is not None:  # a depthwise filter
+            return replace(new[name], rows=_row_signs(plan, name, layer.reads))
+        return new[name]
     for each in plan.student.layers.values():  # a bias that only the student has, on a layer of both
         if name in (each.tensors.get("bias"), each.tensors.get("shift")) and each.name not in plan.roles.fresh:
             return Origin(How.IDENTITY, fill=Fill.ZERO)
