@@ -2,6 +2,7 @@
 kept."""
 
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def tanh_layers(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for n, m in zip(widths, widths[1:], strict=False):
+    for n, m in pairwise(widths):
         layers += [nn.Linear(n, m), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -59,7 +60,8 @@ def test_renumbered_layers_are_tried_in_order_and_new_ways_only_for_deeper_stude
     assert [a.rename for a in list_attempts(teacher, tanh_layers(3, 5, 5, 2), None)] == [{}]
     ways = list_attempts(teacher, tanh_layers(3, 4, 4, 4, 2), None)
     assert ways[0] == Attempt({}) and ways[1].rename
-    assert [(a.passing_all, a.in_pairs) for a in ways[:: len(ways) // 3]] == [(False, False), (True, False), (False, True)]
+    assert [a.passing_all for a in ways[:: len(ways) // 3]] == [False, True, False]
+    assert [a.in_pairs for a in ways[:: len(ways) // 3]] == [False, False, True]
     again = list_attempts(teacher, tanh_layers(3, 4, 4, 4, 2), {}, absorb=True)
     assert [a.absorb for a in again] == [False] * 3 + [True] * 3
 
