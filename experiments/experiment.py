@@ -14,8 +14,7 @@ from torch import nn
 import net2net
 
 from . import arms, checkpoint, files, locks, progress, teachers
-from .analysis import curves as report
-from .analysis import figures as figure
+from .analysis import figures, pages
 from .config import (
     FIRST,
     LENGTHS,
@@ -88,8 +87,8 @@ def _shown_results(run: Run, stages: dict[str, tuple[str, str | None]], may_be_e
         )
         if not finished and may_be_empty:
             return None
-        run.console.print(report.table(run.experiment))
-        return figure.draw_runs(run.experiment)
+        run.console.print(pages.make_terminal_table(run.experiment))
+        return figures.draw_runs(run.experiment)
 
 
 def _checked_networks(run: Run) -> dict[str | None, nn.Module]:

@@ -16,10 +16,12 @@ from rich.console import Console
 
 from experiments import checkpoint, locks, teachers, training
 from experiments import experiment as compare
-from experiments.analysis import curves as report
+from experiments.analysis.curves import find_targets
+from experiments.analysis.curves import load as load_results
 from experiments.config import ARMS, Config, ExperimentError, check
 from experiments.data import load
 from experiments.run import Run
+from experiments.run_log import parse_curve
 from scripts import verify
 
 Make = Callable[..., Config]
@@ -134,9 +136,9 @@ def test_another_experiment_uses_it(small: Make, tmp_path: Path, monkeypatch: py
     compare.compare(other, Console(quiet=True))
     assert len(learned) == 8
     # Figure and table follow the experiment's own configuration, not that of the teacher's first user.
-    manifests = report.load(tmp_path / "moved/other")[1]
-    assert manifests["teacher"][0]["experiment"] == "quickstart"
-    assert report.target_arm(manifests) == "random_init"
+    manifests = load_results(tmp_path / "moved/other").runs["manifest"]
+    assert manifests.xs("teacher", level="arm").iloc[0]["experiment"] == "quickstart"
+    assert find_targets(manifests) == {("other", ""): "random_init"}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
         name: tmp_path / "runs/teachers" / one.teacher for name, one in (("first", run.earlier), ("teacher", run))
     }
     assert {path.name for path in (tmp_path / "runs/teachers").iterdir()} == {path.name for path in places.values()}
-    curves = {name: report.parse_curve((path / "curve.csv").read_bytes(), path) for name, path in places.items()}
+    curves = {name: parse_curve((path / "curve.csv").read_bytes(), path) for name, path in places.items()}
     manifests = {name: json.loads((path / "manifest.json").read_text()) for name, path in places.items()}
     end, start = curves["first"][-1], curves["teacher"][0]
     assert end["step"] == 4 and start["step"] == 0 and curves["teacher"][-1]["step"] == 8
@@ -268,16 +270,15 @@ def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
     assert start["seconds"] == pytest.approx(end["seconds"])
     own = manifests["teacher"]["train_flops_per_image"] * 8 * config.schedule.batch_size
     assert curves["teacher"][-1]["flops"] == pytest.approx(end["flops"] + own, rel=1e-5)
-    loaded, _ = report.load(tmp_path / "runs/quickstart")
-    (row,) = [row for row in report.summarise(loaded, "random_init") if row.arm == "net2net"]
-    assert row.flops_total is not None
-    assert row.flops_total.mean == pytest.approx(row.flops.mean + end["flops"] + own, rel=1e-5)
+    (row,) = load_results(tmp_path / "runs/quickstart").runs.xs("net2net", level="arm").itertuples()
+    assert row.total_flops == pytest.approx(row.flops + end["flops"] + own, rel=1e-5)
     assert manifests["teacher"]["settings"]["first"] == places["first"].name
     assert manifests["teacher"]["settings"]["rate"] == config.rates["net2net"]
     origin = manifests["teacher"]["grown_from"]
     assert origin["settings"] == manifests["first"]["settings"]
     assert (
-        origin["curve_sha256"] == manifests["first"]["curve_sha256"] and len(verify.commits(manifests["teacher"])) == 1
+        origin["curve_sha256"] == manifests["first"]["curve_sha256"]
+        and len(verify.list_commits(manifests["teacher"])) == 1
     )
     assert manifests["first"]["config"] == manifests["teacher"]["config"]  # what the command composes
     said = log.read_text()

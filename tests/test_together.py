@@ -15,7 +15,6 @@ from conftest import TINY
 
 from experiments import command, locks
 from experiments import run_log as ledger
-from experiments.analysis import curves as report
 from experiments.analysis import figures as figure
 
 LONG = [*torture.SETTINGS, "arms=[random_init]", "target=random_init", "schedule.epochs=1000ep"]
@@ -62,7 +61,7 @@ def test_the_second_run_says_who_writes_there(
 def write_much(folder: Path, times: int) -> None:
     """A curve that grows, and a manifest of its length, again and again."""
     for number in range(times):
-        rows = [{column: 1.5 * step for column in report.COLUMNS} for step in range(1, 2 + number % 50)]
+        rows = [{column: 1.5 * step for column in ledger.COLUMNS} for step in range(1, 2 + number % 50)]
         ledger.write_curve(folder, rows)
         ledger.write_manifest(folder, {"settings": {"rows": len(rows)}, "complete": False, "text": "x" * 5000})
 
@@ -78,9 +77,9 @@ def test_who_reads_while_another_writes_sees_whole_files(tmp_path: Path) -> None
         text = (tmp_path / "curve.csv").read_text()
         assert text.endswith("\n")
         table = list(csv.reader(text.splitlines()))
-        assert {len(row) for row in table} == {len(report.COLUMNS)}
+        assert {len(row) for row in table} == {len(ledger.COLUMNS)}
         assert [row[0] for row in table[1:]] == [f"{1.5 * step:.6g}" for step in range(1, len(table))]
-        report.read_arm(tmp_path)
+        ledger.parse_curve((tmp_path / "curve.csv").read_bytes(), tmp_path)
         manifest = ledger.read_manifest(tmp_path)
         assert manifest is not None and len(manifest["text"]) == 5000
         lengths.add(len(table))
