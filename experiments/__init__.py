@@ -1,1 +1,1 @@
-"""The Net2Net experiment: a teacher, the arms that grow from it, and their curves."""
+"""The Net2Net experiments: a teacher, the arms that grow from it, and their curves."""

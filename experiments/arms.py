@@ -8,15 +8,14 @@ from torch import Tensor, nn
 
 import net2net
 
-from .config import CONTINUED as CONTINUED
 from .config import TEACHER, Config, ExperimentError
 from .models import build
 from .optimizers import make_optimizer
 from .randomness import derive_seed
 
 
-def fresh(config: Config, student: str | None, classes: int, channels: int) -> nn.Module:
-    """A network as its constructor draws it: the teacher's (None) or a student's, the same for all arms of a seed."""
+def make_network(config: Config, student: str | None, classes: int, channels: int) -> nn.Module:
+    """Return a student (the teacher for None) with freshly drawn weights, the same for all arms of a seed."""
     spec = config.model | (config.teacher if student is None else config.students[student])
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "initialisation", student or TEACHER))
@@ -26,11 +25,20 @@ def fresh(config: Config, student: str | None, classes: int, channels: int) -> n
 def fill(
     arm: str, teacher: nn.Module, student: nn.Module, config: Config, images: Callable[[int], Tensor]
 ) -> net2net.Transfer | None:
-    """Fill `student` in place as `arm` says; return the record of the transfer, None if nothing was transferred.
+    """Fill a student in place as its arm does, and return the transfer; None if the arm starts from random weights.
 
-    `images(n)` gives n training images, for the example and the calibration.
+    Args:
+        arm: The arm.
+        teacher: The trained teacher.
+        student: The student, with fresh weights.
+        config: The experiment.
+        images: Called with a number, returns that many training images (N x C x H x W).
+
+    Raises:
+        ExperimentError: The teacher cannot be carried into the student.
     """
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "growth"))
+    growth = config.growth
     try:
         if arm == "net2net":
             return net2net.transfer(
@@ -38,9 +46,9 @@ def fill(
                 student,
                 images(2),
                 generator=generator,
-                noise=config.growth.noise,
-                split=config.growth.split,
-                calibrate=images(config.growth.calibrate) if config.growth.calibrate else None,
+                noise=growth.noise,
+                split=growth.split,
+                calibrate=images(growth.calibrate) if growth.calibrate else None,
             )
         if arm == "random_pad":
             return net2net.random_pad(teacher, student, images(2), generator=generator)
@@ -49,19 +57,19 @@ def fill(
     return None
 
 
-def carried(
-    record: net2net.Transfer | None, teacher: nn.Module, network: nn.Module, state: dict[str, Any], config: Config
+def carry_optimizer_state(
+    transfer: net2net.Transfer | None, teacher: nn.Module, network: nn.Module, state: dict[str, Any], config: Config
 ) -> dict[str, Any]:
-    """The state that the optimizer of `network` starts with: the teacher's, where each weight has come from it.
+    """Return the optimizer state with which a network starts if it inherits `state`, that of the teacher's optimizer.
 
-    `record` says what came from where; without it, `network` is the teacher itself, trained on.
+    `transfer` says how the network was filled; None: it is the teacher itself, trained longer.
     """
     old, new = (make_optimizer(one, config.schedule) for one in (teacher, network))
     old.load_state_dict(state)
-    if record is None:
+    if transfer is None:
         return old.state_dict()
     grown = make_optimizer(network, config.schedule)
-    record.optimizer_state(old, grown)
-    # It gives `grown` the teacher's groups; ours are by the kind of parameter, new layers' included.
+    transfer.optimizer_state(old, grown)
+    # `grown` now has the teacher's parameter groups; ours also hold the parameters of new layers.
     new.state.update(grown.state)
     return new.state_dict()

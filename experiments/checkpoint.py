@@ -1,8 +1,8 @@
-"""Checkpoints: all that a run needs to go on, checked when it is read, and the one before in reserve.
+"""Checkpoints: everything that a run needs to continue, verified when it is read, with the previous one in reserve.
 
-A checkpoint is a file of `torch.save` (`torch.load` reads it) that ends with the SHA-256 of what is before. No
-generator is in it, because none lasts from one step to the next: data order, augmentation and dropout depend on
-the run's seed and the step alone (`randomness.py`), so the step is their position.
+A checkpoint is a file of `torch.save` (`torch.load` reads it) followed by its SHA-256, because torch loads most files
+with a flipped bit without noticing. It holds no random generator: data order, augmentation and dropout depend on the
+run's seed and the step alone (`randomness.py`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from . import files
 from .config import ExperimentError
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_DIGEST = hashlib.sha256().digest_size
+_DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class _DamagedError(Exception):
@@ -26,15 +26,12 @@ class _DamagedError(Exception):
 
 
 def exists(folder: Path) -> bool:
-    """Whether a run has left a checkpoint in the folder."""
+    """Return whether the folder holds a checkpoint."""
     return any((folder / name).exists() for name in (NEWEST, PREVIOUS))
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write what a run needs to go on, or a student of its teacher; the checkpoint before is kept beside it.
-
-    A run that is killed in here leaves the one or the other, whole.
-    """
+    """Write a checkpoint and keep the previous one beside it; a process killed in here leaves one of them whole."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
@@ -42,64 +39,62 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What `save` wrote last (plain data and tensors, nothing executed).
-
-    If that is damaged: the one before, and a line on stderr. Raises ExperimentError if neither can be read.
-    """
+    """Return the newest checkpoint, or the previous one with a warning; ExperimentError if neither can be read."""
     return _load(folder)[0]
 
 
 def resume(folder: Path) -> dict[str, Any]:
-    """As `load`, for the one who will write there next: a damaged checkpoint is removed, lest it be kept as good.
+    """Return the state that a run in this folder continues from: its checkpoint, or the state before the first step.
 
-    A folder without a checkpoint gives the state before the first step.
+    A damaged checkpoint is removed, so that the next save does not keep it as the previous one.
     """
     if not exists(folder):
         return {"step": 0, "rows": [], "seconds": 0.0, "meter": None}
-    state, damaged = _load(folder)
-    if damaged:
+    state, is_damaged = _load(folder)
+    if is_damaged:
         (folder / NEWEST).unlink(missing_ok=True)
     return state
 
 
 def drop_previous(folder: Path) -> None:
-    """Remove the reserve of a run that is finished."""
+    """Remove the previous checkpoint of a run that is complete."""
     (folder / PREVIOUS).unlink(missing_ok=True)
 
 
 def _load(folder: Path) -> tuple[dict[str, Any], bool]:
     """The state, and whether the newest file is damaged."""
     newest, previous = folder / NEWEST, folder / PREVIOUS
-    if not newest.exists() and previous.exists():  # killed between the two renames of a save
+    if not newest.exists() and previous.exists():  # a process was killed between the two renames of a save
         newest, previous = previous, newest
     try:
         return _read(newest), False
     except _DamagedError as error:
         reason = str(error)
-    again = f"delete {folder} to run this stage anew."
+    advice = f"delete {folder} to run this stage anew."
     if not previous.exists():
-        raise ExperimentError(f"The checkpoint {newest} cannot be read ({reason}): {again}")
+        raise ExperimentError(f"The checkpoint {newest} cannot be read ({reason}): {advice}")
     try:
         state = _read(previous)
     except _DamagedError as error:
         raise ExperimentError(
-            f"Neither checkpoint in {folder} can be read ({newest.name}: {reason}; {previous.name}: {error}): {again}"
+            f"Neither checkpoint in {folder} can be read ({newest.name}: {reason}; {previous.name}: {error}): {advice}"
         ) from error
-    print(f"Warning: {newest} cannot be read ({reason}); going on from {previous.name}.", file=sys.stderr)
+    print(f"Warning: {newest} cannot be read ({reason}); continuing from {previous.name}.", file=sys.stderr)
     return state, True
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read and verify one file."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise _DamagedError(error.strerror or type(error).__name__) from error
-    body = memoryview(content)[:-_DIGEST]
-    if hashlib.sha256(body).digest() != content[-_DIGEST:]:
+    body = memoryview(content)[:-_DIGEST_SIZE]
+    if hashlib.sha256(body).digest() != content[-_DIGEST_SIZE:]:
         raise _DamagedError("its checksum is wrong")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever makes a foreign file's reader fail
+    except Exception as error:  # a foreign file may make the reader fail in any way
         raise _DamagedError(type(error).__name__) from error
     if not isinstance(state, dict) or not {"network", "optimizer", "step", "rows"} <= set(state):
         raise _DamagedError("it is not one of this project")

@@ -1,8 +1,9 @@
-"""The command line: Hydra composes the configuration; whatever is wrong with it is said in one sentence.
+"""The command line: Hydra composes the configuration; an error is reported in one sentence.
 
-Nothing here imports torch: a typo, `--help` and `--cfg job` answer before it is loaded.
+Nothing here imports torch at the top: a typo, `--help` and `--cfg job` are answered before it is loaded.
 """
 
+import importlib
 import os
 import re
 import shutil
@@ -16,121 +17,113 @@ from typing import IO
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
-from . import sweep
-from .cases import resolve
+from . import sweep, wandb_log
 from .config import CONFIGS, Config, ExperimentError, check, flatten, nearest
 from .signals import Interrupted
 
-KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # what the user can put right
-LOST = {  # what launchers raise, by the name of its class
+KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # errors that the user can put right
+LAUNCHER_ERRORS = {  # errors of the launchers, which are installed only where they are used, by the name of the class
     "TerminatedWorkerError": "A process of the sweep was killed, as happens when memory is short",
     "BrokenProcessPool": "A process of the sweep was killed, as happens when memory is short",
     "UncompletedJobError": "Slurm ended a job; when the others are done",
     "FailedJobError": "Slurm refused the jobs",
 }
 FREE = ("model", "inception", "teacher", "first", "students", "rates", "cases")  # their keys are not in the schema
+RUN = "experiments.experiment"  # the module that runs experiments; it loads torch, which takes seconds
 
 HELP = """\
-python train.py experiment=NAME [KEY=VALUE ...]        run an experiment, or go on with it
+python train.py experiment=NAME [KEY=VALUE ...]        run an experiment, or continue it
 python train.py experiment=NAME [KEY=VALUE ...] -m     every combination of values: seed=0,1,2
-python train.py experiment=NAME --cfg job              its settings; experiments/config.py says what they mean
+python train.py experiment=NAME --cfg job              its settings; experiments/config.py explains them
 python train.py experiment=NAME --help                 the choices of each group, and its settings
 python train.py --hydra-help                           options of the command line itself
 
 {listing}"""
 
+_reported: set[str] = set()  # the sentences that this command has printed
+
 
 class JobFailed(Exception):
-    """A job of a sweep failed, and has said why where it ran."""
+    """A job of a sweep failed, and has reported its error where it ran."""
 
     def __init__(self, sentence: str, elsewhere: bool) -> None:
         super().__init__(sentence, elsewhere)
         self.sentence = sentence
-        self.elsewhere = elsewhere  # on another machine's terminal, in a log file
+        self.elsewhere = elsewhere  # in a log file on another machine
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; return the exit status."""
-    if not any(a.startswith(("experiment=", "+experiment=")) for a in arguments):
-        if {"-h", "--help"} & set(arguments):
-            print(HELP.format(listing=listing()))
-            return 0
-        if {"-c", "--cfg"} & set(arguments):
-            arguments = [*arguments, "experiment=[]"]  # the settings that all have in common
-    if not any(a.startswith(("experiment=", "-", "+experiment=")) for a in arguments):
-        if arguments:
-            print("Name an experiment, as in: python train.py experiment=quickstart " + " ".join(arguments) + "\n")
-        print(listing())
-        return 2 if arguments else 0
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, to be said in a sentence
-    # Processes that a launcher starts import this package, wherever they are started.
+    """Run the command line and return its exit status: 0, 1 for an error, 2 for a wrong command, 128 + a signal."""
+    status = answer(arguments)
+    if status is not None:
+        return status
+    _prepare(arguments)
+    try:
+        check_launcher(arguments)
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)()
+    except JobFailed as failed:
+        if failed.elsewhere:
+            for sentence in (failed.sentence, *sweep.read_failures()):
+                report(sentence)
+        return 1
+    except KNOWN as error:
+        report(explain(error))
+    except KeyboardInterrupt as stop:
+        return _report_interruption(stop)
+    except Exception as error:
+        if type(error).__name__ not in LAUNCHER_ERRORS:
+            raise
+        what = " ".join(str(error).split())[:200]
+        report(f"{LAUNCHER_ERRORS[type(error).__name__]} ({what}): the same command does what is missing.")
+    return 1 if _reported else 0
+
+
+def answer(arguments: list[str]) -> int | None:
+    """Answer a command that needs no Hydra and return its exit status; None for all others."""
+    if any(a.startswith(("experiment=", "+experiment=")) for a in arguments) or {"-c", "--cfg"} & set(arguments):
+        return None
+    if {"-h", "--help"} & set(arguments):
+        print(HELP.format(listing=list_experiments()))
+        return 0
+    if any(a.startswith("-") for a in arguments):
+        return None
+    if arguments:
+        print("Name an experiment, as in: python train.py experiment=quickstart " + " ".join(arguments) + "\n")
+    print(list_experiments())
+    return 2 if arguments else 0
+
+
+def list_experiments() -> str:
+    """Return the experiments, each with its claim and its cases."""
+    lines = ["Experiments (python train.py experiment=NAME):", ""]
+    paths = sorted((CONFIGS / "experiment").glob("*.yaml"))
+    width = max(len(path.stem) for path in paths)
+    for path in paths:
+        text = OmegaConf.load(path)
+        lines += [f"  {path.stem:<{width}} {OmegaConf.select(text, 'claim')}"]
+        if cases := OmegaConf.select(text, "cases"):
+            lines += [f"  {'':<{width}} case={', '.join(cases)}"]
+    scales = ", ".join(sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml")))
+    return "\n".join([*lines, "", f"Scales: {scales}. Every setting: python train.py experiment=NAME --cfg job"])
+
+
+def _prepare(arguments: list[str]) -> None:
+    """Set up Hydra's surroundings: its arguments, its schema, and the path of processes that a launcher starts."""
+    _reported.clear()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are
     path = [str(CONFIGS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
+    if not any(a.startswith(("experiment=", "+experiment=")) for a in arguments):
+        arguments = [*arguments, "experiment=[]"]  # --cfg alone shows the settings that all experiments share
     # Hydra reads sys.argv, and wants its own options before the settings.
     sys.argv[1:] = sorted(arguments, key=lambda a: "=" in a and not a.startswith("-"))
     register()
-    said: set[str] = set()
-
-    def say(sentence: str, shared: bool = False) -> None:
-        # Of the processes that torchrun starts, all find what is wrong with the command: one says it.
-        if sentence not in said and not (rank() and (shared or "experiments.experiment" not in sys.modules)):
-            print(f"\nError: {sentence}", file=sys.stderr)
-        said.add(sentence)
-
-    def job(composed: DictConfig) -> None:
-        sweeping = HydraConfig.get().mode is RunMode.MULTIRUN
-        overrides = list(HydraConfig.get().overrides.task)
-        who = ""
-        try:
-            configs = configurations(composed, overrides)
-            if not sweeping:
-                run(configs)
-                return
-            sys.argv = ["train.py", *overrides]  # what the manifest calls its command makes this job alone
-            who = f"{sweep.name(configs[0])}: "
-            if HydraConfig.get().runtime.choices["hydra/launcher"] == "local":
-                sweep.take_gpu()
-                with sweep.own_log(configs[0]) as log:
-                    run(configs, log)
-            else:
-                run(configs)
-        except Exception as error:
-            if not isinstance(error, KNOWN):
-                if not sweeping:
-                    raise
-                traceback.print_exc()
-            say(who + explain(error), getattr(error, "shared", False))
-            # A launcher has to know what became of its jobs. A single run would only be told once more, by Hydra.
-            if sweeping:
-                raise JobFailed(who + explain(error), elsewhere="SUBMITIT_EXECUTOR" in os.environ) from None
-
-    try:
-        check_launcher(arguments)
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
-    except JobFailed as failed:
-        if failed.elsewhere:
-            for sentence in (failed.sentence, *sweep.failures()):
-                say(sentence)
-        return 1
-    except KNOWN as error:
-        say(explain(error))
-    except KeyboardInterrupt as stop:
-        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        what = "Interrupted" if number == signal.SIGINT else f"Stopped by {number.name}"
-        if not rank():
-            print(f"\n{what}. {stop}{'. ' if str(stop) else ''}Run the same command again to go on.", file=sys.stderr)
-        return 128 + number
-    except Exception as error:
-        if type(error).__name__ not in LOST:
-            raise
-        what = " ".join(str(error).split())[:200]
-        say(f"{LOST[type(error).__name__]} ({what}): the same command does what is missing.")
-    return 1 if said else 0
 
 
 def register() -> None:
@@ -140,41 +133,86 @@ def register() -> None:
     OmegaConf.register_new_resolver("runs_at_once", sweep.runs_at_once, replace=True)
 
 
+def default_scale() -> str:
+    """Return gpu if this machine has an NVIDIA or AMD GPU, else cpu; found without torch."""
+    return "gpu" if Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists() else "cpu"
+
+
 def check_launcher(arguments: list[str]) -> None:
-    """Raise ExperimentError for a launcher that would not be used, or cannot be."""
+    """Refuse a launcher that would not be used, or cannot be, with an ExperimentError."""
     launchers = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     if launchers and not {"-m", "--multirun", "--cfg", "-c"} & set(arguments):
         raise ExperimentError(f"hydra/launcher={launchers[0]} starts the jobs of a sweep: add -m.")
     if "slurm" in launchers and {"-m", "--multirun"} & set(arguments) and shutil.which("sbatch") is None:
         raise ExperimentError(
-            "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine: run it where that is, "
-            "or take hydra/launcher=local."
+            "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine: run it on a machine that has "
+            "it, or take hydra/launcher=local."
         )
 
 
-def run(configs: list[Config], log: IO[str] | None = None) -> None:
-    """Run each of the configurations; what they have to say goes to the log, or else to the terminal.
+def run_job(composed: DictConfig) -> None:
+    """Run what Hydra has composed. A single run reports its error, a job of a sweep also raises JobFailed."""
+    sweeping = HydraConfig.get().mode is RunMode.MULTIRUN
+    overrides = list(HydraConfig.get().overrides.task)
+    name = ""
+    try:
+        configs = make_configs(composed, overrides)
+        if sweeping:
+            name = f"{sweep.job_name(configs[0])}: "
+            sys.argv = ["train.py", *overrides]  # the command in the manifest makes this job alone
+        if sweeping and HydraConfig.get().runtime.choices["hydra/launcher"] == "local":
+            sweep.take_gpu()
+            with sweep.open_log(configs[0]) as log:
+                run(configs, sweeping, log)
+        else:
+            run(configs, sweeping)
+    except Exception as error:
+        if not isinstance(error, KNOWN):
+            if not sweeping:
+                raise
+            traceback.print_exc()
+        report(name + explain(error), getattr(error, "shared", False))
+        if sweeping:
+            raise JobFailed(name + explain(error), elsewhere="SUBMITIT_EXECUTOR" in os.environ) from None
 
-    A case that fails does not stop the others. Raises ExperimentError in the end, with what each failed for.
+
+def make_configs(composed: DictConfig, overrides: Iterable[str]) -> list[Config]:
+    """Return the configurations that a command runs, one for each case; `overrides` are the settings that it names.
+
+    Raises:
+        ExperimentError: A setting does not exist, or has a value that no run can have. OmegaConf raises its own errors.
     """
-    from rich.console import Console
+    configs: list[Config] = []
+    known = set(_list_keys())
+    for resolved in sweep.resolve_cases(composed, overrides):
+        for key in flatten(OmegaConf.to_container(resolved)):  # type: ignore[arg-type]
+            if key.partition(".")[0] not in FREE and key not in known:  # added with +, or by a case
+                raise ExperimentError(f"There is no setting {key!r}{_nearest_key(key)}. `--cfg job` shows them all.")
+        config = OmegaConf.to_object(resolved)
+        assert isinstance(config, Config)
+        check(config)
+        configs.append(config)
+    return configs
 
+
+def run(configs: list[Config], sweeping: bool, log: IO[str] | None = None) -> None:
+    """Run the configurations one after another, and print to `log` or else to the terminal.
+
+    A case that fails does not stop the others. In the end raises an ExperimentError that says why each failed.
+    """
     console = Console(file=log, quiet=rank() > 0)
     if configs[0].scale == default_scale() and not any(a.startswith("scale=") for a in sys.argv[1:]):
         found = "a GPU was found" if configs[0].scale == "gpu" else "no GPU was found"
         console.print(f"scale={configs[0].scale}: {found}; choose another with scale=...", highlight=False)
-    from . import wandb_log as mirror
-    from .experiment import compare
-
+    run_experiment = importlib.import_module(RUN).run_experiment
     failed: list[str] = []
     for config in configs:
         try:
-            sweeping = HydraConfig.get().mode is RunMode.MULTIRUN
-            with sweep.noting_failure(config, explain, new=sweeping):
-                picture = compare(config, console, skip_busy=sweeping)
-                if picture is not None:
-                    console.print(f"figure    {picture}", highlight=False, soft_wrap=True)
-                console.print(f"log       {mirror.note(config)}", highlight=False, soft_wrap=True)
+            with sweep.note_failure(config, explain, new=sweeping):
+                figure = run_experiment(config, console, skip_busy=sweeping)
+                if figure is not None:
+                    console.print(f"figure    {figure}", highlight=False, soft_wrap=True)
+                console.print(f"log       {wandb_log.describe(config)}", highlight=False, soft_wrap=True)
         except ExperimentError as error:
             if config.case is None:
                 raise
@@ -184,94 +222,61 @@ def run(configs: list[Config], log: IO[str] | None = None) -> None:
         raise ExperimentError("\n".join(failed))
 
 
-def configurations(composed: DictConfig, overrides: Iterable[str]) -> list[Config]:
-    """What is run for a composed configuration and the settings that the command line named: a Config a case.
-
-    Raises ExperimentError, or what OmegaConf raises, for one that cannot be run.
-    """
-    configs: list[Config] = []
-    known = set(_keys())
-    for resolved in resolve(composed, overrides):
-        for key in flatten(OmegaConf.to_container(resolved)):  # type: ignore[arg-type]
-            if key.partition(".")[0] not in FREE and key not in known:  # added with +, or by a case
-                raise ExperimentError(_no_setting(key))
-        config = OmegaConf.to_object(resolved)
-        assert isinstance(config, Config)
-        check(config)
-        configs.append(config)
-    return configs
-
-
 def rank() -> int:
-    """Which of the processes is this that torchrun has started; 0 without it."""
+    """Return this process's rank among those that torchrun has started; 0 without torchrun."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
-def default_scale() -> str:
-    """gpu if this machine has an NVIDIA or AMD GPU, else cpu; found without loading torch."""
-    return "gpu" if Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists() else "cpu"
+def report(sentence: str, shared: bool = False) -> None:
+    """Print an error once. Of the ranks that all find it (`shared`, or before anything runs), rank 0 prints it."""
+    if sentence not in _reported and not (rank() and (shared or RUN not in sys.modules)):
+        print(f"\nError: {sentence}", file=sys.stderr)
+    _reported.add(sentence)
 
 
-def listing() -> str:
-    """The experiments, each with its claim."""
-    lines = ["Experiments (python train.py experiment=NAME):", ""]
-    paths = sorted((CONFIGS / "experiment").glob("*.yaml"))
-    wide = max(len(path.stem) for path in paths)
-    for path in paths:
-        text = OmegaConf.load(path)
-        lines += [f"  {path.stem:<{wide}} {OmegaConf.select(text, 'claim')}"]
-        cases = OmegaConf.select(text, "cases") or {}
-        lines += [f"  {'':<{wide}} case={', '.join(cases)}"] * bool(cases)
-    scales = ", ".join(sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml")))
-    return "\n".join([*lines, "", f"Scales: {scales}. Every setting: python train.py experiment=NAME --cfg job"])
+def _report_interruption(stop: KeyboardInterrupt) -> int:
+    """Say that the run was stopped and how to continue; return the exit status."""
+    number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+    what = "Interrupted" if number == signal.SIGINT else f"Stopped by {number.name}"
+    if not rank():
+        print(f"\n{what}. {stop}{'. ' if str(stop) else ''}Run the same command again to continue.", file=sys.stderr)
+    return 128 + number
 
 
 def explain(error: Exception) -> str:
-    """An error in a sentence, with the nearest valid key or option."""
-    text = str(error).strip()
+    """Return an error as one sentence: its own words, with the nearest valid name where a name is unknown."""
     if isinstance(error, ExperimentError):
-        return text
+        return str(error)
     if not isinstance(error, KNOWN):
-        return f"{type(error).__name__}: {text}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is no setting: write KEY=VALUE, and quote what has brackets: 'KEY=\"a(b)\"'."
-    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
-        group, option = match.groups()
-        options = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-        return f"there is no {group}={option}{nearest(option, options)}. There are: {', '.join(options)}."
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        key, _, values = match[1].partition("=")
-        return f"{key} has several values: write a list, {key}=[{values}], or add -m to run one after the other."
-    match = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text)
-    if match and (key := next(group for group in match.groups() if group)) not in _keys():
-        return _no_setting(key)
-    if match := re.search(r"Error merging override (.*)", text):
-        return f"{match[1]}: {str(error.__cause__).splitlines()[0].rstrip('.')}."
-    return " ".join(line.strip() for line in text.splitlines() if line.strip() and "reference_type" not in line)
+        return f"{type(error).__name__}: {error}"
+    lines = [*str(error).splitlines(), *str(error.__cause__ or "").splitlines()[:1]]
+    text = " ".join(line.strip() for line in lines if line.strip() and "reference_type" not in line)
+    unknown = re.search(r"(?:override|Key|find) '([^']+)'", text)
+    return text + (_nearest_key(unknown[1]) if unknown else "")
 
 
-def _no_setting(key: str) -> str:
+def _nearest_key(key: str) -> str:
+    """A hint at the setting, or at the option of a group, that an unknown name resembles most."""
     if key.partition(".")[0] in FREE:
-        return f"{key!r} is not set, so it cannot be changed: to give a network one more argument, write +{key}=VALUE."
-    keys = _keys()
-    same = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = f" (did you mean {same[0]!r}?)" if same else nearest(key, keys)
-    return f"there is no setting {key!r}{hint}. `--cfg job` shows them all."
+        return ""
+    if "/" in key:
+        return nearest(key, [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")])
+    same = [known for known in _list_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    return nearest(key, same or _list_keys()) or f" (did you mean {same[0]!r}?)" * bool(same)
 
 
-def _keys() -> list[str]:
-    """Every setting by its dotted name, and the config groups."""
-
-    def walk(node: DictConfig, prefix: str = "") -> list[str]:
-        keys: list[str] = []
+def _list_keys() -> list[str]:
+    """Every setting by its dotted name, and the groups of settings."""
+    keys: list[str] = []
+    open_nodes: list[tuple[str, DictConfig]] = [("", OmegaConf.structured(Config))]
+    while open_nodes:
+        prefix, node = open_nodes.pop()
         for key in node:
             keys.append(f"{prefix}{key}")
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none():
-                keys += walk(child, f"{prefix}{key}.")
-        return keys
-
-    return walk(OmegaConf.structured(Config))
+                open_nodes.append((f"{prefix}{key}.", child))
+    return keys
 
 
 register()  # a job that was sent to another process composes its configuration there

@@ -1,8 +1,8 @@
-"""The schema of a run, which is also the glossary of the project.
+"""The settings of a run: the glossary of the project.
 
-Hydra composes `configs/` into these dataclasses; a key that is not here is a typo. Durations carry their
-unit: `"6ep"` is six passes over the training images, `"500it"` is five hundred steps. This module imports
-nothing heavy, so that a wrong command line fails before torch is loaded.
+Hydra composes `configs/` into these dataclasses; a key that is not here is a typo. Durations carry their unit: `"6ep"`
+is six passes over the training images, `"500it"` is five hundred steps. This module imports nothing heavy, so that a
+wrong command line fails before torch is loaded.
 """
 
 import math
@@ -16,9 +16,9 @@ from typing import Any
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
 STARTS_FROM_TEACHER = ("net2net", "random_pad", "teacher_continued")
-CONTINUED = "teacher_continued"  # the arm that has no student
-TEACHER = "teacher"  # what the network is called that arms start from
-FIRST = "first"  # and the one that it is grown from, if it is
+CONTINUED = "teacher_continued"  # the arm without a student: the teacher itself, trained longer
+TEACHER = "teacher"  # the network that arms start from
+FIRST = "first"  # the network that the teacher itself is grown from, if it is
 OPTIMIZERS = ("rmsprop", "sgd")
 DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired")
@@ -29,57 +29,57 @@ LAYOUTS = ("channels_last", "contiguous")
 
 
 class ExperimentError(Exception):
-    """Something the user can put right; the message names it and says how. Shown without a traceback."""
+    """Something that the user can put right. The message names it and says how; no traceback is shown."""
 
-    shared = False  # whether all processes that train together raise it, so that one of them has to say it
+    shared = False  # whether every process of torchrun raises it, so that one of them reports it
 
 
 class DivergedError(ExperimentError):
-    """A network whose loss or weights are no longer finite: the other arms may fare better."""
+    """A loss or a weight is no longer finite. The other arms may still succeed."""
 
 
 @dataclass
 class Data:
-    """Which images. `holdout` of the training images make choices; the test images are only reported."""
+    """The images. Choices are made on the holdout part of the training images; the test images are only reported."""
 
     name: str = "cifar10"  # digits, cifar10, image_folder, imagenet
     root: str | None = None  # folder of the data; None: the cache
     cache: str = "${oc.env:NET2NET_CACHE,${oc.env:HOME}/.cache/net2net}"
-    size: int = 32  # side of the square images, pixels
-    holdout: float = 0.1  # share of the training images held out of training
-    pad: int = 4  # random crop: zero padding on each side, pixels
+    size: int = 32  # side of the square images, in pixels
+    holdout: float = 0.1  # share of the training images that is held out of training
+    pad: int = 4  # random crop: zero padding on each side, in pixels
     flip: bool = True  # random horizontal flip
-    workers: int = 0  # decoding processes, for image sets that do not fit in memory
+    workers: int = 0  # processes that decode images, for sets that do not fit in memory
 
 
 @dataclass
 class Schedule:
-    """How a network is trained. Every arm of a seed shares all of it but the rate."""
+    """How a network is trained. All arms of a seed share everything but the learning rate."""
 
     epochs: str = "6ep"  # length of each student's training
-    teacher_epochs: str | None = None  # length of the teacher's own training; None: as the students'
-    first_epochs: str | None = None  # the same of the network that the teacher is grown from; None: as the teacher's
+    teacher_epochs: str | None = None  # length of the teacher's training; None: as the students'
+    first_epochs: str | None = None  # length of the training of `first`; None: as the teacher's
     batch_size: int = 128
     optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd
-    lr: float = 0.001  # initial rate of a network trained from scratch
+    lr: float = 0.001  # initial learning rate of a network that is trained from scratch
     momentum: float = 0.9
     weight_decay: float = 0.0
-    warmup: str = "0it"  # linear warm-up from zero
-    decay: str = "linear"  # linear to zero, or constant
-    teacher_decay: str | None = None  # the teacher's own; None: as the students'
-    teacher_augment: bool = True  # whether the teacher, too, sees cropped and mirrored images
-    evaluate: str = "0.5ep"  # how often the holdout and test sets are evaluated
+    warmup: str = "0it"  # the learning rate rises linearly from zero
+    decay: str = "linear"  # the learning rate falls linearly to zero, or is constant
+    teacher_decay: str | None = None  # decay of the teacher's learning rate; None: as the students'
+    teacher_augment: bool = True  # whether the teacher also sees cropped and mirrored images
+    evaluate: str = "0.5ep"  # time between evaluations on the holdout and test images
 
 
 @dataclass
 class Growth:
-    """How the student is filled from the teacher."""
+    """How a student is filled from the teacher."""
 
-    noise: float = 0.0  # on incoming weights of copies, in units of each weight's own standard deviation
-    split: str = "uneven"  # equal, uneven, paired: shares of the outgoing weights among the copies of a unit
-    calibrate: int = 1024  # training images that measure the statistics of new batch norms
-    optimizer_state: str = "dropped"  # dropped, carried: the teacher's, for net2net and teacher_continued
-    warmup: str | None = None  # of the arms that start from the teacher; None: schedule.warmup
+    noise: float = 0.0  # noise on the incoming weights of copies, in standard deviations of each weight tensor
+    split: str = "uneven"  # equal, uneven, paired: how the copies of a unit share its outgoing weights
+    calibrate: int = 1024  # number of training images that measure the statistics of new batch norms
+    optimizer_state: str = "dropped"  # dropped, carried: the teacher's state, for net2net and teacher_continued
+    warmup: str | None = None  # warm-up of the arms that start from the teacher; None: schedule.warmup
 
 
 @dataclass
@@ -88,16 +88,16 @@ class Config:
 
     experiment: str = "???"
     claim: str = "???"  # one line: what the paper says, and where
-    cases: dict[str, Any] = field(default_factory=dict)  # name -> settings it changes; each runs as an experiment
+    cases: dict[str, Any] = field(default_factory=dict)  # name -> the settings it changes; each runs as an experiment
     case: str | None = None  # the case to run; None: all, one after another
     seed: int = 0
-    arms: Any = field(default_factory=lambda: list(ARMS))  # a list of names, or one: a sweep passes such
-    model: dict[str, Any] = field(default_factory=dict)  # the network that all have in common
-    inception: dict[str, Any] = field(default_factory=dict)  # what the scale makes of the paper's network
-    teacher: dict[str, Any] = field(default_factory=dict)  # what the teacher changes in it
-    # What the network changes that the teacher is grown from, to train then at rates.net2net; {}: it starts at random.
+    arms: Any = field(default_factory=lambda: list(ARMS))  # a list of names, or one name (from a sweep)
+    model: dict[str, Any] = field(default_factory=dict)  # the network that teacher and students have in common
+    inception: dict[str, Any] = field(default_factory=dict)  # the size of the paper's network at this scale
+    teacher: dict[str, Any] = field(default_factory=dict)  # how the teacher differs from `model`
+    # Optional smaller network that the teacher itself is grown from; the teacher then trains at rates.net2net.
     first: dict[str, Any] = field(default_factory=dict)
-    students: dict[str, Any] = field(default_factory=dict)  # name of each student -> what it changes in it
+    students: dict[str, Any] = field(default_factory=dict)  # name of each student -> how it differs from `model`
     rates: dict[str, float] = field(
         default_factory=lambda: {
             "net2net": 0.1,
@@ -106,39 +106,36 @@ class Config:
             "teacher_continued": 0.1,
             "random_init_low_lr": 0.1,
         }
-    )  # initial rate of each arm, as a multiple of schedule.lr
-    target: str = "random_init"  # the arm whose final holdout accuracy the others' steps are counted to
+    )  # initial learning rate of each arm, as a multiple of schedule.lr
+    target: str = "random_init"  # steps are counted until an arm reaches the final holdout accuracy of this one
     data: Data = field(default_factory=Data)
     schedule: Schedule = field(default_factory=Schedule)
     growth: Growth = field(default_factory=Growth)
     scale: str = "???"
     device: str = "auto"  # auto, cpu, cuda
-    precision: str = "auto"  # of a training step: float32, tf32, bfloat16; auto: what is measured to be fastest
-    layout: str = "auto"  # of images and weights in memory: channels_last, contiguous; auto: as above
-    compile: bool = False  # make the training step with torch.compile: minutes at the start, then faster or not
+    precision: str = "auto"  # of a training step: float32, tf32, bfloat16; auto: bfloat16 if the hardware multiplies it
+    layout: str = "auto"  # channels_last, contiguous; auto: contiguous with float32, else channels_last
+    compile: bool = False  # whether torch.compile makes the training step; takes minutes at the start
     logger: str = "wandb"  # wandb, none
-    runs: str = "runs"  # where runs are written
-    checkpoint_seconds: float = 60.0  # a run that is killed loses at most so much, and at most an epoch
+    runs: str = "runs"  # folder in which runs are written
+    checkpoint_seconds: float = 60.0  # a run that is killed loses at most this much training, and at most an epoch
 
     def __post_init__(self) -> None:
         self.arms = [str(arm) for arm in (self.arms if isinstance(self.arms, list) else [self.arms])]
 
     @property
     def name(self) -> str:
-        """The experiment, with its case if it has one: where under `runs` and `results/curves` its seeds lie."""
+        """The experiment, with its case if it has one: the path of its seeds under `runs` and `results/curves`."""
         return self.experiment if self.case is None else f"{self.experiment}/{self.case}"
 
 
-LENGTHS = ("epochs", "teacher_epochs", "first_epochs", "evaluate")  # durations of a schedule that are at least a step
-FOLDER = re.compile(r"(?!seed\d)\w[\w.+-]*")  # what can name a folder beside those of seeds
+LENGTHS = ("epochs", "teacher_epochs", "first_epochs", "evaluate")  # schedule durations of at least one step
+FOLDER = re.compile(r"(?!seed\d)\w[\w.+-]*")  # valid names of folders beside those of the seeds
 _DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it)$")
 
 
 def steps(duration: str, steps_per_epoch: int) -> int:
-    """The number of steps in `duration`, a number followed by `ep` (epochs) or `it` (steps).
-
-    Raises ExperimentError if it has another form.
-    """
+    """Return the number of steps in a duration, which is a number followed by `ep` (epochs) or `it` (steps)."""
     match = _DURATION.match(str(duration).strip())
     if match is None:
         raise ExperimentError(f"The duration {duration!r} has no unit: write epochs as 5ep, steps as 500it.")
@@ -147,7 +144,7 @@ def steps(duration: str, steps_per_epoch: int) -> int:
 
 
 def check(config: Config) -> None:
-    """Raise ExperimentError for a value that no run can have: before torch and the images are loaded."""
+    """Raise ExperimentError for a value that no run can have, before torch and the images are loaded."""
     if not config.arms:
         raise ExperimentError("arms is empty: name at least one, as in arms=[net2net].")
     if not config.students:
@@ -156,9 +153,7 @@ def check(config: Config) -> None:
         if not isinstance(spec, Mapping):
             raise ExperimentError(f"students.{name}={spec} is no network: write what it changes, as in {{width: 1.0}}.")
         if not FOLDER.fullmatch(name) or name in (TEACHER, FIRST):
-            raise ExperimentError(
-                f"The student {name!r} cannot name a folder of its own: call it otherwise, with letters."
-            )
+            raise ExperimentError(f"The student {name!r} cannot name a folder of its own: give it another name.")
     _check_words(config)
     _check_numbers(config)
     durations = {f"schedule.{key}": getattr(config.schedule, key) for key in LENGTHS}
@@ -166,12 +161,13 @@ def check(config: Config) -> None:
     for key, duration in durations.items():
         try:
             if duration is not None and steps(duration, 10**9) < (not key.endswith("warmup")):
-                raise ExperimentError("It has to be longer than nothing.")
+                raise ExperimentError("It has to be at least one step.")
         except ExperimentError as error:
             raise ExperimentError(f"{key} is {duration}: {error}") from error
 
 
 def _check_words(config: Config) -> None:
+    """Refuse words that are not among the choices of their setting."""
     words = [
         *(("arms", arm, ARMS) for arm in config.arms),
         *(("rates", arm, ARMS) for arm in config.rates),
@@ -185,9 +181,11 @@ def _check_words(config: Config) -> None:
         ("precision", config.precision, ("auto", *PRECISIONS)),
         ("layout", config.layout, ("auto", *LAYOUTS)),
     ]
-    for key, word, known in words:
-        if word not in known:
-            raise ExperimentError(f"{key}: there is no {word!r}{nearest(word, known)}. There are {', '.join(known)}.")
+    for key, word, choices in words:
+        if word not in choices:
+            raise ExperimentError(
+                f"{key}: there is no {word!r}{nearest(word, choices)}. There are {', '.join(choices)}."
+            )
     for arm in config.arms:
         if arm not in config.rates:
             raise ExperimentError(f"The arm {arm} has no rate: set rates.{arm}, a multiple of schedule.lr.")
@@ -198,9 +196,10 @@ def _check_words(config: Config) -> None:
 
 
 def _check_numbers(config: Config) -> None:
+    """Refuse numbers that are out of range."""
     schedule, data, growth = config.schedule, config.data, config.growth
-    above_zero = {"schedule.lr": schedule.lr} | {f"rates.{arm}": rate for arm, rate in config.rates.items()}
-    for key, number in above_zero.items():
+    positive = {"schedule.lr": schedule.lr} | {f"rates.{arm}": rate for arm, rate in config.rates.items()}
+    for key, number in positive.items():
         if not 0 < number < math.inf:
             raise ExperimentError(f"{key} is {number}: it has to be above 0.")
     smallest = {
@@ -225,7 +224,7 @@ def _check_numbers(config: Config) -> None:
 
 
 def arm_folders(students: Iterable[str], arms: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-    """The folder of each arm to run, with the arm and its student's name (None for the teacher continued)."""
+    """Return the folder of each arm to run, with the arm and its student's name (None for teacher_continued)."""
     names, result = list(students), {}
     for student in names:
         for arm in arms:
@@ -236,23 +235,8 @@ def arm_folders(students: Iterable[str], arms: Iterable[str]) -> dict[str, tuple
     return result
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint at the most similar of `words`, or nothing."""
-    close = get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one of dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        result |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return result
-
-
 def split_arm(label: str) -> tuple[str | None, str]:
-    """(student, arm) of a folder's name: `wider_net2net` is ("wider", "net2net"); `net2net` has no student."""
+    """Return (student, arm) of an arm's folder: `wider_net2net` is ("wider", "net2net"); `net2net` has no student."""
     for arm in (TEACHER, *ARMS):
         if label == arm:
             return None, arm
@@ -262,11 +246,26 @@ def split_arm(label: str) -> tuple[str | None, str]:
 
 
 def ordered(labels: Iterable[str]) -> list[str]:
-    """The labels in reading order: teacher, each student's arms together, arms without a student."""
+    """Return the labels in reading order: teacher, the arms of each student together, arms without a student."""
+    return sorted(labels, key=_reading_order)
 
-    def key(label: str) -> tuple[bool, bool, str, int, str]:
-        student, arm = split_arm(label)
-        place = ARMS.index(arm) if arm in ARMS else len(ARMS)
-        return arm != TEACHER, student is None, student or "", place, label
 
-    return sorted(labels, key=key)
+def _reading_order(label: str) -> tuple[bool, bool, str, int, str]:
+    student, arm = split_arm(label)
+    place = ARMS.index(arm) if arm in ARMS else len(ARMS)
+    return arm != TEACHER, student is None, student or "", place, label
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return a hint at the most similar of `words`, or an empty string."""
+    close = get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        result |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return result

@@ -1,7 +1,7 @@
-"""Several processes that train one network together, as torchrun starts them: each takes its share of every batch.
+"""Several processes that train one network together, as torchrun starts them; each takes its share of every batch.
 
-All of them do the same, from the same generators; rank 0 alone decides what the disk or a clock says, writes and
-speaks. Without torchrun there is one rank, for which nothing of this does anything.
+All do the same from the same random generators. Rank 0 alone writes, prints, and decides what depends on the disk or a
+clock. Without torchrun there is one rank, for which every method here does nothing.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before a group exists, which its functions would hold for ever as a default
+import torch.distributed.nn  # before a group exists, or its functions would hold the group as their default
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,23 +23,23 @@ from .config import ExperimentError
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-PATIENCE = timedelta(days=30)  # rank 0 may wait for a teacher that others train; of a rank that dies, torchrun tells
+TIMEOUT = timedelta(days=30)  # rank 0 may wait for a teacher that others train; torchrun notices a rank that dies
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among those that train together."""
+    """This process among those that train together."""
 
     rank: int = 0
     count: int = 1
 
     @property
-    def own_stream(self) -> tuple[int, ...]:
-        """What tells this rank's random numbers from the others', where each draws for its share alone."""
+    def seed_parts(self) -> tuple[int, ...]:
+        """Parts of a seed that tell this rank's random numbers from the others'."""
         return () if self.count == 1 else (self.rank,)
 
-    def first(self, work: Callable[[], T]) -> T:
-        """What the work gives on rank 0, to all of them; an ExperimentError of it is raised by all."""
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 alone; return its result, or raise its ExperimentError, on every rank."""
         if self.count == 1:
             return work()
         outcome: list[Any] = [None]
@@ -55,8 +55,8 @@ class Ranks:
             raise error
         return value
 
-    def together(self, work: Callable[[], T]) -> T:
-        """What the work gives on this rank; an ExperimentError of any of them is raised by all."""
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank and return its result; an ExperimentError of any rank is raised by all."""
         if self.count == 1:
             return work()
         value, error = None, None
@@ -64,7 +64,7 @@ class Ranks:
             value = work()
         except ExperimentError as own:
             error = own
-        if self.most(int(error is not None)) == [1]:
+        if self.maximum(int(error is not None)) == [1]:
             errors: list[Any] = [None] * self.count
             dist.all_gather_object(errors, error)
             error = next(each for each in errors if each is not None)
@@ -72,44 +72,44 @@ class Ranks:
             raise error
         return value  # type: ignore[return-value]
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """What the work gives on this rank; the others begin when rank 0 has left on the disk what it leaves there."""
+    def first_then_others(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 first, then on the other ranks, which find on the disk what it has left there."""
         own: list[T] = []
-        self.first(lambda: own.append(work()))
-        return self.together(lambda: own[0] if self.rank == 0 else work())
+        self.on_first(lambda: own.append(work()))
+        return self.on_all(lambda: own[0] if self.rank == 0 else work())
 
     def sum(self, *values: float) -> list[float]:
-        """Each number, summed over the ranks."""
-        return self._reduced(values, torch.float64, dist.ReduceOp.SUM)
+        """Return each number summed over the ranks."""
+        return self._reduce(values, torch.float64, dist.ReduceOp.SUM)
 
-    def each(self, value: float) -> list[float]:
-        """The number of every rank, in their order."""
+    def gather(self, value: float) -> list[float]:
+        """Return the number of every rank, in their order."""
         return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.count)))
 
-    def most(self, *values: int) -> list[int]:
-        """The largest that any rank has of each number."""
-        return self._reduced(values, torch.int64, dist.ReduceOp.MAX)
+    def maximum(self, *values: int) -> list[int]:
+        """Return the largest that any rank has of each number."""
+        return self._reduce(values, torch.int64, dist.ReduceOp.MAX)
 
-    def _reduced(self, values: tuple[Any, ...], dtype: torch.dtype, how: Any) -> list[Any]:
+    def _reduce(self, values: tuple[Any, ...], dtype: torch.dtype, operation: Any) -> list[Any]:
         if self.count == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=dtype)
-        dist.all_reduce(tensor, how)
+        dist.all_reduce(tensor, operation)
         return tensor.tolist()
 
     @contextmanager
-    def entered_by_first(self, context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
-        """Rank 0 alone is in the context, and all wait until it is."""
+    def enter_on_first(self, context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Enter the context on rank 0 alone; the block begins on every rank when that has happened."""
         with ExitStack() as stack:
 
             def enter() -> None:
                 stack.enter_context(context())
 
-            self.first(enter)
+            self.on_first(enter)
             yield
 
     def share(self, images: int) -> slice:
-        """Which of so many images this rank takes: as many as every other. ExperimentError if that cannot be."""
+        """Return which images of a batch this rank takes; ExperimentError if the ranks cannot share it evenly."""
         if images % self.count:
             raise ExperimentError(
                 f"schedule.batch_size is {images}, which {self.count} processes cannot share: choose a multiple of"
@@ -118,14 +118,14 @@ class Ranks:
         each = images // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def wrapped(self, network: nn.Module, device: torch.device) -> nn.Module:
-        """The network as it is trained: its gradients are the means over the ranks, its buffers those of rank 0."""
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """Return the network to train: its gradients are averaged over the ranks, its buffers are those of rank 0."""
         if self.count == 1:
             return network
         return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
     def copy_buffers(self, network: nn.Module) -> None:
-        """All ranks have the running statistics of rank 0, which is what it saves."""
+        """Give every rank the running statistics of rank 0, which are the ones that it saves."""
         if self.count > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, src=0)
@@ -135,17 +135,17 @@ ALONE = Ranks()
 
 
 def join() -> Ranks:
-    """This process's place among those that torchrun has started; there is one without it."""
+    """Return this process's place among those that torchrun has started; ALONE without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return ALONE
     if not dist.is_initialized():
-        # Numbers of the CPU go by gloo, gradients on GPUs by NCCL.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        # Gloo carries numbers of the CPU, NCCL gradients on GPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
         atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def _leave() -> None:
-    """Destroy the process group and with it its threads: one that lets go of a tensor after the interpreter aborts."""
+    """End the process group and its threads: one that frees a tensor after the interpreter has ended would abort."""
     gc.collect()  # wrapped networks hold the group, and may lie in cycles
     dist.destroy_process_group()

@@ -1,8 +1,9 @@
-"""The experiment: train a teacher, fill the student once an arm, train every arm alike, compare the curves."""
+"""The experiment: train a teacher, fill the student once for each arm, train all arms alike, compare the curves."""
 
 import copy
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 
 import net2net
 
-from . import arms, checkpoint, files, locks, progress, teachers
-from .analysis import figures, pages
+from . import arms, checkpoint, files, progress
+from .analysis import curves, figures
 from .config import (
+    CONTINUED,
     FIRST,
     LENGTHS,
     STARTS_FROM_TEACHER,
@@ -28,75 +30,92 @@ from .config import (
 )
 from .data import complete_batches, load
 from .distributed import join
-from .machine import describe, pick_device
-from .memory import keep_freed, out_of_memory
+from .machine import describe, explain_lack_of_memory, pick_device
 from .optimizers import make_optimizer
 from .run import Run
-from .stage import carry_out, is_complete
-from .training import learn
+from .stage import is_complete, is_teacher_trained, obtain_teacher, run_stage, teacher_optimizer_state
+from .training import train_step
+
+Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
+Networks = dict[str | None, nn.Module]  # the teacher (None) and the students
 
 
-@out_of_memory()
-def compare(config: Config, console: Console, skip_busy: bool = False) -> Path | None:
-    """Run what is missing of an experiment, print its table and return the path of its figure.
+@explain_lack_of_memory()
+def run_experiment(config: Config, console: Console, skip_busy: bool = False) -> Path | None:
+    """Run what is missing of an experiment and print its table.
 
-    Each stage has one writer: what another process is training is waited for if it is the teacher; an arm raises
-    BusyError, or is left to that process with `skip_busy`. None if no arm is finished then.
-    Raises ExperimentError for what the user can put right, before anything is trained wherever that can be known.
+    Each stage has one writer: a teacher that another process trains is waited for.
+
+    Args:
+        config: The experiment, of one seed.
+        console: Where to print.
+        skip_busy: Whether to leave out arms that another process trains.
+
+    Returns:
+        The figure's path; None if no arm is complete, because others are busy with them or they diverged.
+
+    Raises:
+        BusyError: Another process trains one of the arms, and `skip_busy` is not set.
+        ExperimentError: Something is wrong that the user can put right; where possible before anything is trained.
     """
-    ranks = join()
-    console = console if ranks.rank == 0 else Console(quiet=True)
-    device = ranks.together(lambda: pick_device(config.device))
-    if device.type == "cpu":  # elsewhere it holds no batch for long
-        keep_freed()
-    ranks.first(lambda: files.writable(Path(config.runs), "set runs to one that can"))
-    run = Run(config, ranks.in_turn(lambda: load(config.data)).to(device), device, console, ranks)
-    networks = ranks.together(lambda: _checked_networks(run))
-    stages = arm_folders(config.students, config.arms)
+    run = _prepare(config, console)
+    networks = run.ranks.on_all(partial(_make_networks, run))
+    stages: Stages = arm_folders(config.students, config.arms)
     if {arm for arm, _ in stages.values()} & set(STARTS_FROM_TEACHER):
         stages = {TEACHER: (TEACHER, None)} | stages
-    todo = [name for name, (arm, student) in stages.items() if not _done(run, name, arm, student)]
-    _announce(run, networks, stages, todo)
+    missing = [name for name, (arm, student) in stages.items() if not _is_done(run, name, arm, student)]
+    _announce(run, networks, stages, missing)
     if TEACHER in stages:
-        teachers.obtain(run, networks[None])
+        obtain_teacher(run, networks[None])
     diverged: list[str] = []
-    for name in todo:
-        if name != TEACHER:
-            try:
+    for name in missing:
+        try:
+            if name != TEACHER:
                 _run_arm(run, name, *stages[name], networks[None])
-            except DivergedError as error:
-                if ranks.count > 1:  # the other ranks have not noticed, and wait for this one
-                    raise
-                diverged.append(f"{name}: {error}" if len(config.arms) > 1 else str(error))
-                run.console.print(f"{name:<22} {error}", highlight=False, soft_wrap=True)
-            except locks.BusyError as busy:
-                if not skip_busy:
-                    raise
-                run.console.print(f"{name:<22} skipped: {busy}", highlight=False, soft_wrap=True)
-    picture = ranks.first(lambda: _shown_results(run, stages, skip_busy or bool(diverged)))
+        except DivergedError as error:
+            if run.ranks.count > 1:  # the other ranks have not noticed, and wait for this one
+                raise
+            diverged.append(f"{name}: {error}" if len(config.arms) > 1 else str(error))
+            _say(run, f"{name:<22} {error}")
+        except files.BusyError as error:
+            if not skip_busy:
+                raise
+            _say(run, f"{name:<22} skipped: {error}")
+    figure = run.ranks.on_first(lambda: _show_results(run, stages, may_be_empty=skip_busy or bool(diverged)))
     if diverged:
         raise DivergedError("\n".join(diverged))
-    return picture
+    return figure
 
 
-def _shown_results(run: Run, stages: dict[str, tuple[str, str | None]], may_be_empty: bool) -> Path | None:
-    """Print the table and return the path of the figure; with `may_be_empty`, None if no arm is finished."""
-    with locks.hold(run.experiment, waiting=lambda _: None):  # or a job that read fewer curves might draw last
-        finished = any(
-            is_complete(run.folder / name, run.settings(*stages[name])) for name in stages if name != TEACHER
-        )
-        if not finished and may_be_empty:
+def _prepare(config: Config, console: Console) -> Run:
+    """Find the device, check that runs can be written, and load the images."""
+    ranks = join()
+    console = console if ranks.rank == 0 else Console(quiet=True)
+    device = ranks.on_all(lambda: pick_device(config.device))
+    ranks.on_first(lambda: files.writable(Path(config.runs), "choose another with runs=FOLDER"))
+    return Run(config, ranks.first_then_others(lambda: load(config.data)).to(device), device, console, ranks)
+
+
+def _say(run: Run, text: str) -> None:
+    run.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _show_results(run: Run, stages: Stages, may_be_empty: bool) -> Path | None:
+    """Print the table and return the figure's path; with `may_be_empty`, return None if no arm is complete."""
+    with files.hold(run.experiment, lambda owner: None):  # or a job that read fewer curves might draw last
+        complete = [name for name in stages if is_complete(run.folder / name, run.settings(*stages[name]))]
+        if complete in ([], [TEACHER]) and may_be_empty:
             return None
-        run.console.print(pages.make_terminal_table(run.experiment))
+        run.console.print(curves.table(run.experiment))
         return figures.draw_runs(run.experiment)
 
 
-def _checked_networks(run: Run) -> dict[str | None, nn.Module]:
-    """The teacher (None) and the students, fresh; ExperimentError for what would fail later."""
-    networks = {None: run.fresh(None)} | {student: run.fresh(student) for student in run.config.students}
+def _make_networks(run: Run) -> Networks:
+    """Return the teacher and the students, fresh; raise ExperimentError for everything that would fail later."""
+    networks = {student: run.make_network(student) for student in (None, *run.config.students)}
     run.ranks.share(run.config.schedule.batch_size)
     _check_lengths(run)
-    _ = run.costs  # which a network that cannot read the images has not
+    _ = run.costs  # raises if a network cannot read the images
     _check_growth(run, networks)
     return networks
 
@@ -111,67 +130,67 @@ def _check_lengths(run: Run) -> None:
             raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
 
 
-def _check_growth(run: Run, networks: dict[str | None, nn.Module]) -> None:
-    """Refuse a student that its teacher cannot be carried into before the teacher is trained."""
+def _check_growth(run: Run, networks: Networks) -> None:
+    """Refuse a student that cannot be grown from its teacher before the teacher is trained."""
     for student in run.config.students:
         for arm in [arm for arm in ("net2net", "random_pad") if arm in run.config.arms][:1]:
             teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
             arms.fill(arm, teacher, trial, run.config, run.images)
     if run.earlier is not None:
-        first, trial = run.earlier.fresh(None), copy.deepcopy(networks[None])
+        first, trial = run.earlier.make_network(None), copy.deepcopy(networks[None])
         try:
             arms.fill("net2net", first.to(run.device), trial.to(run.device), run.config, run.images)
         except ExperimentError as error:
             raise ExperimentError(f"The teacher (student) cannot grow from `first` (teacher): {error}") from error
 
 
-def _done(run: Run, name: str, arm: str, student: str | None) -> bool:
-    settings = run.settings(arm, student)
-    done = teachers.is_trained(run) if arm == TEACHER else _is_complete(run, run.folder / name, settings)
-    if done:
-        run.ranks.first(
-            lambda: locks.tidy(run.folder / name)
-        )  # left by one that was killed after it wrote its manifest
-        run.console.print(f"{name:<22} complete, skipped ({run.folder / name})", highlight=False, soft_wrap=True)
-    return done
+def _is_done(run: Run, name: str, arm: str, student: str | None) -> bool:
+    """Whether a stage is complete; says so if it is."""
+    folder = run.folder / name
+    is_done = is_teacher_trained(run) if arm == TEACHER else _is_arm_complete(run, folder, run.settings(arm, student))
+    if is_done:
+        run.ranks.on_first(lambda: files.remove_stale_lock(folder))  # a process was killed after its manifest
+        _say(run, f"{name:<22} complete, skipped ({folder})")
+    return is_done
 
 
-def _is_complete(run: Run, folder: Path, settings: dict[str, Any]) -> bool:
-    return run.ranks.first(lambda: is_complete(folder, settings))
+def _is_arm_complete(run: Run, folder: Path, settings: dict[str, Any]) -> bool:
+    return run.ranks.on_first(lambda: is_complete(folder, settings))
 
 
 def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Module) -> None:
-    """Fill the student (or go on with the teacher), measure how far it is from the teacher, train it.
+    """Fill the student (or continue with the teacher), measure how far it is from the teacher, and train it.
 
     Raises BusyError if another process does.
     """
     job = run.job(name, student, run.config.rates[arm])
     settings = run.settings(arm, student)
-    with run.ranks.entered_by_first(lambda: locks.hold(job.folder)):
-        if _is_complete(run, job.folder, settings):  # since we looked
+    with run.ranks.enter_on_first(lambda: files.hold(job.folder)):
+        if _is_arm_complete(run, job.folder, settings):  # by now
             return
         facts: dict[str, Any] = {}
-        record = None
-        if arm == arms.CONTINUED:
+        transfer = None
+        if arm == CONTINUED:
             network = copy.deepcopy(teacher)
         else:
-            network = run.fresh(student)
+            network = run.make_network(student)
             started = time.perf_counter()
             teacher.to(run.device)
-            record = arms.fill(arm, teacher, network.to(run.device), run.config, run.images)
-            if record is not None:
-                facts["growth"] = {"record": str(record), "seconds": time.perf_counter() - started}
+            transfer = arms.fill(arm, teacher, network.to(run.device), run.config, run.images)
+            if transfer is not None:
+                facts["growth"] = {"record": str(transfer), "seconds": time.perf_counter() - started}
             if arm == "net2net" and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
-                facts["step0"] = _agreement(run, teacher, network)
-                run.console.print(f"{name:<22} {_shown(facts['step0'])}", highlight=False, soft_wrap=True)
+                facts["step0"] = _measure_agreement(run, teacher, network)
+                _say(run, f"{name:<22} {_describe_agreement(facts['step0'])}")
         optimizer = None
-        if run.config.growth.optimizer_state == "carried" and arm in ("net2net", arms.CONTINUED):
-            optimizer = arms.carried(record, teacher, network, teachers.optimizer_state(run), run.config)
-        carry_out(run, job, arm, student, network, facts, optimizer)
+        if run.config.growth.optimizer_state == "carried" and arm in ("net2net", CONTINUED):
+            state = teacher_optimizer_state(run)
+            optimizer = arms.carry_optimizer_state(transfer, teacher, network, state, run.config)
+        run_stage(run, job, arm, student, network, facts, optimizer)
 
 
-def _agreement(run: Run, teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
-    """How many test images the student, before any training, classifies as its teacher does; in float64 and float32."""
+def _measure_agreement(run: Run, teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
+    """On how many test images the untrained student gives its teacher's class; in float64 and in float32."""
     found: dict[str, Any] = {}
     for dtype in (torch.float64, torch.float32):
         pair = [copy.deepcopy(network).to(dtype) for network in (teacher, student)]
@@ -185,60 +204,49 @@ def _agreement(run: Run, teacher: nn.Module, student: nn.Module) -> dict[str, An
     return found["float64"] | {"float32": found["float32"]}
 
 
-def _shown(step0: dict[str, Any]) -> str:
-    single = step0["float32"]
+def _describe_agreement(step0: dict[str, Any]) -> str:
     return (
         f"agrees with its teacher on {step0['agree']} of {step0['of']} test images in float64 "
-        f"(error {step0['max_relative_error']:.0e}), on {single['agree']} in float32"
+        f"(error {step0['max_relative_error']:.0e}), on {step0['float32']['agree']} in float32"
     )
 
 
-def _announce(
-    run: Run,
-    networks: dict[str | None, nn.Module],
-    stages: dict[str, tuple[str, str | None]],
-    todo: list[str],
-) -> None:
+def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) -> None:
     """Say what will be done, how large it is and how long it will take, before anything is trained."""
     config = run.config
-    say = lambda text: run.console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
-    say(f"[bold]{config.name}[/bold]: {config.claim}")
-    say(f"data      {run.splits.description}")
-    say(f"machine   {describe(run.device)}, {run.choice.arithmetic}, scale={config.scale}")
+    _say(run, f"[bold]{config.name}[/bold]: {config.claim}")
+    _say(run, f"data      {run.splits.description}")
+    _say(run, f"machine   {describe(run.device)}, {run.arithmetic}, scale={config.scale}")
+    rows = [(student or TEACHER, run, student, network) for student, network in networks.items()]
+    if run.earlier is not None:
+        rows.insert(0, (FIRST, run.earlier, None, run.earlier.make_network(None)))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for head, justify in (
-        ("network", "left"),
-        ("parameters", "right"),
-        ("FLOPs forward", "right"),
-        ("epochs", "right"),
-    ):
-        table.add_column(head, justify=justify)  # type: ignore[arg-type]
-
-    def row(label: str, network: nn.Module, of: Run, student: str | None) -> float:
-        size = f"{sum(p.numel() for p in network.parameters()):,}"
-        table.add_row(
-            label,
-            size,
-            f"{of.costs[student][0] / 1e6:,.1f} M",
-            of.epochs(TEACHER if student is None else student),
-        )
-        return _seconds_a_step(run, network) if todo else 0.0
-
-    first = 0.0 if run.earlier is None else row(FIRST, run.earlier.fresh(None), run.earlier, None)
-    seconds = {student: row(student or TEACHER, network, run, student) for student, network in networks.items()}
+    table.add_column("network")
+    for head in ("parameters", "FLOPs forward", "epochs"):
+        table.add_column(head, justify="right")
+    for label, of, student, network in rows:
+        parameters = sum(p.numel() for p in network.parameters())
+        table.add_row(label, f"{parameters:,}", f"{of.costs[student][0] / 1e6:,.1f} M", of.epochs(student or TEACHER))
     run.console.print(table)
-    say(f"arms      {', '.join(name for name in stages if name != TEACHER)}")
-    if todo:
-        per_epoch = complete_batches(len(run.splits.train), config.schedule.batch_size)
-        total = sum(seconds[stages[name][1]] * steps(run.epochs(name), per_epoch) for name in todo)
-        if run.earlier is not None and TEACHER in todo and not teachers.is_trained(run.earlier):
-            total += first * steps(run.earlier.epochs(TEACHER), per_epoch)
-        say(f"to do     {', '.join(todo)}: about {progress.duration(total)} of training, by the speed of a few steps")
+    _say(run, f"arms      {', '.join(name for name in stages if name != TEACHER)}")
+    if missing:
+        seconds = {label: _measure_step(run, network) for label, _, _, network in rows}
+        total = _estimate(run, seconds, stages, missing)
+        _say(run, f"to do     {', '.join(missing)}: about {progress.duration(total)}, by the speed of a few steps")
 
 
-def _seconds_a_step(run: Run, network: nn.Module) -> float:
-    """The time of a training step, measured on a copy of the network."""
-    arithmetic = replace(run.choice.arithmetic, compile=False)
+def _estimate(run: Run, seconds: dict[str, float], stages: Stages, missing: list[str]) -> float:
+    """The seconds that the missing stages will train, given the seconds of a step of each network."""
+    per_epoch = complete_batches(len(run.splits.train), run.config.schedule.batch_size)
+    total = sum(seconds[stages[name][1] or TEACHER] * steps(run.epochs(name), per_epoch) for name in missing)
+    if run.earlier is not None and TEACHER in missing and not is_teacher_trained(run.earlier):
+        total += seconds[FIRST] * steps(run.earlier.epochs(TEACHER), per_epoch)
+    return total
+
+
+def _measure_step(run: Run, network: nn.Module) -> float:
+    """The seconds of a training step, measured on a copy of the network."""
+    arithmetic = replace(run.arithmetic, compile=False)
     trial = copy.deepcopy(network).to(run.device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(trial, run.config.schedule)
     batch_size, seed = run.config.schedule.batch_size, run.config.seed
@@ -246,9 +254,9 @@ def _seconds_a_step(run: Run, network: nn.Module) -> float:
     images, labels = next(iter(run.splits.train.batches(batch_size, epoch=0, seed=seed, augment=False, share=share)))
     images = images.contiguous(memory_format=arithmetic.memory_format)
     times = []
-    for _ in range(4):
+    for _ in range(4):  # the first one makes kernels and buffers
         started = time.perf_counter()
-        learn(trial, optimizer, images, labels, run.device, arithmetic)
+        train_step(trial, optimizer, images, labels, run.device, arithmetic)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

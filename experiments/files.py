@@ -1,22 +1,38 @@
-"""Files that are complete under their name, or not there at all."""
+"""Write files that are complete or absent, and lock folders so that each has one writer.
+
+Nothing here imports torch.
+"""
 
 import os
 import secrets
+import socket
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .config import ExperimentError
 
+LOCK = ".lock"  # the lock's file, in the folder that it guards; it is there while somebody holds the lock
+
+
+class BusyError(ExperimentError):
+    """Another process writes in the folder."""
+
 
 def write(path: Path, content: bytes | memoryview, keep: Path | None = None, flush: bool = True) -> None:
-    """Write a file that is never seen half-written: under a temporary name, to the disk, then renamed.
+    """Write a file that no reader ever sees half-written: to a temporary file, which is then renamed.
 
-    Without `flush` the disk is not waited for: for what can be made again, should the machine lose power meanwhile.
+    Args:
+        path: The file. Its folder is made if it is missing.
+        content: What the file will hold.
+        keep: Where to move the previous file, if it is to be kept.
+        flush: Whether to wait until the disk has the content; False for what can be made again.
 
-    What stood under the name before stands under `keep` afterwards, if that is given. The temporary name is nobody
-    else's, so of several that write one file at once each leaves a whole one, the last for good.
-    Raises ExperimentError if the disk refuses it; what was there before still is, under its name or as `keep`.
+    Raises:
+        ExperimentError: The disk refuses the file. The previous content is still at `path` or at `keep`.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
@@ -32,28 +48,72 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None, flu
     except OSError as error:
         raise ExperimentError(
             f"{path} cannot be written ({error.strerror}): make room, or choose another folder. "
-            "What was written before is complete, and the same command goes on from it."
+            "Everything written earlier is complete, and the same command continues from it."
         ) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what writers left that were killed while they wrote. Only for who alone writes in the folder."""
-    for partial in folder.glob(".*.partial"):
-        with suppress(OSError):
-            partial.unlink()
-
-
-def writable(folder: Path, instead: str) -> Path:
-    """The folder, which exists and can be written; ExperimentError if that cannot be brought about.
-
-    `instead` says how to choose another folder.
-    """
+def writable(folder: Path, advice: str) -> Path:
+    """Make the folder and return it; raise ExperimentError, with advice, if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise ExperimentError(f"The folder {folder} cannot be written ({error.strerror}): {instead}.") from error
+        raise ExperimentError(f"The folder {folder} cannot be written ({error.strerror}): {advice}.") from error
+
+
+@contextmanager
+def hold(folder: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the folder's lock while the block runs, so that no other process writes there.
+
+    The kernel frees the lock when its owner dies, even by kill -9. Temporary files of a killed writer are removed.
+
+    Args:
+        folder: The folder; it is made if it is missing.
+        on_wait: Called with a description of the owner before waiting for it; None: do not wait.
+
+    Raises:
+        BusyError: Another process holds the lock, and `on_wait` is None.
+        ExperimentError: The folder cannot be written, or its file system has no locks.
+    """
+    path, owner = folder / LOCK, "another process"
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with suppress(OSError):
+                owner = path.read_text() or owner
+            if on_wait is None:
+                raise BusyError(
+                    f"{folder} is being written by {owner}: let that run end, or write elsewhere with runs=FOLDER."
+                ) from None
+            on_wait(owner)
+            lock.acquire(timeout=-1)
+    except OSError as error:
+        raise ExperimentError(
+            f"The folder {folder} cannot be locked ({error.strerror}): "
+            "make room, or choose a folder on another file system with runs=FOLDER."
+        ) from error
+    try:
+        with suppress(OSError):  # on a full disk the lock holds all the same
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        for partial in folder.glob(".*.partial"):
+            with suppress(OSError):
+                partial.unlink()
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while the lock is held: whoever waits for it notices and makes the file anew
+        lock.release()
+
+
+def remove_stale_lock(folder: Path) -> None:
+    """Remove the lock's file that a killed process has left; a lock that is held stays."""
+    if (folder / LOCK).exists():
+        with suppress(BusyError), hold(folder):
+            pass

@@ -1,4 +1,4 @@
-"""Floating-point operations, counted by torch operation by operation (a multiplication and an addition are two)."""
+"""Floating-point operations of a network, counted by torch (a multiplication and an addition are two)."""
 
 import copy
 
@@ -10,9 +10,9 @@ from .config import ExperimentError
 
 
 def count(network: nn.Module, channels: int, size: int) -> tuple[int, int]:
-    """FLOPs an image: of a forward pass, and of a training step (forward and backward).
+    """Return the FLOPs per image (C x size x size) of a forward pass and of a training step (forward and backward).
 
-    Counts convolutions and matrix products, on the CPU: the meta device takes five times as long over its batch norms.
+    Convolutions and matrix products count. They are counted on the CPU: batch norms are five times slower on meta.
     Raises ExperimentError if the network cannot read such images.
     """
     model = copy.deepcopy(network).to("cpu").train()

@@ -1,4 +1,4 @@
-"""Where a run computes, and in which arithmetic."""
+"""The device of a run, the arithmetic of its training steps, and what happens when its memory runs out."""
 
 import os
 from collections.abc import Iterator
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from .config import LAYOUTS, ExperimentError
+from .config import ExperimentError
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda, cuda:1 ...) stands for; ExperimentError if it is not there.
+    """Return the device of a name (auto, cpu, cuda, cuda:1 ...); ExperimentError if it is unknown or not there.
 
-    Of the processes that torchrun starts on a machine, each has its own GPU.
+    `auto` is a GPU if there is one. Each process that torchrun starts on a machine gets a GPU of its own.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,18 +31,16 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExperimentError("device=cuda was asked for, but torch finds no GPU: use device=cpu scale=cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ExperimentError(
-            f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, from 0 on."
-        )
+        raise ExperimentError(f"There is no device {name}: this machine has {torch.cuda.device_count()} GPUs, from 0.")
     return device
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a training step computes. Weights, batch-norm statistics and the optimizer are float32 in any case."""
+    """How a training step computes. Weights, batch norm statistics and the optimizer's state are always float32."""
 
-    precision: str = "float32"  # of products: float32; tf32 (an NVIDIA GPU's 10-bit mantissa); bfloat16 (autocast)
-    layout: str = "channels_last"  # of images and weights in memory
+    precision: str = "float32"  # of products: float32, tf32 (10 bits of mantissa, NVIDIA GPUs), bfloat16 (autocast)
+    layout: str = "channels_last"  # of images and weights in memory: channels_last, contiguous
     compile: bool = False  # whether torch.compile makes the step
 
     def __str__(self) -> str:
@@ -48,50 +48,55 @@ class Arithmetic:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """What torch calls the layout."""
+        """Torch's name of the layout."""
         return torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A training step, its backward pass included, may round to TF32 if that is the precision, and only then."""
-        if self.precision != "tf32":
-            yield
-            return
-        _allow_tf32(True)
+        """Allow TF32 in the block if that is the precision. The block holds the backward pass, too."""
+        _allow_tf32(self.precision == "tf32")
         try:
             yield
         finally:
             _allow_tf32(False)
 
     def forward(self, device: torch.device) -> AbstractContextManager:
-        """The forward pass computes its products in bfloat16, if that is the precision."""
+        """Return a context in which the forward pass computes its products in bfloat16, if that is the precision."""
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
 
-def candidates(device: torch.device, precision: str, layout: str, compile: bool) -> list[Arithmetic]:
-    """What may be chosen, the most precise first: all that the hardware computes itself, or what the names ask for."""
-    precisions = ["float32"]
-    if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0):
-        precisions.append("tf32")
-    if _multiplies_bfloat16(device):
-        precisions.append("bfloat16")
-    if precision == "tf32" and precision not in precisions:
+def choose_arithmetic(device: torch.device, precision: str, layout: str, compile: bool) -> Arithmetic:
+    """Return the arithmetic of a run, with `auto` decided by the hardware, so that all runs on it compute alike.
+
+    The precision is bfloat16 where the device multiplies it, else float32; the layout is contiguous with float32, else
+    channels_last. Raises ExperimentError for TF32 where there is none.
+    """
+    if precision == "auto":
+        precision = "bfloat16" if _multiplies_bfloat16(device) else "float32"
+    if precision == "tf32" and not _is_ampere(device):
         raise ExperimentError(f"precision=tf32 was asked for, but {describe(device)} has none: use precision=float32.")
-    return [
-        Arithmetic(one, other, compile)
-        for one in (precisions if precision == "auto" else [precision])
-        for other in (LAYOUTS if layout == "auto" else [layout])
-    ]
+    if layout == "auto":
+        layout = "contiguous" if precision == "float32" else "channels_last"
+    return Arithmetic(precision, layout, compile)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself: AVX512-BF16, AMX, or a GPU of compute capability 8.0."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
+        return _is_ampere(device)
+    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _is_ampere(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU of compute capability 8.0 or newer."""
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def _allow_tf32(allowed: bool) -> None:
+    """Allow or forbid TF32 in convolutions and matrix products."""
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
@@ -100,11 +105,38 @@ _allow_tf32(False)  # torch allows it in convolutions: equal functions would the
 
 
 def describe(device: torch.device) -> str:
-    """The hardware in words."""
+    """Return the name of the hardware, with the number of threads for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@contextmanager
+def explain_lack_of_memory() -> Iterator[None]:
+    """Turn every way in which memory runs out in the block into an ExperimentError with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ExperimentError(
+            f"The memory is not enough ({first}). The last checkpoint is kept: free some memory or take a larger "
+            "machine, and the same command continues. To need less, use fewer data.workers, or a smaller "
+            "schedule.batch_size or growth.calibrate; these two make another run, which needs another runs=FOLDER."
+        ) from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error is torch's, Python's or the kernel's way to say that there is no memory left."""
+    text = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in text
+        or "CUDA out of memory" in text
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+        or ("DataLoader worker" in text and "Killed" in text)  # the kernel kills a worker when memory is short
+    )

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of the learning rate."""
+"""The optimizer and the schedule of the learning rate."""
 
 from torch import nn, optim
 
@@ -6,11 +6,10 @@ from .config import ExperimentError, Schedule
 
 
 def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
-    """The optimizer of a run; weight decay spares what has one dimension (batch norm, biases).
+    """Return the optimizer of a network. Weight decay spares parameters of one dimension (batch norms, biases).
 
-    RMSProp is the paper's (section 2); its decay and epsilon are not printed there, so they are those that
-    Inception was published with (Szegedy et al. 2015b: decay 0.9, epsilon 1.0) but for epsilon:
-    docs/reproduction.md, O6.
+    RMSProp is the paper's (section 2). The paper prints neither decay nor epsilon; these are Inception's (Szegedy et
+    al. 2015b: decay 0.9, epsilon 1.0) but for epsilon: docs/reproduction.md, O6.
     """
     groups = [
         {"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": schedule.weight_decay},
@@ -24,7 +23,10 @@ def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
 
 
 def rate_at(step: int, total: int, warmup: int, decay: str) -> float:
-    """The learning rate of a step as a share of the initial one: warm-up from zero, then linear decay to zero."""
+    """Return the learning rate of a step (from 0 on) as a share of the initial one.
+
+    It rises linearly from zero for `warmup` steps, and then falls linearly to zero at `total`, or stays constant.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if decay == "constant":

@@ -1,10 +1,10 @@
-"""One experiment of one seed on this machine: what its stages are made of, and where they lie."""
+"""One experiment of one seed on this machine: its networks and jobs, where they lie, and which settings make them."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from . import arms, flops
-from .choice import Choice, choose
 from .config import CONTINUED, STARTS_FROM_TEACHER, TEACHER, Config, split_arm
 from .data import Splits
 from .distributed import ALONE, Ranks
+from .machine import Arithmetic, choose_arithmetic
 from .training import Job
 
-# Of the schedule: what a stage has by another name, or another stage alone.
+# Keys of the schedule that concern other stages, or that `stage_config` has put in place for this one.
 OTHER_STAGES = ("teacher_epochs", "first_epochs", "teacher_decay", "teacher_augment")
 
 
@@ -32,21 +32,21 @@ class Run:
     device: torch.device
     console: Console
     ranks: Ranks = ALONE
-    later: "Run | None" = None  # the run whose teacher is this one's student
-
-    @property
-    def folder(self) -> Path:
-        """Where the seed's stages are written."""
-        return self.experiment / f"seed{self.config.seed}"
+    later: "Run | None" = None  # the run whose teacher is grown from this run's teacher
 
     @property
     def experiment(self) -> Path:
-        """Where all seeds of the experiment are written."""
+        """The folder of all seeds of the experiment."""
         return Path(self.config.runs) / self.config.name
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the seed's stages."""
+        return self.experiment / f"seed{self.config.seed}"
 
     @cached_property
     def earlier(self) -> "Run | None":
-        """The run whose student is the teacher of this one; None if the teacher starts from random weights."""
+        """The run that trains `first`, which this run's teacher is grown from; None if the teacher starts fresh."""
         config, schedule = self.config, self.config.schedule
         if not config.first:
             return None
@@ -54,13 +54,17 @@ class Run:
         changed = replace(config, teacher=config.first, first={}, students={TEACHER: config.teacher}, schedule=schedule)
         return replace(self, config=changed, later=self)
 
-    def fresh(self, student: str | None) -> nn.Module:
-        """A network as its constructor draws it; the teacher for None."""
-        images, _ = next(self.splits.test.ordered(1))
-        return arms.fresh(self.config, student, self.splits.classes, images.shape[1])
+    @cached_property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return next(self.splits.test.ordered(1))[0].shape[1]
+
+    def make_network(self, student: str | None) -> nn.Module:
+        """Return a student with freshly drawn weights, or the teacher for None."""
+        return arms.make_network(self.config, student, self.splits.classes, self.channels)
 
     def images(self, count: int) -> Tensor:
-        """The first `count` training images of the run's own order and augmentation (all, if there are fewer)."""
+        """Return the first `count` training images of the run's own order and augmentation (all if there are fewer)."""
         data, count = self.config.data, min(count, len(self.splits.train))
         batches = self.splits.train.batches(
             count, epoch=0, seed=self.config.seed, augment=True, pad=data.pad, flip=data.flip
@@ -75,60 +79,55 @@ class Run:
         folder: Path | None = None,
         before: Mapping[str, float] | None = None,
     ) -> Job:
-        """The training run of one stage, written into the folder, or else where its name says.
+        """Return the training run of one stage.
 
-        What was spent `before` counts as its own.
+        `rate` is the initial learning rate as a multiple of schedule.lr; `before` is what earlier networks have cost.
         """
         arm = split_arm(name)[1]
-        config = trained_with(self.config, arm)
+        config = stage_config(self.config, arm)
         return Job(
-            folder or self.folder / name,
-            config,
-            self.splits,
-            self.device,
-            self.choice.arithmetic,
-            rate * config.schedule.lr,
-            config.schedule.epochs,
-            self.costs[student][1],
-            name,
-            self.ranks,
-            config.schedule.teacher_augment or arm != TEACHER,
-            before or {},
+            folder=folder or self.folder / name,
+            config=config,
+            splits=self.splits,
+            device=self.device,
+            arithmetic=self.arithmetic,
+            rate=rate * config.schedule.lr,
+            epochs=config.schedule.epochs,
+            flops=self.costs[student][1],
+            name=name,
+            ranks=self.ranks,
+            augment=config.schedule.teacher_augment or arm != TEACHER,
+            before=before or {},
         )
 
     def epochs(self, name: str) -> str:
-        """How long a stage trains."""
-        return trained_with(self.config, split_arm(name)[1]).schedule.epochs
+        """Return the length of a stage's training."""
+        return stage_config(self.config, split_arm(name)[1]).schedule.epochs
 
     @cached_property
     def costs(self) -> dict[str | None, tuple[int, int]]:
-        """FLOPs an image, of a forward pass and of a training step, of the teacher (None) and each student."""
-        images, _ = next(self.splits.test.ordered(1))
+        """FLOPs per image of a forward pass and of a training step, of the teacher (None) and each student."""
         return {
-            student: flops.count(self.fresh(student), images.shape[1], self.config.data.size)
+            student: flops.count(self.make_network(student), self.channels, self.config.data.size)
             for student in (None, *self.config.students)
         }
 
     @cached_property
-    def choice(self) -> Choice:
-        """In which arithmetic all of it is trained."""
-        if self.later is not None:
-            return self.later.choice
-        largest = max(self.costs, key=lambda student: self.costs[student][1])
-
-        def batch(count: int) -> tuple[Tensor, Tensor]:
-            return next(iter(self.splits.train.batches(count, epoch=0, seed=0, augment=False)))
-
-        return self.ranks.first(lambda: choose(self.config, self.device, lambda: self.fresh(largest), batch))
+    def arithmetic(self) -> Arithmetic:
+        """The arithmetic of every training step, as rank 0 chooses it."""
+        config = self.config
+        return self.ranks.on_first(
+            partial(choose_arithmetic, self.device, config.precision, config.layout, config.compile)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells the images from any others."""
+        """A hash of the images."""
         return self.splits.fingerprint()
 
     def settings(self, arm: str, student: str | None) -> dict[str, Any]:
-        """All that determines the product of a stage, and nothing else."""
-        settings = determined(self.config, arm, student) | asdict(self.choice.arithmetic)
+        """Return all that determines the product of a stage, and nothing else."""
+        settings = stage_settings(self.config, arm, student) | asdict(self.arithmetic)
         settings["data"] |= {"description": self.splits.description, "fingerprint": self.fingerprint}
         if self.ranks.count > 1:  # batch norm sees a share of each batch
             settings["ranks"] = self.ranks.count
@@ -144,8 +143,8 @@ class Run:
         return digest(self.settings(TEACHER, None))
 
 
-def trained_with(config: Config, arm: str) -> Config:
-    """The configuration with the schedule of one stage, where the teacher's or its heirs' is another."""
+def stage_config(config: Config, arm: str) -> Config:
+    """Return the configuration with the schedule of one stage, which may differ from the students'."""
     schedule = config.schedule
     if arm == TEACHER:
         length, decay = schedule.teacher_epochs or schedule.epochs, schedule.teacher_decay or schedule.decay
@@ -155,16 +154,16 @@ def trained_with(config: Config, arm: str) -> Config:
     return replace(config, schedule=schedule)
 
 
-def rate(config: Config, arm: str) -> float:
-    """The initial rate of a stage, a multiple of schedule.lr; that of a grown network for a teacher that is one."""
+def stage_rate(config: Config, arm: str) -> float:
+    """Return the initial learning rate of a stage as a multiple of schedule.lr; a grown teacher has net2net's."""
     if arm == TEACHER:
         return config.rates["net2net"] if config.first else 1.0
     return config.rates[arm]
 
 
-def determined(config: Config, arm: str, student: str | None) -> dict[str, Any]:
-    """What the configuration says of the product of a stage, and nothing else: images, machine, teacher are missing."""
-    tree = asdict(trained_with(config, arm))
+def stage_settings(config: Config, arm: str, student: str | None) -> dict[str, Any]:
+    """Return what the configuration says of the product of a stage; images, machine and teacher are missing."""
+    tree = asdict(stage_config(config, arm))
     settings: dict[str, Any] = {
         "seed": config.seed,
         "data": {key: value for key, value in tree["data"].items() if key not in ("root", "cache", "workers")},
@@ -174,7 +173,7 @@ def determined(config: Config, arm: str, student: str | None) -> dict[str, Any]:
     if arm == TEACHER:
         settings["augment"] = config.schedule.teacher_augment
     if arm != TEACHER or config.first:
-        settings["rate"] = rate(config, arm)
+        settings["rate"] = stage_rate(config, arm)
     if arm == "net2net" or (arm == TEACHER and config.first):
         settings["growth"] = tree["growth"]
     if arm == CONTINUED:
@@ -183,5 +182,5 @@ def determined(config: Config, arm: str, student: str | None) -> dict[str, Any]:
 
 
 def digest(settings: dict[str, Any]) -> str:
-    """The name of what these settings determine: a hash."""
+    """Return the hash that names what these settings determine."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

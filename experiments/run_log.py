@@ -1,4 +1,7 @@
-"""What a run leaves on disk to be read: a curve and a manifest, each complete under its name, or not there at all."""
+"""What a run leaves on disk to be read: a curve (CSV) and a manifest (JSON), each complete or absent.
+
+Nothing here imports torch: the reports read these files, too.
+"""
 
 import csv
 import hashlib
@@ -27,19 +30,17 @@ COLUMNS: tuple[str, ...] = (
 
 
 def write_curve(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write the curve so far; every reader sees whole rows."""
+    """Write the curve so far; readers always see whole rows."""
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
     table.writeheader()
-    table.writerows({key: _shown(value) for key, value in row.items()} for row in rows)
+    for row in rows:
+        table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
     write(folder / "curve.csv", text.getvalue().encode())
 
 
 def parse_curve(data: bytes, name: str | Path) -> list[Point]:
-    """The points of a curve's CSV; `name` is what messages call it.
-
-    Raises ExperimentError if a column is missing, a cell is no number or there is no point.
-    """
+    """Return the points of a curve, one an evaluation; ExperimentError, which calls it `name`, if it is not whole."""
     heads, *rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""))) or [[]]
     missing = [column for column in COLUMNS if column not in heads]
     if missing:
@@ -58,17 +59,13 @@ def parse_curve(data: bytes, name: str | Path) -> list[Point]:
     return points
 
 
-def _shown(value: float) -> float | str:
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest as readable JSON."""
     write(folder / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a run, None if the folder has none; ExperimentError if it cannot be read."""
+    """Return the manifest in a folder, or None if there is none; ExperimentError if it cannot be read."""
     path = folder / "manifest.json"
     if not path.exists():
         return None
@@ -82,27 +79,29 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def processes(before: Mapping[str, Any] | None, now: Mapping[str, Any], first: int) -> list[dict[str, Any]]:
-    """The processes that made the steps of a stage, and which: the last is this one, from `first` on.
+def list_processes(
+    manifest: Mapping[str, Any] | None, provenance: Mapping[str, Any], first: int
+) -> list[dict[str, Any]]:
+    """Return the processes that trained a stage, each with the steps `from` .. `to` that it made.
 
-    `before` is the manifest so far, `now` the provenance and the machine of this process. `to` is None until the stage
-    is done, or another process has gone on from where this one was saved; a process whose steps were all lost is not
-    named.
+    The last one is this process, which continues from step `first`; its `to` is None until the stage is complete. A
+    process whose steps were all lost is left out.
     """
-    made: list[dict[str, Any]] = []
-    for process in (before or {}).get("processes", ()):
+    processes: list[dict[str, Any]] = []
+    for process in (manifest or {}).get("processes", ()):
         last = first if process["to"] is None else min(first, process["to"])
-        made += [process | {"to": last}] * (last > process["from"])
+        if last > process["from"]:
+            processes.append(process | {"to": last})
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    return [*made, {"started": started, **now, "from": first, "to": None}]
+    return [*processes, {"started": started, **provenance, "from": first, "to": None}]
 
 
-def provenance() -> dict[str, Any]:
-    """What tells later where a curve came from: commit, versions, machine, command."""
+def describe_provenance() -> dict[str, Any]:
+    """Return the commit, versions and command that this process runs."""
     return {
         "commit": _git("rev-parse", "HEAD") or "",
         "dirty": _is_dirty(),
@@ -113,16 +112,14 @@ def provenance() -> dict[str, Any]:
 
 
 def _is_dirty() -> bool | None:
-    """Whether the code is another than the commit's: files changed, or new modules and configurations are there.
-
-    None where git cannot say.
-    """
+    """Whether the code differs from its commit, new modules and configurations included; None without git."""
     changed = _git("status", "--porcelain", "--untracked-files=no")
     added = _git("status", "--porcelain", "--untracked-files=all", "--", "net2net", "experiments", "configs")
     return None if changed is None or added is None else bool(changed or added)
 
 
 def _git(*arguments: str) -> str | None:
+    """What git answers about this checkout; None where it cannot."""
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)

@@ -1,27 +1,37 @@
-"""Stages: the teacher and each arm. A stage whose product exists is skipped; one made otherwise is refused."""
+"""Stages: train one network once. What is complete is skipped; what was made with other settings is refused.
 
+The teacher is shared by all arms and experiments that start from the same one. It lies in `runs/teachers/<hash>`, where
+the hash is of all that determines it, and each seed has a link to it beside its other stages. A teacher may itself be
+grown, from a network that is trained in the same way; its curve then begins with what that one has cost.
+"""
+
+import os
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import checkpoint, progress
-from . import run_log as ledger
-from . import wandb_log as mirror
-from .config import STARTS_FROM_TEACHER, TEACHER, ExperimentError, flatten
+import net2net
+
+from . import arms, checkpoint, files, run_log, wandb_log
+from .config import FIRST, STARTS_FROM_TEACHER, TEACHER, ExperimentError, flatten
 from .machine import describe
-from .run import Run
-from .training import Job, train
+from .progress import Follower
+from .run import Run, stage_rate
+from .training import Job, load, train
 
 
 def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the stage in `folder` has been finished with these settings.
+    """Return whether the stage in a folder has been completed with these settings.
 
-    Raises ExperimentError, showing the difference, if the folder holds a run, finished or not, with others.
+    If it holds a run with other settings, complete or not, raises an ExperimentError that shows the difference.
     """
-    manifest = ledger.read_manifest(folder)
+    manifest = run_log.read_manifest(folder)
     if manifest is None:
         if checkpoint.exists(folder):
             raise ExperimentError(
@@ -42,7 +52,7 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
     return bool(manifest["complete"])
 
 
-def carry_out(
+def run_stage(
     run: Run,
     job: Job,
     arm: str,
@@ -51,72 +61,138 @@ def carry_out(
     facts: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
 ) -> None:
-    """Train one stage and write its manifest: first as incomplete, so that a folder always says what it holds.
+    """Train one stage and write its manifest, at first as incomplete, so that a folder always says what it holds.
 
-    `facts` are added to the manifest; `optimizer` is the state that the optimizer starts with. Only for who holds the
-    folder's lock; of several ranks, rank 0 writes.
+    The caller holds the folder's lock and has filled the network. `facts` are added to the manifest; `optimizer` is
+    the optimizer state to start with.
     """
-    state = run.ranks.first(lambda: checkpoint.resume(job.folder))
+    state = run.ranks.on_first(partial(checkpoint.resume, job.folder))
     if optimizer is not None and "network" not in state:
         state |= {"network": network.state_dict(), "optimizer": optimizer}
-    if run.ranks.rank > 0:
-        train(network, job, _Nobody(), state)
-        return
-    began = ledger.read_manifest(job.folder)
-    manifest: dict[str, Any] = {
+    manifest: dict[str, Any] = {}
+    if run.ranks.rank == 0:
+        manifest = _describe_stage(run, job, arm, student, network, state["step"]) | (facts or {})
+        before = run_log.read_manifest(job.folder) or {}  # what was measured before its first step still holds
+        manifest |= {key: before[key] for key in ("growth", "step0", "before", "grown_from") if key in before}
+        run_log.write_manifest(job.folder, manifest)
+    last_step = state["rows"][-1]["step"] if state["rows"] else -1
+    logger = run.config if run.ranks.rank == 0 else replace(run.config, logger="none")
+    with (
+        wandb_log.mirror(logger, job.name, manifest, run.console, last_step) as log,
+        Follower(run.console, job.name, job.total, state["step"], run.config.schedule.batch_size, log) as follower,
+    ):
+        train(network, job, follower, state)
+    if run.ranks.rank == 0:
+        if arm != TEACHER:  # others need the teacher's weights: it keeps its reserve
+            checkpoint.drop_previous(job.folder)
+        manifest["processes"][-1]["to"] = job.total
+        manifest |= {"complete": True, "curve_sha256": run_log.checksum(job.folder / "curve.csv")}
+        run_log.write_manifest(job.folder, manifest)
+
+
+def _describe_stage(
+    run: Run, job: Job, arm: str, student: str | None, network: nn.Module, first: int
+) -> dict[str, Any]:
+    """The manifest of a stage that this process continues from step `first`."""
+    provenance = run_log.describe_provenance() | {"device": str(run.device), "hardware": describe(run.device)}
+    return {
         "experiment": run.config.name,
         "arm": arm,
         "student": student,
         "seed": run.config.seed,
         "settings": run.settings(arm, student),
-        "config": asdict((run.later or run).config),  # what its command composes
+        "config": asdict((run.later or run).config),  # what the command composes
         "data": run.splits.description,
-        **asdict(run.choice.arithmetic),
-        "choice": run.choice.why,
+        **asdict(run.arithmetic),
         "parameters": sum(p.numel() for p in network.parameters()),
         "forward_flops": run.costs[student][0],
         "train_flops_per_image": job.flops,
         "teacher": TEACHER if arm in STARTS_FROM_TEACHER else None,
         "complete": False,
+        **provenance,
+        "processes": run_log.list_processes(run_log.read_manifest(job.folder), provenance, first),
     }
-    provenance = ledger.provenance() | {"device": str(run.device), "hardware": describe(run.device)}
-    manifest |= provenance | (facts or {})
-    manifest["processes"] = ledger.processes(began, provenance, state["step"])
-    if began is not None:  # an interrupted run: what was measured before its first step still holds
-        manifest |= {key: began[key] for key in ("growth", "step0", "before", "grown_from") if key in began}
-    ledger.write_manifest(job.folder, manifest)
-    with (
-        progress.follow(run.console, job.name, job.total, state["step"], run.config.schedule.batch_size) as follower,
-        mirror.mirror(run.config, job.name, manifest, run.console) as log,
-    ):
-        train(network, job, _Both(follower, log), state)
-    if arm != TEACHER:  # whose weights others need
-        checkpoint.drop_previous(job.folder)
-    manifest["processes"][-1]["to"] = job.total
-    manifest |= {"complete": True, "curve_sha256": ledger.checksum(job.folder / "curve.csv")}
-    ledger.write_manifest(job.folder, manifest)
 
 
-class _Nobody:
-    """Is told and says nothing."""
-
-    def advance(self, step: int, loss: float) -> None:
-        pass
-
-    def row(self, row: Mapping[str, float]) -> None:
-        pass
+def is_teacher_trained(run: Run) -> bool:
+    """Return whether the teacher is complete; ExperimentError if the seed's stages started from another one."""
+    settings, place = run.settings(TEACHER, None), _place(run)
+    places = [place] if run.later is not None else [run.folder / TEACHER, place]
+    return run.ranks.on_first(lambda: any(is_complete(one, settings) for one in places))
 
 
-@dataclass(frozen=True)
-class _Both:
-    """The terminal and the mirror are told of the same rows."""
+def obtain_teacher(run: Run, network: nn.Module) -> None:
+    """Load the trained teacher into `network`. If there is none, train it, or wait for the process that does."""
+    place, ranks = _place(run), run.ranks
+    if place != run.folder / TEACHER and run.later is None:
+        ranks.on_first(partial(_link, run.folder / TEACHER, place))
+    if _load_teacher(run, network, place):
+        return
+    name = TEACHER if run.later is None else FIRST
+    with ranks.enter_on_first(lambda: files.hold(place, partial(_announce_wait, run, name, place))):
+        if not _load_teacher(run, network, place):
+            facts, optimizer = ({}, None) if run.earlier is None else _grow_teacher(run, run.earlier, network)
+            job = run.job(TEACHER, None, stage_rate(run.config, TEACHER), place, facts.get("before"))
+            run_stage(run, replace(job, name=name), TEACHER, None, network, facts, optimizer)
 
-    follower: progress.Follower
-    log: mirror.Log
 
-    def advance(self, step: int, loss: float) -> None:
-        self.follower.advance(step, loss)
+def _announce_wait(run: Run, name: str, place: Path, owner: str) -> None:
+    run.console.print(f"{name:<22} waits for {owner}, which trains it ({place})", highlight=False, soft_wrap=True)
 
-    def row(self, row: Mapping[str, float]) -> None:
-        self.follower.row(row)
-        self.log(row)
+
+def _grow_teacher(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Fill the teacher from `first`; return facts for its manifest, and the optimizer state that it starts with."""
+    first = earlier.make_network(None)
+    obtain_teacher(earlier, first)
+    started = time.perf_counter()
+    first.to(run.device)
+    transfer = arms.fill("net2net", first, network.to(run.device), run.config, run.images)
+    assert isinstance(transfer, net2net.Transfer)
+    state = run.ranks.on_first(lambda: checkpoint.load(_place(earlier)))
+    origin = run.ranks.on_first(lambda: run_log.read_manifest(_place(earlier))) or {}
+    facts = {
+        "growth": {"record": str(transfer), "seconds": time.perf_counter() - started},
+        "before": {key: state["rows"][-1][key] for key in ("examples", "seconds", "flops")},
+        "grown_from": {key: origin.get(key) for key in ("settings", "processes", "hardware", "curve_sha256")},
+    }
+    if run.config.growth.optimizer_state != "carried":
+        return facts, None
+    return facts, arms.carry_optimizer_state(transfer, first, network, state["optimizer"], run.config)
+
+
+def teacher_optimizer_state(run: Run) -> dict[str, Any]:
+    """Return the state of the trained teacher's optimizer."""
+    return checkpoint.load(_place(run))["optimizer"]
+
+
+def _place(run: Run) -> Path:
+    """The teacher's folder: among all teachers, unless the seed has one of its own, as a copy without links does."""
+    own = run.folder / TEACHER
+    if run.later is None and run.ranks.on_first(lambda: own.is_dir() and not own.is_symlink()):
+        return own
+    return Path(run.config.runs) / "teachers" / run.teacher
+
+
+def _load_teacher(run: Run, network: nn.Module, place: Path) -> bool:
+    """Load the teacher if it is complete; return whether it is."""
+    settings = run.settings(TEACHER, None)
+    state = run.ranks.on_first(lambda: checkpoint.load(place) if is_complete(place, settings) else None)
+    if state is None:
+        return False
+    load(network, state, place)
+    return state["step"] == run.job(TEACHER, None, 1.0).total  # not if only the previous checkpoint could be read
+
+
+def _link(link: Path, place: Path) -> None:
+    """Make the seed's link to its teacher."""
+    target = os.path.relpath(place, link.parent)
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink() and os.readlink(link) != target:  # to a teacher that is no longer there
+            link.unlink()
+        with suppress(FileExistsError):  # another process has made it a moment ago
+            link.symlink_to(target)
+    except OSError as error:
+        raise ExperimentError(
+            f"The link {link} cannot be made ({error.strerror}): choose a file system with links by runs=FOLDER."
+        ) from error

@@ -1,40 +1,78 @@
-"""Sweeps: what is planned, how many runs one machine makes at once, and what a run that fails leaves behind.
+"""Cases and sweeps: which runs a command makes, how many at once, and what a run that fails leaves behind.
 
-Nothing here imports torch: a process takes its GPU before torch looks for one.
+A case is a variant of an experiment that runs as an experiment of its own, in a folder below the experiment's. Nothing
+here imports torch: a process takes its GPU before torch looks for one.
 """
 
-import fcntl
+import copy
+import importlib
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from . import locks
-from .cases import resolve
-from .config import Config, ExperimentError, arm_folders
-from .files import write
+from . import files
+from .config import FOLDER, Config, ExperimentError, arm_folders, flatten, nearest
 
-PLAN = "plan.json"  # runs/<experiment>/plan.json: of each seed, the arms that sweeps were asked for
-FAILURE = "failure.txt"  # in an arm's folder: why the last job that was to run it ended
+GROUPS = ("data", "scale", "experiment")  # `data=digits` names a file of settings, and none of the settings in it
+RESERVED = ("experiment", "case", "cases", "seed", "runs")  # say which run it is, so no case may set them
+PLAN = "plan.json"  # in an experiment's folder: for each seed, the arms that sweeps were asked for
+FAILURE = "failure.txt"  # in an arm's folder: why the last job that was to run it has failed
 planned: list[Path] = []  # the arms' folders of this process's sweep
-_taken: list[IO[str]] = []  # the lock on this process's GPU, held until the process ends
+_gpu_locks: list[FileLock] = []  # the lock on this process's GPU, held until the process ends
+
+
+def resolve_cases(composed: DictConfig, overrides: Iterable[str]) -> list[DictConfig]:
+    """Return the configurations to run: one for each case (only `case` if that is set), or the one composed.
+
+    A case does not change the settings that the command line names in `overrides`.
+    """
+    cases = OmegaConf.to_container(composed.cases)
+    assert isinstance(cases, dict)
+    if composed.case is not None and composed.case not in cases:
+        raise ExperimentError(
+            f"{composed.experiment} has no case {composed.case!r}{nearest(composed.case, map(str, cases))}. "
+            f"There are: {', '.join(map(str, cases)) or 'none'}."
+        )
+    named = {word.lstrip("+").partition("=")[0] for word in overrides} - set(GROUPS)
+    chosen = {str(name): cases[name] for name in cases if composed.case in (None, name)}
+    return [_apply_case(composed, name, changes, named) for name, changes in chosen.items()] or [composed]
+
+
+def _apply_case(composed: DictConfig, name: str, changes: object, named: set[str]) -> DictConfig:
+    """The configuration of one case, whose changes have dotted or nested keys."""
+    if not FOLDER.fullmatch(name):
+        raise ExperimentError(f"The case {name!r} cannot name a folder: use letters, digits, dots and dashes.")
+    if not isinstance(changes, dict):
+        raise ExperimentError(f"The case {name} is {changes}: write the settings it changes, as {{growth.noise: 0}}.")
+    result = copy.deepcopy(composed)
+    for key, value in flatten(changes).items():
+        if key.partition(".")[0] in RESERVED:
+            raise ExperimentError(
+                f"The case {name} sets {key}, which says which run it is: name it on the command line."
+            )
+        if not any(key == word or key.startswith(f"{word}.") for word in named):
+            OmegaConf.update(result, key, value, force_add=True)
+    result.cases, result.case = {}, name
+    return result
 
 
 class Plan(Callback):
-    """Hydra calls it in the process that starts a sweep, before the first job."""
+    """Writes the plan of a sweep. Hydra calls it in the process that starts the sweep, before the first job."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Every arm that the sweep is to run stands in its experiment's plan; no failure of before is left.
+        """Add every arm of the sweep to its experiment's plan and remove the notes of earlier failures.
 
-        But for a sweep over experiments, whose arms are known when they begin.
+        A sweep over experiments has no plan: its arms are known only when they begin.
         """
         overrides = list(config.hydra.overrides.task)
         swept = {
@@ -45,73 +83,72 @@ class Plan(Callback):
         planned.clear()
         if "experiment" in swept:
             return
-        with suppress(ExperimentError, OSError):  # its jobs will say it
-            for case in resolve(config, overrides):
+        with suppress(ExperimentError, OSError):  # the jobs will report it
+            for case in resolve_cases(config, overrides):
                 if case.case is None or case.case in swept.get("case", [case.case]):
-                    _plan(case, swept)
+                    add_to_plan(case, swept)
 
 
-def _plan(config: DictConfig, swept: Mapping[str, list[str]]) -> None:
-    lists = [arms.strip("[]").replace(" ", "").split(",") for arms in swept.get("arms", ())] or [_words(config.arms)]
+def add_to_plan(config: DictConfig, swept: Mapping[str, list[str]]) -> None:
+    """Add the seeds and arms of a sweep to its experiment's plan; `swept` has the values of each varied setting."""
+    own = [config.arms] if isinstance(config.arms, str) else list(config.arms)
+    lists = [arms.strip("[]").replace(" ", "").split(",") for arms in swept.get("arms", ())] or [own]
     folders = [folder for arms in lists for folder in arm_folders(config.students, arms)]
     experiment = Path(config.runs, config.experiment, config.case or "")
-    with locks.hold(experiment, waiting=lambda _: None):  # another sweep may add to it at the same moment
+    with files.hold(experiment, lambda owner: None):  # another sweep may add to it at the same moment
         plan = read_plan(experiment)
         for seed in swept.get("seed", [str(config.seed)]):
             plan[seed] = list(dict.fromkeys([*plan.get(seed, []), *folders]))
             planned.extend(experiment / f"seed{seed}" / folder for folder in folders)
-        write(experiment / PLAN, (json.dumps(plan) + "\n").encode())
+        files.write(experiment / PLAN, (json.dumps(plan) + "\n").encode())
     for folder in planned:
         (folder / FAILURE).unlink(missing_ok=True)
 
 
-def _words(arms: Any) -> list[str]:
-    return [arms] if isinstance(arms, str) else list(arms)
-
-
 def read_plan(experiment: Path) -> dict[str, list[str]]:
-    """Seed -> the folders of the arms that sweeps of this experiment were asked for, begun or not."""
+    """Return for each seed the folders of the arms that sweeps of this experiment were asked for."""
     try:
         return json.loads((experiment / PLAN).read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
 
 
-def failures() -> Iterator[str]:
-    """Why jobs of this process's sweep failed, each sentence once."""
+def read_failures() -> Iterator[str]:
+    """Yield why jobs of this process's sweep failed."""
     for folder in planned:
         with suppress(FileNotFoundError):
             yield (folder / FAILURE).read_text().strip()
 
 
-def name(config: Config) -> str:
-    """What a job of a sweep is called."""
+def job_name(config: Config) -> str:
+    """Return the name of a job of a sweep."""
     return f"{config.name} seed{config.seed} {' '.join(config.arms)}"
 
 
 @contextmanager
-def noting_failure(config: Config, explain: Callable[[Exception], str], new: bool) -> Iterator[None]:
-    """If the block fails, the folder of every arm that the run leaves unfinished says why; if not, none does.
+def note_failure(config: Config, explain: Callable[[Exception], str], new: bool) -> Iterator[None]:
+    """If the block fails, note why in the folder of every arm that it leaves unfinished; remove earlier notes.
 
-    Without `new`, only folders that are there already: a single run that fails at once leaves nothing.
+    Only with `new` are folders made for the notes: a single run that fails at once leaves nothing.
     """
     for folder in _unfinished(config):
         with suppress(OSError):
             (folder / FAILURE).unlink(missing_ok=True)
     try:
         yield
-    except locks.BusyError:  # they are another run's
+    except files.BusyError:  # the arms are another run's
         raise
     except Exception as error:
         for folder in _unfinished(config):
             if new or folder.exists():
-                # A full disk: the sentence is said all the same. Or another process has begun to run it since.
-                with suppress(ExperimentError), locks.hold(folder):
-                    write(folder / FAILURE, f"{name(config)}: {explain(error)}\n".encode())
+                # The disk may be full, or another process may have begun the arm: the error is raised all the same.
+                with suppress(ExperimentError), files.hold(folder):
+                    files.write(folder / FAILURE, f"{job_name(config)}: {explain(error)}\n".encode())
         raise
 
 
 def _unfinished(config: Config) -> list[Path]:
+    """The folders of the run's arms that are not complete."""
     seed = Path(config.runs) / config.name / f"seed{config.seed}"
     return [seed / arm for arm in arm_folders(config.students, config.arms) if not _is_complete(seed / arm)]
 
@@ -124,25 +161,23 @@ def _is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def own_log(config: Config) -> Iterator[IO[str]]:
-    """A file for what a job has to say while others say it, too; the terminal is told where it is, and of the end."""
-    path = Path(config.runs) / ".multirun" / "logs" / f"{name(config).replace(' ', '_').replace('/', '_')}.txt"
+def open_log(config: Config) -> Iterator[IO[str]]:
+    """Open the log of a job that runs beside others; the terminal says where it is, and when the job ends."""
+    path = Path(config.runs) / ".multirun" / "logs" / f"{job_name(config).replace(' ', '_').replace('/', '_')}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{name(config)}: begun, log in {path}", flush=True)
+    print(f"{job_name(config)}: begun, log in {path}", flush=True)
     with open(path, "a", encoding="utf-8", buffering=1) as log:
         yield log
-    print(f"{name(config)}: done", flush=True)
+    print(f"{job_name(config)}: done", flush=True)
 
 
 def runs_at_once(device: str) -> int:
-    """How many runs this machine makes at once: one a GPU, or one a core where they compute on the CPU."""
+    """Return how many runs this machine makes at once: one for each GPU, or for each core without GPUs."""
     if device not in ("auto", "cpu", "cuda"):
         return 1  # one GPU was named
     if device != "cpu" and (gpus := _gpus()):
         return len(gpus)
-    from joblib import cpu_count
-
-    return cpu_count()  # of those that this process may use
+    return importlib.import_module("joblib").cpu_count()  # the cores that this process may use; slow to import
 
 
 def _gpus() -> list[str]:
@@ -154,22 +189,19 @@ def _gpus() -> list[str]:
 
 
 def take_gpu() -> None:
-    """From now on this process sees one GPU, which no other process that called this sees while there are others.
+    """Show this process one GPU alone, which no other process that calls this takes while there are others.
 
-    A lock tells which are taken, so that it does not matter in which order processes start and end, nor how.
+    Locks say which GPUs are taken, so the order in which processes start and end, and how they end, does not matter.
     """
     gpus = _gpus()
-    if _taken or not gpus:
+    if _gpu_locks or not gpus:
         return
     for turn in itertools.count():  # more processes than GPUs share them evenly
         for gpu in gpus:
             name = f"net2net-{os.getuid()}-gpu-{gpu.replace('/', '-')}-{turn}.lock"
-            file = open(Path(tempfile.gettempdir()) / name, "w")  # noqa: SIM115
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                continue
-            _taken.append(file)
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-            return
+            lock = FileLock(Path(tempfile.gettempdir()) / name)
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                _gpu_locks.append(lock)
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+                return

@@ -1,10 +1,12 @@
 """The training loop: one network, one schedule, one curve."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint
-from . import run_log as ledger
 from .config import Config, DivergedError, ExperimentError, steps
 from .data import Splits, complete_batches
 from .distributed import ALONE, Ranks
@@ -21,7 +22,13 @@ from .machine import Arithmetic
 from .optimizers import make_optimizer, rate_at
 from .progress import Follower
 from .randomness import seed_layers
-from .signals import Asked, Requests
+from .run_log import write_curve
+from .signals import Requests, SignalPending
+
+Batch = tuple[Tensor, Tensor]  # images (N x C x H x W), labels (N)
+Row = dict[str, float]
+CPU_BATCH = 128  # images of an evaluation batch on the CPU, at most: larger ones do not fit its caches
+LOOK_EVERY = 50  # steps: to look at a loss makes the CPU wait for a GPU, or for the other ranks
 
 
 @dataclass(frozen=True)
@@ -36,138 +43,158 @@ class Job:
     rate: float  # initial learning rate
     epochs: str
     flops: int  # of training on one image
-    name: str = "training"  # what the stage is called
+    name: str = "training"  # the stage
     ranks: Ranks = ALONE  # the processes that share each batch
     augment: bool = True  # whether training images are cropped and mirrored
-    before: Mapping[str, float] = field(default_factory=dict)  # what was spent to come here: added to these columns
+    before: Mapping[str, float] = field(default_factory=dict)  # costs of earlier networks, added to these columns
 
     @property
     def per_epoch(self) -> int:
-        """Steps in one pass over the training images."""
+        """Number of steps in one pass over the training images."""
         return complete_batches(len(self.splits.train), self.config.schedule.batch_size)
 
     @property
     def total(self) -> int:
-        """Steps in all."""
+        """Number of steps of the run."""
         return steps(self.epochs, self.per_epoch)
 
 
-def train(
-    network: nn.Module, job: Job, follower: Follower, state: dict[str, Any] | None = None
-) -> list[dict[str, float]]:
-    """Train `network` in place and return its curve, one row an evaluation, the first at step 0.
+def train(network: nn.Module, job: Job, follower: Follower, state: dict[str, Any] | None = None) -> list[Row]:
+    """Train a network in place and return its curve, one row an evaluation, the first at step 0.
 
-    Goes on from `state`, or from the checkpoint in the job's folder: data order, augmentation and dropout depend on
-    seed and step alone, so it sees what it would have seen. A checkpoint is written at every epoch, at every
-    evaluation and after `checkpoint_seconds`, the curve at every evaluation.
-    Raises ExperimentError at a loss that is not finite (the last checkpoint stays) or at images that cannot be read,
-    signals.Interrupted, or what a launcher's handler raises, when it was asked to stop; these two are saved first.
-    Of several ranks all do this and end alike; rank 0 alone writes.
+    Data order, augmentation and dropout depend on seed and step alone, so a run that continues from a checkpoint sees
+    what it would have seen. A checkpoint is written at every epoch, at every evaluation and after
+    `checkpoint_seconds`; the curve at every evaluation. All ranks do this and end alike; rank 0 alone writes.
+
+    Args:
+        network: The network.
+        job: What to train it on, and how.
+        follower: Is told of every step and every row.
+        state: The state to continue from; None: that of the job's folder.
+
+    Raises:
+        DivergedError: The loss is not finite. The last checkpoint stays.
+        ExperimentError: Images cannot be read. The run is saved first.
+        Interrupted: The run was asked to stop, and is saved. A launcher's handler may raise others.
     """
-    schedule, device, ranks = job.config.schedule, job.device, job.ranks
-    network.to(device, memory_format=job.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
-    optimizer = make_optimizer(network, schedule)
-    state = checkpoint.resume(job.folder) if state is None else state
-    _restore(network, optimizer, state, job.folder)
-    step, rows, meter = int(state["step"]), list(state["rows"]), _Meter(device, state["meter"], ranks)
-    warmup, every = (steps(d, job.per_epoch) for d in (schedule.warmup, schedule.evaluate))
-    # What learns has the network's weights under other names, which the checkpoint is not to have.
-    learner = ranks.wrapped(network, device)
-    learner = cast(nn.Module, torch.compile(learner)) if job.arithmetic.compile else learner
-    batches, watch = _batches(job, step), _Watch(state["seconds"])
-    saved, pause = time.monotonic(), 0.0  # when; how long the last evaluation took
-
-    def save() -> None:
-        nonlocal saved
-        meter.check()
-        counted = meter.state()
-        ranks.first(lambda: _save(network, optimizer, job, step, rows, watch.seconds(), counted))
-        saved = time.monotonic()
-
-    def where() -> str:
-        return f"{job.name} stopped at step {step} of {job.total}"
-
-    if rows:
-        # The checkpoint may be an evaluation ahead of it, or behind.
-        ranks.first(lambda: ledger.write_curve(job.folder, rows))
-        follower.row(rows[-1])
+    run = _Run(network, job, follower, state)
     with Requests() as requests:
-        while True:
-            evaluating = _is_due(step, every, job.total) and not (rows and rows[-1]["step"] == step)
-            if step == job.total and not evaluating:
-                requests.hear(*ranks.most(requests.next))
-                requests.deliver(where())
-                return rows
-            began = time.monotonic()
-            if evaluating:
-                meter.check()  # which also waits for the device, so that no training is taken for evaluation
-            found, batch = {}, None
-            try:
-                if evaluating:
-                    with watch.paused():
-                        found = evaluate_all(network, job, requests)
-                else:
-                    batch = ranks.together(lambda: next(batches))
-            except Asked:  # a long evaluation is left for a signal, and done again
-                save()
-                requests.deliver(where())
-                continue
-            except ExperimentError:  # the images are gone, but not what was learned from them
-                save()
-                raise
-            if batch is None:
-                rows.append(_row(job, step, watch.seconds(), *meter.take()) | found)
-                with watch.paused():
-                    save()
-                    ranks.first(lambda: ledger.write_curve(job.folder, rows))
-                pause = time.monotonic() - began
-                follower.row(rows[-1])
-                continue
-            for group in optimizer.param_groups:
-                group["lr"] = job.rate * rate_at(step, job.total, warmup, schedule.decay)
-            seed_layers(device, job.config.seed, "dropout", step, *ranks.own_stream)
-            logits, loss = learn(learner, optimizer, *batch, device, job.arithmetic)
-            meter.add(step, loss, logits, batch[1])
-            step += 1
-            follower.advance(step, meter.shown)
-            ahead = _is_due(step, every, job.total)  # an evaluation, which saves
-            late = time.monotonic() - saved + ahead * pause >= job.config.checkpoint_seconds
-            number, late = ranks.most(requests.next, int(late))
-            requests.hear(number)
-            if requests.pending or late or (step % job.per_epoch == 0 and not ahead):
-                save()
-                requests.deliver(where())
+        evaluate_if_due(run, requests)
+        for images, labels in remaining_batches(run):
+            set_rate(run.optimizer, job, run.step)
+            seed_layers(job.device, job.config.seed, "dropout", run.step, *job.ranks.seed_parts)
+            logits, loss = train_step(run.learner, run.optimizer, images, labels, job.device, job.arithmetic)
+            run.meter.add(run.step, loss, logits, labels)
+            run.step += 1
+            follower.advance(run.step, run.meter.last_loss)
+            if is_save_due(run, requests):
+                run.save()
+                requests.deliver(run.where)
+            evaluate_if_due(run, requests)
+        requests.add(*job.ranks.maximum(requests.next))
+        requests.deliver(run.where)
+    return run.rows
 
 
-def _is_due(step: int, every: int, total: int) -> bool:
-    """Whether there is an evaluation after so many steps."""
-    return step % every == 0 or step == total
+class _Run:
+    """What the loop changes: the network and its optimizer, the step, the curve, the meter and the clocks."""
+
+    def __init__(self, network: nn.Module, job: Job, follower: Follower, state: dict[str, Any] | None) -> None:
+        self.network, self.job, self.follower = network, job, follower
+        network.to(job.device, memory_format=job.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
+        self.optimizer = make_optimizer(network, job.config.schedule)
+        state = checkpoint.resume(job.folder) if state is None else state
+        if "network" in state:
+            load(network, state, job.folder)
+            load(self.optimizer, state, job.folder)
+        self.step, self.rows = int(state["step"]), list(state["rows"])
+        self.meter = _Meter(job.device, state["meter"], job.ranks)
+        # The wrappers have the network's weights under other names, so the checkpoint holds the network itself.
+        learner = job.ranks.wrap(network, job.device)
+        self.learner = cast(nn.Module, torch.compile(learner)) if job.arithmetic.compile else learner
+        self.stopwatch = _Stopwatch(state["seconds"])
+        self.saved_at, self.evaluation_seconds = time.monotonic(), 0.0
+        if self.rows:
+            # The curve on disk may be a row ahead of the checkpoint, or behind.
+            job.ranks.on_first(partial(write_curve, job.folder, self.rows))
+            follower.row(self.rows[-1])
+
+    @property
+    def where(self) -> str:
+        """How far the run is, in words."""
+        return f"{self.job.name} stopped at step {self.step} of {self.job.total}"
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether the curve lacks the row of the current step."""
+        every = steps(self.job.config.schedule.evaluate, self.job.per_epoch)
+        is_due = self.step % every == 0 or self.step == self.job.total
+        return is_due and not (self.rows and self.rows[-1]["step"] == self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint, on rank 0."""
+        self.meter.check()
+        self.job.ranks.on_first(partial(self._write_checkpoint, self.meter.state()))
+        self.saved_at = time.monotonic()
+
+    def _write_checkpoint(self, meter: Mapping[str, Any]) -> None:
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "rows": self.rows,
+            "seconds": self.stopwatch.seconds(),
+            "meter": meter,
+        }
+        if not all(bool(tensor.isfinite().all()) for tensor in state["network"].values()):
+            raise DivergedError(_describe_divergence("A weight is", self.step))  # the next loss would not be finite
+        checkpoint.save(self.job.folder, state)
 
 
-def _restore(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], folder: Path) -> None:
-    """Load a checkpoint's state; the one before the first step changes nothing."""
-    if "network" not in state:
-        return
-    load_network(network, state, folder)
+def load(part: nn.Module | torch.optim.Optimizer, state: Mapping[str, Any], folder: Path) -> None:
+    """Load a network or its optimizer from the checkpoint in `folder`; raise ExperimentError if it is another's."""
     try:
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(_foreign(folder)) from error
+        part.load_state_dict(state["network" if isinstance(part, nn.Module) else "optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(
+            f"The checkpoint in {folder} is another network's: delete {folder} to run this stage anew."
+        ) from error
 
 
-def load_network(network: nn.Module, state: Mapping[str, Any], folder: Path) -> None:
-    """Load the network of a checkpoint; ExperimentError if it is another network's."""
-    try:
-        network.load_state_dict(state["network"])
-    except (RuntimeError, TypeError) as error:
-        raise ExperimentError(_foreign(folder)) from error
+def remaining_batches(run: _Run) -> Iterator[Batch]:
+    """Yield the training batches that the run has left. Saves the run if they cannot be read on some rank."""
+    batches = make_batches(run.job, run.step)
+    for _ in range(run.step, run.job.total):
+        try:
+            batch = run.job.ranks.on_all(partial(next, batches))
+        except ExperimentError:
+            run.save()
+            raise
+        yield batch
 
 
-def _foreign(folder: Path) -> str:
-    return f"The checkpoint in {folder} is another network's: delete {folder} to run this stage anew."
+def make_batches(job: Job, first: int) -> Iterator[Batch]:
+    """Yield the training batches from step `first` on, epoch after epoch, without end."""
+    data, batch_size = job.config.data, job.config.schedule.batch_size
+    first_epoch, start = divmod(first, job.per_epoch)
+    options = {"pad": data.pad, "flip": data.flip, "augment": job.augment, "share": job.ranks.share(batch_size)}
+    for epoch in itertools.count(first_epoch):
+        skip = start if epoch == first_epoch else 0
+        for images, labels in job.splits.train.batches(
+            batch_size, epoch=epoch, seed=job.config.seed, start=skip, **options
+        ):
+            yield images.contiguous(memory_format=job.arithmetic.memory_format), labels
 
 
-def learn(
+def set_rate(optimizer: torch.optim.Optimizer, job: Job, step: int) -> None:
+    """Set the learning rate of a step."""
+    schedule = job.config.schedule
+    rate = job.rate * rate_at(step, job.total, steps(schedule.warmup, job.per_epoch), schedule.decay)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def train_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
@@ -175,7 +202,7 @@ def learn(
     device: torch.device,
     arithmetic: Arithmetic,
 ) -> tuple[Tensor, Tensor]:
-    """One step of training; return logits (N x classes) and loss of the batch, detached."""
+    """Do one step of training; return the logits (N x classes) and the mean loss of the batch, detached."""
     network.train()
     with arithmetic.step():
         with arithmetic.forward(device):
@@ -187,110 +214,138 @@ def learn(
     return logits.detach(), loss.detach()
 
 
-@torch.no_grad()
-def evaluate(
-    network: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    layout: torch.memory_format = torch.channels_last,
-    ranks: Ranks = ALONE,
-) -> tuple[float, float]:
-    """Mean loss and accuracy of the network, in eval mode, over all batches of all ranks.
+def is_save_due(run: _Run, requests: Requests) -> bool:
+    """Return whether to save now: a signal has arrived, `checkpoint_seconds` would pass, or an epoch is over.
 
-    In float32 whatever the precision of training: bfloat16 rounds a teacher and the student that computes the same
-    function differently, and their accuracies would differ by some images.
+    An evaluation saves, too: at the end of an epoch, one that follows at once is enough.
     """
-    network.eval()
-
-    def here() -> tuple[float, int, int]:
-        loss = torch.zeros((), dtype=torch.float64)
-        right = seen = 0
-        for images, labels in batches:
-            logits = network(images.contiguous(memory_format=layout))
-            loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
-            right += int((logits.argmax(1) == labels).sum())
-            seen += len(labels)
-        return loss.item(), right, seen
-
-    loss, right, seen = ranks.sum(*ranks.together(here))
-    return loss / seen, right / seen
+    ahead = run.is_evaluation_due
+    passed = time.monotonic() - run.saved_at + ahead * run.evaluation_seconds
+    is_late = int(passed >= run.job.config.checkpoint_seconds)
+    signal, is_late = run.job.ranks.maximum(requests.next, is_late)
+    requests.add(signal)
+    return bool(requests.pending or is_late or (run.step % run.job.per_epoch == 0 and not ahead))
 
 
-def evaluate_all(network: nn.Module, job: Job, requests: Requests) -> dict[str, float]:
-    """The columns of a row that come from evaluation. Raises signals.Asked if a signal comes meanwhile."""
+def evaluate_if_due(run: _Run, requests: Requests) -> None:
+    """Add the row of the current step to the curve if it is due, and save; save also if the images cannot be read.
+
+    An evaluation that a signal interrupts is abandoned; if the run is to continue it is done again.
+    """
+    while run.is_evaluation_due:
+        began = time.monotonic()
+        run.meter.check()  # which waits for the device, so that no training counts as evaluation
+        try:
+            with run.stopwatch.paused():
+                found = evaluate_splits(run.network, run.job, requests)
+        except SignalPending:
+            run.save()
+            requests.deliver(run.where)
+            continue
+        except ExperimentError:
+            run.save()
+            raise
+        run.rows.append(_costs(run) | run.meter.take() | found)
+        with run.stopwatch.paused():
+            run.save()
+            run.job.ranks.on_first(partial(write_curve, run.job.folder, run.rows))
+        run.evaluation_seconds = time.monotonic() - began
+        run.follower.row(run.rows[-1])
+
+
+def _costs(run: _Run) -> Row:
+    """The columns of a row that say what it has cost, with what earlier networks have cost."""
+    examples, seconds = run.step * run.job.config.schedule.batch_size, run.stopwatch.seconds() if run.step else 0.0
+    row: Row = {"step": run.step, "epoch": run.step / run.job.per_epoch}
+    row |= {"examples": examples, "seconds": seconds, "flops": examples * run.job.flops}
+    return row | {key: row[key] + spent for key, spent in run.job.before.items()}
+
+
+def evaluate_splits(network: nn.Module, job: Job, requests: Requests) -> Row:
+    """Return losses and accuracies on the holdout and test images; raise SignalPending if a signal arrives."""
     row, ranks = {}, job.ranks
     ranks.copy_buffers(network)
+    size = 4 * job.config.schedule.batch_size
+    size = max(1, (min(size, CPU_BATCH) if job.device.type == "cpu" else size) // ranks.count)
     for name in ("holdout", "test"):
-        size = max(1, 4 * job.config.schedule.batch_size // ranks.count)
         batches = getattr(job.splits, name).ordered(size, ranks.rank, ranks.count)
-        if ranks.count == 1:  # one of several would leave the others waiting
-            batches = _until_asked(batches, requests)
+        if ranks.count == 1:  # several ranks would wait for one another
+            batches = _until_signal(batches, requests)
         row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, batches, job.arithmetic.memory_format, ranks)
     return row
 
 
-def _until_asked(batches: Iterator[tuple[Tensor, Tensor]], requests: Requests) -> Iterator[tuple[Tensor, Tensor]]:
+def _until_signal(batches: Iterator[Batch], requests: Requests) -> Iterator[Batch]:
     for batch in batches:
-        requests.check()
+        requests.raise_if_pending()
         yield batch
 
 
-def _batches(job: Job, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training batches from step `first` on, epoch after epoch, without end."""
-    data, epoch, start = job.config.data, first // job.per_epoch, first % job.per_epoch
-    while True:
-        for images, labels in job.splits.train.batches(
-            job.config.schedule.batch_size,
-            epoch=epoch,
-            seed=job.config.seed,
-            augment=job.augment,
-            start=start,
-            pad=data.pad,
-            flip=data.flip,
-            share=job.ranks.share(job.config.schedule.batch_size),
-        ):
-            yield images.contiguous(memory_format=job.arithmetic.memory_format), labels
-        epoch, start = epoch + 1, 0
+def evaluate(
+    network: nn.Module,
+    batches: Iterator[Batch],
+    layout: torch.memory_format = torch.channels_last,
+    ranks: Ranks = ALONE,
+) -> tuple[float, float]:
+    """Return the mean loss and the accuracy (0..1) of a network in eval mode over all batches of all ranks.
+
+    It computes in float32 whatever the precision of training: bfloat16 rounds a teacher and its equal student unlike.
+    """
+    network.eval()
+    loss, right, seen = ranks.sum(*ranks.on_all(partial(_sum_over, network, batches, layout)))
+    return loss / seen, right / seen
 
 
-class _Watch:
-    """The seconds spent on training, those of the runs before included."""
+@torch.no_grad()
+def _sum_over(network: nn.Module, batches: Iterator[Batch], layout: torch.memory_format) -> tuple[float, int, int]:
+    """Summed loss, correct images and all images of the batches."""
+    loss = torch.zeros((), dtype=torch.float64)
+    right = seen = 0
+    for images, labels in batches:
+        logits = network(images.contiguous(memory_format=layout))
+        loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
+        right += int((logits.argmax(1) == labels).sum())
+        seen += len(labels)
+    return loss.item(), right, seen
+
+
+class _Stopwatch:
+    """The seconds spent on training, those of earlier processes included."""
 
     def __init__(self, seconds: float) -> None:
-        self.since = time.perf_counter() - seconds
+        self._since = time.perf_counter() - seconds
 
     def seconds(self) -> float:
-        """Until now."""
-        return time.perf_counter() - self.since
+        return time.perf_counter() - self._since
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What the block takes is not counted."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.since += time.perf_counter() - began
+            self._since += time.perf_counter() - began
 
 
 class _Meter:
-    """Training loss and accuracy since the last evaluation, kept on the device so that no step waits for them.
+    """Training loss and accuracy since the last evaluation, summed on the device so that no step waits for them.
 
-    Of several ranks each counts its share; all of them look, take and save at the same steps.
+    Each rank counts its share of the batches; all ranks call every method at the same steps.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        state: Mapping[str, Any] | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
+    def __init__(self, device: torch.device, state: Mapping[str, Any] | None, ranks: Ranks) -> None:
         self.device, self.ranks = device, ranks
-        self.shown = float("nan")  # the last loss that was looked at
-        self.take()
-        if state is not None:  # go on counting where an interrupted run stopped
+        self.last_loss = math.nan  # the last loss that was looked at
+        self._reset()
+        if state is not None:
             self.loss += state["loss"][ranks.rank]
             self.right += state["right"][ranks.rank]
             self.batches, self.images = int(state["batches"]), int(state["images"])
+
+    def _reset(self) -> None:
+        self.loss, self.right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.batches = self.images = self.first_pending = 0
+        self.pending: list[Tensor] = []  # losses that nobody has looked at
 
     def add(self, step: int, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count one batch."""
@@ -299,79 +354,43 @@ class _Meter:
         self.batches += 1
         self.images += len(labels) * self.ranks.count
         if not self.pending:
-            self.since = step
+            self.first_pending = step
         self.pending.append(loss)
-        alone = self.device.type == "cpu" and self.ranks.count == 1
-        if alone or len(self.pending) >= 50:  # a look at the loss makes the CPU wait for a GPU, or for other ranks
+        is_free = self.device.type == "cpu" and self.ranks.count == 1
+        if is_free or len(self.pending) >= LOOK_EVERY:
             self.check()
 
     def check(self) -> None:
-        """Raise ExperimentError if any loss since the last check was not finite, on any rank."""
-        self.ranks.together(self._look)
+        """Raise DivergedError, on all ranks, if a loss since the last check was not finite on any rank."""
+        self.ranks.on_all(self._look)
 
     def _look(self) -> None:
-        if self.pending:
-            losses = torch.stack(self.pending).tolist()
-            self.shown = losses[-1]
-            for step, loss in enumerate(losses, self.since + 1):
-                if not math.isfinite(loss):
-                    raise DivergedError(_not_finite("The loss is", step))
+        losses = torch.stack(self.pending).tolist() if self.pending else []
         self.pending = []
+        for step, loss in enumerate(losses, self.first_pending + 1):
+            self.last_loss = loss
+            if not math.isfinite(loss):
+                raise DivergedError(_describe_divergence("The loss is", step))
 
-    def take(self) -> tuple[float | None, float | None]:
-        """Mean loss and accuracy since the last call, which starts them anew."""
-        mean = None, None
-        if getattr(self, "batches", 0):
-            state = self.state()
-            mean = sum(state["loss"]) / len(state["loss"]) / self.batches, sum(state["right"]) / self.images
-        self.loss, self.right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        self.batches = self.images = self.since = 0
-        self.pending: list[Tensor] = []
-        return mean
+    def take(self) -> Row:
+        """Return the training columns of a row, none before the first batch; and start anew."""
+        state = self.state()
+        self._reset()
+        if not state["batches"]:
+            return {}
+        return {
+            "train_loss": sum(state["loss"]) / len(state["loss"]) / state["batches"],
+            "train_accuracy": sum(state["right"]) / state["images"],
+        }
 
     def state(self) -> dict[str, Any]:
-        """What a new meter needs to go on counting after an interruption."""
-        loss, right = self.ranks.each(float(self.loss)), self.ranks.each(float(self.right))
+        """Return what a new meter needs to continue after an interruption."""
+        loss, right = self.ranks.gather(float(self.loss)), self.ranks.gather(float(self.right))
         return {"loss": loss, "right": right, "batches": self.batches, "images": self.images}
 
 
-def _not_finite(what: str, step: int) -> str:
+def _describe_divergence(what: str, step: int) -> str:
     return (
         f"{what} not finite at step {step}; the last good checkpoint is kept. "
         "Try a lower schedule.lr, or a longer schedule.warmup."
     )
-
-
-def _row(job: Job, step: int, seconds: float, loss: float | None, accuracy: float | None) -> dict[str, float]:
-    examples = step * job.config.schedule.batch_size
-    row: dict[str, float] = {
-        "step": step,
-        "epoch": step / job.per_epoch,
-        "examples": examples,
-        "seconds": seconds if step else 0.0,
-        "flops": examples * job.flops,
-    }
-    row |= {key: row[key] + spent for key, spent in job.before.items()}
-    return row if loss is None or accuracy is None else row | {"train_loss": loss, "train_accuracy": accuracy}
-
-
-def _save(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    job: Job,
-    step: int,
-    rows: list[dict[str, float]],
-    seconds: float,
-    meter: Mapping[str, Any],
-) -> None:
-    state = {
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "rows": rows,
-        "seconds": seconds,
-        "meter": meter,
-    }
-    if not all(bool(t.isfinite().all()) for t in network.state_dict().values()):
-        raise DivergedError(_not_finite("A weight is", step))  # the next loss would not be
-    checkpoint.save(job.folder, state)

@@ -2,7 +2,6 @@
 
 startup   questions that need no torch
 training  the real loop against a bare forward/backward/step loop on one fixed batch
-choice    the paper's network at full width in each arithmetic, and how long choosing one takes
 loader    photographs from disk against torchvision's reference pipeline, and what the paper's network consumes
 growth    `net2net.transfer` against loading the student's weights and one forward pass of each network
 memory    what `net2net.transfer` needs on top of the two networks
@@ -31,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import net2net
 from net2net.network import Inputs
-from net2net.plan.plan import make_plan
+from net2net.plan.mapping import plan
 from net2net.trace.tracer import trace
-from scripts.bench_training import print_choice, print_loader, print_loop, print_startup
+from scripts.bench_training import print_loader, print_loop, print_startup
 from scripts.measure import seconds, verdict
 
 Make = Callable[[], nn.Module]
@@ -139,7 +138,7 @@ def transformer(width: int, heads: int, layers: int) -> models.VisionTransformer
 def mapped(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
     """All that precedes the first weight: both networks traced, every unit given the one that it copies."""
     inputs = Inputs.of(images)
-    make_plan(trace(teacher, inputs), trace(student, inputs), None, torch.Generator())
+    plan(trace(teacher, inputs), trace(student, inputs), None, torch.Generator())
 
 
 def print_growth(rounds: int) -> None:
@@ -187,7 +186,6 @@ def main() -> None:
     parts: dict[str, Callable[[], None]] = {
         "startup": print_startup,
         "training": lambda: print_loop(options.steps, options.slim),
-        "choice": print_choice,
         "loader": lambda: print_loader(options.rounds, options.photos),
         "growth": lambda: print_growth(options.rounds),
         "memory": print_memory,

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from experiments import flops
-from experiments.choice import fastest, measure
 from experiments.config import Config, Data, Schedule
 from experiments.data import Folder, Images, Splits, load
-from experiments.machine import Arithmetic, candidates, describe, pick_device
+from experiments.machine import Arithmetic, choose_arithmetic, describe, pick_device
 from experiments.models import build
 from experiments.optimizers import make_optimizer
-from experiments.training import Job, learn, train
+from experiments.training import Job, train, train_step
 from scripts.measure import seconds, side_by_side, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +76,7 @@ class Alternate:
 
 
 def loop(spec: Mapping[str, Any], batch_size: int, steps: int) -> tuple[Arithmetic, list[tuple[float, float]]]:
-    """The arithmetic that is the fastest here; seconds of a step of a bare loop on one batch, and of the real loop."""
+    """The arithmetic that `auto` is here; seconds of a step of a bare loop on one batch, and of the real loop."""
     device = pick_device("auto")
     schedule = Schedule(batch_size=batch_size, evaluate="1000ep", lr=0.001)
     config = Config(experiment="bench", schedule=schedule, data=Data())
@@ -88,13 +87,13 @@ def loop(spec: Mapping[str, Any], batch_size: int, steps: int) -> tuple[Arithmet
     def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return next(iter(splits.train.batches(count, epoch=0, seed=0, augment=False)))
 
-    arithmetic = fastest(measure(candidates(device, "auto", "auto", False), network, batch, config, device))
+    arithmetic = choose_arithmetic(device, "auto", "auto", False)
     cost = flops.count(network, 3, 32)[1]
     same = copy.deepcopy(network).to(device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
     optimizer = make_optimizer(same, config.schedule)
     images, labels = batch(batch_size)
     images = images.contiguous(memory_format=arithmetic.memory_format)
-    alternate = Alternate(lambda: learn(same, optimizer, images, labels, device, arithmetic), device)
+    alternate = Alternate(lambda: train_step(same, optimizer, images, labels, device, arithmetic), device)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Path(folder), config, splits, device, arithmetic, 0.001, f"{steps * alternate.block}it", cost)
         train(network, job, alternate)
@@ -119,31 +118,25 @@ def print_loop(steps: int, slim: float | None) -> None:
         print(f"ratio {verdict(ratio, 0.97, least=True)} (median of {len(pairs)} pairs)")
 
 
-# -- the arithmetic -----------------------------------------------------------------------------------------------
-
-
-def speeds(size: int, classes: int) -> dict[Arithmetic, float]:
-    """Images/s of a training step of the paper's network, at full width, in each arithmetic."""
-    device = pick_device("auto")
-    network = build({"name": "inception", "stem": size}, classes, 3)
-
-    def noise(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(count, 3, size, size, device=device), torch.arange(count, device=device) % classes
-
-    return measure(candidates(device, "auto", "auto", False), network, noise, Config(experiment="bench"), device)
-
-
-def print_choice() -> None:
-    """What a run at full width would choose, and how long it would take to."""
-    found: dict[Arithmetic, float] = {}
-    spent = seconds(lambda: found.update(speeds(32, 10)))
-    print(f"Inception x 1.0 on 32 pixels, {describe(pick_device('auto'))}:")
-    for arithmetic, speed in found.items():
-        print(f"{arithmetic!s:<24} {speed:,.0f} images/s")
-    print(f"chosen: {fastest(found)}, in {verdict(spent, 10.0, ' s')}")
-
-
 # -- pictures from disk -------------------------------------------------------------------------------------------
+
+
+def consumption(size: int, classes: int, count: int) -> float:
+    """Images per second of a training step of the paper's network, at full width."""
+    device = pick_device("auto")
+    arithmetic = choose_arithmetic(device, "auto", "auto", False)
+    network = build({"name": "inception", "stem": size}, classes, 3)
+    network.to(device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
+    images = torch.randn(count, 3, size, size, device=device).contiguous(memory_format=arithmetic.memory_format)
+    labels = torch.arange(count, device=device) % classes
+    optimizer = make_optimizer(network, Schedule())
+
+    def step() -> None:
+        train_step(network, optimizer, images, labels, device, arithmetic)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return count / min(seconds(step) for _ in range(4))
 
 
 def torchvisions(root: Path, files: int, size: int, batch_size: int, workers: int) -> Callable[[], Iterator[Any]]:
@@ -180,7 +173,7 @@ def ours(root: Path, files: int, size: int, batch_size: int, workers: int) -> Ca
 def print_loader(rounds: int, photos: str | None) -> None:
     """Pictures a second: torchvision's pipeline, ours, and what the paper's network takes in."""
     size, batch_size, files, workers = 224, 64, 1024, os.cpu_count() or 1
-    consumed = max(speeds(size, 1000).values())
+    consumed = consumption(size, 1000, 8 if pick_device("auto").type == "cpu" else batch_size)
     print(f"Inception x 1.0 on {size} pixels, {describe(pick_device('auto'))}: consumes {consumed:,.0f} images/s")
     if photos is None:
         print("loader: not measured, no photographs: --photos FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG")

@@ -13,7 +13,7 @@ import torch
 import torture
 from loops import Quiet, network, same, small_job, without_seconds
 
-from experiments import checkpoint, files, locks, training
+from experiments import checkpoint, files, training
 from experiments.run_log import parse_curve
 from experiments.training import Job, train
 
@@ -65,7 +65,7 @@ def die_at(call: int, folder: Path) -> None:
 
     files.os = type("os", (), {**vars(os), "fsync": deadly(os.fsync), "replace": deadly(os.replace)})  # type: ignore
     files.open = deadly(open)  # type: ignore[attr-defined]
-    with locks.hold(folder):
+    with files.hold(folder):
         job = shorter_job(folder)
         train(network(), replace(job, config=replace(job.config, checkpoint_seconds=0.0)), Quiet())
     (folder.parent / "calls").write_text(str(made))
@@ -95,7 +95,7 @@ def test_killed_at_any_call_to_the_file_system_it_goes_on_bit_for_bit(tmp_path: 
             parse_curve((folder / "curve.csv").read_bytes(), "curve")
         if checkpoint.exists(folder):
             checkpoint.load(folder)
-        with locks.hold(folder):
+        with files.hold(folder):
             resumed = network()
             assert without_seconds(train(resumed, shorter_job(folder), Quiet())) == without_seconds(rows), number
         assert same(resumed, whole), number
@@ -112,7 +112,7 @@ def test_the_clock_alone_says_when_a_minute_is_over(
     """A step takes 2 s, an evaluation 4 s: with a checkpoint every 5 s that is one every third step, or sooner."""
     now, saved = 0.0, []
     monkeypatch.setattr(training.time, "monotonic", lambda: now)
-    learn, evaluate, save = training.learn, training.evaluate_all, checkpoint.save
+    learn, evaluate, save = training.train_step, training.evaluate_splits, checkpoint.save
 
     def slow(take: float, real: Any) -> Any:
         def then(*arguments: Any) -> Any:
@@ -126,8 +126,8 @@ def test_the_clock_alone_says_when_a_minute_is_over(
         saved.append((state["step"], now, len(state["rows"])))
         save(folder, state)
 
-    monkeypatch.setattr(training, "learn", slow(2, learn))
-    monkeypatch.setattr(training, "evaluate_all", slow(4, evaluate))
+    monkeypatch.setattr(training, "train_step", slow(2, learn))
+    monkeypatch.setattr(training, "evaluate_splits", slow(4, evaluate))
     monkeypatch.setattr(training.checkpoint, "save", note)
     job = small_job(tmp_path)
     schedule = replace(job.config.schedule, batch_size=2, evaluate="7it", epochs="13ep")  # an epoch is 14 steps

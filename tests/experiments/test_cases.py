@@ -1,0 +1,111 @@
+"""Cases: each is run as an experiment of its own, and the command line has the last word."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from experiments.analysis import curves as report
+from experiments.config import Config, ExperimentError
+from scripts import collect
+
+Cases = Callable[..., list[Config]]
+
+SHORT = "+cases.short={schedule.epochs: 4it, schedule.evaluate: 2it}"
+NOISY = "+cases.noisy={growth: {noise: 0.5}, rates: {net2net: 0.3}, schedule.epochs: 4it, schedule.evaluate: 4it}"
+
+
+def test_an_experiment_without_cases_is_run_once(cases: Cases) -> None:
+    (config,) = cases("experiment=quickstart")
+    assert (config.case, config.name) == (None, "quickstart")
+
+
+def test_a_case_changes_what_it_names_in_dotted_or_nested_keys_and_nothing_else(cases: Cases) -> None:
+    (plain,) = cases("experiment=quickstart")
+    short, noisy = cases("experiment=quickstart", SHORT, NOISY)
+    assert [config.name for config in (short, noisy)] == ["quickstart/short", "quickstart/noisy"]
+    assert (short.schedule.epochs, short.schedule.evaluate) == ("4it", "2it")
+    assert (noisy.growth.noise, noisy.rates["net2net"], noisy.rates["random_init"]) == (0.5, 0.3, 1.0)
+    for config in (short, noisy):
+        assert config.cases == {}
+    changed = {"case": None, "schedule": asdict(plain.schedule)}
+    assert asdict(short) | changed == asdict(plain)
+
+
+def test_lists_and_new_arguments_of_a_network_can_be_changed(cases: Cases) -> None:
+    (config,) = cases("experiment=quickstart", "+cases.a={arms: [net2net], students.wider.extra_pairs: 1}")
+    assert config.arms == ["net2net"]
+    assert config.students == {"wider": {"width": 1.0, "extra_pairs": 1}}
+
+
+def test_one_case_alone(cases: Cases) -> None:
+    (config,) = cases("experiment=quickstart", SHORT, NOISY, "case=noisy")
+    assert config.case == "noisy"
+
+
+def test_what_the_command_line_names_no_case_changes(cases: Cases) -> None:
+    short, _ = cases("experiment=quickstart", SHORT, NOISY, "schedule.epochs=9it", "+students.wider={width: 0.9}")
+    assert (short.schedule.epochs, short.schedule.evaluate) == ("9it", "2it")
+    # but a group of settings that is chosen by name is no setting
+    (config,) = cases("experiment=quickstart", "data=cifar10", "+cases.large={data.size: 64}")
+    assert (config.data.name, config.data.size) == ("cifar10", 64)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("+cases.a={schedule.epoch: 2ep}", r"no setting 'schedule.epoch' \(did you mean 'schedule.epochs'"),
+        ("+cases.a=3", "The case a is 3: write the settings it changes"),
+        ("+cases.a={seed: 3}", "The case a sets seed, which says which run it is"),
+        ("+cases.seed3={growth.noise: 1}", "The case 'seed3' cannot name a folder"),
+        ("+cases.a={growth.noise: -1}", "growth.noise is -1"),
+        ("case=shor", r"quickstart has no case 'shor' \(did you mean 'short'\?\)\. There are: short"),
+    ],
+)
+def test_a_wrong_case_is_answered_in_a_sentence(cases: Cases, case: str, said: str) -> None:
+    with pytest.raises(ExperimentError, match=said):
+        cases("experiment=quickstart", SHORT, case)
+
+
+def test_cases_run_one_after_another_also_after_one_that_fails_and_are_collected(
+    train_py: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["arms=[random_init]", "schedule.epochs=4it", "schedule.evaluate=4it"]
+    words += [
+        "+cases.low={rates.random_init: 0.1}",
+        "+cases.absurd={rates.random_init: 1e30}",
+        "+cases.high={rates.random_init: 2}",
+    ]
+    assert train_py(*words) == 1
+    err = capsys.readouterr().err
+    assert "Error: case=absurd: " in err and "not finite at step" in err
+    runs = tmp_path / "runs"
+    folder = runs / "quickstart"
+    assert {path.name for path in folder.iterdir()} == {"low", "absurd", "high"}
+    manifest = json.loads((folder / "low/seed0/random_init/manifest.json").read_text())
+    assert manifest["experiment"] == "quickstart/low"
+    assert (manifest["config"]["case"], manifest["config"]["cases"], manifest["settings"]["rate"]) == ("low", {}, 0.1)
+    assert (folder / "low/figure.png").is_file()
+
+    assert train_py(*words, "case=high") == 0  # alone, and complete already
+    assert "random_init            complete, skipped" in capsys.readouterr().out
+
+    results = tmp_path / "results"
+    assert collect.main(["--runs", str(runs), "--results", str(results), "quickstart"]) == 0
+    assert "quickstart/high/seed0/random_init: 2 points" in capsys.readouterr().out
+    assert list(report.experiments(results / "curves")) == ["quickstart/high", "quickstart/low"]
+    assert collect.main(["--runs", str(runs), "--results", str(results), "quickstart/low"]) == 0
+    assert capsys.readouterr().out.endswith("1 collected, 0 skipped, 0 refused\n")
+
+
+def test_a_sweep_over_cases(train_py: Callable[..., int], tmp_path: Path) -> None:
+    words = ["arms=[random_init]", "schedule.epochs=2it", "schedule.evaluate=2it"]
+    words += [
+        "+cases.low={rates.random_init: 0.1}",
+        "+cases.high={rates.random_init: 2}",
+        "+cases.no={growth.noise: 1}",
+    ]
+    assert train_py("-m", *words, "case=low,high") == 0
+    assert {path.name for path in (tmp_path / "runs/quickstart").iterdir()} == {"low", "high"}

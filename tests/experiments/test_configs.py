@@ -1,0 +1,157 @@
+"""Every configuration composes, says what it claims, and describes networks that the transfer can carry."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import arms, command, flops
+from experiments.config import Config, check, steps
+from experiments.models import build
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
+SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
+
+
+def header(experiment: str) -> str:
+    lines = (ROOT / f"configs/experiment/{experiment}.yaml").read_text().splitlines()
+    return "\n".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+
+
+def test_there_are_experiments_and_scales() -> None:
+    assert {"quickstart", "wider_inception", "deeper_inception", "design_space"} <= set(EXPERIMENTS)
+    assert {"cpu", "gpu", "imagenet"} <= set(SCALES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_case_of_every_experiment_composes_at_every_scale(
+    cases: Callable[..., list[Config]], experiment: str, scale: str
+) -> None:
+    configs = cases(f"experiment={experiment}", f"scale={scale}")
+    for config in configs:
+        check(config)
+        assert config.experiment == experiment
+        assert config.claim and "\n" not in config.claim
+        with torch.device("meta"):
+            sizes = [
+                sum(p.numel() for p in build(config.model | spec, 10, 3).parameters())
+                for spec in (config.teacher, *config.students.values())
+            ]
+        assert sizes[0] < min(sizes[1:])
+    names = [config.name for config in configs]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_header_states_claim_command_and_what_to_expect(composed: Callable[..., Config], experiment: str) -> None:
+    text = header(experiment)
+    for word in ("Claim", "Command", "Expected"):
+        assert re.search(rf"^{word} ", text, re.M), f"{experiment} has no {word}"
+    line = re.search(r"^Command +python train\.py (.+)$", text, re.M)
+    assert line
+    assert composed(*line[1].split()).experiment == experiment
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_open_questions_are_in_the_paper_notes(experiment: str) -> None:
+    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "docs/reproduction.md").read_text(), re.M))
+    assert known
+    assert set(re.findall(r"\bO\d+\b", header(experiment))) <= known
+
+
+def test_code_that_names_an_open_question_names_one_that_exists() -> None:
+    known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "docs/reproduction.md").read_text(), re.M))
+    for path in sorted([*ROOT.glob("experiments/**/*.py"), *ROOT.glob("net2net/*.py")]):
+        assert set(re.findall(r"\bO\d+\b", path.read_text())) <= known, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "scale"),
+    [*((name, "cpu") for name in EXPERIMENTS if name != "design_space_imagenet"), ("wider_inception", "imagenet")],
+)
+def test_every_student_can_be_filled_from_its_teacher(
+    cases: Callable[..., list[Config]], experiment: str, scale: str
+) -> None:
+    configs = cases(f"experiment={experiment}", f"scale={scale}")
+    done: list[object] = []
+    for config in configs:
+        if "slim" in config.model:
+            config.model["slim"] = 0.03
+        config.growth.calibrate = min(config.growth.calibrate, 8)
+        what = (
+            config.first,
+            config.teacher,
+            config.students,
+            config.growth,
+        )  # cases that differ in how they train grow alike
+        if what in done:
+            continue
+        done.append(what)
+        size = min(config.data.size, 64)  # smaller pictures than ImageNet's do as well
+        teacher = arms.make_network(config, None, 10, 3)
+
+        def images(count: int, size: int = size) -> torch.Tensor:
+            return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+        pairs = [(arm, teacher, student) for student in config.students for arm in ("net2net", "random_pad")]
+        pairs += [("net2net", build(config.model | config.first, 10, 3), None)] * bool(config.first)
+        for arm, grown, student in pairs:
+            record = arms.fill(arm, grown, arms.make_network(config, student, 10, 3), config, images)
+            assert record is not None
+            if arm == "net2net" and not config.growth.noise:
+                assert record.measured is not None and record.measured.max_relative < 1e-4
+
+
+@pytest.mark.parametrize("experiment", ["grow_schedule", "grow_schedule_wider"])
+def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(
+    cases: Callable[..., list[Config]], experiment: str
+) -> None:
+    spent: dict[str, float] = {}
+    for config in cases(f"experiment={experiment}"):
+        epochs = steps(config.schedule.epochs, 351)
+        (arm,) = config.arms
+        large, small, first = (
+            flops.count(build(config.model | spec, 10, 3), 3, 32)[1]
+            for spec in (*config.students.values(), config.teacher, config.first)
+        )
+        own = small if arm == "teacher_continued" else large
+        before = 0 if arm == "random_init" else small * steps(config.schedule.teacher_epochs or "", 351)
+        before += first * steps(config.schedule.first_epochs or "0it", 351)
+        spent[config.case or ""] = own * epochs + before
+    whole = spent.pop("start")
+    assert spent.pop("start_half") == pytest.approx(whole / 2, rel=0.01)
+    assert spent.pop("start_double") == pytest.approx(whole * 2, rel=0.01)
+    assert len(spent) >= 9 and "never" in spent
+    assert list(spent.values()) == pytest.approx([whole] * len(spent), rel=0.01)
+
+
+OF_ONE_SIZE = [
+    name for name in EXPERIMENTS if re.search(r"(?m)^scale:", (ROOT / f"configs/experiment/{name}.yaml").read_text())
+]
+
+
+@pytest.mark.parametrize("experiment", OF_ONE_SIZE)
+def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(
+    cases: Callable[..., list[Config]], monkeypatch: pytest.MonkeyPatch, experiment: str
+) -> None:
+    assert {"quickstart", "wider_imagenette", "frontier_wider"} <= set(OF_ONE_SIZE)
+    found = []
+    for scale in ("cpu", "gpu"):  # what a machine may choose
+        monkeypatch.setattr(command, "default_scale", lambda scale=scale: scale)
+        found.append(cases(f"experiment={experiment}"))
+        for config in found[-1]:
+            config.inception = {}  # what a scale makes of the paper's network, which these do not ask for
+    assert all(one == found[0] for one in found)
+
+
+def test_the_scale_follows_the_machine_unless_it_is_named(
+    composed: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "default_scale", lambda: "gpu")
+    assert composed("experiment=wider_inception").scale == "gpu"
+    assert composed("experiment=wider_inception", "scale=cpu").scale == "cpu"

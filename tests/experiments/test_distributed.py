@@ -1,0 +1,174 @@
+"""Two processes train one network: the same weights in both, and one process's curve where batches may be divided."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from loops import Quiet, images, network, small_job, without_seconds
+from ranked import plain
+
+from experiments import checkpoint
+from experiments.config import ExperimentError
+from experiments.distributed import ALONE, Ranks, join
+from experiments.training import train
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    *(setting for setting in TINY if not setting.startswith("model.")),
+    *("model.name=resnet", "+model.blocks=1", "~model.slim", "~model.stem"),
+    *("teacher.width=0.25", "students.wider.width=0.5"),
+)
+
+
+def torchrun(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What two processes say, in a folder."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONWARNINGS": "default",
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*launch, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder in which two processes of ranked.py ran, and what each found."""
+    folder = tmp_path_factory.mktemp("ranked")
+    done = torchrun(str(ROOT / "tests/experiments/ranked.py"), str(folder), *SMALL, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.system
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(ranked: tuple[Path, list[dict[str, Any]]]) -> None:
+    # One that lets go of a tensor then needs the interpreter, and the process aborts.
+    for rank in range(2):
+        assert "gloo" not in (ranked[0] / f"threads{rank}").read_text()
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", ["grown", "plain", "norm", "stopped", "resumed", "unreadable", "readable"])
+def test_all_ranks_end_with_the_same_weights(ranked: tuple[Path, list[dict[str, Any]]], name: str) -> None:
+    one, other = (found[name] for found in ranked[1])
+    assert one["stopped"] == other["stopped"]
+    assert without_seconds(one["rows"]) == without_seconds(other["rows"])
+    for key, value in one["network"].items():
+        # While a run is under way, running statistics are each rank's own.
+        assert torch.equal(value, other["network"][key]) or (one["stopped"] and "running" in key), key
+
+
+@pytest.mark.system
+def test_without_batch_norm_the_curve_is_that_of_one_process(
+    ranked: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    net = plain()
+    rows = train(net, small_job(tmp_path / "alone"), Quiet())
+    found = ranked[1][0]["plain"]
+    assert len(found["rows"]) == len(rows)
+    for row, expected in zip(without_seconds(found["rows"]), without_seconds(rows), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    for name, value in net.state_dict().items():
+        assert torch.allclose(found["network"][name], value, rtol=1e-4, atol=1e-6)
+    # It would be seen: other batches of the same images give another curve.
+    other = small_job(tmp_path / "other")
+    other.config.seed = 1
+    assert train(plain(), other, Quiet())[-1]["train_loss"] != pytest.approx(rows[-1]["train_loss"], rel=1e-4)
+
+
+@pytest.mark.system
+def test_with_batch_norm_it_is_another(ranked: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    rows = train(network(), small_job(tmp_path / "alone"), Quiet())
+    found = ranked[1][0]["norm"]["rows"]
+    assert found[0]["test_loss"] == pytest.approx(rows[0]["test_loss"])  # before the first step there is no difference
+    assert found[-1]["test_loss"] != pytest.approx(rows[-1]["test_loss"], rel=1e-4)
+
+
+@pytest.mark.system
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_go_on(
+    ranked: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    folder, found = ranked
+    assert {each["stopped"]["stopped"] for each in found} == {"Interrupted arm stopped at step 5 of 12"}
+    for rank in range(2):
+        whole, resumed = found[rank]["norm"], found[rank]["resumed"]
+        assert without_seconds(resumed["rows"]) == without_seconds(whole["rows"])
+        assert all(torch.equal(resumed["network"][key], value) for key, value in whole["network"].items())
+    assert checkpoint.load(folder / "stopped")["step"] == 12
+
+
+@pytest.mark.system
+def test_what_one_rank_cannot_read_is_said_by_all_and_what_was_learned_is_saved(
+    ranked: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    _, found = ranked
+    assert {each["unreadable"]["stopped"] for each in found} == {"ExperimentError The image 6 cannot be read."}
+    for rank in range(2):  # it went on from the sixth step, with the meter's sums of before
+        assert without_seconds(found[rank]["readable"]["rows"]) == without_seconds(found[rank]["norm"]["rows"])
+
+
+@pytest.mark.system
+def test_numbers_are_reduced_and_decisions_are_those_of_rank_0(ranked: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank, found in enumerate(ranked[1]):
+        assert (found["sum"], found["most"], found["first"], found["in_turn"]) == ([3.0, 1.0], [1, 3], 0, rank)
+
+
+@pytest.mark.system
+def test_an_experiment_of_two_processes(tmp_path: Path) -> None:
+    settings = [*SMALL, "runs=runs", "arms=[net2net,random_init]", "schedule.epochs=6it", "schedule.evaluate=3it"]
+    settings += ["+first.width=0.125"]  # the teacher is grown, too
+    done = torchrun(str(ROOT / "train.py"), *settings, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("figure    runs/quickstart/figure.png") == 1
+    assert "Warning" not in done.stderr
+    seed = tmp_path / "runs" / "quickstart" / "seed0"
+    assert sorted(path.name for path in seed.iterdir()) == ["net2net", "random_init", "teacher"]
+    for arm in ("net2net", "random_init", "teacher"):
+        manifest = json.loads((seed / arm / "manifest.json").read_text())
+        assert manifest["complete"] and manifest["settings"]["ranks"] == 2
+        with (seed / arm / "curve.csv").open() as file:
+            assert [row["step"] for row in csv.DictReader(file)] == ["0", "3", "6"]
+    step0 = json.loads((seed / "net2net" / "manifest.json").read_text())["step0"]
+    assert step0["agree"] == step0["of"]
+    teacher = json.loads((seed / "teacher" / "manifest.json").read_text())
+    assert teacher["settings"]["first"] and teacher["grown_from"]["settings"]["ranks"] == 2
+    assert len(list((tmp_path / "runs" / "teachers").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_of_a_wrong_command_one_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        command = [sys.executable, str(ROOT / "train.py"), "experiment=quickstart", "seeed=1"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("there is no setting 'seeed'") == lines
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as MPI or Slurm may set it for another purpose
+    assert join() is ALONE
+    assert ALONE.sum(1, 2.5) == [1, 2.5] and ALONE.maximum(3, 0) == [3, 0]
+    assert ALONE.wrap(net := network(), torch.device("cpu")) is net
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_shares_make_the_batch(augment: bool) -> None:
+    split = replace(images(28, 1), pad=1, flip=True)
+    whole = list(split.batches(8, 1, 0, augment=augment))
+    shares = [list(split.batches(8, 1, 0, augment=augment, share=Ranks(rank, 4).share(8))) for rank in range(4)]
+    for number, (pixels, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([share[number][0] for share in shares]), pixels)
+        assert torch.equal(torch.cat([share[number][1] for share in shares]), labels)
+    assert sum(len(labels) for rank in range(3) for _, labels in split.ordered(4, rank, 3)) == 28
+    with pytest.raises(ExperimentError, match=r"which 3 processes cannot share: choose a multiple of 3"):
+        Ranks(0, 3).share(8)

@@ -1,0 +1,189 @@
+"""The experiment is fair: arms differ by their first weights and their rate, and by nothing else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from experiments import arms, checkpoint, experiment, stage, training
+from experiments.analysis.curves import read_arm
+from experiments.config import Config, ExperimentError, arm_folders
+from experiments.data import load
+from experiments.run import Run
+
+Make = Callable[..., Config]
+Main = Callable[..., int]
+STUDENT_ARMS = ("net2net", "random_pad", "random_init", "random_init_low_lr")
+CPU = torch.device("cpu")
+
+
+def run_of(config: Config) -> Run:
+    return Run(config, load(config.data), CPU, Console(quiet=True))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.fixture
+def traced(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Of each stage: its first weights, and every batch and rate that it is trained with."""
+    found: dict[str, dict[str, Any]] = {}
+    config = tiny("schedule.epochs=3it", "schedule.evaluate=3it", "schedule.warmup=1it")
+    train, learn = training.train, training.train_step
+
+    def spy_train(network: nn.Module, job: training.Job, *rest: Any) -> Any:
+        weights = {key: value.clone() for key, value in network.state_dict().items()}
+        found[job.name] = {"weights": weights, "batches": [], "rates": [], "total": job.total}
+
+        def spy_learn(net: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, *rest: Any) -> Any:
+            found[job.name]["batches"].append((images.clone(), labels.clone()))
+            found[job.name]["rates"].append(optimizer.param_groups[0]["lr"])
+            return learn(net, optimizer, images, labels, *rest)
+
+        monkeypatch.setattr(training, "train_step", spy_learn)
+        return train(network, job, *rest)
+
+    monkeypatch.setattr(stage, "train", spy_train)
+    experiment.run_experiment(config, Console(quiet=True))
+    return found
+
+
+def test_arms_share_everything_but_weights_and_rate(traced: dict[str, dict[str, Any]]) -> None:
+    assert set(traced) == {"teacher", "teacher_continued", *STUDENT_ARMS}
+    reference = traced["random_init"]
+    for name, found in traced.items():
+        assert found["total"] == len(found["batches"]) == 3
+        for (images, labels), (their_images, their_labels) in zip(found["batches"], reference["batches"], strict=True):
+            assert torch.equal(images, their_images) and torch.equal(labels, their_labels), name
+        scale = 1 if name in ("teacher", "random_init") else 0.1
+        assert found["rates"] == pytest.approx([scale * rate for rate in reference["rates"]]), name
+    assert reference["rates"] == pytest.approx([0.005, 0.01, 0.005])  # one step of warm-up, then linear to zero
+
+    fresh, low = reference["weights"], traced["random_init_low_lr"]["weights"]
+    assert all(torch.equal(fresh[key], low[key]) for key in fresh)
+    padded, grown = traced["random_pad"]["weights"], traced["net2net"]["weights"]
+    weight = "blocks.4a.entry.0.weight"
+    teacher = traced["teacher_continued"]["weights"][weight]
+    rows = len(teacher)
+    assert not torch.equal(fresh[weight], grown[weight])
+    # What random_pad pads with is what random_init starts from: rows of new units are its rows.
+    assert torch.equal(padded[weight][rows:], fresh[weight][rows:])
+    assert not torch.equal(padded[weight], fresh[weight])
+
+
+def test_the_continued_teacher_starts_at_the_teachers_last_weights(
+    traced: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    trained = checkpoint.load(tmp_path / "runs/quickstart/seed0/teacher")["network"]
+    assert all(torch.equal(trained[key], value) for key, value in traced["teacher_continued"]["weights"].items())
+
+
+def test_step_0_of_a_finished_run(finished: Path) -> None:
+    first = {arm: read_arm(finished / arm)[0] for arm in ("teacher", "teacher_continued", *STUDENT_ARMS)}
+    last = read_arm(finished / "teacher")[-1]
+    assert all(row["step"] == 0 for row in first.values())
+    for column in ("test_accuracy", "holdout_accuracy"):
+        assert first["net2net"][column] == first["teacher_continued"][column] == last[column]
+    assert first["net2net"]["test_loss"] == pytest.approx(last["test_loss"], rel=1e-4)
+    assert first["random_init"]["test_loss"] != pytest.approx(last["test_loss"], rel=1e-3)
+    assert first["random_init"]["test_loss"] == first["random_init_low_lr"]["test_loss"]
+    step0 = json.loads((finished / "net2net/manifest.json").read_text())["step0"]
+    assert step0["agree"] == step0["of"] == 359
+    assert step0["max_relative_error"] < 1e-5
+    assert step0["float32"]["of"] == 359
+
+
+def test_networks_of_a_seed_are_drawn_alike_and_seeds_differ(tiny: Make) -> None:
+    one, other = tiny(), tiny("seed=1")
+    assert same(arms.make_network(one, "wider", 10, 1), arms.make_network(one, "wider", 10, 1))
+    assert not same(arms.make_network(one, "wider", 10, 1), arms.make_network(other, "wider", 10, 1))
+    state = torch.random.get_rng_state()
+    arms.make_network(one, None, 10, 1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_random_pad_of_a_deeper_student_keeps_the_teachers_layers(tiny: Make) -> None:
+    config = tiny()
+    config.teacher, config.students = {}, {"deeper": {"extra_pairs": 1}}
+    run = run_of(config)
+    teacher, student, drawn = run.make_network(None), run.make_network("deeper"), run.make_network("deeper")
+    arms.fill("random_pad", teacher, student, config, run.images)
+    theirs, fresh = teacher.state_dict(), drawn.state_dict()
+    for key, value in student.state_dict().items():
+        assert torch.equal(value, theirs.get(key, fresh[key])), key
+    assert len(student.state_dict()) > len(theirs)
+
+
+def test_a_random_arm_leaves_the_student_as_it_was_drawn(tiny: Make) -> None:
+    config = tiny()
+    run = run_of(config)
+    for arm in ("random_init", "random_init_low_lr"):
+        student = run.make_network("wider")
+        assert arms.fill(arm, run.make_network(None), student, config, run.images) is None
+        assert same(student, run.make_network("wider"))
+
+
+def test_folders_carry_the_students_name_only_where_there_are_several(tiny: Make) -> None:
+    config = tiny("arms=[net2net,teacher_continued]")
+    assert arm_folders(config.students, config.arms) == {
+        "net2net": ("net2net", "wider"),
+        "teacher_continued": ("teacher_continued", None),
+    }
+    config.students = {"wider": {}, "deeper": {}}
+    assert arm_folders(config.students, config.arms) == {
+        "wider_net2net": ("net2net", "wider"),
+        "teacher_continued": ("teacher_continued", None),
+        "deeper_net2net": ("net2net", "deeper"),
+    }
+
+
+def test_the_teacher_may_train_for_longer(tiny: Make) -> None:
+    run = run_of(tiny("schedule.teacher_epochs=2ep", "schedule.epochs=7it"))
+    assert run.job("teacher", None, 1.0).total == 80
+    assert run.job("random_init", "wider", 1.0).total == 7
+    assert run.job("teacher_continued", None, 0.1).total == 7
+
+
+def test_no_teacher_is_trained_that_no_arm_needs(tiny: Make, tmp_path: Path) -> None:
+    experiment.run_experiment(tiny("arms=[random_init]", "schedule.epochs=2it"), Console(quiet=True))
+    assert [path.name for path in (tmp_path / "runs/quickstart/seed0").iterdir()] == ["random_init"]
+
+
+def test_a_student_smaller_than_its_teacher_is_refused_before_training(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "train_step", lambda *_: pytest.fail("a step was trained"))
+    for arm in ("net2net", "random_pad"):
+        with pytest.raises(ExperimentError, match=r"blocks\.3a\.entry\.0\.weight has 4 units, the teacher's 8"):
+            experiment.run_experiment(tiny(f"arms=[{arm}]", "teacher.width=2"), Console(quiet=True))
+
+
+def test_a_runs_folder_that_cannot_be_written_is_refused_before_the_images_are_loaded(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").write_text("a file")
+    monkeypatch.setattr(experiment, "load", lambda config: pytest.fail("loaded"))
+    with pytest.raises(ExperimentError, match=r"The folder .*runs cannot be written \(.*\): choose another"):
+        experiment.run_experiment(tiny(), Console(quiet=True))
+
+
+def test_what_is_to_come_is_said_before_it_comes(
+    train_py: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "train", stop)
+    assert train_py("schedule.teacher_epochs=2ep") == 130
+    out = capsys.readouterr().out
+    assert "quickstart: A wider student" in out
+    assert "data      scikit-learn digits, 1,438 train / 359 test" in out
+    assert "to do     teacher, net2net, random_pad," in out
+    teacher, wider = (next(line for line in out.splitlines() if line.startswith(n)) for n in ("teacher ", "wider "))
+    assert teacher.split()[-1] == "2ep" and wider.split()[-1] == "20it"

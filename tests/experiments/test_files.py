@@ -1,0 +1,157 @@
+"""Files are complete or absent, and a folder has one writer, whatever becomes of it. The other processes are real."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from torture import context
+
+from experiments import files
+from experiments.config import ExperimentError
+
+
+def fail_with(number: int):
+    """Return a function that fails as the system call does."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    files.write(tmp_path / "a", b"before")
+    monkeypatch.setattr(files.os, call, fail_with(errno.ENOSPC))
+    with pytest.raises(ExperimentError, match=r"a cannot be written \(No space left on device\): make room"):
+        files.write(tmp_path / "a", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write(tmp_path / "a", b"after")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_made_and_a_file_in_their_place_is_refused(tmp_path: Path) -> None:
+    for content in (b"1", b"2"):
+        files.write(tmp_path / "new" / "a", content)
+        assert (tmp_path / "new" / "a").read_bytes() == content
+    assert list(files.writable(tmp_path / "other", "").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ExperimentError, match="cannot be written"):
+        files.write(tmp_path / "file" / "a", b"")
+    with pytest.raises(ExperimentError, match=r"The folder .*file cannot be written \(.*\): choose another\."):
+        files.writable(tmp_path / "file", "choose another")
+    with pytest.raises(ExperimentError, match="file/arm cannot be locked"), files.hold(tmp_path / "file" / "arm"):
+        pytest.fail("held")
+
+
+def test_a_held_folder_is_refused_and_left_clean(tmp_path: Path) -> None:
+    with files.hold(tmp_path / "arm"):
+        (tmp_path / "arm" / ".left.partial").touch()
+        said = f"arm is being written by process {os.getpid()} on {socket.gethostname()}: let that run end"
+        with pytest.raises(files.BusyError, match=said), files.hold(tmp_path / "arm"):
+            pytest.fail("held twice")
+        files.remove_stale_lock(tmp_path / "arm")
+        assert (tmp_path / "arm" / files.LOCK).exists()
+    (tmp_path / "arm" / files.LOCK).write_text("process 1 on a machine")
+    files.remove_stale_lock(tmp_path / "arm")
+    assert list((tmp_path / "arm").iterdir()) == []  # the next owner has removed what the first has not finished
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", fail_with(errno.ENOLCK))
+    said = r"The folder .*arm cannot be locked \(No locks available\)"
+    with pytest.raises(ExperimentError, match=said), files.hold(tmp_path / "arm"):
+        pytest.fail("held")
+
+
+# -- with other processes -----------------------------------------------------------------------------------------
+
+
+def hold_for(folder: Path, seconds: float, fork: bool = False) -> None:
+    """Hold the folder's lock; then name the process, and a worker that it has forked, in a file beside the folder."""
+    with files.hold(folder):
+        worker = os.fork() if fork else 0
+        if fork and not worker:
+            time.sleep(60)
+            os._exit(0)
+        (folder.parent / "held").write_text(str(worker))
+        time.sleep(seconds)
+
+
+def count(folder: Path, times: int) -> None:
+    for _ in range(times):
+        with files.hold(folder, lambda owner: None):
+            number = int((folder / "number").read_text() or 0)
+            (folder / "number").write_text(str(number + 1))
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{path} does not come")
+
+
+@pytest.mark.system
+def test_a_killed_owner_and_its_workers_hold_nothing(tmp_path: Path) -> None:
+    owner = context.Process(target=hold_for, args=(tmp_path / "arm", 60, True))
+    owner.start()
+    wait_for(tmp_path / "held")
+    time.sleep(0.1)
+    with pytest.raises(files.BusyError, match=f"process {owner.pid} on "), files.hold(tmp_path / "arm"):
+        pytest.fail("held twice")
+    worker = int((tmp_path / "held").read_text())
+    os.kill(owner.pid or 0, signal.SIGKILL)
+    owner.join()
+    try:
+        os.kill(worker, 0)  # it lives
+        with files.hold(tmp_path / "arm"):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.system
+def test_who_waits_is_told_once_whom_it_waits_for_and_may_be_interrupted(tmp_path: Path) -> None:
+    owner = context.Process(target=hold_for, args=(tmp_path / "arm", 2))
+    owner.start()
+    wait_for(tmp_path / "held")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C's
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt), files.hold(tmp_path / "arm", lambda owner: None):
+            pytest.fail("held twice")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    owners: list[str] = []
+    with files.hold(tmp_path / "arm", owners.append):
+        assert owners == [f"process {owner.pid} on {socket.gethostname()}"]
+    owner.join()
+
+
+@pytest.mark.system
+def test_processes_that_wait_never_write_at_once(tmp_path: Path) -> None:
+    (tmp_path / "number").write_text("0")
+    counters = [context.Process(target=count, args=(tmp_path, 20)) for _ in range(4)]
+    for counter in counters:
+        counter.start()
+    for counter in counters:
+        counter.join()
+        assert counter.exitcode == 0
+    assert (tmp_path / "number").read_text() == "80"
+    assert [path.name for path in tmp_path.iterdir()] == ["number"]

@@ -1,0 +1,166 @@
+"""Which settings determine which stage: what the teacher alone has, what its heirs have, what names it."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torture
+from conftest import TINY, composed
+from rich.console import Console
+
+from experiments import arms, checkpoint, stage
+from experiments.config import TEACHER, Config
+from experiments.data import load
+from experiments.experiment import run_experiment
+from experiments.run import Run, stage_config
+from experiments.training import make_batches
+
+Tiny = Callable[..., Config]
+Main = Callable[..., int]
+SHORT = ("schedule.epochs=6it", "schedule.evaluate=2it", "schedule.teacher_epochs=8it")
+
+
+def run_of(config: Config) -> Run:
+    return Run(config, load(config.data), torch.device("cpu"), Console(quiet=True))
+
+
+def test_the_teachers_schedule_is_its_own(tiny: Tiny) -> None:
+    config = tiny("schedule.teacher_decay=constant", "schedule.teacher_epochs=8it", "growth.warmup=3it")
+    names = (TEACHER, "net2net", "random_init", "teacher_continued")
+    schedules = {arm: stage_config(config, arm).schedule for arm in names}
+    length = config.schedule.epochs
+    assert {arm: (one.decay, one.epochs, one.warmup) for arm, one in schedules.items()} == {
+        TEACHER: ("constant", "8it", "0it"),
+        "net2net": ("linear", length, "3it"),
+        "random_init": ("linear", length, "0it"),
+        "teacher_continued": ("linear", length, "3it"),
+    }
+    plain = tiny("schedule.warmup=2it")
+    assert {stage_config(plain, arm).schedule.warmup for arm in (TEACHER, "net2net", "random_init")} == {"2it"}
+    run = run_of(config)
+    totals = [run.job(TEACHER, None, 1.0).total, run.job("random_init", "wider", 1.0).total]
+    assert totals == [8, int(length.removesuffix("it"))]
+
+
+HEIRS = {TEACHER, "net2net", "teacher_continued"}
+CHANGES: dict[str, set[str]] = {  # a setting -> the stages that it changes
+    "schedule.teacher_decay=constant": HEIRS,
+    "schedule.teacher_augment=false": HEIRS,
+    "schedule.teacher_epochs=8it": HEIRS,
+    "growth.warmup=3it": HEIRS - {TEACHER},
+    "growth.optimizer_state=carried": HEIRS - {TEACHER},
+    "growth.split=paired": {"net2net"},
+    "students.wider.width=0.9": {"net2net", "random_init"},
+    **{key: HEIRS | {"random_init"} for key in ("schedule.lr=0.02", "seed=1", "precision=bfloat16", "data.pad=0")},
+    **{key: HEIRS | {"random_init"} for key in ("+model.extra_pairs=1", "schedule.batch_size=16")},
+    "teacher.width=0.3": HEIRS,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stage_depends_on_what_it_is_trained_with_and_on_nothing_else(tiny: Tiny, change: str) -> None:
+    plain, other = run_of(tiny()), run_of(tiny(change))
+    stages = ((TEACHER, None), ("net2net", "wider"), ("random_init", "wider"), ("teacher_continued", None))
+    for arm, student in stages:
+        assert (plain.settings(arm, student) != other.settings(arm, student)) == (arm in CHANGES[change]), arm
+    assert (plain.teacher != other.teacher) == (TEACHER in CHANGES[change])
+
+
+def test_other_images_are_another_teachers(tiny: Tiny) -> None:
+    run, other = run_of(tiny()), run_of(tiny())
+    other.splits.train.images[0, 0, 0, 0] ^= 1
+    assert run.teacher != other.teacher
+
+
+def test_what_a_grown_teacher_depends_on(composed: Tiny) -> None:
+    base = [*torture.SETTINGS, "+first.width=0.125"]
+    teacher = run_of(composed(*base)).teacher
+    changes = ["first.width=0.2", "schedule.first_epochs=4it", "rates.net2net=3", "growth.noise=0.1"]
+    others = [run_of(composed(*base, change)).teacher for change in (*changes, "growth.warmup=2it")]
+    assert len({teacher, *others}) == 1 + len(others)
+    for change in ("rates.random_init=3", "students.wider.width=0.6"):
+        assert run_of(composed(*base, change)).teacher == teacher
+    settings = run_of(composed(*base[:-1])).settings(TEACHER, None)  # without a first network
+    assert not {"first", "rate", "growth"} & settings.keys() and "first_epochs" not in settings["schedule"]
+
+
+def test_the_rate_of_a_teacher_that_does_not_anneal_is_still_there_when_it_is_handed_over(
+    train_py: Main, tmp_path: Path
+) -> None:
+    rates: dict[str, dict[str, float]] = {}
+    for decay in ("constant", "linear"):
+        runs = tmp_path / decay
+        assert train_py(*SHORT, f"runs={runs}", f"schedule.teacher_decay={decay}", "arms=[net2net]") == 0
+        folder = runs / "quickstart/seed0"
+        rates[decay] = {
+            name: checkpoint.load(folder / name)["optimizer"]["param_groups"][0]["lr"] for name in (TEACHER, "net2net")
+        }
+    assert rates["constant"][TEACHER] == pytest.approx(0.01)
+    assert rates["linear"][TEACHER] == pytest.approx(0.01 / 8)
+    assert rates["constant"]["net2net"] == rates["linear"]["net2net"] == pytest.approx(0.1 * 0.01 / 6)
+
+
+def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny: Tiny) -> None:
+    run = run_of(tiny("schedule.teacher_augment=false"))
+    plain = next(run.splits.train.batches(32, epoch=0, seed=0, augment=False, pad=run.config.data.pad))[0]
+    seen = {
+        name: next(make_batches(run.job(name, student, 1.0), 0))[0]
+        for name, student in ((TEACHER, None), ("random_init", "wider"), ("teacher_continued", None))
+    }
+    assert torch.equal(seen[TEACHER], plain)
+    assert not torch.equal(seen["random_init"], plain)
+    assert torch.equal(seen["random_init"], seen["teacher_continued"])
+
+
+# -- the optimizer's state ----------------------------------------------------------------------------------------
+
+
+def curve(folder: Path, arm: str) -> list[dict[str, str]]:
+    """The rows of an arm, without the time and the FLOPs that they took."""
+    with (folder / arm / "curve.csv").open() as file:
+        return [{key: row[key] for key in row if key not in ("seconds", "flops")} for row in csv.DictReader(file)]
+
+
+def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer(tmp_path: Path) -> None:
+    found = {}
+    for state in ("carried", "dropped"):
+        words = (*SHORT, f"growth.optimizer_state={state}", "students.wider.width=0.5477", f"runs={tmp_path}/{state}")
+        run_experiment(composed(*TINY, *words, "arms=[net2net,teacher_continued]"), Console(quiet=True))
+        folder = tmp_path / state / "quickstart/seed0"
+        found[state] = curve(folder, "net2net")
+        assert found[state] == curve(folder, "teacher_continued")
+    assert found["carried"] != found["dropped"]
+
+
+def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have_none(tiny: Tiny) -> None:
+    config = tiny(*SHORT, "growth.optimizer_state=carried", "growth.split=equal", "+students.wider.extra_pairs=1")
+    run = run_of(config)
+    teacher, student = run.make_network(None), run.make_network("wider")
+    stage.obtain_teacher(run, teacher)
+    transfer = arms.fill("net2net", teacher, student, config, run.images)
+    state = stage.teacher_optimizer_state(run)
+    carried = arms.carry_optimizer_state(transfer, teacher, student, state, config)
+    new, old = (arms.make_optimizer(network, config.schedule) for network in (student, teacher))
+    new.load_state_dict(carried)
+    old.load_state_dict(state)
+    names = dict(teacher.named_parameters())
+    without = [name for name, parameter in student.named_parameters() if parameter not in new.state]
+    assert without and all(name not in names for name in without)
+    # The first copies of incoming weights have the very moments of the weights they are.
+    first, source = student.get_parameter("stem.0.0.weight"), names["stem.0.0.weight"]
+    assert torch.equal(new.state[first]["square_avg"][: source.shape[0]], old.state[source]["square_avg"])
+    assert bool(old.state[source]["square_avg"].any())
+
+
+def test_an_arm_that_diverges_does_not_stop_the_others(
+    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_py(*SHORT, "arms=[random_init,teacher_continued]", "rates.random_init=1e30") == 1
+    assert "random_init: " in (error := capsys.readouterr().err) and "not finite at step" in error
+    folder = tmp_path / "runs/quickstart/seed0"
+    for arm, complete in (("teacher_continued", True), ("random_init", False)):
+        assert json.loads((folder / arm / "manifest.json").read_text())["complete"] is complete
+    assert (tmp_path / "runs/quickstart/figure.png").is_file()

@@ -1,0 +1,132 @@
+"""A sweep on a real Slurm: jobs that are preempted or requeued go on where they were, and the curves are the same.
+
+Needs a Slurm that answers (a cluster's, or the one-node Slurm that NET2NET_SLURM/up starts and NET2NET_SLURM/down
+stops; by default ../shared/slurm). Skips, and says why, where there is neither.
+"""
+
+import csv
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+pytestmark = pytest.mark.system
+ROOT = Path(__file__).parents[2]
+Environment = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    """The environment in which Slurm's commands answer."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    if shutil.which("sinfo") and subprocess.run(["sinfo", "-h"], capture_output=True).stdout.strip():
+        yield environment
+        return
+    scripts = Path(os.environ.get("NET2NET_SLURM", ROOT.parent / "shared" / "slurm"))
+    if not (scripts / "up").exists():
+        pytest.skip(f"no Slurm answers, and there is no {scripts / 'up'} that starts one")
+    state = tmp_path_factory.mktemp("slurm")
+    threads = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # nproc would obey it
+    up = subprocess.run([scripts / "up", state], env=threads, capture_output=True, text=True)
+    try:
+        if up.returncode:
+            said = (up.stderr or up.stdout).strip().splitlines() or ["nothing said"]
+            pytest.skip(f"Slurm cannot be installed or started here: {said[-1]}")
+        # Its last line is `export NAME=VALUE ... PATH=FOLDER:$PATH`.
+        words = shlex.split(up.stdout.splitlines()[-1])[1:]
+        changed = dict(word.split("=", 1) for word in words)
+        yield environment | {key: value.replace("$PATH", os.environ["PATH"]) for key, value in changed.items()}
+    finally:
+        subprocess.run([scripts / "down", state], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of ImageNet's form: 4 classes, 40 noisy pictures each, which two processes decode."""
+    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, count in (("train", 40), ("val", 5)):
+        for kind in range(4):
+            folder = root / part / f"class{kind}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 120, (24, 24, 3)) + 30 * kind
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.JPEG")
+    return root
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The curve in a run's folder, but for its seconds; empty as long as there is none."""
+    if not (folder / "curve.csv").exists():
+        return []
+    with open(folder / "curve.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def wait(what: str, happened: Callable[[], object], driver: subprocess.Popen[str], seconds: float = 90) -> None:
+    """Until it has happened; the test fails if it takes too long, or if the driver ends before."""
+    for _ in range(round(seconds / 0.05)):
+        if happened():
+            return
+        if driver.poll() is not None:
+            pytest.fail(f"the sweep ended before {what}: {driver.communicate()[1][-3000:]}")
+        time.sleep(0.05)
+    pytest.fail(f"{what}: not within {seconds} s")
+
+
+def test_a_preempted_and_a_requeued_job_go_on_where_they_were(
+    slurm: Environment, pictures: Path, tmp_path: Path
+) -> None:
+    name = f"net2net-test-{os.getpid()}"
+    command = [sys.executable, ROOT / "train.py", "-m", *TINY, "arms=net2net,random_pad,random_init"]
+    command += ["schedule.epochs=60it", "schedule.evaluate=10it", "schedule.batch_size=16"]
+    command += ["data=imagenet", f"data.root={pictures}", "data.size=8", "data.workers=2", "data.holdout=0.1"]
+    own = ["hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1", f"hydra.launcher.name={name}"]
+
+    def start(*settings: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, *settings], cwd=tmp_path, env=slurm, text=True, stdout=pipe, stderr=pipe)
+
+    def ask(*words: str) -> str:
+        return subprocess.run(words, env=slurm, capture_output=True, text=True, check=True).stdout.strip()
+
+    def signal(task: int, *words: str) -> None:
+        with suppress(subprocess.TimeoutExpired):  # scancel may repeat the signal until the job is back
+            subprocess.run([*words, f"{number}_{task}"], env=slurm, check=True, timeout=5)
+
+    def curve(arm: str, runs: str = "slurm") -> list[dict[str, str]]:
+        return rows(tmp_path / runs / "quickstart/seed0" / arm)
+
+    drivers = [start("hydra/launcher=slurm", *own, "runs=slurm")]
+    try:
+        # Two jobs want the teacher: one trains it, the other waits for it. The first is preempted, the second requeued.
+        wait("rows of the teacher", lambda: len(curve("teacher")) > 1, drivers[0])
+        number = ask("squeue", "-h", "-r", "-n", name, "-o", "%F").splitlines()[0]
+        signal(0, "scancel", "--signal=USR2")
+        assert len(curve("net2net")) < 7, "the job was done before it was signalled"
+        wait("rows of random_pad", lambda: len(curve("random_pad")) > 1, drivers[0])
+        signal(1, "scontrol", "requeue")
+        assert len(curve("random_pad")) < 7, "the job was done before it was signalled"
+        drivers += [start("runs=basic")]
+        ends = [driver.communicate(timeout=240) for driver in drivers]
+    finally:
+        for driver in drivers:
+            driver.kill()
+        subprocess.run(["scancel", "-n", name], env=slurm)
+    assert [driver.returncode for driver in drivers] == [0, 0], ends
+    restarts = [ask("scontrol", "show", "job", f"{number}_{task}") for task in range(3)]
+    assert [int(re.findall(r"Restarts=(\d+)", text)[0]) for text in restarts] == [1, 1, 0]
+    assert len(list((tmp_path / "slurm/teachers").iterdir())) == 1
+    for arm in ("teacher", "net2net", "random_pad", "random_init"):
+        assert len(curve(arm)) == 7
+        assert curve(arm) == curve(arm, "basic")

@@ -1,0 +1,239 @@
+"""Sweeps: the same curves whichever launcher runs them; a job that fails says why, and stops no other."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from omegaconf import OmegaConf
+
+from experiments import command, files, sweep
+from experiments.config import Config, ExperimentError
+from experiments.signals import Interrupted
+
+ROOT = Path(__file__).parents[2]
+Main = Callable[..., int]
+
+
+def train(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    """A sweep of the smallest experiment, as the terminal starts it, in the folder."""
+    command = [sys.executable, ROOT / "train.py", "-m", *TINY, *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums are made in the order that the number of threads gives
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    """The curve in a run's folder, but for its seconds."""
+    with open(folder / "curve.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.system
+def test_the_local_launcher_makes_the_same_curves_and_a_failing_job_stops_no_other(tmp_path: Path) -> None:
+    arms = "arms=random_pad,net2net,random_init_low_lr"
+    wild = "rates={net2net: 0.1, random_init: 1.0, random_pad: 1e30, random_init_low_lr: 1e30, teacher_continued: 0.1}"
+    short = ("schedule.epochs=12it", "schedule.evaluate=6it", "growth.calibrate=16")
+    ends = {
+        launcher: train(tmp_path, arms, wild, *short, f"hydra/launcher={launcher}", f"runs={launcher}", *more)
+        for launcher, more in {"basic": (), "local": ("hydra.launcher.n_jobs=2",)}.items()
+    }
+    for launcher, end in ends.items():
+        assert end.returncode == 1
+        said = [line for line in end.stderr.splitlines() if line.startswith("Error: ")]
+        assert len(said) == 2, end.stderr
+        for arm in ("random_pad", "random_init_low_lr"):
+            (sentence,) = (line for line in said if f"quickstart seed0 {arm}: The loss is not finite" in line)
+            failure = tmp_path / launcher / "quickstart/seed0" / arm / sweep.FAILURE
+            assert f"Error: {failure.read_text()}" == f"{sentence}\n"
+        for arm in ("teacher", "net2net"):
+            run = tmp_path / launcher / "quickstart/seed0" / arm
+            assert json.loads((run / "manifest.json").read_text())["complete"]
+            assert not (run / sweep.FAILURE).exists()
+            assert len(curve(run)) == 3 and curve(run) == curve(tmp_path / "basic/quickstart/seed0" / arm)
+    manifest = json.loads((tmp_path / "local/quickstart/seed0/net2net/manifest.json").read_text())
+    assert manifest["command"].startswith("python train.py ") and " arms=net2net" in manifest["command"]
+    out = ends["local"].stdout
+    assert "quickstart seed0 net2net: begun, log in local/.multirun/logs/quickstart_seed0_net2net.txt" in out
+    assert "quickstart seed0 net2net: done" in out and "random_pad: done" not in out
+    log = (tmp_path / "local/.multirun/logs/quickstart_seed0_net2net.txt").read_text()
+    assert "step     12/12" in log and "step     12/12" not in out
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Every run fails, the ones of seed 1 by a bug; gives the configurations that were to be run."""
+    asked: list[Config] = []
+
+    def fail(config: Config, *_: object, **__: object) -> None:
+        asked.append(config)
+        raise RuntimeError("a bug") if config.seed == 1 else ExperimentError("The images are gone.")
+
+    monkeypatch.setattr("experiments.experiment.run_experiment", fail)
+    return asked
+
+
+def test_a_sweep_is_planned_and_what_failed_is_noted(
+    train_py: Main, failing: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_py("-m", "seed=0,1", "arms=net2net,random_init") == 1
+    assert [(config.seed, config.arms) for config in failing] == [
+        (seed, [arm]) for seed in (0, 1) for arm in ("net2net", "random_init")
+    ]
+    err = capsys.readouterr().err
+    assert err.count("Error: quickstart seed0 net2net: The images are gone.") == 1
+    assert err.count("Error: quickstart seed1 random_init: RuntimeError: a bug") == 1
+    assert err.count("Traceback") == 2  # of the bug alone, once a job
+    experiment = tmp_path / "runs/quickstart"
+    assert sweep.read_plan(experiment) == {seed: ["net2net", "random_init"] for seed in ("0", "1")}
+    notes = {path.relative_to(experiment).as_posix(): path.read_text() for path in experiment.rglob(sweep.FAILURE)}
+    assert len(notes) == 4
+    assert notes["seed1/net2net/failure.txt"] == "quickstart seed1 net2net: RuntimeError: a bug\n"
+    assert set(sweep.read_failures()) == {text.strip() for text in notes.values()}
+
+
+def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_what_it_runs(
+    train_py: Main, failing: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_py("-m", "seed=0,1", "arms=[net2net,random_init]")
+    monkeypatch.setattr("experiments.experiment.run_experiment", lambda *_, **__: None)
+    assert train_py("-m", "seed=1,2", "arms=net2net") == 0
+    experiment = tmp_path / "runs/quickstart"
+    both = ["net2net", "random_init"]
+    assert sweep.read_plan(experiment) == {"0": both, "1": both, "2": ["net2net"]}
+    left = sorted(path.parent.relative_to(experiment).as_posix() for path in experiment.rglob(sweep.FAILURE))
+    assert left == ["seed0/net2net", "seed0/random_init", "seed1/random_init"]
+
+
+def test_sweeps_that_start_together_lose_nothing_of_the_plan(
+    composed: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = OmegaConf.structured(composed(*TINY, f"runs={tmp_path}"))
+    read = sweep.read_plan
+
+    def slowly(experiment: Path) -> dict[str, list[str]]:
+        found = read(experiment)
+        time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(sweep, "read_plan", slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda seed: sweep.add_to_plan(config, {"seed": [seed]}), "012"))
+    assert read(tmp_path / "quickstart").keys() == {"0", "1", "2"}
+
+
+def test_who_finds_a_folder_taken_leaves_no_note_in_it(train_py: Main, failing: list[Config], tmp_path: Path) -> None:
+    folder = tmp_path / "runs/quickstart/seed0/random_init"
+    with files.hold(folder):
+        assert train_py("arms=[random_init]") == 1
+    assert not list(tmp_path.rglob(sweep.FAILURE))
+
+
+def test_a_plan_names_the_cases_and_the_students(train_py: Main, failing: list[Config], tmp_path: Path) -> None:
+    cases = "+cases.two={students: {deeper: {extra_pairs: 1}}}"
+    train_py("-m", "seed=0", cases, "+cases.other={arms: [random_init]}", "case=two,other")
+    arms = ["net2net", "random_pad", "random_init", "random_init_low_lr"]
+    expected = [f"{student}_{arm}" for student in ("wider", "deeper") for arm in arms]
+    assert set(sweep.read_plan(tmp_path / "runs/quickstart/two")["0"]) == {*expected, "teacher_continued"}
+    assert sweep.read_plan(tmp_path / "runs/quickstart/other") == {"0": ["random_init"]}
+    assert [config.name for config in failing] == ["quickstart/two", "quickstart/other"]
+
+
+def test_a_single_run_that_fails_at_once_leaves_nothing_and_later_it_leaves_why(
+    train_py: Main, failing: list[Config], tmp_path: Path
+) -> None:
+    assert train_py() == 1
+    assert not list(tmp_path.rglob(sweep.FAILURE))
+    folder = tmp_path / "runs/quickstart/seed0/random_init"
+    folder.mkdir(parents=True)  # it had begun
+    assert train_py() == 1
+    assert [path.parent for path in tmp_path.rglob(sweep.FAILURE)] == [folder]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("hydra/launcher=local",), "hydra/launcher=local starts the jobs of a sweep: add -m."),
+        (("-m", "hydra/launcher=slurm"), "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine"),
+        (
+            ("--multirun", "hydra/launcher=slurm"),
+            "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine",
+        ),
+        (("-m", "hydra/launcher=slrum"), "there is no hydra/launcher=slrum (did you mean 'slurm'?). There are: local"),
+    ],
+)
+def test_a_launcher_that_cannot_be_used_is_refused_in_a_sentence(
+    train_py: Main,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    typed: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert train_py(*typed) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_slurm_jobs_are_requeued_and_resume_in_the_same_place(
+    train_py: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_py("hydra/launcher=slurm", "--cfg", "hydra") == 0
+    out = capsys.readouterr().out
+    for line in ("max_num_timeout: 20", "signal_delay_s: 120", "requeue: true", "array_parallelism: 16"):
+        assert line in out
+    assert "submitit_folder: ${hydra.sweep.dir}/.submitit/%j" in out and "now:" not in out.partition("job_logging")[0]
+
+
+def test_what_ends_a_job_is_told_from_process_to_process() -> None:
+    stopped = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "net2net stopped at step 3 of 9")))
+    assert (stopped.number, str(stopped)) == (signal.SIGTERM, "net2net stopped at step 3 of 9")
+    failed = pickle.loads(pickle.dumps(command.JobFailed("seed0: The images are gone.", elsewhere=True)))
+    assert (failed.sentence, failed.elsewhere) == ("seed0: The images are gone.", True)
+
+
+def test_as_many_runs_at_once_as_gpus_or_else_as_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: 12)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [sweep.runs_at_once(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [2, 2, 12, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert sweep.runs_at_once("auto") == 12
+
+
+@pytest.mark.slow
+def test_each_process_takes_a_gpu_of_its_own_and_gives_it_back_however_it_ends(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from experiments import sweep; sweep.take_gpu(); sweep.take_gpu();"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'], 'torch' in sys.modules, flush=True); sys.stdin.read()"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "3,GPU-5", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    processes: list[subprocess.Popen[str]] = []
+
+    def start() -> str:
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, stdin=pipe, stdout=pipe)
+        )
+        out = processes[-1].stdout
+        assert out
+        gpu, torch = out.readline().split()
+        assert torch == "False"
+        return gpu
+
+    try:
+        assert [start(), start()] == ["3", "GPU-5"]
+        assert [start(), start()] == ["3", "GPU-5"]  # more processes than GPUs share them evenly
+        processes[1].kill()
+        processes[1].wait()
+        assert start() == "GPU-5"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

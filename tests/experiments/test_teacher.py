@@ -1,0 +1,309 @@
+"""One teacher for all arms and experiments that start from the same one, trained once. The processes are real."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torture
+from rich.console import Console
+
+from experiments import checkpoint, experiment, files, stage, training
+from experiments.analysis import curves
+from experiments.config import ARMS, Config, ExperimentError, check
+from experiments.data import load
+from experiments.run import Run
+from experiments.run_log import parse_curve
+
+Make = Callable[..., Config]
+SMALL = [*torture.SETTINGS[1:], "schedule.epochs=8it", "schedule.evaluate=4it", "growth.calibrate=0"]
+ONE_ARM = ("arms=random_pad", "target=random_pad")
+
+
+@pytest.fixture
+def small(composed: Make, tmp_path: Path) -> Make:
+    """A smaller experiment than the smallest; eight steps a stage."""
+    return lambda *settings: composed(torture.SETTINGS[0], *SMALL, f"runs={tmp_path}/runs", *settings)
+
+
+def compare(config: Config, log: Path | None = None) -> None:
+    """Run an experiment in this process."""
+    torch.set_num_threads(1)
+    with open(log or os.devnull, "w") as text:
+        experiment.run_experiment(config, Console(file=text))
+
+
+def run_of(config: Config) -> Run:
+    return Run(config, load(config.data), torch.device("cpu"), Console(quiet=True))
+
+
+def trained_teacher(runs: Path) -> tuple[Path, dict[str, Any]]:
+    """The only teacher in a folder, and its manifest."""
+    (folder,) = (runs / "teachers").iterdir()
+    return folder, json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture
+def trained_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one number a training step; the speed that is measured for the announcement does not count."""
+    monkeypatch.setattr(experiment, "_announce", lambda *_: None)
+    found: list[int] = []
+    step = training.train_step
+
+    def counted(*arguments: Any) -> Any:
+        found.append(1)
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "train_step", counted)
+    return found
+
+
+@pytest.mark.system
+def test_arms_of_several_experiments_at_once_train_it_once_and_wait(small: Make, tmp_path: Path) -> None:
+    processes = {}
+    for name in ("one", "two"):
+        for arm in ARMS:
+            config = small(f"arms={arm}", f"target={arm}")
+            config.experiment = name
+            log = tmp_path / f"{name}-{arm}.txt"
+            processes[log] = torture.context.Process(target=compare, args=(config, log))
+    with files.hold(tmp_path / "runs/teachers" / run_of(config).teacher):  # or the first may end before others come
+        for process in processes.values():
+            process.start()
+        while sum(log.exists() and "waits for process" in log.read_text() for log in processes) < 2:
+            assert any(process.is_alive() for process in processes.values())
+            time.sleep(0.1)
+    for process in processes.values():
+        process.join()
+    assert {process.exitcode for process in processes.values()} == {0}
+    folder, manifest = trained_teacher(tmp_path / "runs")
+    assert manifest["complete"] and [(p["from"], p["to"]) for p in manifest["processes"]] == [(0, 8)]
+    logs = {log.stem: log.read_text() for log in processes}
+    need = {name for name in logs if "random_init" not in name}
+    assert len([name for name, text in logs.items() if "teacher                step" in text]) == 1
+    waited = [name for name, text in logs.items() if "waits for process" in text]
+    assert len(waited) >= 2 and set(waited) <= need
+    for name in need:
+        assert logs[name].count("waits for process") == (name in waited)
+        label, _, arm = name.partition("-")
+        seed = tmp_path / "runs" / label / "seed0"
+        assert os.readlink(seed / "teacher") == f"../../teachers/{folder.name}"
+        manifest = json.loads((seed / arm / "manifest.json").read_text())
+        assert manifest["complete"] and manifest["settings"]["teacher"] == folder.name
+    assert not list((tmp_path / "runs").rglob(".*"))
+
+
+@pytest.mark.system
+def test_who_waits_continues_where_a_killed_trainer_was(small: Make, tmp_path: Path) -> None:
+    # Long enough that the teacher is not done before it is killed, however late the kill comes.
+    settings = (*ONE_ARM, "schedule.epochs=8it", "schedule.teacher_epochs=200it")
+    compare(small(*settings, f"runs={tmp_path}/whole"))
+    logs = [tmp_path / f"{number}.txt" for number in range(3)]
+    processes = []
+    for number, log in enumerate(logs):
+        config = small(*settings, "checkpoint_seconds=0")
+        config.experiment = f"experiment{number}"
+        processes.append(torture.context.Process(target=compare, args=(config, log)))
+        processes[-1].start()
+    killed: list[int] = []
+    while len(killed) < 2:
+        assert sum(process.is_alive() for process in processes) > 2 - len(killed), "a teacher was done too early"
+        time.sleep(0.01)
+        for number, log in enumerate(logs):
+            text = log.read_text() if log.exists() else ""
+            reached = "teacher                step      4/200" in text
+            reached |= bool(killed) and "teacher                step" in text
+            if number not in killed and reached and processes[number].is_alive():
+                os.kill(processes[number].pid or 0, signal.SIGKILL)
+                killed.append(number)
+                break
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode or 0 for process in processes) == [-9, -9, 0]
+    folder, manifest = trained_teacher(tmp_path / "runs")
+    worked = [(process["from"], process["to"]) for process in manifest["processes"]]
+    assert worked[0][0] == 0 and worked[-1][1] == 200 and len(worked) > 1
+    assert [to for _, to in worked[:-1]] == [start for start, _ in worked[1:]]
+    whole, _ = trained_teacher(tmp_path / "whole")
+    assert whole.name == folder.name
+    assert torture.equal(checkpoint.load(folder)["network"], checkpoint.load(whole)["network"])
+
+
+def test_another_experiment_uses_it_also_after_a_move(small: Make, tmp_path: Path, trained_steps: list[int]) -> None:
+    compare(small(*ONE_ARM))
+    other = small("arms=random_pad", "target=random_init", "students.wider.width=0.6")
+    other.experiment = "other"
+    compare(other)
+    assert len(trained_steps) == 8 + 8 + 8  # the teacher and two arms
+    (tmp_path / "runs").rename(tmp_path / "moved")  # the links are relative
+    other.runs = f"{tmp_path}/moved"
+    compare(other)
+    assert len(trained_steps) == 24
+    # Figure and table follow the experiment's own configuration, not that of the teacher's first user.
+    manifests = curves.load(tmp_path / "moved/other")[1]
+    assert manifests["teacher"][0]["experiment"] == "quickstart"
+    assert curves.target_arm(manifests) == "random_init"
+
+
+def test_the_arms_of_another_teacher_are_refused(small: Make, tmp_path: Path) -> None:
+    compare(small(*ONE_ARM))
+    other = small(*ONE_ARM, "teacher.width=0.3")
+    said = r"seed0/teacher holds a run made with other settings:\n  network.width: "
+    with pytest.raises(ExperimentError, match=said):
+        compare(other)
+    (tmp_path / "runs/quickstart/seed0/teacher").unlink()
+    with pytest.raises(
+        ExperimentError, match=r"seed0/random_pad holds a run made with other .*:\n  teacher: \w+ there,"
+    ):
+        compare(other)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_damaged_one_is_not_taken_for_trained(small: Make, tmp_path: Path, last: bool, capsys: Any) -> None:
+    config = small(*ONE_ARM)
+    compare(config)
+    folder, manifest = trained_teacher(tmp_path / "runs")
+    whole = checkpoint.load(folder)["network"]
+    content = bytearray((folder / "checkpoint.pt").read_bytes())
+    content[1000] ^= 1
+    (folder / "checkpoint.pt").write_bytes(content)
+    if last:  # the reserve is of the last step, too: only the evaluation was missing
+        checkpoint.save(tmp_path / "new", checkpoint.load(folder) | {"network": whole, "step": 8})
+        shutil.copy(tmp_path / "new/checkpoint.pt", folder / "checkpoint.previous.pt")
+    run = run_of(config)
+    network = run.make_network(None)
+    capsys.readouterr()
+    stage.obtain_teacher(run, network)
+    said = "checkpoint.pt cannot be read (its checksum is wrong); continuing from checkpoint.previous.pt"
+    assert said in capsys.readouterr().err
+    assert torture.equal(dict(network.state_dict()), dict(whole))
+    after = trained_teacher(tmp_path / "runs")[1]
+    assert after["complete"] and after["curve_sha256"] and manifest["settings"] == after["settings"]
+    worked = [(process["from"], process["to"]) for process in after["processes"]]
+    assert worked == ([(0, 8)] if last else [(0, 4), (4, 8)])
+    assert last or checkpoint.load(folder)["step"] == 8
+
+
+def test_a_copy_without_links_is_used_and_a_link_to_what_is_gone_is_made_anew(
+    small: Make, tmp_path: Path, trained_steps: list[int]
+) -> None:
+    config = small(*ONE_ARM)
+    seed = tmp_path / "runs/quickstart/seed0"
+    seed.mkdir(parents=True)
+    (seed / "teacher").symlink_to("../../teachers/gone")
+    compare(config)
+    assert os.readlink(seed / "teacher") == f"../../teachers/{run_of(config).teacher}"
+    shutil.copytree(tmp_path / "runs/quickstart", tmp_path / "copy/quickstart")
+    shutil.rmtree(tmp_path / "copy/quickstart/seed0/random_pad")
+    config.runs = f"{tmp_path}/copy"
+    compare(config)
+    assert len(trained_steps) == 8 + 8 + 8
+    assert not (tmp_path / "copy/teachers").exists()
+
+
+def test_no_lock_is_left(small: Make, tmp_path: Path) -> None:
+    compare(small())
+    assert not list(tmp_path.rglob(".*"))
+    for name in ("teacher", "net2net"):  # as of a process that was killed after its last word
+        (tmp_path / "runs/quickstart/seed0" / name / files.LOCK).touch()
+    compare(small())
+    assert not list(tmp_path.rglob(".*"))
+
+
+# -- a teacher that is grown itself -------------------------------------------------------------------------------
+
+GROWN = ("arms=net2net", "+first.width=0.125", "schedule.first_epochs=4it")
+
+
+def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    config = small(*GROWN, "schedule.teacher_epochs=8it")
+    compare(config, log)
+    run = run_of(config)
+    assert run.earlier is not None
+    places = {
+        name: tmp_path / "runs/teachers" / one.teacher for name, one in (("first", run.earlier), ("teacher", run))
+    }
+    assert {path.name for path in (tmp_path / "runs/teachers").iterdir()} == {path.name for path in places.values()}
+    points = {name: parse_curve((path / "curve.csv").read_bytes(), path) for name, path in places.items()}
+    manifests = {name: json.loads((path / "manifest.json").read_text()) for name, path in places.items()}
+    end, start, last = points["first"][-1], points["teacher"][0], points["teacher"][-1]
+    assert (end["step"], start["step"], last["step"]) == (4, 0, 8)
+    assert start["test_accuracy"] == end["test_accuracy"]
+    assert start["holdout_loss"] == pytest.approx(end["holdout_loss"])
+    # What the first network has cost is part of what the teacher has: once, and of each kind.
+    assert start["flops"] == end["flops"] > 0 and start["examples"] == end["examples"] > 0
+    assert start["seconds"] == pytest.approx(end["seconds"])
+    own = manifests["teacher"]["train_flops_per_image"] * 8 * config.schedule.batch_size
+    assert last["flops"] == pytest.approx(end["flops"] + own, rel=1e-5)
+    assert manifests["teacher"]["settings"]["first"] == places["first"].name
+    assert manifests["teacher"]["settings"]["rate"] == config.rates["net2net"]
+    origin = manifests["teacher"]["grown_from"]
+    assert origin["settings"] == manifests["first"]["settings"]
+    assert origin["curve_sha256"] == manifests["first"]["curve_sha256"]
+    assert manifests["first"]["config"] == manifests["teacher"]["config"]  # what the command composes
+    said = log.read_text()
+    assert said.count("\nfirst                  step") == 2 and "\nfirst  " in said.partition("arms ")[0]
+    # The first network is trained once: what starts from it anew finds it there.
+    shutil.rmtree(places["teacher"])
+    shutil.rmtree(tmp_path / "runs/quickstart")
+    compare(config, log)
+    assert "first                  step" not in log.read_text() and "teacher                step" in log.read_text()
+
+
+def test_a_grown_teacher_can_start_with_the_state_of_the_optimizer(small: Make, tmp_path: Path) -> None:
+    ends = {}
+    for state in ("dropped", "carried"):
+        config = small(*GROWN[:2], f"growth.optimizer_state={state}", f"runs={tmp_path}/{state}")
+        compare(config)
+        ends[state] = checkpoint.load(tmp_path / state / "teachers" / run_of(config).teacher)["rows"]
+    assert ends["dropped"][0]["test_loss"] == ends["carried"][0]["test_loss"]
+    assert ends["dropped"][-1]["train_loss"] != ends["carried"][-1]["train_loss"]
+
+
+@pytest.mark.parametrize("at", [3, 6])  # steps, of which the first network has four
+def test_a_grown_teacher_is_the_same_after_an_interruption(
+    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    settings = (*GROWN, "schedule.teacher_epochs=4it")
+    whole = small(*settings, f"runs={tmp_path}/whole")
+    compare(whole)
+    config = small(*settings, "checkpoint_seconds=0")
+    made, step = 0, training.train_step
+
+    def interrupted_step(*arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made > at:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train_step", interrupted_step)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    compare(config)
+    ends = [checkpoint.load(Path(one.runs) / "teachers" / run_of(one).teacher) for one in (whole, config)]
+    assert torture.equal(ends[0]["network"], ends[1]["network"])
+    assert [row["flops"] for row in ends[0]["rows"]] == [row["flops"] for row in ends[1]["rows"]]
+    manifest = json.loads((tmp_path / "runs/teachers" / run_of(config).teacher / "manifest.json").read_text())
+    assert [len(one["processes"]) for one in (manifest["grown_from"], manifest)] == ([2, 1] if at == 3 else [1, 2])
+
+
+def test_a_teacher_that_cannot_be_grown_is_refused_before_anything_is_trained(small: Make, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"cannot grow from `first` .* is smaller"):
+        compare(small("arms=net2net", "+first.width=1.0"))
+    assert not (tmp_path / "runs/teachers").exists()
+    config = small(*GROWN[:2])
+    del config.rates["net2net"]
+    config.arms = ["random_init"]
+    with pytest.raises(ExperimentError, match=r"set it"):
+        check(config)
+    with pytest.raises(ExperimentError, match=r"first_epochs is set, but no `first` network"):
+        check(small("schedule.first_epochs=4it"))

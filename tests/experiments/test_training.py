@@ -1,0 +1,354 @@
+"""The training loop and what it stands on: optimizer, schedule, FLOPs, device, the lines on the terminal."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import CPU, Quiet, network, same, without_seconds
+from rich.console import Console
+from torch import Tensor, nn
+
+from experiments import checkpoint, flops, machine, progress, training
+from experiments.config import DivergedError, ExperimentError, Schedule
+from experiments.distributed import ALONE
+from experiments.machine import Arithmetic, choose_arithmetic
+from experiments.optimizers import make_optimizer, rate_at
+from experiments.randomness import derive_seed, seed_layers
+from experiments.run_log import parse_curve
+from experiments.training import Job, evaluate, train
+
+# -- the loop -----------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_has_a_row_at_step_0_and_at_every_evaluation(job: Job) -> None:
+    net = network()
+    before = evaluate(net, job.splits.test.ordered(8))
+    rows = train(net, job, Quiet())
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert [row["epoch"] for row in rows] == pytest.approx([0, 4 / 3, 8 / 3, 4])
+    assert [row["examples"] for row in rows] == [0, 32, 64, 96]
+    assert [row["flops"] for row in rows] == [0, 3200, 6400, 9600]
+    assert "train_loss" not in rows[0] and all("train_loss" in row for row in rows[1:])
+    after = evaluate(net, job.splits.test.ordered(8))
+    for row, measured in ((rows[0], before), (rows[-1], after)):
+        assert (row["test_loss"], row["test_accuracy"]) == pytest.approx(measured)
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    written = parse_curve((job.folder / "curve.csv").read_bytes(), "curve")
+    assert [point["step"] for point in written] == [0, 4, 8, 12] and math.isnan(written[0]["train_loss"])
+    rows = train(network(), replace(job, epochs="6it", folder=job.folder / "6"), Quiet())
+    assert [row["step"] for row in rows] == [0, 4, 6]  # the last step is evaluated even if it is not due
+
+
+@pytest.mark.parametrize(("killed", "saved"), [(3, 0), (4, 3), (6, 4), (7, 6), (12, 9)])
+def test_a_killed_run_continues_bit_for_bit_from_its_last_epoch_or_evaluation(
+    job: Job, tmp_path: Path, killed: int, saved: int
+) -> None:
+    whole = network()
+    rows = train(whole, replace(job, folder=tmp_path / "whole"), Quiet())
+
+    class KilledError(Exception):
+        """As if the machine went away."""
+
+    class Dies(Quiet):
+        def advance(self, step: int, loss: float) -> None:
+            if step == killed:
+                raise KilledError
+
+    with pytest.raises(KilledError):
+        train(network(), job, Dies())
+    resumed, follower = network(), Quiet()
+    with torch.no_grad():
+        for parameter in resumed.parameters():
+            parameter.zero_()  # everything has to come from the checkpoint
+    if not saved:
+        resumed = network()
+    assert without_seconds(train(resumed, job, follower)) == without_seconds(rows)
+    assert follower.steps == list(range(saved + 1, 13))
+    assert same(resumed, whole)
+    states = [checkpoint.load(folder)["optimizer"]["state"] for folder in (job.folder, tmp_path / "whole")]
+    for key, state in states[0].items():
+        assert all(torch.equal(torch.as_tensor(state[name]), torch.as_tensor(states[1][key][name])) for name in state)
+
+
+def test_a_run_killed_between_checkpoint_and_curve_writes_the_whole_curve(job: Job) -> None:
+    train(network(), job, Quiet())
+    curve = (job.folder / "curve.csv").read_bytes()
+    (job.folder / "curve.csv").write_bytes(b"".join(curve.splitlines(keepends=True)[:-1]))
+    follower = Quiet()
+    train(network(), job, follower)
+    assert follower.steps == []
+    assert (job.folder / "curve.csv").read_bytes() == curve
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, step = 0, training.train_step
+
+    def diverge(*arguments: Any) -> tuple[Tensor, Tensor]:
+        nonlocal done
+        done += 1
+        logits, loss = step(*arguments)
+        return logits, loss * (float("inf") if done == 7 else 1)
+
+    monkeypatch.setattr(training, "train_step", diverge)
+    with pytest.raises(DivergedError, match="The loss is not finite at step 7; the last good checkpoint is kept"):
+        train(network(), job, Quiet())
+    assert checkpoint.load(job.folder)["step"] == 6
+
+
+def test_the_step_is_named_when_losses_are_looked_at_in_batches() -> None:
+    meter = training._Meter(CPU, None, ALONE)
+    meter.device = torch.device("meta")  # not the CPU: it waits
+    for step in range(49):
+        loss = torch.tensor(float("nan") if step >= 20 else 1.0)
+        meter.add(step, loss, torch.zeros(2, 3), torch.zeros(2).long())
+    with pytest.raises(DivergedError, match="at step 21;"):
+        meter.check()
+
+
+def test_a_rate_that_is_too_high_never_leaves_a_broken_checkpoint(job: Job) -> None:
+    with pytest.raises(DivergedError, match=r"(The loss|A weight) is not finite at step \d+; .* lower schedule\.lr"):
+        train(network(), replace(job, rate=1e38), Quiet())
+    for value in checkpoint.load(job.folder)["network"].values():
+        assert bool(value.isfinite().all())
+
+
+def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
+    class Breaks(Quiet):
+        def advance(self, step: int, loss: float) -> None:
+            if step == 6:
+                net[0].weight.data[0] = float("nan")  # type: ignore[index, union-attr]
+
+    net = network()
+    with pytest.raises(DivergedError, match="A weight is not finite at step 6"):
+        train(net, job, Breaks())
+    assert checkpoint.load(job.folder)["step"] == 4
+
+
+def test_evaluation_is_in_eval_mode_over_all_images(job: Job) -> None:
+    net = network()
+    loss, accuracy = evaluate(net, job.splits.test.ordered(3))  # 10 images: the last batch is small
+    net.eval()
+    ((everything, labels),) = job.splits.test.ordered(100)
+    logits = net(everything)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_in_bfloat16_evaluation_and_weights_are_still_float32(job: Job) -> None:
+    expected = train(network(), replace(job, epochs="1it"), Quiet())
+    net = network()
+    other = replace(job, folder=job.folder / "b", arithmetic=Arithmetic("bfloat16"), epochs="1it")
+    rows = train(net, other, Quiet())
+    assert without_seconds(rows)[0] == without_seconds(expected)[0]
+    assert rows[1]["train_loss"] != expected[1]["train_loss"]
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_the_same_weights_under_their_own_names(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    real = torch.compile
+
+    def compile_without_code(net: nn.Module) -> nn.Module:
+        compiled.append(net)
+        return real(net, backend="eager")  # type: ignore[return-value]
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    plain, other = network(), network()
+    train(plain, replace(job, folder=job.folder / "plain"), Quiet())
+    assert not compiled
+    train(other, replace(job, arithmetic=Arithmetic(compile=True)), Quiet())
+    assert compiled == [other]
+    assert checkpoint.load(job.folder)["network"].keys() == plain.state_dict().keys()
+    for one, two in zip(plain.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_handler_is_restored(job: Job) -> None:
+    class PressesTwice(Quiet):
+        def advance(self, step: int, loss: float) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), job, PressesTwice())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_layers_draw_from_the_seed_of_the_step() -> None:
+    drawn = []
+    for parts in ((0, "dropout", 1), (0, "dropout", 2), (0, "dropout", 1)):
+        seed_layers(CPU, *parts)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    torch.manual_seed(derive_seed(0, "dropout", 1))
+    assert torch.equal(torch.rand(4), drawn[0])
+
+
+# -- the optimizer and its schedule -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", ["linear", "constant"])
+def test_the_rate_of_a_step_is_that_of_the_schedule(job: Job, monkeypatch: pytest.MonkeyPatch, decay: str) -> None:
+    job.config.schedule.decay = decay
+    used: list[set[float]] = []
+    step = training.train_step
+
+    def spy(net: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> tuple[Tensor, Tensor]:
+        used.append({group["lr"] for group in optimizer.param_groups})
+        return step(net, optimizer, *rest)
+
+    monkeypatch.setattr(training, "train_step", spy)
+    train(network(), job, Quiet())
+    assert used == [{0.01 * rate_at(step, 12, 2, decay)} for step in range(12)]
+
+
+def test_the_rate_warms_up_and_then_falls_to_zero_or_stays() -> None:
+    rates = [rate_at(step, 10, 3, "linear") for step in range(10)]
+    assert rates[:4] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
+    assert rates[3:] == pytest.approx([1 - k / 7 for k in range(7)])  # the step after the last would have 0
+    assert rate_at(0, 10, 0, "linear") == 1
+    assert [rate_at(step, 10, 1, "constant") for step in (0, 1, 9)] == [0.5, 1, 1]
+    assert [rate_at(step, 2, 3, "linear") for step in range(2)] == [0.25, 0.5]  # a warm-up longer than the run
+
+
+def test_weight_decay_spares_biases_and_batch_norm() -> None:
+    net = network()
+    for name in ("rmsprop", "sgd"):
+        optimizer = make_optimizer(net, Schedule(optimizer=name, weight_decay=0.1))
+        decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        assert decayed == {id(net[0].weight), id(net[5].weight)}  # type: ignore[index]
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(net.parameters()))
+    with pytest.raises(ExperimentError, match="'adam' is unknown: it is rmsprop or sgd"):
+        make_optimizer(net, Schedule(optimizer="adam"))
+
+
+# -- FLOPs, device and arithmetic ---------------------------------------------------------------------------------
+
+
+def test_flops_are_two_a_multiplication_and_counting_changes_nothing() -> None:
+    # A 3x3 convolution from 2 to 4 channels on 6x6 pixels, padded; then 144 to 5.
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    convolution, linear = 2 * 4 * 2 * 3 * 3 * 6 * 6, 2 * 144 * 5
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    forward, both = flops.count(net, 2, 6)
+    assert forward == convolution + linear
+    # Backward: the gradient of the weights everywhere, that of the input everywhere but at the first layer.
+    assert both == 2 * convolution + 3 * linear
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(p.grad is None and p.device == CPU for p in net.parameters())
+    with pytest.raises(ExperimentError, match="The network cannot read images of 2 pixels: "):
+        flops.count(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten()), 1, 2)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.pick_device("auto") == CPU
+    with pytest.raises(ExperimentError, match="torch finds no GPU: use device=cpu"):
+        machine.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert machine.pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ExperimentError, match="There is no device cuda:1: this machine has 1 GPUs"):
+        machine.pick_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("sse avx2", "float32 contiguous"),
+        ("avx512_bf16", "bfloat16 channels_last"),
+        ("amx_bf16 amx_tile", "bfloat16 channels_last"),
+    ],
+)
+def test_the_arithmetic_follows_the_processor_unless_it_is_forced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert str(choose_arithmetic(CPU, "auto", "auto", False)) == expected
+    assert str(choose_arithmetic(CPU, "float32", "channels_last", False)) == "float32 channels_last"
+    assert str(choose_arithmetic(CPU, "bfloat16", "auto", True)) == "bfloat16 channels_last compiled"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "float32 contiguous"), ((8, 0), "bfloat16 channels_last")]
+)
+def test_the_arithmetic_follows_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert str(choose_arithmetic(torch.device("cuda"), "auto", "auto", False)) == expected
+    if capability >= (8, 0):
+        assert choose_arithmetic(torch.device("cuda"), "tf32", "auto", False).precision == "tf32"
+    else:
+        with pytest.raises(ExperimentError, match="precision=tf32 was asked for, but a GPU has none"):
+            choose_arithmetic(torch.device("cuda"), "tf32", "auto", False)
+
+
+def test_tf32_is_allowed_within_a_step_alone() -> None:
+    def is_allowed() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    for precision in ("float32", "tf32"):
+        with Arithmetic(precision).step():
+            assert is_allowed() == (precision == "tf32",) * 2
+        assert is_allowed() == (False, False)
+
+
+# -- the terminal -------------------------------------------------------------------------------------------------
+
+ROW = {"step": 0, "holdout_accuracy": 0.1, "test_accuracy": 0.125}
+
+
+def show(terminal: bool, follow: Callable[[progress.Follower], None], first: int = 0) -> str:
+    text = StringIO()
+    console = Console(file=text, force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
+    with progress.Follower(console, "net2net", 100, first, 32) as follower:
+        follow(follower)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_a_line_an_evaluation_where_there_is_no_terminal(first: int) -> None:
+    def follow(follower: progress.Follower) -> None:
+        follower.row(ROW | {"step": first})
+        for step in range(first, 50):
+            follower.advance(step + 1, 2.0)
+        follower.row(ROW | {"step": 50, "train_loss": 1.5})
+
+    one, two = show(False, follow, first).splitlines()
+    assert one == f"{'net2net':<22} step {first:>6}/100  holdout 10.00%  test 12.50%"
+    assert two.startswith(f"{'net2net':<22} step     50/100  loss 1.500  holdout 10.00%  test 12.50%  ")
+    assert " images/s" in two and "\x1b" not in one + two
+
+
+def test_a_bar_on_a_terminal() -> None:
+    def follow(follower: progress.Follower) -> None:
+        follower.row(ROW)
+        follower.advance(1, float("nan"))  # not looked at yet
+        for step in (50, 90, 100):
+            follower.advance(step, 2.345)
+
+    text = show(True, follow)
+    assert "net2net" in text and "loss 2.345  test 12.50%  " in text and "images/s" in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (89, "89 s"), (90, "2 min"), (7200, "2.0 h")])
+def test_durations_are_in_the_unit_that_a_person_would_use(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text

@@ -1,0 +1,542 @@
+"""From runs to results: the tables' numbers, the figures' bytes, and what is refused. All curves here are made up."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiments.analysis import curves as report
+from experiments.analysis import figures as figure
+from experiments.analysis import pages
+from experiments.config import ExperimentError
+from scripts import collect, figures
+
+ROOT = Path(__file__).resolve().parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def text(holdout: Sequence[float], test: Sequence[float], flops: float) -> bytes:
+    """A curve.csv with a point every ten steps, which ends with `flops`."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(report.COLUMNS)
+    last = len(test) - 1
+    for i, (h, t) in enumerate(zip(holdout, test, strict=True)):
+        training = ["", ""] if i == 0 else [1 - t, t]
+        writer.writerow([10 * i, i / 2, 1280 * i, float(i), flops * i / last, *training, 1 - h, h, 1 - t, t])
+    return out.getvalue().encode()
+
+
+# Two seeds: (holdout accuracy, test accuracy, final FLOPs). random_init ends with a holdout accuracy of 0.85 and
+# 0.88, which net2net reaches at steps 10 (exactly) and 20, random_pad in seed 1 alone and the low rate never.
+CURVES: dict[str, list[tuple[list[float], list[float], float]]] = {
+    "teacher": [([0.10, 0.50, 0.78], [0.12, 0.52, 0.80], 1e12), ([0.10, 0.50, 0.79], [0.10, 0.50, 0.82], 1.2e12)],
+    "net2net": [([0.78, 0.85, 0.90], [0.80, 0.86, 0.91], 3e12), ([0.79, 0.86, 0.89], [0.82, 0.88, 0.93], 3e12)],
+    "random_pad": [([0.30, 0.60, 0.84], [0.31, 0.6, 0.85], 3e12), ([0.30, 0.60, 0.88], [0.31, 0.6, 0.87], 3e12)],
+    "random_init": [([0.10, 0.50, 0.85], [0.12, 0.55, 0.86], 3e12), ([0.10, 0.60, 0.88], [0.12, 0.55, 0.88], 3e12)],
+    "teacher_continued": [
+        ([0.78, 0.79, 0.80], [0.80, 0.81, 0.82], 1e12),
+        ([0.79, 0.80, 0.81], [0.82, 0.82, 0.84], 1e12),
+    ],
+    "random_init_low_lr": [([0.1, 0.3, 0.4], [0.1, 0.3, 0.4], 3e12), ([0.1, 0.3, 0.4], [0.1, 0.3, 0.4], 3e12)],
+}
+
+
+def manifest(experiment: str, arm: str, seed: int, curve: bytes, **changes: Any) -> dict[str, Any]:
+    """A finished arm's manifest."""
+    record: dict[str, Any] = {
+        "experiment": experiment,
+        "arm": arm,
+        "student": None,
+        "seed": seed,
+        "config": {
+            "experiment": experiment,
+            "claim": "Figure 5: net2net learns faster",
+            "seed": seed,
+            "target": "random_init",
+            "runs": "/home/somebody/runs",
+            "data": {
+                **{"name": "cifar10", "root": "/home/some body/cifar10", "cache": "/home/somebody/.cache/net2net"},
+                **{"size": 32, "holdout": 0.1, "pad": 4, "flip": True, "workers": 0},
+            },
+            "schedule": {
+                **{"epochs": "6ep", "teacher_epochs": None, "batch_size": 128, "optimizer": "rmsprop"},
+                **{"lr": 0.01, "decay": "linear", "warmup": "0it", "evaluate": "0.5ep"},
+            },
+        },
+        "settings": {"seed": seed},
+        "data": "CIFAR-10, 50,000 train / 10,000 test",
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "versions": {"torch": "2.14.1", "python": "3.11.2"},
+        "device": "cuda",
+        "hardware": "One GPU",
+        "precision": "bfloat16",
+        "command": f"/opt/env/bin/python /home/x/train.py experiment={experiment} 'data.root=/home/some body/cifar10'",
+        "complete": True,
+        "teacher": "teacher",
+        "step0": {"agree": 999 + seed, "of": 1000, "max_relative_error": 1e-14 * (seed + 1)}
+        if arm.endswith("net2net")
+        else None,
+        "curve_sha256": hashlib.sha256(curve).hexdigest(),
+    }
+    return record | changes
+
+
+def put(runs: Path, experiment: str, seed: int, arm: str, curve: bytes, **changes: Any) -> Path:
+    """Write one arm of a run, finished unless `changes` say otherwise; returns its folder."""
+    folder = runs / experiment / f"seed{seed}" / arm
+    folder.mkdir(parents=True)
+    (folder / "curve.csv").write_bytes(curve)
+    (folder / "manifest.json").write_text(json.dumps(manifest(experiment, arm, seed, curve, **changes)))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """The finished runs of one experiment, `wider`: two seeds of every arm."""
+    for arm, seeds in CURVES.items():
+        for seed, (holdout, test, flops) in enumerate(seeds):
+            put(tmp_path / "runs", "wider", seed, arm, text(holdout, test, flops))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def results(runs: Path) -> Path:
+    """The same, collected."""
+    folder = runs.parent / "results"
+    assert collect.main(["--runs", str(runs), "--results", str(folder)]) == 0
+    return folder
+
+
+def rows(runs: Path) -> dict[str, report.Row]:
+    """The table's rows by arm."""
+    curves, manifests = report.load(runs / "wider")
+    return {row.arm: row for row in report.summarise(curves, report.target_arm(manifests))}
+
+
+def made(*curves: tuple[str, list[float]], flops: float = 1.0) -> report.Curves:
+    """Curves of one seed, whose holdout and test accuracies are the same."""
+    return {arm: {0: report.parse_curve(text(values, values, flops), arm)} for arm, values in curves}
+
+
+def test_statistics_by_hand(runs: Path) -> None:
+    net2net = rows(runs)["net2net"]
+    assert net2net.n == 2
+    assert astuple(net2net.start) == pytest.approx((0.81, 0.80, 0.82))
+    assert astuple(net2net.final) == pytest.approx((0.92, 0.91, 0.93))
+    assert net2net.target is not None
+    assert astuple(net2net.target) == pytest.approx((0.865, 0.85, 0.88))
+    assert net2net.steps == report.Spread(15, 10, 20)  # reaching a target exactly is reaching it
+    assert net2net.reached == 2
+
+
+def test_the_teachers_flops_are_added_to_the_arms_that_start_from_it(runs: Path) -> None:
+    found = {arm: (row.flops.mean, row.flops_total and row.flops_total.mean) for arm, row in rows(runs).items()}
+    assert found == {
+        "teacher": (1.1e12, 1.1e12),
+        "net2net": (3e12, 4.1e12),
+        "random_pad": (3e12, 4.1e12),
+        "random_init": (3e12, 3e12),
+        "teacher_continued": (1e12, 2.1e12),
+        "random_init_low_lr": (3e12, 3e12),
+    }
+
+
+def test_a_teacher_that_is_not_there_has_no_known_cost() -> None:
+    (row,) = report.summarise(made(("net2net", [0.1, 0.9])), "random_init")
+    assert row.flops_total is None
+    assert row.target is None
+    heads, (cells,) = report.cells([row], {})
+    assert dict(zip(heads, cells, strict=True))["FLOP, with teacher's"] == "–"
+    assert report.steps_cell(row) == "–"
+
+
+def test_targets_never_reached_or_by_some_seeds_only(runs: Path) -> None:
+    found = rows(runs)
+    assert (found["random_init_low_lr"].steps, report.steps_cell(found["random_init_low_lr"])) == (None, "never")
+    assert report.steps_cell(found["random_pad"]) == "20 (1 of 2)"
+    assert report.steps_cell(found["net2net"]) == "15"
+
+
+def test_each_student_runs_for_its_own_target() -> None:
+    curves = made(
+        ("teacher", [0.1, 0.5]),
+        ("teacher_continued", [0.5, 0.6]),
+        ("wider_net2net", [0.5, 0.7]),
+        ("wider_random_init", [0.1, 0.6]),
+        ("deeper_net2net", [0.5, 0.7]),
+        ("deeper_random_init", [0.1, 0.8]),
+        ("slim_net2net", [0.4, 0.5]),
+    )
+    table = {row.arm: row for row in report.summarise(curves, "random_init")}
+    assert list(table) == report.ordered(curves)
+    assert next(iter(table)) == "teacher"
+    assert list(table)[-1] == "teacher_continued"
+    assert {arm: report.steps_cell(row) for arm, row in table.items()} == {
+        "teacher": "–",
+        "teacher_continued": "0",  # no student: the teacher's accuracy is its target
+        "wider_net2net": "10",
+        "wider_random_init": "10",
+        "deeper_net2net": "never",
+        "deeper_random_init": "10",
+        "slim_net2net": "10",  # no random_init of its own: the teacher's
+    }
+
+
+@pytest.mark.parametrize(
+    ("label", "parts"),
+    [
+        ("teacher", (None, "teacher")),
+        ("net2net", (None, "net2net")),
+        ("wider_net2net", ("wider", "net2net")),
+        ("random_init_low_lr", (None, "random_init_low_lr")),
+        ("much_wider_random_init_low_lr", ("much_wider", "random_init_low_lr")),
+        ("teacher_continued", (None, "teacher_continued")),
+    ],
+)
+def test_split_arm(label: str, parts: tuple[str | None, str]) -> None:
+    assert report.split_arm(label) == parts
+
+
+def test_units_of_flops() -> None:
+    assert report.flops_unit(9.9e11) == (1e9, "GFLOP")
+    assert report.flops_unit(1e12) == (1e12, "TFLOP")
+    assert report.flops_unit(12) == (1.0, "FLOP")
+
+
+def test_the_band_is_the_range_over_seeds(runs: Path) -> None:
+    curves, _ = report.load(runs / "wider")
+    step, total, mean, low, high = figure.band(curves, "net2net", "test_accuracy")
+    assert step == [0, 10, 20]
+    assert total == pytest.approx([1.1e12, 2.6e12, 4.1e12])
+    assert mean == pytest.approx([81, 87, 92])
+    assert (low, high) == (pytest.approx([80, 86, 91]), pytest.approx([82, 88, 93]))
+    # Nothing was trained before step 0, so there is no training accuracy.
+    assert figure.band(curves, "net2net", "train_accuracy")[0] == [10, 20]
+
+
+def test_the_band_keeps_to_steps_that_all_seeds_evaluated() -> None:
+    curves = made(("random_init", [0.1, 0.5, 0.6]))
+    curves["random_init"][1] = made(("random_init", [0.3, 0.7]))["random_init"][0]
+    assert figure.band(curves, "random_init", "test_accuracy")[0] == [0, 10]
+    assert figure.band(curves, "random_init", "test_accuracy")[2] == pytest.approx([20, 60])
+
+
+def test_arms_look_different_and_students_have_colours_of_their_own() -> None:
+    arms = ["wider_net2net", "wider_random_init", "deeper_net2net", "deeper_random_init", "teacher_continued"]
+    looks = figure.looks(arms)
+    assert len({str(look) for look in looks.values()}) == len(arms)
+    assert looks["wider_net2net"]["color"] == looks["wider_random_init"]["color"]
+    assert looks["wider_net2net"]["color"] != looks["deeper_net2net"]["color"]
+    assert looks["wider_net2net"]["linestyle"] == looks["deeper_net2net"]["linestyle"]
+    alone = figure.looks(["net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"])
+    for property in ("color", "linestyle", "marker"):
+        assert len({str(look[property]) for look in alone.values()}) == 5
+
+
+def test_a_figure_straight_after_a_run(runs: Path) -> None:
+    path = figure.draw_runs(runs / "wider")
+    assert path == runs / "wider" / "figure.png"
+    assert path.read_bytes().startswith(PNG)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["figure.png", "seed0", "seed1"]
+
+
+def test_a_figure_of_one_arm_that_was_evaluated_once(tmp_path: Path) -> None:
+    point = made(("net2net", [0.5, 0.6]))
+    point["net2net"][0] = point["net2net"][0][:1]
+    assert figure.draw(point, "one", tmp_path / "one", ("png",)) == [tmp_path / "one.png"]
+
+
+def test_the_table_in_a_terminal(runs: Path) -> None:
+    out = io.StringIO()
+    Console(file=out, width=80).print(report.table(runs / "wider"))
+    line = next(line for line in out.getvalue().splitlines() if line.strip().startswith("net2net "))
+    assert line.split() == ["net2net", "2", "81.00", "92.00", "(91.00–93.00)", "15", "3", "4.1"]
+    assert "net2net, step 0, float64: top-1 as teacher's 1999 of 2000 (error 2.0e-14)" in out.getvalue()
+
+
+def test_what_is_not_finished_counts_for_nothing(runs: Path) -> None:
+    put(runs, "wider", 2, "net2net", text([0.1, 0.1], [0.1, 0.1], 1.0), complete=False)
+    (runs / "wider" / "seed3" / "net2net").mkdir(parents=True)
+    assert rows(runs)["net2net"].n == 2
+    with pytest.raises(ExperimentError, match=r"no finished arm under .*nothing: run the experiment first\."):
+        report.load(runs / "nothing")
+
+
+def test_collecting_copies_curves_and_skips_what_is_unfinished(
+    runs: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(runs, "wider", 2, "net2net", b"", complete=False)
+    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 0
+    out = capsys.readouterr().out
+    assert "wider/seed0/net2net: 3 points, final test accuracy 91.00 % (unchanged)\n" in out
+    assert "wider/seed2/net2net: skipped, unfinished\n" in out
+    assert out.endswith("12 collected, 1 skipped, 0 refused\n")
+    source = runs / "wider" / "seed1" / "random_pad" / "curve.csv"
+    assert (results / "curves" / "wider" / "seed1" / "random_pad.csv").read_bytes() == source.read_bytes()
+    assert not (results / "curves" / "wider" / "seed2").exists()
+    names = {path.name for path in results.rglob("*") if path.is_file()}
+    assert names == {f"{arm}.{suffix}" for arm in CURVES for suffix in ("csv", "json")}
+
+
+def test_collecting_puts_no_curve_in_the_place_of_one_made_otherwise(
+    runs: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 0
+    manifest = runs / "wider/seed0/net2net/manifest.json"
+    record = json.loads(manifest.read_text())
+    record["config"].setdefault("schedule", {})["epochs"] = "3it"
+    manifest.write_text(json.dumps(record))
+    kept = (results / "curves/wider/seed0/net2net.json").read_text()
+    capsys.readouterr()
+    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 1
+    out, err = capsys.readouterr()
+    assert "11 collected, 0 skipped, 1 refused" in out
+    assert "wider/seed0/net2net: refused." in err and "made with other settings (schedule.epochs)" in err
+    assert (results / "curves/wider/seed0/net2net.json").read_text() == kept
+    assert collect.main(["--runs", str(runs), "--results", str(results), "wider", "--replace"]) == 0
+    assert (
+        json.loads((results / "curves/wider/seed0/net2net.json").read_text())["config"]["schedule"]["epochs"] == "3it"
+    )
+
+
+def test_collecting_deletes_nothing(runs: Path, results: Path) -> None:
+    folder = runs / "wider" / "seed1" / "net2net"
+    for file in folder.iterdir():
+        file.unlink()
+    assert collect.main(["--runs", str(runs), "--results", str(results)]) == 0
+    assert (results / "curves" / "wider" / "seed1" / "net2net.csv").exists()
+
+
+def test_collecting_refuses_a_curve_that_was_changed_and_takes_the_others(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curve = runs / "wider" / "seed1" / "net2net" / "curve.csv"
+    curve.write_bytes(curve.read_bytes().replace(b"0.93", b"0.99"))
+    (runs / "wider" / "seed0" / "net2net" / "manifest.json").write_text("{")
+    results = runs.parent / "results"
+    assert collect.main(["--runs", str(runs), "--results", str(results)]) == 1
+    out, err = capsys.readouterr()
+    assert "wider/seed1/net2net: refused. " in err
+    assert f"The curve {curve} does not match curve_sha256 in its manifest" in err
+    assert "seed0/net2net/manifest.json is not a JSON object: remove its arm and run it again." in err
+    assert out.endswith("10 collected, 0 skipped, 2 refused\n")
+    assert not list(results.rglob("net2net.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "nowhere"], "There is no folder nowhere: run an experiment first, or give its place with --runs."),
+        (["deeper"], "There is no experiment deeper in runs: name one of those there (wider)."),
+    ],
+)
+def test_collecting_what_is_not_there(
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    assert collect.main(arguments) == 1
+    assert capsys.readouterr().err == message + "\n"
+
+
+def test_no_machine_path_is_collected(runs: Path, results: Path) -> None:
+    found = json.loads((results / "curves" / "wider" / "seed0" / "net2net.json").read_text())
+    original = json.loads((runs / "wider" / "seed0" / "net2net" / "manifest.json").read_text())
+    assert found["config"]["data"]["root"] == "cifar10"
+    assert found["config"]["data"]["cache"] == "net2net"
+    assert found["config"]["runs"] == "runs"
+    assert found["command"] == "python train.py experiment=wider data.root=cifar10"
+    for record in (found, original):
+        del record["command"], record["config"]["runs"], record["config"]["data"]
+    assert found == original
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("teacher/student, 1/2 of it", "teacher/student, 1/2 of it"),
+        ("https://arxiv.org/abs/1511.05641", "https://arxiv.org/abs/1511.05641"),
+        ("runs/wider", "runs/wider"),
+        ("images of /data/digits, resized", "images of digits, resized"),
+        (["a", {"b": "/x/y/"}, 3, None], ["a", {"b": "y"}, 3, None]),
+    ],
+)
+def test_folders_are_taken_from_absolute_paths_alone(value: Any, expected: Any) -> None:
+    assert collect.without_folders(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python train.py experiment=wider seed=0,1", "python train.py experiment=wider seed=0,1"),
+        ("python train.py 'arms=[net2net,random_init]'", "python train.py 'arms=[net2net,random_init]'"),
+        ("python train.py data.root=/data/a=b/digits [/x/y]", "python train.py data.root=digits '[y]'"),
+        ("/usr/bin/python train.py runs=/tmp/a/runs", "python train.py runs=runs"),
+        ("python train.py claim=it's /data/x", "python train.py claim=it's x"),  # not a shell's quoting
+    ],
+)
+def test_folders_are_taken_from_commands(command: str, expected: str) -> None:
+    assert collect.without_folders_in_words(command) == expected
+
+
+def test_figures_and_tables(results: Path) -> None:
+    readme = results.parent / "README.md"
+    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
+    assert figures.main(["--results", str(results)]) == 0
+    first = {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()}
+    assert first[results / "figures" / "wider.png"].startswith(PNG)
+    assert b"Software" not in first[results / "figures" / "wider.png"]
+    assert b"<svg" in first[results / "figures" / "wider.svg"]
+    assert not re.search(b"dc:date|Matplotlib v", first[results / "figures" / "wider.svg"])
+
+    page = first[results / "README.md"].decode()
+    assert "Generated by `python scripts/figures.py`" in page
+    for fact in (
+        "- **Claim:** Figure 5: net2net learns faster\n",
+        "- **Command:** `python train.py experiment=wider data.root=cifar10`\n",
+        "- **Data:** CIFAR-10, 50,000 train / 10,000 test, 32 × 32 pixels, 10 % of the training images held out",
+        "- **Seeds:** 2 (0, 1)\n",
+        "- **Hardware:** cuda: One GPU, bfloat16\n",
+        "- **Versions:** python 3.11.2, torch 2.14.1\n",
+        "- **Commit:** 0123456789\n",
+        "| `net2net` | 2 | 81.00 (80.00–82.00) | 92.00 (91.00–93.00) | 86.50 (85.00–88.00) | 15 | 3 | 4.1 "
+        "| 1999 of 2000 (error 2.0e-14) |\n",
+        "| `random_init_low_lr` | 2 | 10.00 | 40.00 | 86.50 (85.00–88.00) | never | 3 | 3 | – |\n",
+        "](figures/wider.png)",
+    ):
+        assert fact in page
+    assert "Not all curves share" not in page
+
+    block = first[readme].decode()
+    assert block.startswith("before\n<!-- results:begin -->\nFinal test accuracy")
+    assert block.endswith("\n<!-- results:end -->\nafter\n")
+    assert "old" not in block
+    assert (
+        "| [wider](results/README.md#wider) | 2 | 81.00 (80.00–82.00) | 92.00 (91.00–93.00) | 86.00 (85.00–87.00) "
+        "| 87.00 (86.00–88.00) | 83.00 (82.00–84.00) | 40.00 | 15 / 20 |"
+    ) in block
+
+    assert figures.main(["--results", str(results)]) == 0
+    assert {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()} == first
+
+
+def test_a_line_for_each_student_in_the_summary() -> None:
+    curves = made(
+        ("teacher", [0.1, 0.5]),
+        ("wider_net2net", [0.5, 0.7]),
+        ("wider_random_init", [0.1, 0.6]),
+        ("deeper_net2net", [0.5, 0.9]),
+    )
+    manifests = {arm: {0: manifest("both", arm, 0, b"")} for arm in curves}
+    table = [line for line in pages.summary({"both": (curves, manifests)}, []).splitlines() if line.startswith("| [")]
+    assert table == [
+        "| [both](results/README.md#both), deeper | 1 | 50.00 | 90.00 | – | 0 / – |",
+        "| [both](results/README.md#both), wider | 1 | 50.00 | 70.00 | 60.00 | 10 / 10 |",
+    ]
+
+
+def test_curves_of_other_settings_are_told() -> None:
+    records = [manifest("wider", "net2net", seed, b"") for seed in (0, 1)]
+    assert report.mixed(records) == []
+    records[1]["config"]["schedule"]["lr"] = 0.02
+    records[1]["config"]["data"]["root"] = "elsewhere"  # where the images lie changes nothing
+    records[1]["precision"] = "float32"
+    assert report.mixed(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
+
+
+def test_teachers_that_different_cases_trained_alike_are_alike() -> None:
+    records = [manifest("wider", "teacher", seed, b"") for seed in (0, 1)]
+    records = [record | {"settings": {"schedule": {"lr": 0.01}}} for record in records]
+    records[1]["config"]["growth"] = {"noise": 0.5}
+    assert report.mixed(records) == []
+    records[1]["settings"] = {"schedule": {"lr": 0.02}}
+    assert report.mixed(records) == ["`schedule.lr` (0.01, 0.02)"]
+
+
+def test_a_result_that_was_edited_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curve = results / "curves" / "wider" / "seed0" / "net2net.csv"
+    curve.write_bytes(curve.read_bytes().replace(b"0.91", b"0.99"))
+    assert figures.main(["--results", str(results)]) == 1
+    assert f"The curve {curve} does not match curve_sha256" in capsys.readouterr().err
+    assert not (results / "README.md").exists()
+
+
+def test_figures_without_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert figures.main(["--results", str(tmp_path)]) == 1
+    expected = f"There are no curves under {tmp_path / 'curves'}: run python scripts/collect.py first.\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    "page", ["<!-- results:begin -->", "<!-- results:end --> <!-- results:begin -->", "<!-- results:end -->"]
+)
+def test_markers_that_are_no_pair_are_refused(tmp_path: Path, page: str) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(page)
+    with pytest.raises(ExperimentError, match=r"The results markers in .*README\.md are no pair: write <!-- results"):
+        figures.fill_block(readme, "results", "text")
+    assert readme.read_text() == page
+
+
+def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("page")
+    assert not figures.fill_block(tmp_path / "README.md", "results", "text")
+    assert not figures.fill_block(tmp_path / "OTHER.md", "results", "text")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("README.md", "page")]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"step,epoch\n0,0\n", r"The curve some\.csv has no column examples: run its arm again\."),
+        (text([0.1, 0.2], [0.1, 0.2], 1.0).replace(b"0.2", b"high"), r"has a cell that is no number \(.*'high'\)"),
+        (
+            text([0.1, 0.2], [0.1, 0.2], 1.0).splitlines(True)[0],
+            r"The curve some\.csv has no rows: run its arm again\.",
+        ),
+    ],
+)
+def test_a_curve_that_cannot_be_read(data: bytes, message: str) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        report.parse_curve(data, "some.csv")
+
+
+def test_reading_one_arm(runs: Path, results: Path) -> None:
+    folder = runs / "wider" / "seed0" / "net2net"
+    points = report.read_arm(folder)
+    collected = report.read_arm(results / "curves" / "wider" / "seed0" / "net2net.csv")
+    assert str(points) == str(collected)  # as text, for no NaN equals another
+    assert [point["test_accuracy"] for point in points] == [0.80, 0.86, 0.91]
+    assert math.isnan(points[0]["train_loss"])
+    with pytest.raises(ExperimentError, match=r"There is no curve .*nobody: run its arm first\."):
+        report.read_arm(folder.with_name("nobody"))
+
+
+def test_scripts_need_no_torch() -> None:
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None\n"
+        "for name in ('collect', 'figures'): runpy.run_path(f'scripts/{name}.py')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_style_needs_no_fonts_of_the_machine() -> None:
+    style = figure.STYLE.read_text()
+    assert re.search(r"^font\.family: DejaVu Sans$", style, re.MULTILINE)  # comes with matplotlib
+    assert re.search(r"^svg\.hashsalt: \S+$", style, re.MULTILINE)  # without it no two SVGs are equal

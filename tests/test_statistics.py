@@ -1,0 +1,139 @@
+"""What a few seeds allow to be said: against tables, by simulation, and where nothing can be said."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.analysis import statistics
+from experiments.analysis.statistics import Reached, crossing, estimate, log_ratio, seeds_needed, verdict
+
+
+def test_students_t_is_that_of_the_tables() -> None:
+    assert [statistics.quantile(0.95, n) for n in (2, 3, 5, 10)] == pytest.approx(
+        [12.706, 4.303, 2.776, 2.262], abs=5e-4
+    )
+    assert statistics.quantile(0.8, 10, sides=1) == pytest.approx(0.883, abs=5e-4)
+
+
+def test_pairs_are_of_seeds_that_both_have() -> None:
+    assert statistics.paired({0: 5.0, 3: 7.0, 1: 1.0}, {3: 4.0, 0: 4.5, 2: 0.0}) == [0.5, 3.0]
+
+
+def test_an_interval_by_hand() -> None:
+    found = estimate([1.0, 2.0, 4.0])
+    assert (found.n, found.mean) == (3, pytest.approx(7 / 3))
+    half = 4.30265 * math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2) / math.sqrt(3)
+    assert (found.low, found.high) == (pytest.approx(7 / 3 - half, abs=1e-4), pytest.approx(7 / 3 + half, abs=1e-4))
+    # All 27 resamples: the outermost means are 1 and 4, each of them one in 27, more than one in forty.
+    assert statistics.bootstrap([1.0, 2.0, 4.0]) == (1.0, 4.0)
+    assert estimate([3.0]).low == -math.inf and estimate([3.0]).high == math.inf
+    assert (estimate([2.0, 2.0, 2.0]).low, estimate([2.0, 2.0, 2.0]).high) == (2.0, 2.0)
+
+
+def test_the_bootstrap_of_more_values_draws_the_same_resamples_each_time() -> None:
+    values = list(np.random.default_rng(1).normal(size=12))
+    assert statistics.bootstrap(values) == statistics.bootstrap(values)
+    low, high = statistics.bootstrap(values)
+    se = statistics.deviation(values) / math.sqrt(12)
+    assert high - low == pytest.approx(3.9 * se, rel=0.1)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_intervals_cover_as_often_as_they_say_and_the_bootstrap_alone_does_not(n: int) -> None:
+    draws = np.random.default_rng(n).normal(size=(2000, n))
+    ends = [(found.low, found.high) for found in map(estimate, draws.tolist())]
+    boots = [statistics.bootstrap(values) for values in draws.tolist()]
+    covered, alone = (np.mean([low <= 0 <= high for low, high in one]) for one in (ends, boots))
+    assert covered > 0.94  # 0.95 within two standard errors of the simulation
+    assert alone < {3: 0.80, 5: 0.88}[n]
+
+
+@pytest.mark.parametrize(
+    ("values", "region", "headline", "said"),
+    [
+        ([1.0, 1.1, 0.9], (0, math.inf), False, "holds"),
+        ([-1.0, -1.1, -0.9], (0, math.inf), False, "fails"),
+        ([1.0, -0.5, 0.9], (0, math.inf), False, "undecided"),
+        ([1.0, 1.1, 0.9], (-0.5, 0.5), False, "fails"),
+        ([0.01, 0.02, 0.0], (-0.5, 0.5), False, "holds"),
+        ([0.4, 0.5, 0.6], (-0.5, 0.5), False, "undecided"),
+        ([5.0], (0, math.inf), False, "undecided"),
+        ([5.0, 5.0], (0, math.inf), False, "undecided"),  # never on fewer than three, however equal
+        ([5.0, 5.0, 5.0, 5.0], (0, math.inf), True, "undecided"),  # nor a headline on fewer than five
+        ([5.0, 5.0, 5.0, 5.0, 5.0], (0, math.inf), True, "holds"),
+    ],
+)
+def test_verdicts(values: list[float], region: tuple[float, float], headline: bool, said: str) -> None:
+    assert verdict(estimate(values), *region, headline=headline) == said
+
+
+def test_the_seeds_that_it_would_take_are_the_seeds_that_it_takes() -> None:
+    rng = np.random.default_rng(0)
+    observed = estimate([1.0, 3.0, -1.0, 1.0])  # mean 1, deviation 1.63
+    assert verdict(observed, 0, math.inf) == "undecided"
+    n = seeds_needed(observed, 0, math.inf)
+    assert n is not None and n > 4
+    power = [
+        np.mean(
+            [verdict(estimate(values), 0, math.inf) == "holds" for values in rng.normal(1, 1.633, (200, k)).tolist()]
+        )
+        for k in (n, n // 2)
+    ]
+    assert power[0] == pytest.approx(0.8, abs=0.09)
+    assert power[1] < 0.65
+    assert seeds_needed(estimate([1.0, 1.1]), 0, math.inf, headline=True) == 5
+    assert seeds_needed(estimate([1.0]), 0, math.inf) is None
+    assert seeds_needed(estimate([1.0, -1.0, 0.001]), 0, math.inf) is None  # thousands
+
+
+def test_costs_to_a_target() -> None:
+    points = [(1.0, 0.5), (2.0, 0.6), (4.0, 0.8), (8.0, 0.7)]
+    assert crossing(points, 0.6) == Reached(2.0)
+    assert crossing(points, 0.7) == Reached(pytest.approx(2 * math.sqrt(2)))
+    assert crossing(points, 0.5) == crossing(points, 0.3) == Reached(1.0, -1)
+    assert crossing(points, 0.81) == Reached(8.0, 1)
+
+
+def test_ratios_of_costs() -> None:
+    found = log_ratio([(Reached(1.0), Reached(2.0)), (Reached(2.0), Reached(4.0)), (Reached(1.0), Reached(4.0))])
+    assert math.exp(found.mean) == pytest.approx((1 / 16) ** (1 / 3))
+    assert verdict(found, -math.inf, 0) == "undecided"
+    same = [(Reached(1.0), Reached(4.0))] * 3
+    assert verdict(log_ratio(same), -math.inf, 0) == "holds"
+
+
+def test_what_is_known_from_one_side_decides_on_that_side_alone() -> None:
+    below = log_ratio([(Reached(1.0, -1), Reached(4.0)), (Reached(1.1), Reached(4.0)), (Reached(1.0), Reached(4.0))])
+    assert below.low == -math.inf and verdict(below, -math.inf, 0) == "holds"
+    assert verdict(below, math.log(0.2), 0) == "undecided"
+    above = log_ratio([(Reached(8.0, 1), Reached(4.0)), (Reached(8.1), Reached(4.0)), (Reached(8.0), Reached(4.0))])
+    assert above.high == math.inf and verdict(above, -math.inf, 0) == "fails"
+    assert verdict(above, 0, 10) == "undecided"
+    # Three seeds far below one, and one that never got there: its cost may be anything.
+    never = log_ratio([(Reached(1.0), Reached(8.0))] * 3 + [(Reached(8.0, 1), Reached(8.0))])
+    assert verdict(never, -math.inf, 0) == "undecided" and seeds_needed(never, -math.inf, 0) is None
+    # No seed got there with all that the other one spent: it costs more than that.
+    spent = log_ratio([(Reached(8.0, 1), Reached(8.0))] * 3)
+    assert spent.low == 0 and verdict(spent, -math.inf, 0) == "fails" and verdict(spent, 0, 1) == "undecided"
+    assert verdict(log_ratio([(Reached(8.0), Reached(8.0))] * 3), -math.inf, 0) == "holds"  # reached: no more than that
+    turned = log_ratio([(Reached(1.0), Reached(4.0, 1))] * 3)  # the other one never reached it
+    assert turned.low == -math.inf and verdict(turned, -math.inf, 0) == "holds"
+    # Never in five seeds, of which the others took less than everything in one: stronger evidence, no weaker verdict.
+    uneven = log_ratio([(Reached(8.0, 1), Reached(8.0))] * 4 + [(Reached(8.0, 1), Reached(7.0))])
+    assert uneven.low == 0 and verdict(uneven, -math.inf, 0) == "fails"
+    assert verdict(log_ratio([(Reached(8.0, 1), Reached(8.0)), (Reached(7.0, 1), Reached(8.0))] * 2), -math.inf, 0) == (
+        "undecided"
+    )
+    both = log_ratio([(Reached(8.0, 1), Reached(8.0, 1))] * 3)  # neither got there
+    assert both.sides == (0, 0, 0) and verdict(both, -math.inf, 0) == "undecided"
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_of_bounds_alone_the_weakest_ends_the_interval(side: int) -> None:
+    found = log_ratio([(Reached(share, side), Reached(1.0)) for share in (0.5, 0.5, 0.9)])
+    low, high = (-math.inf, math.log(0.9)) if side == -1 else (math.log(0.5), math.inf)
+    assert (found.low, found.high) == (low, high)
+    # With one that is known, the interval is that of the mean.
+    found = log_ratio([(Reached(share, side * (share < 0.9)), Reached(1.0)) for share in (0.5, 0.5, 0.9)])
+    assert (found.high > math.log(0.9)) if side == -1 else (found.low < math.log(0.5))

@@ -1,0 +1,193 @@
+"""The status of runs: what is done, running, waiting, failed or stopped, told from their files alone."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import files, sweep
+from experiments.run_log import COLUMNS
+from scripts import bench_runs, status
+
+ROOT = Path(__file__).parents[1]
+
+
+def begin(folder: Path, epoch: float | None = None, **changes: object) -> None:
+    """A run of four epochs, 10 steps each, that was evaluated after `epoch` of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"complete": False, "settings": {"schedule": {"epochs": "4ep"}}} | changes
+    (folder / "manifest.json").write_text(json.dumps(record))
+    if epoch is not None:
+        row = {column: "0" for column in COLUMNS}
+        row |= {"step": str(round(10 * epoch)), "epoch": f"{epoch:g}", "test_accuracy": "0.512"}
+        rows = [",".join(COLUMNS), ",".join("0" for _ in COLUMNS), ",".join(row[column] for column in COLUMNS)]
+        (folder / "curve.csv").write_text("\n".join(rows) + "\n")
+
+
+def lock(folder: Path, process: int, host: str) -> None:
+    """The folder's lock as its owner signs it."""
+    (folder / files.LOCK).write_text(f"process {process} on {host} since 2026-01-01 00:00:00")
+
+
+def look(folder: Path) -> status.Stage:
+    """The stage of a run's folder."""
+    return status.look(folder / "curve.csv", folder / "manifest.json")
+
+
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    begin(tmp_path, 4, complete=True)
+    (tmp_path / sweep.FAILURE).write_text("of before")
+    assert look(tmp_path) == status.Stage("done", accuracy=0.512)
+    assert str(look(tmp_path)) == "51.20"
+
+
+def test_a_run_whose_owner_lives_is_running_and_says_how_long_it_will_be(tmp_path: Path) -> None:
+    begin(tmp_path, 3, processes=[{"from": 10}])
+    with files.hold(tmp_path):
+        now = time.time()
+        os.utime(tmp_path / "manifest.json", (now - 100, now - 100))  # 20 steps in 100 seconds
+        os.utime(tmp_path / "curve.csv", (now, now))
+        stage = look(tmp_path)
+        assert (stage.state, stage.epoch, stage.accuracy) == ("running", "3/4ep", 0.512)
+        assert stage.left == pytest.approx(50, abs=2)
+        assert str(stage).startswith("3/4ep 51.20 ") and str(stage).endswith(" s")
+    assert look(tmp_path).state == "stopped"
+
+
+def test_a_run_that_was_killed_is_stopped(tmp_path: Path, dead: int) -> None:
+    begin(tmp_path, 1.5)
+    lock(tmp_path, dead, socket.gethostname())
+    assert str(look(tmp_path)) == "stopped 1.5/4ep 51.20"
+
+
+def test_a_run_on_another_machine_runs_as_long_as_it_writes(tmp_path: Path, dead: int) -> None:
+    begin(tmp_path, 1)
+    lock(tmp_path, dead, "another-machine")
+    assert look(tmp_path).state == "running"
+    before = time.time() - status.QUIET - 5
+    for path in tmp_path.iterdir():
+        os.utime(path, (before, before))
+    assert look(tmp_path).state == "stopped"
+    os.utime(tmp_path / "curve.csv")
+    assert look(tmp_path).state == "running"
+
+
+def test_the_failed_run_says_its_last_line_until_it_runs_again(tmp_path: Path) -> None:
+    begin(tmp_path, 2)
+    (tmp_path / sweep.FAILURE).write_text("quickstart seed0 net2net: Two lines:\nthe last.\n")
+    assert look(tmp_path) == status.Stage("failed", "2/4ep", 0.512, failure="the last.")
+    with files.hold(tmp_path):
+        assert look(tmp_path).state == "running"
+
+
+def test_what_is_half_there_is_no_error(tmp_path: Path) -> None:
+    assert look(tmp_path) == status.Stage("waiting")
+    for manifest in ("", "[]", "{", '{"settings": {}}'):
+        (tmp_path / "manifest.json").write_text(manifest)
+        (tmp_path / "curve.csv").write_text(",".join(COLUMNS) + "\n")
+        assert look(tmp_path).state in ("waiting", "stopped")
+
+
+def test_the_table_of_arms_by_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = tmp_path / "quickstart"
+    begin(experiment / "seed0/net2net", 4, complete=True)
+    begin(experiment / "seed0/random_init", 1)
+    (experiment / "seed1/net2net").mkdir(parents=True)
+    (experiment / "seed1/net2net" / sweep.FAILURE).write_text("quickstart seed1 net2net: The images [are] gone.")
+    (experiment / sweep.PLAN).write_text(json.dumps({"0": ["net2net", "random_init"], "1": ["net2net", "random_init"]}))
+    begin(tmp_path / "sweep/case/seed3/net2net", 4, complete=True)
+    assert status.main([str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["quickstart:", "1", "done,", "1", "waiting,", "1", "failed,", "1", "stopped"] in lines
+    assert ["arm", "seed", "0", "seed", "1"] in lines
+    assert ["net2net", "51.20", "failed"] in lines
+    assert ["random_init", "stopped", "1/4ep", "51.20", "waiting"] in lines
+    assert ["failed", "quickstart", "seed1", "net2net:", "The", "images", "[are]", "gone."] in lines
+    assert ["sweep/case:", "1", "done"] in lines
+
+
+def test_many_seeds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(40):
+        begin(tmp_path / f"quickstart/seed{seed}/net2net", 4, complete=seed % 2 == 0)
+    assert status.main([str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["arm", "mean", *status.STATES, "left"] in lines
+    assert ["net2net", "51.20", "20", "20"] in lines
+
+
+def test_the_status_of_real_runs_is_read_without_torch_and_changes_nothing(finished: Path) -> None:
+    program = "import sys; from scripts import status; code = status.main([sys.argv[1]]); print('torch' in sys.modules)"
+    runs = finished.parents[1]
+    before = {path: path.lstat().st_mtime_ns for path in runs.rglob("*")}
+    command = [sys.executable, "-c", program, str(runs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "quickstart: 6 done" in done.stdout
+    assert before == {path: path.lstat().st_mtime_ns for path in runs.rglob("*")}
+
+
+def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main([str(tmp_path)]) == 1
+    assert "There are no runs in" in capsys.readouterr().err
+
+
+def test_many_runs_are_simulated_and_the_scripts_measured(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert bench_runs.main(["--runs", "20", "--rows", "5"]) == 0
+    out = capfd.readouterr().out.splitlines()
+    assert out[0] == "20 runs of 5 rows"
+    assert [line[:14].strip() for line in out[1:]] == ["status", "collect", "collect again", "figures"]
+    assert all(float(line.split()[-2]) > 0 for line in out[1:])
+
+
+def test_collecting_while_runs_go_on(tmp_path: Path) -> None:
+    """Runs are written as train.py writes them, one after another, while they are collected again and again."""
+    source, runs, results = tmp_path / "source", tmp_path / "runs", tmp_path / "results"
+    bench_runs.simulate(source, 60, 20)
+    program = """
+import json, sys
+from pathlib import Path
+from experiments.files import write
+source, runs = map(Path, sys.argv[1:])
+for manifest in sorted(source.rglob("manifest.json")):
+    folder, record = runs / manifest.parent.relative_to(source), json.loads(manifest.read_text())
+    lines = (manifest.parent / "curve.csv").read_text().splitlines(keepends=True)
+    write(folder / "manifest.json", json.dumps(record | {"complete": False, "curve_sha256": None}).encode())
+    for rows in range(2, len(lines) + 1, 6):
+        write(folder / "curve.csv", "".join(lines[:rows]).encode(), flush=False)
+    write(folder / "curve.csv", "".join(lines).encode(), flush=False)
+    write(folder / "manifest.json", json.dumps(record).encode(), flush=False)
+"""
+    command = [sys.executable, "-c", program, str(source), str(runs)]
+    runs.mkdir()
+    writer = subprocess.Popen(command, cwd=ROOT)
+    collect = [sys.executable, ROOT / "scripts/collect.py", "--runs", runs, "--results", results]
+    said, going = [], True
+    while going:
+        going = writer.poll() is None  # once more after its end
+        done = subprocess.run(collect, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines()[-1])
+    assert writer.returncode == 0
+    assert said[-1] == "60 collected, 0 skipped, 0 refused"
+    assert len(said) > 1
+    for curve in source.rglob("curve.csv"):
+        name = curve.parent.relative_to(source)
+        assert (results / "curves" / name.with_suffix(".csv")).read_bytes() == curve.read_bytes()
+    shutil.rmtree(source)

@@ -1,0 +1,199 @@
+"""Every committed curve is what its manifest says, and the check finds whatever is not."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+try:
+    HISTORY = verify.reachable()
+except verify.ExperimentError:
+    HISTORY = None
+needs_history = pytest.mark.skipif(HISTORY is None, reason="a shallow clone or no checkout: there is no history")
+
+PLACE = "curves/wider_inception/seed0/net2net"
+TEACHER = "curves/wider_inception/seed0/teacher"
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder of results with one committed curve and its teacher's, and their manifests."""
+    for place in (PLACE, TEACHER):
+        copy(place, tmp_path / place)
+    return tmp_path
+
+
+def copy(place: str, target: Path) -> None:
+    """A committed curve and its manifest, under another name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".csv", ".json"):
+        shutil.copy(ROOT / f"results/{place}{suffix}", f"{target}{suffix}")
+
+
+def edit(results: Path, change: Change) -> None:
+    """The manifest with a change."""
+    path = results / f"{PLACE}.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+@needs_history
+def test_the_committed_curves_verify() -> None:
+    assert list(verify.faults(ROOT / "results")) == []
+
+
+CHANGES: dict[str, tuple[Change, str]] = {
+    "dirty": (lambda record: record.update(dirty=True), "made with uncommitted changes at "),
+    "commit": (lambda record: record.update(commit="0" * 40), "its commit 0000000000 is not in the history"),
+    "process": (
+        lambda record: record["processes"][0].update(commit="f" * 40),
+        "its commit ffffffffff is not in the history",
+    ),
+    "no processes": (
+        lambda record: record.update(processes=[]),
+        "its processes made the steps [], its curve ends at 1404",
+    ),
+    "half of the processes": (
+        lambda record: record["processes"][0].update(to=700),
+        "its processes made the steps [(0, 700)], its curve ends at 1404",
+    ),
+    "rate": (
+        lambda record: record["settings"].update(rate=1.0),
+        "rate is 0.1 by its configuration, 1.0 in its settings",
+    ),
+    "network": (
+        lambda record: record["settings"]["network"].update(width=2.0),
+        "network.width is 1.0 by its configuration, 2.0 in its settings",
+    ),
+    "teacher": (lambda record: record["settings"].update(teacher="0" * 16), "it started from another teacher than"),
+    "student": (lambda record: record.update(student=None), "its manifest is of net2net of seed 0"),
+    "arm": (lambda record: record.update(arm="net"), "its manifest is of net of wider of seed 0"),
+    "arms": (
+        lambda record: record["config"].update(arms=["random_init"]),
+        "its manifest is of net2net of wider of seed 0",
+    ),
+    "config": (
+        lambda record: record["config"]["schedule"].update(lr=0.002),
+        "schedule.lr is 0.001 by the command, 0.002 in the manifest",
+    ),
+    "command": (
+        lambda record: record.update(command=record["command"] + " schedule.epochs=9ep"),
+        "schedule.epochs is 9ep by the command, 4ep in the manifest",
+    ),
+    "typo": (
+        lambda record: record.update(command=record["command"] + " schedule.epoch=9ep"),
+        "its command does not compose: ",
+    ),
+    "experiment": (lambda record: record.update(experiment="another"), "its manifest is of the experiment another"),
+    "seed": (lambda record: record.update(seed=3), "its manifest is of net2net of wider of seed 3"),
+    "unfinished": (lambda record: record.update(complete=False), "says that the run was not finished"),
+    "checksum": (lambda record: record.update(curve_sha256="0" * 64), "does not match curve_sha256"),
+}
+
+
+@needs_history
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_manifest_is_found(copied: Path, change: str) -> None:
+    assert list(verify.faults(copied)) == []
+    edit(copied, CHANGES[change][0])
+    found = list(verify.faults(copied))
+    assert all(fault.startswith(f"{PLACE}: ") for fault in found)
+    assert any(CHANGES[change][1] in fault for fault in found)
+
+
+def test_curves_in_the_place_of_others_are_found(copied: Path) -> None:
+    copy("curves/wider_inception/seed1/net2net", copied / PLACE)
+    (fault,) = verify.file_faults("curves/wider_inception", 0, "net2net", *files(copied / PLACE))[0]
+    assert fault == "its manifest is of net2net of wider of seed 1"
+    folder = copied / "curves/design_space"
+    for arm, student in (("wider_net2net", "deeper_net2net"), ("deeper_net2net", "wider_net2net")):
+        copy(f"curves/design_space/seed0/{student}", folder / f"seed0/{arm}")
+        (fault,) = verify.file_faults("curves/design_space", 0, arm, *files(folder / f"seed0/{arm}"))[0]
+        assert fault == f"its manifest is of net2net of {student.removesuffix('_net2net')} of seed 0"
+
+
+@needs_history
+def test_what_lacks_its_company_is_found(copied: Path) -> None:
+    copy("curves/design_space/seed0/teacher", copied / TEACHER)
+    (fault,) = verify.faults(copied)
+    assert fault == f"{PLACE}: it started from another teacher than the one beside it"
+    (copied / f"{TEACHER}.csv").unlink()
+    assert set(verify.faults(copied)) == {
+        f"{PLACE}: the teacher that it started from is missing",
+        f"{TEACHER}: there is a manifest without its curve",
+    }
+
+
+@needs_history
+def test_seeds_of_other_settings_are_found(copied: Path) -> None:
+    for arm in ("net2net", "teacher"):
+        copy(f"curves/wider_inception/seed1/{arm}", copied / f"curves/wider_inception/seed1/{arm}")
+    assert list(verify.faults(copied)) == []
+    path = copied / "curves/wider_inception/seed1/net2net.json"
+    record = json.loads(path.read_text())
+    record["config"]["schedule"]["momentum"] = record["settings"]["schedule"]["momentum"] = 0.5
+    path.write_text(json.dumps(record))
+    assert f"{PLACE}: its seeds differ in `schedule.momentum` (0.9, 0.5)" in list(verify.faults(copied))
+
+
+def files(place: Path) -> tuple[Path, Path]:
+    """Curve and manifest."""
+    return place.with_suffix(".csv"), place.with_suffix(".json")
+
+
+@needs_history
+def test_a_changed_curve_is_found_and_ends_with_1(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(["--results", str(copied)]) == 0
+    assert capsys.readouterr().out == "2 curves checked, 0 faults\n"
+    curve = copied / f"{PLACE}.csv"
+    last = curve.read_text().rstrip().rpartition(",")[2]
+    curve.write_text(curve.read_text().replace(last, f"{float(last) + 0.1:.4f}"))
+    assert verify.main(["--results", str(copied)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "2 curves checked, 1 faults\n"
+    assert err.startswith(f"{PLACE}: The curve ") and len(err.splitlines()) == 1
+    assert verify.main(["--results", str(copied / "nothing")]) == 1
+
+
+@needs_history
+def test_a_sweep_is_verified_by_the_run_of_it_that_made_the_curve(copied: Path) -> None:
+    edit(
+        copied,
+        lambda record: record.update(
+            command="python train.py -m " + record["command"].split("train.py ")[1] + " seed=2,0,1"
+        ),
+    )
+    assert list(verify.faults(copied)) == []
+    edit(copied, lambda record: record.update(command=record["command"].replace("seed=2,0,1", "seed=2,1")))
+    (fault,) = verify.faults(copied)
+    assert "seed is 2 by the command, 0 in the manifest" in fault
+
+
+def test_a_shallow_clone_says_what_it_cannot_check(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "reachable", lambda: None)
+    edit(copied, lambda record: record.update(commit="0" * 40))
+    assert verify.main(["--results", str(copied)]) == 0
+    assert "This clone is shallow: commits and commands are not checked." in capsys.readouterr().out
+
+
+def test_history_is_that_of_this_checkout() -> None:
+    if HISTORY is not None:
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        assert head.stdout.strip() in HISTORY
+    curve = ROOT / f"results/{PLACE}.csv"
+    assert (
+        hashlib.sha256(curve.read_bytes()).hexdigest()
+        == json.loads(curve.with_suffix(".json").read_text())["curve_sha256"]
+    )
