@@ -15,7 +15,7 @@ from torch import nn
 import net2net
 
 from . import arms, checkpoint, files, progress
-from .analysis import curves, figures
+from .analysis import figures, pages
 from .config import (
     CONTINUED,
     FIRST,
@@ -106,7 +106,7 @@ def _show_results(run: Run, stages: Stages, may_be_empty: bool) -> Path | None:
         complete = [name for name in stages if is_complete(run.folder / name, run.settings(*stages[name]))]
         if complete in ([], [TEACHER]) and may_be_empty:
             return None
-        run.console.print(curves.table(run.experiment))
+        run.console.print(pages.make_terminal_table(run.experiment))
         return figures.draw_runs(run.experiment)
 
 

@@ -1,5 +1,7 @@
 """How far a student is from its teacher: by the largest difference, never by a sum that could cancel."""
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +15,12 @@ from .network import Example, Inputs, run, tensors_in, unwrap
 class Equivalence:
     """The difference of two networks on some inputs.
 
-    `max_abs` is the largest |teacher - student| over all outputs, `max_relative` the same over the teacher's
-    largest |output|. `agree` of `examples` rows have the same largest entry (top-1). `mode` says how the networks ran.
+    Attributes:
+        max_abs: the largest |teacher - student| over all outputs.
+        max_relative: the same over the teacher's largest |output|.
+        agree: how many rows have the same largest entry (top-1).
+        examples: how many rows there are.
+        mode: how the networks ran, "eval" or "train".
     """
 
     max_abs: float
@@ -31,11 +37,21 @@ class Equivalence:
 
 
 def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode: str = "eval") -> Equivalence:
-    """Measure |teacher - student| on `inputs` (a tensor, a tuple of arguments or a dict of keyword arguments).
+    """Measure |teacher - student|.
 
-    `mode` is "eval", or "train" to let batch norm use the batch's statistics (running statistics, modes and the random
-    state are put back). Dropout makes the train mode meaningless. Raises TransferError if the outputs differ in shape,
-    or if the mode is neither.
+    Args:
+        teacher: one network.
+        student: the other.
+        inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        mode: "eval", or "train" to let batch norm use the batch's statistics. Running statistics, modes and the random
+            state are put back. Dropout makes the train mode meaningless.
+
+    Raises:
+        TransferError: the outputs differ in shape, a forward pass fails, or the mode is neither.
+
+    Example:
+        >>> equivalence(teacher, student, images).max_relative < 1e-5
+        True
     """
     if mode not in ("eval", "train"):
         raise TransferError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
@@ -45,7 +61,16 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
 
 
 def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
-    """The difference of two results: tensors, or nested containers of tensors."""
+    """Measure the difference of two results: tensors, or nested containers of tensors.
+
+    Args:
+        theirs: the teacher's.
+        mine: the student's.
+        mode: how the networks ran.
+
+    Raises:
+        TransferError: the results differ in shape, or are empty.
+    """
     pairs = list(zip(tensors_in(theirs), tensors_in(mine), strict=False))
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
@@ -57,7 +82,7 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
     sizes = [a.abs().max().item() for a, _ in pairs]
     a, b = pairs[0]
     examples = len(a) if a.dim() > 1 and not a.is_complex() else 0
-    if not all(map(_finite, differences)):  # max() of a NaN depends on the order: say it plainly
+    if not all(map(math.isfinite, differences)):  # max() of a NaN would depend on the order
         return Equivalence(float("nan"), float("nan"), 0, examples, mode)
     worst = max(d / s if s else d for d, s in zip(differences, sizes, strict=True))
     agree = int((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum()) if examples else 0
@@ -65,8 +90,78 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
 
 
 def _precise(value: Tensor) -> Tensor:
+    """Return the values in double precision."""
     return value.to(torch.complex128 if value.is_complex() else torch.double)
 
 
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+# -- the check of a filled student --------------------------------------------------------------------------------
+
+
+def assert_equivalent(
+    teacher: nn.Module, student: nn.Module, inputs: Inputs, output: object, identities: Collection[str]
+) -> Equivalence:
+    """Measure the difference of a filled student and its teacher, on the example and on other inputs that are drawn.
+
+    Args:
+        teacher: the network, unwrapped.
+        student: the filled network, unwrapped.
+        inputs: the example.
+        output: the teacher's output on it.
+        identities: the new layers that pass units through, for the message.
+
+    Returns:
+        The difference on the example.
+
+    Raises:
+        TransferError: rounding cannot explain a difference.
+    """
+    tensors = [t for model in (teacher, student) for t in (*model.parameters(), *model.buffers())]
+    tolerance = rounding_tolerance({t.dtype for t in tensors if t.is_floating_point()})
+    measured = compare(output, run(student, inputs))
+    _refuse_if_different(measured, tolerance, "the example", identities)
+    if (others := _compare_on_others(teacher, student, inputs, tolerance)) is not None:
+        _refuse_if_different(*others, "other inputs like it", identities)
+    return measured
+
+
+def rounding_tolerance(dtypes: Collection[torch.dtype]) -> float:
+    """Return the relative difference that rounding may make: the square root of the coarsest precision."""
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps) ** 0.5
+
+
+def _compare_on_others(
+    teacher: nn.Module, student: nn.Module, inputs: Inputs, tolerance: float
+) -> tuple[Equivalence, float] | None:
+    """Measure the difference on inputs that are drawn: units that are dead on the example may be alive on those.
+
+    Returns:
+        The difference, and the difference that rounding may make there: far from its data a deep network can amplify
+        rounding without bound. None if the teacher takes no such inputs.
+    """
+    for others in (inputs.draw_like(), inputs.draw_like(numbers=None)):
+        try:
+            theirs = run(teacher, others)
+        except TransferError:
+            continue  # it takes no other number of rows
+        if all(bool(x.isfinite().all()) for x in tensors_in(theirs)):
+            measured = compare(theirs, run(student, others))
+            if measured.max_relative <= tolerance:
+                return measured, tolerance
+            # Rounding disturbs every layer, and this only the input, by little: 1e4 times its effect leaves room for
+            # that. A hundredth of the output is no rounding, however deep the network.
+            beside = others.map(lambda x: x * (1 + 4 * torch.finfo(x.dtype).eps) if x.is_floating_point() else x)
+            amplified = 1e4 * compare(theirs, run(teacher, beside)).max_relative
+            return measured, max(tolerance, min(amplified, 1e-2))
+    return None
+
+
+def _refuse_if_different(measured: Equivalence, tolerance: float, where: str, identities: Collection[str]) -> None:
+    """Raise TransferError if the difference is larger than `tolerance`, or not a number."""
+    if not measured.max_relative <= tolerance:
+        new = sorted(identities) or ["none"]
+        raise TransferError(
+            f"The filled student does not compute its teacher's function: on {where} they differ by "
+            f"{measured.max_relative:.1e} relative, more than {tolerance:.1e}. The two forward passes do something "
+            "different with the same units: an activation behind a new layer that is not idempotent, another layout. "
+            f"Layers that pass units through: {', '.join(new[:8])}."
+        )

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import net2net
 from net2net.network import Inputs
-from net2net.plan.mapping import plan
+from net2net.plan.plan import make_plan
 from net2net.trace.tracer import trace
 from scripts.bench_training import print_loader, print_loop, print_startup
 from scripts.measure import seconds, verdict
@@ -138,7 +138,7 @@ def transformer(width: int, heads: int, layers: int) -> models.VisionTransformer
 def mapped(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
     """All that precedes the first weight: both networks traced, every unit given the one that it copies."""
     inputs = Inputs.of(images)
-    plan(trace(teacher, inputs), trace(student, inputs), None, torch.Generator())
+    make_plan(trace(teacher, inputs), trace(student, inputs), None, torch.Generator())
 
 
 def print_growth(rounds: int) -> None:

@@ -1,107 +1,132 @@
-"""An experiment with cases, as a whole: its table, and the best case of each arm."""
+"""Experiments with cases: the table of their arms, the best case of each arm, and searches of initial rates.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Every function takes the results of one experiment, as `Results.select` gives them. Teachers are left out.
+"""
+
 from typing import Any
 
-from omegaconf import OmegaConf
+import pandas as pd
+from pandas import DataFrame, Series
 
-from ..config import ARMS, CONFIGS, TEACHER
-from . import curves as report
+from ..config import ARMS, TEACHER, ordered, split_arm
 from . import statistics
-from .curves import Curves, Manifests, Results, Spread
-from .statistics import Estimate
+from .curves import Results, find_differences, own_manifests, read_config
 
-Cases = dict[str, tuple[Curves, Manifests]]  # name of the case -> what was run
-
-
-@dataclass(frozen=True)
-class Line:
-    """One arm of one case over its seeds. Accuracies are in 0..1."""
-
-    case: str
-    arm: str
-    start: Spread  # test accuracy before training
-    final: Estimate  # test accuracy at the end
-    holdout: float  # the same of the holdout images, which chooses
-    flops: float  # of training
-    flops_total: float | None  # with its teacher's
+SEARCHED = ("schedule.epochs", "rates.", "case")  # the settings in which the cases of a search of rates may differ
 
 
-def families(results: Results) -> dict[str, Cases]:
-    """The experiments that have cases, and these in the order of their configuration."""
-    found: dict[str, Cases] = {}
-    for name in results:
-        experiment, _, case = name.partition("/")
-        if case and any(arm != TEACHER for arm in results[name][0]):  # a teacher alone is no result
-            found.setdefault(experiment, {})[case] = results[name]
-    return {name: {case: cases[case] for case in _ordered(name, cases)} for name, cases in found.items()}
+def find_planned(experiment: str, arm: str) -> set[str]:
+    """Return the cases in an experiment's configuration that have this arm."""
+    config = read_config(experiment)
+    cases: dict[str, Any] = config.get("cases") or {}
+    default = config.get("arms", ARMS)
+    return {case for case, changes in cases.items() if split_arm(arm)[1] in changes.get("arms", default)}
 
 
-def _ordered(experiment: str, cases: Cases) -> list[str]:
-    written = list(_written(experiment).get("cases") or {})
-    return sorted(cases, key=lambda case: (written.index(case) if case in written else len(written), case))
+def student_runs(results: Results) -> DataFrame:
+    """Return the table of runs without the teachers'."""
+    return results.runs[results.runs.index.get_level_values("arm") != TEACHER]
 
 
-def planned(experiment: str, arm: str) -> set[str]:
-    """The cases of the configuration that have this arm."""
-    written = _written(experiment)
-    cases: dict[str, Any] = written.get("cases") or {}
-    arms = {case: changes.get("arms", written.get("arms", ARMS)) for case, changes in cases.items()}
-    return {case for case in cases if report.split_arm(arm)[1] in arms[case]}
+def list_arms(results: Results) -> list[str]:
+    """Return the arms of the students in reading order."""
+    return ordered(set(student_runs(results).index.get_level_values("arm")))
 
 
-def _written(experiment: str) -> dict[str, Any]:
-    path = CONFIGS / "experiment" / f"{experiment}.yaml"
-    found: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
-    return found
+def case_manifests(results: Results) -> dict[str, dict[str, Any]]:
+    """Return one manifest of each case."""
+    groups = results.runs["manifest"].groupby(level="case", sort=False)
+    return {str(case): own_manifests(manifests)[0] for case, manifests in groups}
 
 
-def lines(cases: Cases) -> list[Line]:
-    """A line for each arm of each case, teachers left out."""
-    found: list[Line] = []
-    for case, (curves, _) in cases.items():
-        for row in report.summarise(curves, ""):
-            if row.arm == TEACHER:
-                continue
-            seeds = curves[row.arm].values()
-            final = statistics.estimate([curve[-1]["test_accuracy"] for curve in seeds])
-            holdout = report.spread([curve[-1]["holdout_accuracy"] for curve in seeds]).mean
-            total = None if row.flops_total is None else row.flops_total.mean
-            found.append(Line(case, row.arm, row.start, final, holdout, row.flops.mean, total))
-    return found
+def summarise_cases(results: Results) -> DataFrame:
+    """Return one row for each arm of each case, over its seeds.
 
-
-def best(cases: Cases) -> dict[str, tuple[str, float]]:
-    """The case that each arm ends best in on the holdout images, and how, over the seeds that all its cases have."""
-    arms = report.ordered({arm for curves, _ in cases.values() for arm in curves if arm != TEACHER})
-    found: dict[str, tuple[str, float]] = {}
-    for arm in arms:
-        ends = holdout_ends(cases, arm)
-        common = set.intersection(*(set(seeds) for seeds in ends.values()))
-        if common:
-            means = {case: report.spread([seeds[seed] for seed in common]).mean for case, seeds in ends.items()}
-            found[arm] = max(means.items(), key=lambda entry: entry[1])
-    return found
-
-
-def holdout_ends(cases: Cases, arm: str) -> dict[str, dict[int, float]]:
-    """The holdout accuracy that the arm ends with, by case and seed."""
-    return {
-        case: {seed: curve[-1]["holdout_accuracy"] for seed, curve in curves[arm].items()}
-        for case, (curves, _) in cases.items()
-        if arm in curves
-    }
-
-
-def choose(ends: Mapping[str, Mapping[int, float]]) -> dict[int, str]:
-    """For each seed that all cases have, the case that is best in the mean of the others; with one seed alone, in that.
-
-    What is chosen by the accuracy of a network and then measured on the same network is flattered by its luck.
+    Returns:
+        Indexed by case and arm: `n` seeds, `start_mean`, `start_min`, `start_max` of the test accuracy before
+        training, `final` (an Estimate) of that at the end, `holdout` of the holdout accuracy at the end, `flops` of
+        training and `total_flops` with the teacher's. Accuracies are in 0..1.
     """
-    common = set.intersection(*(set(seeds) for seeds in ends.values())) if ends else set[int]()
+    groups = student_runs(results).groupby(level=["case", "arm"], sort=False)
+    table = groups.agg(
+        n=("final", "size"),
+        start_mean=("start", "mean"),
+        start_min=("start", "min"),
+        start_max=("start", "max"),
+        holdout=("holdout", "mean"),
+        flops=("flops", "mean"),
+    )
+    total = groups["total_flops"].sum(min_count=1).where(groups["total_flops"].count() == table["n"])
+    final = Series({key: statistics.estimate(list(runs["final"])) for key, runs in groups}, dtype=object)
+    table = table.assign(final=final.reindex(table.index), total_flops=total / table["n"])
+    cases, arms = list(dict.fromkeys(table.index.get_level_values("case"))), list_arms(results)
+    return table.reindex([(case, arm) for case in cases for arm in arms if (case, arm) in table.index])
+
+
+def holdout_by_case(results: Results, arm: str) -> DataFrame:
+    """Return the holdout accuracy that the arm ends with: a row a seed, a column a case."""
+    runs = results.runs[results.runs.index.get_level_values("arm") == arm]
+    groups = runs["holdout"].groupby(level="case", sort=False)
+    return DataFrame({case: ends.droplevel(["experiment", "case", "arm"]) for case, ends in groups})
+
+
+def best_cases(results: Results) -> dict[str, tuple[str, float]]:
+    """Return for each arm its best case by holdout accuracy, and that accuracy, over the seeds that all cases have."""
+    means = {arm: holdout_by_case(results, arm).dropna().mean() for arm in list_arms(results)}
+    return {arm: (str(mean.idxmax()), float(mean.max())) for arm, mean in means.items() if mean.notna().all()}
+
+
+def choose_cases(holdout: DataFrame) -> dict[int, str]:
+    """Choose for each seed the case that is best on average over the other seeds; a single seed chooses for itself.
+
+    A case that is chosen by a network's accuracy and then measured on the same network is flattered by its luck.
+
+    Args:
+        holdout: Holdout accuracies, a row a seed and a column a case. Seeds that lack a case are left out.
+    """
+    common = holdout.dropna().sort_index()
     chosen: dict[int, str] = {}
-    for seed in sorted(common):
-        others = common - {seed} or {seed}
-        chosen[seed] = max(ends, key=lambda case: sum(ends[case][other] for other in others))
+    for seed in common.index:
+        others = common.drop(seed) if len(common) > 1 else common
+        chosen[int(seed)] = str(others.sum().idxmax())
     return chosen
+
+
+def is_frontier(results: Results) -> bool:
+    """Say whether the cases are training budgets of the same arms."""
+    budgets = [manifest["config"]["schedule"]["epochs"] for manifest in case_manifests(results).values()]
+    groups = results.runs.groupby(level="case")
+    raced = all({"net2net", "random_init"} <= set(runs.index.get_level_values("arm")) for _, runs in groups)
+    return raced and len(budgets) > 1 and len(set(budgets)) == len(budgets)
+
+
+def varies_only_rates(results: Results) -> bool:
+    """Say whether the cases differ in nothing but initial rates and training budgets."""
+    return all(key.startswith(SEARCHED) for key in find_differences(case_manifests(results).values()))
+
+
+def is_search(results: Results) -> bool:
+    """Say whether the cases try several rates for each arm with each of several budgets."""
+    table = tabulate_rates(results)
+    several = table.index.get_level_values("budget").nunique() > 1 and bool((table.count(axis=1) > 1).all())
+    return several and varies_only_rates(results)
+
+
+def tabulate_rates(results: Results) -> DataFrame:
+    """Return what each arm ends with at each initial rate, with each budget.
+
+    Returns:
+        Mean holdout accuracies in 0..1: a row for each budget and arm, a column for each rate in ascending order, a
+        multiple of schedule.lr. The means are over the seeds that all rates of the row have; NaN where there are none.
+    """
+    runs = student_runs(results).reset_index()
+    configs = [manifest["config"] for manifest in runs["manifest"]]
+    runs["budget"] = [config["schedule"]["epochs"] for config in configs]
+    runs["rate"] = [config["rates"][split_arm(arm)[1]] for config, arm in zip(configs, runs["arm"], strict=True)]
+    lines: dict[tuple[str, str], Series] = {}
+    for budget, tried in runs.groupby("budget", sort=False):
+        for arm in ordered(set(tried["arm"])):
+            ends = tried[tried["arm"] == arm].pivot_table(index="seed", columns="rate", values="holdout")
+            lines[str(budget), arm] = ends.dropna().mean()
+    table = DataFrame(lines).T.sort_index(axis=1)
+    return table.set_axis(pd.MultiIndex.from_tuples(table.index, names=["budget", "arm"]))

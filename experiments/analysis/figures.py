@@ -1,23 +1,27 @@
-"""Draws an experiment's curves: accuracy over steps and over the compute spent. Imports no torch."""
+"""Draw experiments: curves over steps and over compute, the paper's figures 4 to 6, and experiments with cases."""
 
 import io
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..config import TEACHER
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas import DataFrame
+
+from ..config import TEACHER, ordered, split_arm
 from ..files import write
-from .curves import Curves, before, flops_unit, load, name, ordered, split_arm, spread
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from .cases import is_frontier, is_search, list_arms, summarise_cases, tabulate_rates
+from .curves import INDEX, Results, flops_unit, largest_cost, load
+from .statistics import Estimate
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 FORMATS = ("png", "svg")
-# Colours of Okabe and Ito: colour-blind readers tell them apart. In grey, line styles and markers do.
+WIDTH = 6.6  # of a page, inches
+# The colours of Okabe and Ito, which colour-blind readers tell apart. In grey, line styles and markers differ.
 LOOKS: dict[str, tuple[str, Any, str]] = {
     "net2net": ("#0072b2", "-", "o"),
     "random_pad": ("#e69f00", (0, (5, 1.5)), "s"),
@@ -25,9 +29,19 @@ LOOKS: dict[str, tuple[str, Any, str]] = {
     "teacher_continued": ("#555555", (0, (5, 1.2, 1, 1.2)), "D"),
     "random_init_low_lr": ("#cc79a7", (0, (5, 1.2, 1, 1.2, 1, 1.2)), "v"),
 }
+OTHER_LOOK = ("#000000", "-", "x")
 STUDENT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 TEACHER_LINE: dict[str, Any] = {"color": "black", "linewidth": 1.0, "linestyle": (0, (4, 3))}
-PAPER = {  # experiment -> figure of the paper, and the arms in it
+# The look of each case. It resembles no arm's, for the panel beside shows arms; from dark to light, for grey pages.
+CASE_LOOKS: list[tuple[str, Any, str]] = [
+    ("#440154", "-", "<"),
+    ("#3e4a89", (0, (5, 1.5)), "p"),
+    ("#26828e", (0, (1, 1)), "X"),
+    ("#1f9e6e", (0, (5, 1.2, 1, 1.2)), "h"),
+    ("#6cb33f", (0, (5, 1.2, 1, 1.2, 1, 1.2)), ">"),
+    ("#b5a400", (0, (3, 1, 1, 1)), "*"),
+]
+PAPER = {  # experiment -> the figure of the paper that shows it, and the arms there
     "wider_inception": (4, ("net2net", "random_pad", "random_init")),
     "deeper_inception": (5, ("net2net", "random_init")),
     "design_space": (6, ("net2net",)),
@@ -35,169 +49,295 @@ PAPER = {  # experiment -> figure of the paper, and the arms in it
 MARKERS = 7  # a curve carries about this many
 
 
-def looks(arms: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, line style and marker of each arm; with several students the colour tells the student."""
+def choose_looks(arms: list[str]) -> dict[str, dict[str, Any]]:
+    """Return colour, line style and marker of each arm; with several students the colour tells the student."""
     students = sorted({student for arm in arms if (student := split_arm(arm)[0]) is not None})
     result: dict[str, dict[str, Any]] = {}
     for arm in arms:
         student, kind = split_arm(arm)
-        colour, line, marker = LOOKS.get(kind, ("#000000", "-", "x"))
+        colour, line, marker = LOOKS.get(kind, OTHER_LOOK)
         if len(students) > 1 and student is not None:
             colour = STUDENT_COLOURS[students.index(student) % len(STUDENT_COLOURS)]
-        # A second student's markers are hollow, for pages without colour.
+        # The markers of every second student are hollow, for pages without colour.
         hollow = student is not None and students.index(student) % 2 == 1
-        result[arm] = {
-            "color": colour,
-            "linestyle": line,
-            "marker": marker,
-            "markerfacecolor": "white" if hollow else colour,
-        }
+        face = "white" if hollow else colour
+        result[arm] = {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": face}
     return result
 
 
-def band(curves: Curves, arm: str, column: str) -> tuple[list[float], ...]:
-    """Steps, training FLOPs from the teacher's start, mean, minimum and maximum of `column`, in per cent.
+def make_band(results: Results, arm: str, column: str) -> DataFrame:
+    """Return an arm's curve over its seeds, at the steps that all of them evaluated and have a value for.
 
-    Over the seeds of the arm, at the steps that all of them evaluated and have a value for. FLOPs are NaN
-    where an arm starts from a teacher that `curves` lacks.
+    Args:
+        results: One experiment, or one case.
+        arm: The arm's folder.
+        column: A column of the curve, in 0..1.
+
+    Returns:
+        Indexed by step: mean, minimum (`low`) and maximum (`high`) of the column in per cent, and `flops`, the training
+        FLOPs from the teacher's start, NaN where the arm starts from a teacher that was not run.
     """
-    seeds = curves[arm]
-    spent = [math.nan if (point := before(curves, arm, seed)) is None else point["flops"] for seed in seeds]
-    by_step = [{point["step"]: point for point in curve} for curve in seeds.values()]
-    lines: tuple[list[float], ...] = ([], [], [], [], [])
-    for step in sorted(set.intersection(*(set(points) for points in by_step))):
-        values = [100 * points[step][column] for points in by_step]
-        if any(math.isnan(value) for value in values):
-            continue
-        total = [points[step]["flops"] + past for points, past in zip(by_step, spent, strict=True)]
-        value = spread(values)
-        for line, number in zip(
-            lines, (step, math.fsum(total) / len(total), value.mean, value.low, value.high), strict=True
-        ):
-            line.append(number)
-    return lines
+    curve = results.curves[results.curves.index.get_level_values("arm") == arm]
+    spent = curve["flops"] + results.runs["teacher_flops"].reindex(curve.index)
+    table = DataFrame({"step": curve["step"], "value": 100 * curve[column], "flops": spent})
+    seeds = curve.index.get_level_values("seed").nunique()
+    steps = table.dropna(subset=["value"]).groupby("step")
+    band = steps["value"].agg(["mean", "min", "max"]).set_axis(["mean", "low", "high"], axis=1)
+    band["flops"] = steps["flops"].sum(min_count=seeds) / seeds
+    return band[steps.size() == seeds]
 
 
-def late_limits(curves: Curves, column: str) -> tuple[float, float]:
-    """The ends of an axis that shows how the arms end, in per cent: the second halves of those that end well fit.
+def late_limits(results: Results) -> tuple[float, float]:
+    """Return the ends of an axis on which the second halves of the test curves fit, in per cent.
 
-    An arm that ends far below the best (by more than 15 points) would press the others together.
+    An arm that ends more than 15 points below the best would press the others together and is left out.
     """
-    late: list[float] = []
-    ends = {arm: max(100 * curve[-1][column] for curve in seeds.values()) for arm, seeds in curves.items()}
-    for arm, seeds in curves.items():
-        for curve in seeds.values() if ends[arm] > max(ends.values()) - 15 else ():
-            points = curve[-1:] if arm == TEACHER else curve[len(curve) // 2 :]
-            late += [100 * point[column] for point in points if not math.isnan(point[column])]
-    if not late:
+    ends = 100 * results.runs["final"].groupby(level="arm").max()
+    good = ends.index[ends > ends.max() - 15]
+    arms = results.curves.index.get_level_values("arm")
+    runs = results.curves["test_accuracy"].groupby(level=INDEX, sort=False)
+    place, size = runs.cumcount(), runs.transform("size")
+    late = (place >= size // 2) & ((arms != TEACHER) | (place == size - 1)) & arms.isin(good)
+    values = 100 * results.curves["test_accuracy"][late].dropna()
+    if values.empty:
         return 0.0, 100.0
-    margin = 0.08 * (max(late) - min(late)) + 0.1
-    return min(late) - margin, max(late) + margin
+    margin = 0.08 * (values.max() - values.min()) + 0.1
+    return float(values.min() - margin), float(values.max() + margin)
 
 
-def draw(curves: Curves, title: str, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Writes the figure of {arm: {seed: points}} to `path` + .png and .svg, and returns those paths.
+def draw(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Draw one experiment: test and training accuracy over steps, their end enlarged, and test accuracy over compute.
 
-    Four panels: test and training accuracy over steps, the last of the test curves enlarged, and test
-    accuracy over training FLOPs, the teacher's included. The same curves give the same bytes under the same
-    matplotlib.
+    The same curves give the same bytes with the same matplotlib.
+
+    Args:
+        name: The figure's title.
+        results: One experiment, or one case.
+        path: Where the figure is written, without the suffix.
+        formats: The suffixes to write.
+
+    Returns:
+        The paths that were written.
     """
-    with canvas() as new:
-        arms = [arm for arm in ordered(curves) if arm != TEACHER]
-        figure = new(4.75 + 0.19 * math.ceil((len(arms) + 2) / 3))
-        axes = figure.subplots(2, 2)
-        over_steps, training, zoomed, over_flops = axes.flat
-        panel(over_steps, curves, arms, "test_accuracy", "(a) test")
-        panel(training, curves, arms, "train_accuracy", "(b) training")
-        panel(zoomed, curves, arms, "test_accuracy", "(c) test, enlarged")
-        zoomed.set_ylim(late_limits(curves, "test_accuracy"))
-        panel(over_flops, curves, arms, "test_accuracy", "(d) test, by compute", flops=True)
-        for ax in (over_steps, zoomed):
+    arms = list_arms(results)
+    with matplotlib.rc_context(fname=STYLE):
+        figure = Figure(figsize=(WIDTH, 4.75 + 0.19 * math.ceil((len(arms) + 2) / 3)))
+        over_steps, training, enlarged, over_flops = figure.subplots(2, 2).flat
+        draw_panel(over_steps, results, arms, "test_accuracy", "(a) test")
+        draw_panel(training, results, arms, "train_accuracy", "(b) training")
+        draw_panel(enlarged, results, arms, "test_accuracy", "(c) test, enlarged")
+        enlarged.set_ylim(late_limits(results))
+        draw_panel(over_flops, results, arms, "test_accuracy", "(d) test, by compute", flops=True)
+        for ax in (over_steps, enlarged):
             ax.set_ylabel("accuracy (%)")
-        figure.suptitle(f"{title}: {seeds_phrase(map(len, curves.values()))}", fontsize=10)
-        handles, labels = over_flops.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        seeds = results.runs.groupby(level="arm").size()
+        _finish(figure, f"{name}: {describe_seeds(seeds)}", over_flops, columns=3)
         return save(figure, path, formats)
 
 
-def draw_paper(curves: Curves, name: str, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Writes an experiment as the paper's figure of it (4 to 6): training and validation accuracy over training steps.
+def draw_paper(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Draw an experiment as the paper's figure of it: training and validation accuracy over training steps.
 
-    With the arms of that figure alone; where a student was not trained from scratch, with the teacher's own curve,
-    as in figure 6. The validation images are the test images here.
+    It shows only the arms of that figure and, where no student was trained from scratch, the teacher's own curve, as
+    figure 6 does. The validation images are our test images.
     """
     number, raced = PAPER[name]
-    with canvas() as new:
-        arms = [arm for arm in ordered(curves) if split_arm(arm)[1] in raced]
-        scratch = "random_init" in raced
-        title = f"Figure {number} of the paper, from {name}"
-        figure = new(3.1)
+    arms = [arm for arm in list_arms(results) if split_arm(arm)[1] in raced]
+    teacher = "" if "random_init" in raced else "the original, from scratch"
+    with matplotlib.rc_context(fname=STYLE):
+        figure = Figure(figsize=(WIDTH, 3.1))
         training, validation = figure.subplots(1, 2)
-        for ax, column, heading in (
-            (training, "train_accuracy", "(a) training"),
-            (validation, "test_accuracy", "(b) validation"),
-        ):
-            panel(ax, curves, arms, column, heading, teacher="" if scratch else "the original, from scratch")
+        draw_panel(training, results, arms, "train_accuracy", "(a) training", teacher=teacher)
+        draw_panel(validation, results, arms, "test_accuracy", "(b) validation", teacher=teacher)
         training.set_ylabel("accuracy (%)")
-        figure.suptitle(f"{title}\n{seeds_phrase(len(curves[arm]) for arm in arms)}", fontsize=10)
-        handles, labels = validation.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        seeds = results.runs.groupby(level="arm").size()[arms]
+        title = f"Figure {number} of the paper, from {name}\n{describe_seeds(seeds)}"
+        _finish(figure, title, validation, columns=3)
         return save(figure, path, formats)
 
 
-def panel(
-    ax: "Axes",
-    curves: Curves,
+def draw_panel(
+    ax: Axes,
+    results: Results,
     arms: list[str],
     column: str,
     heading: str,
     flops: bool = False,
     teacher: str | None = None,
 ) -> None:
-    """One column of the arms' curves over steps, or over FLOPs with the teacher's.
+    """Draw one column of the arms' curves over steps, or over FLOPs with the teacher's.
 
-    The teacher is a line at the height of its end, and over FLOPs a curve; or, if it is named, a curve over its own
-    steps; with the name "" it is left out.
+    The teacher is a line at the height of its end, and over FLOPs a curve. If `teacher` names it, it is a curve over
+    its own steps; with the name "" it is left out.
     """
-    styles = looks(arms)
-    totals = [total for arm in curves for total in band(curves, arm, "test_accuracy")[1]]
-    size, unit = flops_unit(max((total for total in totals if math.isfinite(total)), default=0))
-    shown = [*arms, TEACHER] if flops or teacher else arms
-    for place, arm in enumerate(arm for arm in shown if arm in curves):
-        step, total, mean, low, high = band(curves, arm, column)
-        x = [value / size for value in total] if flops else step
+    looks = choose_looks(arms)
+    run = set(results.runs.index.get_level_values("arm"))
+    largest = max((make_band(results, arm, "test_accuracy")["flops"].max() for arm in run), default=0.0)
+    size, unit = flops_unit(largest)
+    drawn = [*arms, TEACHER] if flops or teacher else arms
+    for place, arm in enumerate(arm for arm in drawn if arm in run):
+        band = make_band(results, arm, column)
+        x = band["flops"] / size if flops else band.index
         if arm == TEACHER:
-            ax.plot(x, mean, **{**TEACHER_LINE, "linestyle": "-"}, label=teacher or TEACHER)
+            ax.plot(x, band["mean"], **{**TEACHER_LINE, "linestyle": "-"}, label=teacher or TEACHER)
             continue
+        # The markers of each arm begin elsewhere, so that curves that coincide are still told apart.
         every = math.ceil(len(x) / MARKERS) or 1
-        # Each arm's markers begin elsewhere, so that curves that coincide are still told apart.
-        ax.plot(x, mean, **styles[arm], markevery=(place % every, every), label=arm)
-        if len(curves[arm]) > 1:
-            ax.fill_between(x, low, high, color=styles[arm]["color"], alpha=0.15, linewidth=0)
-    if TEACHER in curves and teacher is None:
-        final = spread([100 * curve[-1][column] for curve in curves[TEACHER].values()]).mean
-        ax.axhline(final, **TEACHER_LINE, label="teacher at its end")
+        ax.plot(x, band["mean"], **looks[arm], markevery=(place % every, every), label=arm)
+        if results.runs.xs(arm, level="arm").shape[0] > 1:
+            ax.fill_between(x, band["low"], band["high"], color=looks[arm]["color"], alpha=0.15, linewidth=0)
+    if TEACHER in run and teacher is None:
+        end = results.curves.groupby(level=INDEX).tail(1).xs(TEACHER, level="arm")[column].mean()
+        ax.axhline(100 * end, **TEACHER_LINE, label="teacher at its end")
     ax.set_title(heading, loc="left")
     ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
     ax.set_xlim(left=0)
 
 
-@contextmanager
-def canvas() -> "Iterator[Callable[[float], Figure]]":
-    """Gives what makes a figure as wide as the page and so many inches high, in the paper's style."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def draw_runs(experiment_dir: Path) -> Path:
+    """Draw the finished arms under `runs/<experiment>` into its `figure.png` and return that path.
 
-    # Given a file, rc_context also resets what a user's own matplotlibrc may have set.
+    Raises:
+        ExperimentError: There is no finished arm.
+    """
+    results = load(experiment_dir)
+    name = "/".join(part for part in results.runs.index[0][:2] if part)
+    return draw(name, results, experiment_dir / "figure", formats=("png",))[0]
+
+
+def draw_cases(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Draw an experiment with cases: a frontier over budgets, a search of rates, or the end of every case."""
+    draw = _draw_frontier if is_frontier(results) else _draw_search if is_search(results) else _draw_ends
     with matplotlib.rc_context(fname=STYLE):
-        yield lambda height: Figure(figsize=(6.6, height))
+        return save(draw(name, results), path, formats)
 
 
-def save(figure: "Figure", path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Writes the figure to `path` + .png and so on, whole or not at all, and returns those paths."""
+def _draw_frontier(name: str, results: Results) -> Figure:
+    """Draw the test accuracy that each arm ends with over its cost, on logarithmic axes: a point a budget."""
+    lines = summarise_cases(results)
+    size, unit = flops_unit(largest_cost(results.runs))
+    figure = Figure(figsize=(WIDTH, 3.3))
+    own, total = figure.subplots(1, 2, sharey=True)
+    for ax, column, heading in (
+        (own, "flops", "(a) by the arm's own compute"),
+        (total, "total_flops", "(b) with the teacher's"),
+    ):
+        for arm in list_arms(results):
+            arm_lines = lines.xs(arm, level="arm")
+            look = LOOKS.get(split_arm(arm)[1], OTHER_LOOK)
+            heights, errors = _bars(arm_lines["final"])
+            _draw_bars(ax, arm, arm_lines[column] / size, heights, yerr=errors, look=look, linestyle=look[1])
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        ax.set_xlabel(f"training compute ({unit})")
+        ax.set_title(heading, loc="left")
+    own.set_ylabel("final test accuracy (%)")
+    title = f"{name}: budgets of {', '.join(results.experiments[name])}"
+    _finish(figure, _add_seeds(title, lines), own, columns=4)
+    return figure
+
+
+def _draw_search(name: str, results: Results) -> Figure:
+    """Draw the holdout accuracy that each arm ends with over its initial rate: a panel an arm, a line a budget."""
+    table = tabulate_rates(results)
+    arms = ordered(set(table.index.get_level_values("arm")))
+    rows = math.ceil(len(arms) / 2)
+    figure = Figure(figsize=(WIDTH, 1.2 + 2.0 * rows))
+    axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
+    budgets = table.index.get_level_values("budget").unique()
+    for ax, arm in zip(axes.flat, arms, strict=False):
+        for (colour, line, marker), budget in zip(itertools.cycle(CASE_LOOKS), budgets, strict=False):
+            found = table.loc[(budget, arm)].dropna() if (budget, arm) in table.index else table.iloc[0, :0]
+            ax.plot(found.index, 100 * found, color=colour, linestyle=line, marker=marker, label=budget)
+        ax.set_title(arm, loc="left")
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for ax in axes[-1]:
+        ax.set_xlabel("initial rate (multiples of schedule.lr)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("holdout accuracy (%)")
+    _finish(figure, f"{name}: {describe_seeds(summarise_cases(results)['n'])}", axes[0, 0], columns=5)
+    return figure
+
+
+def _draw_ends(name: str, results: Results) -> Figure:
+    """Draw how net2net learns in each case, unless they are many, and how every arm of every case ends."""
+    lines = summarise_cases(results)
+    cases = results.experiments[name]
+    few = len(cases) <= len(CASE_LOOKS) and all((case, "net2net") in lines.index for case in cases)
+    figure = Figure(figsize=(WIDTH, max(3.2, 1.5 + 0.3 * len(cases))))
+    if few:
+        left, right = figure.subplots(1, 2)
+        _draw_learning(left, name, results)
+        left.set_title("(a) net2net, by step", loc="left")
+        right.set_title("(b) at the end", loc="left")
+    else:
+        right = figure.subplots()
+    _draw_rows(right, results, lines, costs=not few)
+    _finish(figure, _add_seeds(name, lines), right, columns=4)
+    return figure
+
+
+def _draw_learning(ax: Axes, name: str, results: Results) -> None:
+    """Draw the test accuracy of net2net over steps: a line a case."""
+    for place, (case, (colour, line, marker)) in enumerate(zip(results.experiments[name], CASE_LOOKS, strict=False)):
+        mean = make_band(results.select(name, case), "net2net", "test_accuracy")["mean"]
+        every = math.ceil(len(mean) / MARKERS) or 1
+        face, marked = "white" if place % 2 else colour, (place % every, every)
+        look = {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": face, "markevery": marked}
+        ax.plot(mean.index, mean, **look, label=case)
+    ax.set_xlabel("training steps")
+    ax.set_ylabel("test accuracy (%)")
+    ax.legend(fontsize=7.5)
+
+
+def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> None:
+    """Draw the final test accuracy of every arm: a row a case, from above in order, with its largest cost if wanted."""
+    cases = list(dict.fromkeys(lines.index.get_level_values("case")))
+    heights = {case: len(cases) - place for place, case in enumerate(cases)}
+    rivals = {case: [arm for arm in list_arms(results) if (case, arm) in lines.index] for case in cases}
+    for arm in list_arms(results):
+        ends = lines["final"].xs(arm, level="arm")
+        # Arms of a case stand one above the other, so that equal ones do not hide each other.
+        rows = [heights[case] + 0.13 * ((len(rivals[case]) - 1) / 2 - rivals[case].index(arm)) for case in ends.index]
+        middles, errors = _bars(ends)
+        look = LOOKS.get(split_arm(arm)[1], OTHER_LOOK)
+        _draw_bars(ax, arm, middles, rows, xerr=errors, look=look, linestyle="none")
+    size, unit = flops_unit(largest_cost(results.runs))
+    spent = lines[["flops", "total_flops"]].max(axis=1).groupby(level="case").max() / size
+    names = [f"{case}, {spent[case]:.3g} {unit} in all" if costs else case for case in cases]
+    ax.set_yticks(list(heights.values()), names)
+    ax.set_ylim(0.4, len(cases) + 0.6)
+    ax.set_xlabel("test accuracy (%)")
+
+
+def _bars(found: Iterable[Estimate]) -> tuple[list[float], list[list[float]]]:
+    """Return means, and the lengths of the bars to both ends of their intervals, in per cent; 0 for a single seed."""
+    ends = [(one.mean - one.low, one.high - one.mean) for one in found]
+    lengths = [[100 * end if math.isfinite(end) else 0.0 for end in side] for side in zip(*ends, strict=True)]
+    return [100 * one.mean for one in found], lengths
+
+
+def _draw_bars(ax: Axes, arm: str, x: Any, y: Any, look: tuple[str, Any, str], **options: Any) -> None:
+    ax.errorbar(x, y, color=look[0], marker=look[2], capsize=2, elinewidth=0.8, label=arm, **options)
+
+
+def _add_seeds(title: str, lines: DataFrame) -> str:
+    return f"{title}\n{describe_seeds(lines['n'], 'bars are 95 % intervals')}"
+
+
+def _finish(figure: Figure, title: str, ax: Axes, columns: int) -> None:
+    """Add the title, and below the panels the legend of one of them."""
+    figure.suptitle(title, fontsize=10)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def save(figure: Figure, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Write the figure to `path` + .png and so on, whole or not at all, and return those paths."""
     written: list[Path] = []
     for suffix in formats:
-        # Dates and versions in the file would make every drawing a change.
+        # A date or a version in the file would make every drawing a change.
         metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
         image = io.BytesIO()
         figure.savefig(image, format=suffix, metadata=metadata)
@@ -206,19 +346,10 @@ def save(figure: "Figure", path: Path, formats: tuple[str, ...] = FORMATS) -> li
     return written
 
 
-def seeds_phrase(counts: Iterable[int], spread: str = "band from lowest to highest") -> str:
-    """How many seeds the lines are over, and what shows their spread."""
+def describe_seeds(counts: Iterable[int], spread: str = "band from lowest to highest") -> str:
+    """Say over how many seeds the lines are means, and what shows their spread."""
     found = sorted(set(counts))
     if found == [1]:
         return "one seed"
     n = f"n = {found[0]}" if len(found) == 1 else f"n = {found[0]} to {found[-1]}"
     return f"mean over seeds ({n}), {spread}"
-
-
-def draw_runs(experiment_dir: Path) -> Path:
-    """Draws the finished arms under `runs/<experiment>` into its `figure.png` and returns that path.
-
-    Raises ExperimentError if there is no finished arm.
-    """
-    curves, manifests = load(experiment_dir)
-    return draw(curves, name(manifests), experiment_dir / "figure", formats=("png",))[0]

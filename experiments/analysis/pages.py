@@ -1,4 +1,4 @@
-"""The pages that are made from curves: results/README.md, and the tables of README.md and docs/reproduction.md."""
+"""Write what the curves say: the table in the terminal, results/README.md, and the tables in README.md and docs/."""
 
 import shlex
 from collections import Counter
@@ -6,341 +6,438 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import ARMS, TEACHER, flatten
-from . import cases as family
-from . import costs, search
-from . import curves as report
-from .claims import Finding
-from .curves import PER_RUN, Results, distinct, mixed
+from pandas import DataFrame, Series
+from rich import box
+from rich.table import Table
+
+from ..config import ARMS, TEACHER, flatten, ordered, split_arm
+from . import cases
+from .claims import Finding, tabulate_budgets
+from .curves import (
+    COSTS,
+    PER_RUN,
+    Results,
+    describe_differences,
+    find_targets,
+    flops_unit,
+    largest_cost,
+    list_distinct,
+    load,
+    own_manifests,
+)
 from .figures import PAPER
-from .frontier import budgets, is_frontier
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS, Estimate
 
 COMMAND = "python scripts/figures.py"
 
 
-def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table whose first column is left-aligned and the others right-aligned."""
+def summarise_arms(results: Results) -> DataFrame:
+    """Return one row an arm in reading order, over its seeds.
+
+    Args:
+        results: One experiment without cases, or one case.
+
+    Returns:
+        `n` seeds and, for each of start, final, target, reached_step, flops and total_flops (columns of
+        `Results.runs`), its mean, min, max and count over the seeds that have it, as in `final_mean`.
+    """
+    groups = results.runs.groupby(level="arm", sort=False)
+    columns = ["start", "final", "target", "reached_step", "flops", "total_flops"]
+    table = groups[columns].agg(["mean", "min", "max", "count"])
+    table.columns = [f"{column}_{statistic}" for column, statistic in table.columns]
+    return table.assign(n=groups.size()).loc[ordered(table.index)]
+
+
+def find_target(results: Results) -> str:
+    """Return the arm whose final holdout accuracy is the target: the configured one, or the teacher if it was not run.
+
+    Args:
+        results: One experiment without cases, or one case.
+    """
+    (target,) = find_targets(results.runs["manifest"]).values()
+    run = results.runs.index.get_level_values("arm")
+    return target if any(split_arm(arm)[1] == target for arm in run) else TEACHER
+
+
+def describe_agreement(manifests: Iterable[dict[str, Any]]) -> str:
+    """Say how far an arm computes the teacher's function at step 0, in float64, over its seeds; "" if not measured."""
+    measured = [record["step0"] for record in manifests if record.get("step0")]
+    if not measured:
+        return ""
+    agree, total = (sum(int(one[key]) for one in measured) for key in ("agree", "of"))
+    errors = [float(one["max_relative_error"]) for one in measured if one.get("max_relative_error") is not None]
+    return f"{agree} of {total}" + (f" (error {max(errors):.1e})" if errors else "")
+
+
+def format_percent(row: Series, name: str) -> str:
+    """Return `91.20 (90.80–91.50)`: mean, min and max of a column in per cent; the mean alone where they coincide."""
+    mean, low, high = (f"{100 * row[f'{name}_{statistic}']:.2f}" for statistic in ("mean", "min", "max"))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def format_steps(row: Series) -> str:
+    """Return the mean steps to the target, and over how many seeds if not all; `never`; `–` without a target."""
+    reached, n = int(row["reached_step_count"]), int(row["n"])
+    if not row["target_count"]:
+        return "–"
+    if reached == 0:
+        return "never"
+    return f"{row['reached_step_mean']:.0f}" + ("" if reached == n else f" ({reached} of {n})")
+
+
+def format_cost(mean: float, size: float, known: bool = True) -> str:
+    """Return a mean cost in units of `size`, or `–` if it is not known of every seed."""
+    return f"{mean / size:.3g}" if known else "–"
+
+
+def tabulate_arms(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the table of an experiment's arms: its heads, and a line of cells an arm."""
+    size, unit = flops_unit(largest_cost(results.runs))
+    heads = ["arm", "n", "test accuracy at step 0 (%)", "final test accuracy (%)", "target: holdout accuracy (%)"]
+    heads += ["steps to target", f"{unit}, own", f"{unit}, with teacher's", "top-1 as teacher's at step 0"]
+    lines: list[list[str]] = []
+    for arm, row in summarise_arms(results).iterrows():
+        n = int(row["n"])
+        target = format_percent(row, "target") if row["target_count"] else "–"
+        own = format_cost(row["flops_mean"], size)
+        total = format_cost(row["total_flops_mean"], size, known=row["total_flops_count"] == n)
+        agreement = describe_agreement(results.runs["manifest"].xs(arm, level="arm")) or "–"
+        accuracies = [format_percent(row, "start"), format_percent(row, "final"), target]
+        lines.append([str(arm), str(n), *accuracies, format_steps(row), own, total, agreement])
+    return heads, lines
+
+
+def make_terminal_table(experiment_dir: Path) -> Table:
+    """Return the table of the finished arms under `runs/<experiment>`, for 80 columns.
+
+    Raises:
+        ExperimentError: There is no finished arm, or one cannot be read.
+    """
+    results = load(experiment_dir)
+    heads, lines = tabulate_arms(results)
+    unit = heads[6].partition(",")[0]
+    notes = [f"steps to target: until the holdout accuracy that {find_target(results)} ends with"]
+    notes += ["total: with the teacher's, for arms that start from it"]
+    notes += [f"{line[0]}, step 0, float64: top-1 as teacher's {line[-1]}" for line in lines if line[-1] != "–"]
+    name = "/".join(part for part in results.runs.index[0][:2] if part)
+    title, caption = f"{name}, test accuracy (%)", "\n".join(notes)
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("arm", no_wrap=True)
+    for head in ("n", "step 0", "final", "steps\nto target", f"{unit}\nown", f"{unit}\ntotal"):
+        table.add_column(head, justify="right", overflow="fold")
+    for arm, n, start, final, _, steps, own, total, _ in lines:
+        table.add_row(arm, n, start.partition(" ")[0], final, steps.replace(" (", "\n("), own, total)
+    return table
+
+
+def tabulate_costs(results: Results) -> tuple[list[str], list[list[str]]] | None:
+    """Return the table of what each arm needs to reach the target; None if no arm reaches it.
+
+    The costs are means over the seeds that reach it, without and with all of the teacher's training.
+    """
+    runs = results.runs[results.runs["target"].notna()]
+    reached = runs[runs["reached_step"].notna()]
+    if reached.empty:
+        return None
+    own = reached[[f"reached_{column}" for column in COSTS]].set_axis(COSTS, axis=1)
+    total = own + reached[[f"teacher_{column}" for column in COSTS]].set_axis(COSTS, axis=1)
+    counts = runs.groupby(level="arm", sort=False)["reached_step"].agg(["count", "size"])
+    means = [one.groupby(level="arm").mean() for one in (own, total)]
+    known = total["flops"].groupby(level="arm").count()  # a mean over some seeds would not compare with its neighbour
+    size, unit = flops_unit(max(one["flops"].max() for one in means))
+    formats = {"steps": "{:,.0f}", "images": "{:,.0f}", unit: "{:.3g}", "seconds": "{:,.0f}"}
+    lines: list[list[str]] = []
+    for arm in ordered(counts.index):
+        count, n = counts.loc[arm, "count"], counts.loc[arm, "size"]
+        cells: list[str] = []
+        for mean, all_known in zip(means, (count > 0, count > 0 and known.get(arm) == count), strict=True):
+            values = [mean.at[arm, column] / (size if column == "flops" else 1) if all_known else 0 for column in COSTS]
+            texts = [text.format(value) for text, value in zip(formats.values(), values, strict=True)]
+            cells += texts if all_known else ["–"] * len(COSTS)
+        lines.append([arm, f"{count} of {n}", *cells])
+    return ["arm", "reached by", *formats, *(f"{head}, with teacher's" for head in formats)], lines
+
+
+def markdown_table(heads: list[str], lines: list[list[str]], code: bool = False) -> str:
+    """Return a Markdown table, its first column left-aligned, and as code if wanted, the others right-aligned."""
     rule = [":--"] + ["--:"] * (len(heads) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
+    cells = [[f"`{line[0]}`", *line[1:]] for line in lines] if code else lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *cells])
 
 
-def data_phrase(record: dict[str, Any]) -> str:
-    """What the images are and what is done to them."""
-    data = record["config"]["data"]
-    parts = [record["data"], f"{data['size']} × {data['size']} pixels"]
+def describe_data(manifest: dict[str, Any]) -> str:
+    """Say what the images are and what is done to them."""
+    data = manifest["config"]["data"]
+    parts = [manifest["data"], f"{data['size']} × {data['size']} pixels"]
     parts.append(f"{100 * data['holdout']:g} % of the training images held out to make choices")
     parts.append(f"random crop after {data['pad']} pixels of padding" if data["pad"] else "no random crop")
     parts.append("random flip" if data["flip"] else "no flip")
     return ", ".join(parts)
 
 
-def schedule_phrase(configs: list[dict[str, Any]]) -> str:
-    """How long and how the networks are trained; where cases differ, each way once."""
-    teachers = [{"teacher": one["schedule"].get("teacher_epochs") or one["schedule"]["epochs"]} for one in configs]
-    schedules = [one["schedule"] | own for one, own in zip(configs, teachers, strict=True)]
-    said = {key: " / ".join(distinct(one.get(key) for one in schedules)) for key in schedules[0]}
+def describe_schedule(configs: list[dict[str, Any]]) -> str:
+    """Say how long and how the networks are trained; settings that differ between cases are all given."""
+    schedules = [one["schedule"] for one in configs]
+    text = {key: " / ".join(list_distinct(one.get(key) for one in schedules)) for key in schedules[0]}
+    teacher = " / ".join(list_distinct(one.get("teacher_epochs") or one["epochs"] for one in schedules))
     return (
-        f"students {said['epochs']}, teacher {said['teacher']}, batches of {said['batch_size']}, {said['optimizer']}, "
-        f"rate {said['lr']} times each arm's own, {said['decay']} decay after a warm-up of {said['warmup']}; evaluated "
-        f"every {said['evaluate']}"
+        f"students {text['epochs']}, teacher {teacher}, batches of {text['batch_size']}, {text['optimizer']}, "
+        f"rate {text['lr']} times each arm's own, {text['decay']} decay after a warm-up of {text['warmup']}; evaluated "
+        f"every {text['evaluate']}"
     )
 
 
-def case_phrase(cases: family.Cases) -> str:
-    """What the cases change: first what more than half of them have, then of each what it has instead."""
-    settings = {case: flatten(report.own(manifests)[0]["config"]) for case, (_, manifests) in cases.items()}
+def describe_cases(results: Results) -> str:
+    """Say what the cases change: first what more than half of them have, then what each has instead."""
+    settings = {case: flatten(one["config"]) for case, one in cases.case_manifests(results).items()}
     keys = dict.fromkeys(key for one in settings.values() for key in one if key not in ("case", *PER_RUN))
-    found = {key: Counter(str(one.get(key)) for one in settings.values()) for key in keys}
-    varied = {key: counts.most_common(1)[0] for key, counts in found.items() if len(counts) > 1}
-    usual = {key: value for key, (value, count) in varied.items() if 2 * count > len(cases)}
-    said = ", ".join(f"{key} {value}" for key, value in usual.items() if value != "None")
-    others = {
-        case: ", ".join(f"{key} {one.get(key)}" for key in varied if str(one.get(key)) != usual.get(key))
-        for case, one in settings.items()
-    }
-    return "; ".join(
-        [f"{said} where nothing else is said"] * bool(said)
-        + [f"`{case}`: {other}" if other else f"`{case}`" for case, other in others.items()]
-    )
+    counts = {key: Counter(str(one.get(key)) for one in settings.values()) for key in keys}
+    varied = {key: found.most_common(1)[0] for key, found in counts.items() if len(found) > 1}
+    usual = {key: value for key, (value, count) in varied.items() if 2 * count > len(settings)}
+    common = ", ".join(f"{key} {value}" for key, value in usual.items() if value != "None")
+    phrases = [f"{common} where nothing else is said"] if common else []
+    for case, one in settings.items():
+        other = ", ".join(f"{key} {one.get(key)}" for key in varied if str(one.get(key)) != usual.get(key))
+        phrases.append(f"`{case}`: {other}" if other else f"`{case}`")
+    return "; ".join(phrases)
 
 
-def command_phrase(commands: Iterable[str]) -> str:
-    """The commands that made the curves, as code: each once, and those that differ in seed or case alone as a sweep."""
-    found = distinct(commands)
+def format_commands(commands: Iterable[str]) -> str:
+    """Return the distinct commands as code; those that differ only in seed or case become one sweep."""
+    found = list_distinct(commands)
     for key in ("seed", "case"):
-        found = _swept(found, key)
+        found = _join_sweeps(found, key)
     return "<br>".join(f"`{command}`" for command in found)
 
 
-def _swept(commands: list[str], key: str) -> list[str]:
-    """The commands, those that differ in the value of `key` alone as one."""
+def _join_sweeps(commands: list[str], key: str) -> list[str]:
+    """Join the commands that differ only in the value of `key`."""
     values: dict[tuple[str, ...], list[str]] = {}
-    for command in commands:
-        words = tuple(f"{key}=" if word.startswith(f"{key}=") else word for word in shlex.split(command))
-        values.setdefault(words, []).extend(
-            word.partition("=")[2] for word in shlex.split(command) if word.startswith(f"{key}=")
-        )
-    made: list[str] = []
+    for words in map(shlex.split, commands):
+        common = tuple(f"{key}=" if word.startswith(f"{key}=") else word for word in words)
+        values.setdefault(common, []).extend(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
+    joined: list[str] = []
     for words, found in values.items():
-        said = [f"{key}={','.join(distinct(found))}" if word == f"{key}=" else word for word in words]
-        if len(distinct(found)) > 1 and "-m" not in said:
-            said.insert(2, "-m")
-        made.append(shlex.join(said))
-    return made
+        sweep = [f"{key}={','.join(list_distinct(found))}" if word == f"{key}=" else word for word in words]
+        if len(list_distinct(found)) > 1 and "-m" not in sweep:
+            sweep.insert(2, "-m")
+        joined.append(shlex.join(sweep))
+    return joined
 
 
-def facts(manifests: Iterable[report.Manifests]) -> dict[str, str]:
-    """What is to be known of an experiment, or of all cases of one: what was run where, on what, at which commit."""
-    manifests = list(manifests)
-    records = [record for one in manifests for seeds in one.values() for record in seeds.values()]
-    own = [record for one in manifests for record in report.own(one)]
+def collect_facts(results: Results) -> dict[str, str]:
+    """Return what a reader should know of one experiment: what was run where, on which data, at which commit."""
+    records = list(results.runs["manifest"])
+    groups = results.runs["manifest"].groupby(level="case", sort=False)
+    own = [record for _, manifests in groups for record in own_manifests(manifests)]
     seeds = sorted({record["seed"] for record in records})
     versions = [", ".join(f"{k} {v}" for k, v in sorted(record["versions"].items())) for record in records]
-    hardware = [  # of every process that made a part of a curve, where they say it
+    hardware = [  # of every process that made a part of a curve, where the manifest says it
         f"{process['device']}: {process['hardware']}, {record['precision']}"
         for record in records
         for process in [one for one in record.get("processes", ()) if "hardware" in one] or [record]
     ]
-    commits = [
-        str(record["commit"])[:10] + (" with uncommitted changes" if record["dirty"] else "") for record in records
-    ]
-    found = {
+    dirty = " with uncommitted changes"
+    commits = [str(record["commit"])[:10] + (dirty if record["dirty"] else "") for record in records]
+    return {
         "Claim": own[0]["config"]["claim"],
-        "Command": command_phrase(record["command"] for record in own),
-        "Data": "; ".join(distinct(data_phrase(record) for record in own)),
-        "Schedule": schedule_phrase([record["config"] for record in own]),
+        "Command": format_commands(record["command"] for record in own),
+        "Data": "; ".join(list_distinct(describe_data(record) for record in own)),
+        "Schedule": describe_schedule([record["config"] for record in own]),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
-        "Hardware": "; ".join(distinct(hardware)),
-        "Versions": "; ".join(distinct(versions)),
-        "Commit": "; ".join(distinct(commits)),
+        "Hardware": "; ".join(list_distinct(hardware)),
+        "Versions": "; ".join(list_distinct(versions)),
+        "Commit": "; ".join(list_distinct(commits)),
     }
-    return found
 
 
-def bullets(found: Mapping[str, str]) -> str:
-    """Facts as a list."""
-    return "\n".join(f"- **{fact}:** {text}" for fact, text in found.items())
+def bullet_list(facts: Mapping[str, str]) -> str:
+    """Return facts as a Markdown list."""
+    return "\n".join(f"- **{fact}:** {text}" for fact, text in facts.items())
 
 
-def section(name: str, curves: report.Curves, manifests: report.Manifests) -> str:
-    """The part of results/README.md on an experiment without cases."""
-    found = facts([manifests])
-    apart = mixed(report.own(manifests))
-    if apart:
-        found["Not all curves share"] = ", ".join(apart)
-    target = report.target_arm(manifests)
-    heads, lines = report.cells(report.summarise(curves, target), manifests)
+def experiment_section(name: str, results: Results) -> str:
+    """Return the part of results/README.md on an experiment without cases."""
+    facts = collect_facts(results)
+    if differences := describe_differences(own_manifests(results.runs["manifest"])):
+        facts["Not all curves share"] = ", ".join(differences)
     number = PAPER[name][0] if name in PAPER else None
-    as_printed = [f"![Figure {number} of the paper](figures/paper_figure_{number}.png)"] if number else []
     parts = [
         f"## {name}",
-        bullets(found),
+        bullet_list(facts),
         f"![Accuracy of each arm over training steps and over compute: {name}](figures/{name}.png)",
         f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
-        *as_printed,
-        f"The target is the final holdout accuracy of `{report.target_source(curves, target)}`.",
-        markdown_table(heads, code_first(lines)),
+        *([f"![Figure {number} of the paper](figures/paper_figure_{number}.png)"] if number else []),
+        f"The target is the final holdout accuracy of `{find_target(results)}`.",
+        markdown_table(*tabulate_arms(results), code=True),
     ]
-    spent = costs.costs(curves, target)
-    if any(cost.own for cost in spent):
-        heads, lines = costs.cells(spent)
-        parts += [
-            "What it took to reach the target, on average over the seeds that did. The machines had other work, too: "
-            "seconds hardly compare, FLOPs do."
-        ]
-        parts += [markdown_table(heads, code_first(lines))]
+    if costs := tabulate_costs(results):
+        parts.append(
+            "This is what each arm needed to reach the target, on average over the seeds that did. The machines had "
+            "other work, too: compare FLOPs, and seconds hardly."
+        )
+        parts.append(markdown_table(*costs, code=True))
     return "\n\n".join(parts)
 
 
-def code_first(lines: list[list[str]]) -> list[list[str]]:
-    """The lines with the first cell of each as code."""
-    return [[f"`{line[0]}`", *line[1:]] for line in lines]
-
-
-def family_section(name: str, cases: family.Cases) -> str:
-    """The part of results/README.md on an experiment with cases."""
-    frontier, searched = is_frontier(cases), search.is_search(cases)
-    shown = "Accuracy against training budget" if frontier else "Accuracy of each case"
-    shown = "Accuracy against initial rate" if searched else shown
-    told = {} if searched else {"Cases": case_phrase(cases)}
+def cases_section(name: str, results: Results) -> str:
+    """Return the part of results/README.md on an experiment with cases."""
+    frontier, search = cases.is_frontier(results), cases.is_search(results)
+    kind = "against training budget" if frontier else "against initial rate" if search else "of each case"
     parts = [
         f"## {name}",
-        bullets(facts(manifests for _, manifests in cases.values()) | told),
-        f"![{shown}: {name}](figures/{name}.png)",
+        bullet_list(collect_facts(results) | ({} if search else {"Cases": describe_cases(results)})),
+        f"![Accuracy {kind}: {name}](figures/{name}.png)",
         f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
     ]
+    if search:
+        parts.append("Final holdout accuracy (%) at each multiple of `schedule.lr`, the best of each line in bold.")
+        return "\n\n".join([*parts, markdown_table(*_tabulate_search(results))])
     if frontier:
-        heads, lines = budgets(name, cases)
-        parts += [
-            """Which share of the FLOPs of `random_init` an arm needs to end as well as it does: the geometric mean over
-seeds, its 95 % interval, n. Between the budgets that were run it is interpolated; ≤ and ≥ stand where the smallest
-or the largest of them says no more than that. Untrained already: what was grown is as good without training. The last
-column is the same run read as a curve: the share of the steps of `random_init`, under one schedule, until the holdout
-accuracy is what it ends with.""",
-            markdown_table(heads, lines),
-        ]
-    if searched:
-        heads, lines = search.cells(search.tried(cases))
-        parts += ["Holdout accuracy (%) at the end, at each multiple of `schedule.lr`; the best of each line in bold."]
-        return "\n\n".join([*parts, markdown_table(heads, lines)])
-    found = family.lines(cases)
-    size, unit = report.flops_unit(max(line.flops_total or line.flops for line in found))
-    heads = [
-        "case",
-        "arm",
-        "n",
-        "test accuracy at step 0 (%), lowest–highest",
-        "final test accuracy (%), 95 % interval",
-    ]
-    heads += ["final holdout accuracy (%)"]
-    heads += [f"{unit}, own", f"{unit}, with teacher's"]
-    table = [
-        [
-            f"`{line.case}`",
-            f"`{line.arm}`",
-            str(line.final.n),
-            report.percent(line.start),
-            interval(line.final),
-            f"{100 * line.holdout:.2f}",
-            f"{line.flops / size:.3g}",
-            "–" if line.flops_total is None else f"{line.flops_total / size:.3g}",
-        ]
-        for line in found
-    ]
-    parts += [markdown_table(heads, table)]
-    best = [f"`{arm}` `{case}` ({100 * accuracy:.2f} %)" for arm, (case, accuracy) in family.best(cases).items()]
+        parts.append(FRONTIER)
+        parts.append(markdown_table(*tabulate_budgets(name, results)))
+    table = cases.summarise_cases(results)
+    size, unit = flops_unit(largest_cost(results.runs))
+    heads = ["case", "arm", "n", "test accuracy at step 0 (%), lowest–highest"]
+    heads += ["final test accuracy (%), 95 % interval", "final holdout accuracy (%)"]
+    lines: list[list[str]] = []
+    for (case, arm), row in table.iterrows():
+        start = format_percent(row, "start")
+        holdout, own = f"{100 * row['holdout']:.2f}", format_cost(row["flops"], size)
+        total = format_cost(row["total_flops"], size, known=row["total_flops"] == row["total_flops"])
+        lines.append(
+            [f"`{case}`", f"`{arm}`", str(row["n"]), start, format_interval(row["final"]), holdout, own, total]
+        )
+    parts.append(markdown_table([*heads, f"{unit}, own", f"{unit}, with teacher's"], lines))
+    best = [f"`{arm}` `{case}` ({100 * accuracy:.2f} %)" for arm, (case, accuracy) in cases.best_cases(results).items()]
     if best and not frontier:
-        parts += [f"Best by holdout accuracy: {', '.join(best)}."]
+        parts.append(f"Best by holdout accuracy: {', '.join(best)}.")
     return "\n\n".join(parts)
 
 
-def interval(found: Estimate) -> str:
-    """`61.20 (60.80 to 61.60)`, in per cent; the mean alone of one seed."""
+def _tabulate_search(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the table of a search of rates: a line for each budget and arm, its highest accuracy in bold."""
+    table = cases.tabulate_rates(results)
+    lines: list[list[str]] = []
+    for (budget, arm), row in table.iterrows():
+        best = row.idxmax() if row.notna().any() else None
+        shown = {rate: f"{100 * accuracy:.2f}" for rate, accuracy in row.dropna().items()}
+        cells = [f"**{shown[rate]}**" if rate == best else shown.get(rate, "–") for rate in table.columns]
+        lines.append([str(budget), f"`{arm}`", *cells])
+    return ["budget", "arm", *(f"{rate:g} ×" for rate in table.columns)], lines
+
+
+def format_interval(found: Estimate) -> str:
+    """Return `61.20 (60.80 to 61.60)`, in per cent; the mean alone of one seed."""
     mean, low, high = (f"{100 * value:.2f}" for value in (found.mean, found.low, found.high))
     return mean if found.n == 1 else f"{mean} ({low} to {high})"
 
 
 def claim_line(finding: Finding) -> list[str]:
-    """The cells of one claim."""
+    """Return the cells of one claim in the table of claims."""
     claim = finding.claim
     names = list(dict.fromkeys(text.partition(":")[0].partition("/")[0] for text in (claim.of, claim.against) if text))
     configs = ", ".join(f"[{name}](../configs/experiment/{name}.yaml)" for name in names)
-    commands = [record["command"] for one in finding.operands for record in one.manifests[one.arm].values()]
-    planned = [] if commands else [f"python train.py experiment={name}" for name in names]
-    shown = command_phrase(commands or planned)
-    said = f"**{finding.verdict}**" if finding.verdict in ("holds", "fails") else finding.verdict
-    return [claim.claim, claim.source, claim.paper, finding.shown, said, configs, shown]
+    commands = [record["command"] for one in finding.operands for record in one.runs["manifest"]]
+    commands = commands or [f"python train.py experiment={name}" for name in names]
+    verdict = f"**{finding.verdict}**" if finding.verdict in ("holds", "fails") else finding.verdict
+    return [claim.claim, claim.source, claim.paper, finding.value, verdict, configs, format_commands(commands)]
 
 
-def tally(found: Iterable[Finding]) -> str:
-    """`3 hold, 1 fails, 4 undecided, 20 not run`."""
-    counts = Counter(finding.verdict.partition(" (")[0] for finding in found)
-    words = {"holds": "hold", "fails": "fail"}
+def count_verdicts(findings: Iterable[Finding]) -> str:
+    """Return `3 hold, 1 fails, 4 undecided, 20 not run`."""
+    counts = Counter(finding.verdict.partition(" (")[0] for finding in findings)
+    plural = {"holds": "hold", "fails": "fail"}
     return ", ".join(
-        f"{counts[word]} {word if counts[word] == 1 else words.get(word, word)}"
+        f"{counts[word]} {word if counts[word] == 1 else plural.get(word, word)}"
         for word in ("holds", "fails", "undecided", "not run")
         if counts[word]
     )
 
 
-def claims_section(found: list[Finding]) -> str:
-    """The table of the claims."""
-    heads = ["claim", "source", "paper", "ours", "verdict", "config", "command"]
-    return "\n\n".join(
-        [
-            "## Claims",
-            f"""Each claim is a test in [claims.yaml](claims.yaml), judged from the curves alone: {tally(found)}.
-Differences and ratios are paired by seed; in brackets their 95 % interval, the wider of Student's t and the bootstrap
-at either end ([statistics.py](../experiments/analysis/statistics.py) says why). A claim holds if all of the interval lies where
-it says, fails if none of it does. There is no verdict on fewer than {CLAIM_SEEDS} seeds, and none on what is to be
-quoted on fewer than {HEADLINE_SEEDS}; of what is undecided the table says what would tell. The best of several cases
-is, for each seed, the one that ends best on the holdout images of the other seeds. Of so many tests at 95 % some are
-wrong by chance: one that holds narrowly, alone among its kind, is weak evidence. Seeds differ in the networks' first
-weights, in the order and the crops of the images, and not in the split of the images, which is always the same.
-In the commands `data.root` is the name of the folder that had the images; without `data` and `data.root` CIFAR-10 is
-downloaded.""",
-            markdown_table(heads, [claim_line(finding) for finding in found]),
-        ]
-    )
-
-
-def results_readme(results: Results, findings: list[Finding]) -> str:
-    """The text of results/README.md."""
-    intro = f"""<!-- Generated by `{COMMAND}` from curves/. Do not edit: the next run overwrites it. -->
-# Results
-
-Generated by `{COMMAND}` from the curves in [curves/](curves), which `python scripts/collect.py` copied from
-finished runs with the manifest of each.
-
-Numbers are means over seeds; in brackets, and as bands in the figures, the lowest and highest seed, unless a table
-says otherwise. Steps to target: the first evaluated step at which an arm's holdout accuracy, and that of the next
-evaluation, is at least the target's, the final holdout accuracy of the target arm of the same student and seed, or the
-teacher's where there is none; where some seeds alone reach it, the mean is over those, as said in brackets. FLOPs are
-those of training; "with teacher's" adds what the teacher cost to the arms that start from it, and a teacher that was
-grown itself has cost what the network before it has. Top-1 as teacher's: on
-how many test images the student's first choice is the teacher's before it is trained, over all seeds, and the largest
-relative error of its outputs, both computed in float64."""
-    parts = [intro, *([claims_section(findings)] if findings else [])]
-    parts += [section(name, *loaded) for name, loaded in results.items() if "/" not in name]
-    parts += [family_section(name, cases) for name, cases in family.families(results).items()]
+def results_page(results: Results, findings: list[Finding]) -> str:
+    """Return the text of results/README.md."""
+    parts = [INTRODUCTION]
+    if findings:
+        heads = ["claim", "source", "paper", "ours", "verdict", "config", "command"]
+        lines = [claim_line(finding) for finding in findings]
+        parts += ["## Claims", CLAIMS.format(verdicts=count_verdicts(findings)), markdown_table(heads, lines)]
+    plain = [name for name, found in results.experiments.items() if found == [""]]
+    parts += [experiment_section(name, results.select(name)) for name in plain]
+    parts += [cases_section(name, results.select(name)) for name in results.experiments if name not in plain]
     return "\n\n".join(parts) + "\n"
 
 
-def summary(results: Results, findings: list[Finding]) -> str:
-    """For the top-level README: a line for each experiment and student, and how the claims stand."""
-    lines: list[list[str]] = []
-    used: set[str] = set()
-    texts: list[tuple[str, str, dict[str, str], dict[str, str]]] = []
-    for name, (curves, manifests) in results.items():
-        if "/" in name:  # a case: its table is in results/README.md
+def summary_block(results: Results, findings: list[Finding]) -> str:
+    """Return the block of the top-level README: a line for each experiment and student, and how the claims stand."""
+    rows: list[tuple[str, str, dict[str, str], dict[str, str]]] = []
+    for name, found in results.experiments.items():
+        if found != [""]:  # an experiment with cases has its table in results/README.md
             continue
-        rows = report.summarise(curves, report.target_arm(manifests))
-        split = [(*report.split_arm(row.arm), row) for row in rows]
-        students = {student for student, _, _ in split if student is not None} or {None}
-        for student in sorted(students, key=str):
-            mine = {arm: row for owner, arm, row in split if owner in (student, None)}
-            counts = sorted({row.n for row in mine.values()})
+        table = summarise_arms(results.select(name))
+        arms = [(*split_arm(str(arm)), row) for arm, row in table.iterrows()]
+        for student in sorted({owner for owner, _, _ in arms if owner is not None} or {None}, key=str):
+            own = {arm: row for owner, arm, row in arms if owner in (student, None)}
+            counts = sorted({int(row["n"]) for row in own.values()})
             n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             label = f"[{name}](results/README.md#{name})" + (f", {student}" if student else "")
-            accuracy = {arm: report.percent(row.final) for arm, row in mine.items()}
-            steps = {arm: report.steps_cell(row) for arm, row in mine.items()}
-            used |= set(accuracy)
-            texts.append((label, n, accuracy, steps))
-    arms = [arm for arm in (TEACHER, *ARMS) if arm in used]
-    raced = [arm for arm in ("net2net", "random_init") if arm in used]
-    for label, n, accuracy, steps in texts:
-        final = [accuracy.get(arm, "–") for arm in arms]
-        lines.append([label, n, *final, " / ".join(steps.get(arm, "–") for arm in raced)])
+            accuracies = {arm: format_percent(row, "final") for arm, row in own.items()}
+            rows.append((label, n, accuracies, {arm: format_steps(row) for arm, row in own.items()}))
+    arms = [arm for arm in (TEACHER, *ARMS) if any(arm in accuracies for _, _, accuracies, _ in rows)]
+    raced = [arm for arm in ("net2net", "random_init") if arm in arms]
+    lines = [
+        [label, n, *(accuracies.get(arm, "–") for arm in arms), " / ".join(steps.get(arm, "–") for arm in raced)]
+        for label, n, accuracies, steps in rows
+    ]
     heads = ["experiment", "n", *(f"`{arm}`" for arm in arms), f"steps to target: {' / '.join(raced)}"]
-    return "\n\n".join(
-        [
-            "Final test accuracy in per cent, mean over n seeds (lowest–highest).",
-            markdown_table(heads, lines),
-            *(
-                [f"The claims, each a test: {tally(findings)} ([the table](results/README.md#claims))."]
-                if findings
-                else []
-            ),
-            f"Figures, settings and costs: [results/README.md](results/README.md). Generated by `{COMMAND}`.",
-        ]
-    )
+    parts = ["Final test accuracy in per cent, mean over n seeds (lowest–highest).", markdown_table(heads, lines)]
+    if findings:
+        parts.append(f"The claims, each a test: {count_verdicts(findings)} ([the table](results/README.md#claims)).")
+    parts.append(f"Figures, settings and costs: [results/README.md](results/README.md). Generated by `{COMMAND}`.")
+    return "\n\n".join(parts)
 
 
-def trials(folder: Path) -> str:
-    """The table of rate trials: one run each, made to choose the optimizer's defaults; best first."""
+def trials_block(folder: Path) -> str:
+    """Return the table of rate trials, best first: one run each, made to choose the optimizer's defaults."""
     lines: list[tuple[float, list[str]]] = []
     for trial in sorted(folder.glob("*/curves/*")):
-        curves, manifests = report.load(trial)
-        for arm, seeds in curves.items():
-            for seed, points in seeds.items():
-                record, last = manifests[arm][seed], points[-1]
-                schedule = record["config"]["schedule"]
-                setting = f"{schedule['optimizer']}, {schedule['lr']:g}"
-                score = last["holdout_accuracy"]
-                run, warmup = f"`{arm}` of {trial.name}", schedule["warmup"]
-                facts = [setting, warmup, run, schedule["epochs"], str(seed), f"{100 * score:.2f}"]
-                lines.append((-score, facts))
+        runs = load(trial).runs
+        for (_, _, arm, seed), record, score in zip(runs.index, runs["manifest"], runs["holdout"], strict=True):
+            schedule = record["config"]["schedule"]
+            facts = [f"{schedule['optimizer']}, {schedule['lr']:g}", schedule["warmup"], f"`{arm}` of {trial.name}"]
+            lines.append((-score, [*facts, schedule["epochs"], str(seed), f"{100 * score:.2f}"]))
     heads = ["optimizer, initial rate", "warm-up", "run", "length", "seed", "holdout accuracy (%)"]
-    ranked = [facts for _, facts in sorted(lines)]
-    return f"{markdown_table(heads, ranked)}\n\nOne run each. Generated by `{COMMAND}` from `results/trials`."
+    table = markdown_table(heads, [cells for _, cells in sorted(lines)])
+    return f"{table}\n\nOne run each. Generated by `{COMMAND}` from `results/trials`."
+
+
+INTRODUCTION = f"""<!-- Generated by `{COMMAND}` from curves/. Do not edit: the next run overwrites it. -->
+# Results
+
+`{COMMAND}` makes this page from the curves in [curves/](curves). `python scripts/collect.py` has copied them there
+from finished runs, with the manifest of each.
+
+Numbers are means over seeds. The lowest and the highest seed stand in brackets, and are bands in the figures, unless a
+table says otherwise. Steps to target are the first evaluated step at which an arm's holdout accuracy, and that of the
+next evaluation, is at least the target. The target is the final holdout accuracy of the target arm of the same student
+and seed, or the teacher's where there is no such arm. Where only some seeds reach it, the mean is over those, and the
+brackets say how many. FLOPs are those of training. "With teacher's" adds what the teacher cost to the arms that start
+from it; the cost of a teacher that was grown itself contains that of the network before it. "Top-1 as teacher's" says
+on how many test images, over all seeds, the student's first choice is the teacher's before it is trained, and gives the
+largest relative error of its outputs; both are computed in float64."""
+
+CLAIMS = f"""Each claim is a test in [claims.yaml](claims.yaml), judged from the curves alone: {{verdicts}}.
+Differences and ratios are paired by seed. Their 95 % interval stands in brackets: Student's t
+([statistics.py](../experiments/analysis/statistics.py)). A claim holds if all of the interval lies where the claim
+says, and fails if none of it does. With fewer than {CLAIM_SEEDS} seeds there is no verdict, and with fewer than
+{HEADLINE_SEEDS} there is none on a headline. Where a claim is undecided, the table says what would decide it. The best
+of several cases is chosen for each seed by the holdout accuracy of the other seeds. Of so many tests at 95 % some are
+wrong by chance: a claim that holds narrowly, alone among its kind, is weak evidence. Seeds differ in the networks'
+first weights and in the order and crops of the images. The split of the images is always the same. In the commands
+`data.root` is the name of the folder that had the images; without `data` and `data.root` CIFAR-10 is downloaded."""
+
+FRONTIER = """The first table says which share of the FLOPs of `random_init` an arm needs to end as well as it does: the
+geometric mean over seeds, its 95 % interval, and n. Between the budgets that were run it is interpolated. ≤ and ≥ stand
+where the smallest budget is already enough, or the largest is not. "Untrained already" means that the grown network is
+as good without training. The last column reads the same run as a curve: the share of the steps of `random_init`, under
+one schedule, until the holdout accuracy is what `random_init` ends with."""

@@ -1,201 +1,53 @@
-"""g: which teacher unit each student unit copies, and what becomes of the layers that the teacher lacks.
+"""g: which teacher unit each student unit copies (paper, section 3.3, Algorithm 1).
 
-The paper's Algorithm 1 keeps one mapping a layer consistent by hand. Here units that meet anywhere in the network
-are one unit (`Trace.find`), so one array from student units to teacher units is consistent by construction. Units that
-belong to others (to a group, a head) are chosen after those, inside what those copy; units of one layer that
-different layers read (the halves of a shuffle) are chosen apart.
+Algorithm 1 draws one mapping for each layer and keeps neighbouring layers consistent by hand. Here units that meet
+anywhere in the network are one unit, so one array from student units to teacher units is consistent by construction:
+its first n units are the teacher's own, and each further unit is drawn from those. Units that belong to larger units
+(to a group, a head) are chosen after those, inside what those copy. Units of one layer that different layers read (the
+halves of a shuffle) are chosen apart.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..errors import TransferError, used_differently
+from ..errors import TransferError
 from ..record import MEAN, NEW, ZERO
-from ..trace.facts import Key, Layer, Norm
-from ..trace.graph import Trace
-from ..trace.groups import close
-from ..trace.units import Units, in_order
-from .mixing import Mixed, mixed, streams
-from .sign_pairs import Bends, bends
+from ..trace.facts import Key, Layer, LayerKind, NormKind
+from ..trace.units import in_order
+from .traces import Networks
 
-Rename = Mapping[str, str] | Callable[[str], str | None] | None
+EVEN = "even"  # what a norm asks of a layer: every teacher unit is copied equally often
 
-
-class Unpaired(TransferError):
-    """A layer of the teacher has no counterpart by name."""
+Owners = dict[int, dict[Key, int]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a student is filled: decided before a single weight is written.
+class Ties:
+    """What the units of one network are tied to, in which a unit and its copy must agree.
 
-    `teacher_of` maps each student unit (its root label) to the teacher unit (root) that it copies, or to `NEW`, `ZERO`
-    or `MEAN - k`. `names` maps each student tensor to its teacher's counterpart, or to None. `identity`, `silent` and
-    `fresh` name the student's layers that the teacher lacks: those that pass their units through, those that end a
-    branch which must add nothing, and those that are read with zero weights only. `rescaled` gives, for norms that see
-    padding, the factor of their mean square; `eps` what modules with another eps than their teacher's must have.
-    `bends` are the activations behind identities whose units pass them in pairs, `patterns` the signs of these units.
-    `mixed` are axes whose units are mixtures of the teacher's, by the names of the tensors.
+    Attributes:
+        owners: unit -> relation (by the teacher's key; both networks have it) -> the larger unit it belongs to.
+        readers: for every unit a number that says which tensors of both networks it is an entry of.
     """
 
-    teacher: Trace
-    student: Trace
-    teacher_units: Units
-    units: Units
-    teacher_roots: Tensor
-    student_roots: Tensor
-    teacher_of: Tensor
-    means: list[Tensor]
-    names: dict[str, str | None]
-    identity: frozenset[str]
-    silent: frozenset[str]
-    fresh: frozenset[str]
-    rescaled: dict[Key, tuple[Norm, float]]
-    eps: dict[str, float]
-    bends: dict[str, Bends]
-    patterns: Tensor
-    mixed: dict[str, tuple[Mixed, ...]]
-
-
-# -- names --------------------------------------------------------------------------------------------------------
-
-
-def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, str | None]:
-    """The teacher's name of every student tensor, None where the teacher has no such tensor.
-
-    Normalisations without tensors go by their modules' names, and are among the keys.
-    `rename` is a function of the student's name, or a dict from student prefixes (whole dotted parts) to
-    teacher prefixes, the longest that fits; a prefix that maps to "" marks a layer that the teacher lacks.
-    """
-    convert = rename if callable(rename) else _by_prefix(rename or {})
-    names = {name: convert(name) for name in student.parameters.tensors}
-    found = {name: teacher.parameters.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
-    if lost := set(teacher.parameters.tensors) - set(found.values()):
-        first = next(name for name in teacher.parameters.tensors if name in lost)
-        raise Unpaired(
-            f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
-            "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
-        )
-    for layer in student.layers.values():
-        if layer.key is not None:
-            theirs = str(replace(layer.key, where=convert(layer.key.where) or ""))
-            found[layer.name] = theirs if theirs in teacher.layers else None
-    return found
-
-
-def _by_prefix(rename: Mapping[str, str]) -> Callable[[str], str | None]:
-    prefixes = sorted(rename.items(), key=lambda item: -len(item[0]))
-
-    def convert(name: str) -> str | None:
-        for mine, theirs in prefixes:
-            if name == mine or name.startswith(mine + "."):
-                return theirs + name[len(mine) :] if theirs else None
-        return name
-
-    return convert
-
-
-def key_names(names: dict[str, str | None]) -> Callable[[Key], Key | None]:
-    """The teacher's key of what the student calls by a key: a tensor's or a module's name, then what it is."""
-    modules = {}
-    for mine, theirs in names.items():
-        while mine and theirs is not None:
-            mine, _, a = mine.rpartition(".")
-            theirs, _, b = theirs.rpartition(".")
-            if a != b and modules.get(mine, theirs) != theirs:
-                break
-            modules.setdefault(mine, theirs)
-
-    def convert(key: Key) -> Key | None:
-        if key.inside is not None:
-            inner, outer = convert(replace(key, inside=None)), convert(key.inside)
-            return None if inner is None or outer is None else replace(inner, inside=outer)
-        if key.where in names:
-            theirs = names[key.where]
-            return None if theirs is None else replace(key, where=theirs)
-        return replace(key, where=modules.get(key.where, key.where))
-
-    return convert
-
-
-# -- the plan -----------------------------------------------------------------------------------------------------
-
-
-def plan(
-    teacher: Trace,
-    student: Trace,
-    rename: Rename,
-    generator: torch.Generator,
-    passing_all: bool = False,
-    paired: bool = False,
-) -> Plan:
-    """Decide which teacher unit every student unit copies (paper, section 3.3) and what each new layer becomes.
-
-    With `passing_all` every new layer passes its units on that does not join a stream which is carried already: right
-    for a block that works on a part of a stream, and shuffles it with the rest. With `paired` units pass activations
-    behind new layers in pairs, where those have room for them.
-
-    Raises TransferError where the student is smaller than its teacher, or where units would have to grow that an
-    operation pins; the message names the layer, and by how much or why.
-    """
-    names = teacher_names(student, teacher, rename)
-    units, teacher_units = (
-        student.units.copy(),
-        teacher.units.copy(),
-    )  # another attempt begins with what the passes told
-    roles = _roles(teacher, student, units, names, passing_all)
-    idle = roles["silent"] | roles["fresh"]
-    behind = bends(student.layers.values(), roles["identity"], idle) if paired else {}
-    _unite_passed(student, units, roles["identity"], behind)
-    choice = _Choice(teacher, student, teacher_units, units, names, generator, roles["identity"])
-    shared = [layer for layer in student.layers.values() if layer.kind == "mix" and names[layer.name]]
-    for layer in shared:
-        choice.pair(layer.name)  # refuses the first that is too small, in the order of the forward pass
-    passing = [layer for layer in student.layers.values() if layer.name in roles["identity"] and layer.kind == "mix"]
-    families = choice.families(shared)
-    for level in sorted({family.level for family in families}):
-        now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # parts before their sum
-        for family in now:
-            choice.keep(family)
-        for layer in passing:
-            if layer.produces is not None:
-                choice.leave(choice.roots[layer.produces], len(layer.produces))
-        for family in now:
-            choice.copy(family)
-    for layer in passing:
-        choice.pass_through(layer, len(behind.get(layer.name, ())))
-    for family in families:
-        choice.check(family)
-    choice.check_pins()
-    rescaled, eps = choice.check_norms()
-    return Plan(
-        teacher,
-        student,
-        teacher_units,
-        units,
-        choice.teacher_roots,
-        choice.roots,
-        choice.g,
-        choice.means,
-        names,
-        **{role: frozenset(layers) for role, layers in roles.items()},
-        rescaled=rescaled,
-        eps=eps,
-        bends=behind,
-        patterns=choice.patterns,
-        mixed=choice.mixed(),
-    )
+    owners: Owners
+    readers: Tensor
 
 
 @dataclass(frozen=True)
-class _Family:
-    """Units that came into being together in both networks: the student's roots and the teacher's.
+class Family:
+    """Units that came into being together in both networks.
 
-    `level` says how many units above them they belong to; `width` how many there are with those of other levels.
+    Attributes:
+        name: what they are called in the student.
+        mine: the student's roots.
+        theirs: the teacher's roots.
+        level: how many units above them they belong to.
+        width: how many there are, together with those of other levels.
     """
 
     name: Key
@@ -205,443 +57,330 @@ class _Family:
     width: int
 
 
-class _Choice:
-    """The mapping while it is being made: `g` maps student roots to teacher roots."""
+@dataclass
+class UnitMap:
+    """g while it is being made.
 
-    def __init__(
-        self,
-        teacher: Trace,
-        student: Trace,
-        teacher_units: Units,
-        units: Units,
-        names: dict[str, str | None],
-        generator: torch.Generator,
-        passing: Collection[str],
-    ) -> None:
-        self.teacher, self.student, self.names, self.generator = teacher, student, names, generator
-        self.units, self.teacher_units = units, teacher_units
-        self.key = key_names(names)
-        close(units)
-        close(
-            teacher_units,
-            {other for key in units.relations if key.inside is not None and (other := self.key(key)) is not None},
-        )
-        self.teacher_roots, self.roots = teacher_units.roots(), units.roots()
-        self.g = torch.full((len(self.roots),), NEW)
-        self.patterns = torch.zeros_like(self.g)  # of units that pass activations in pairs: a bit for each sign
-        self.narrowest = torch.full((len(self.roots),), len(self.roots))  # of the layers that a unit is in, the width
-        self.means: list[Tensor] = []
-        self.owners, self.teacher_owners = self._owners()
-        self.readers, self.teacher_readers = self._readers()
-        self.norm_kinds = self._norm_kinds()
-        counterparts = {norm.key: other for norm in student.norms if (other := self._counterpart(norm)) is not None}
-        self.streams = streams(student, units, self.roots, self.teacher_roots, counterparts, passing)
-        self.mixing = torch.zeros(len(self.roots), dtype=torch.bool)
-        for stream in self.streams:
-            self.mixing[stream.units] = True
-
-    # -- what a unit's copy must agree in ---------------------------------------------------------------------
-
-    def _owners(self) -> tuple[dict[int, dict[Key, int]], dict[int, dict[Key, int]]]:
-        """For every unit the units that it belongs to, by relations that both networks have, in the teacher's names."""
-        mine: dict[int, dict[Key, int]] = defaultdict(dict)
-        theirs: dict[int, dict[Key, int]] = defaultdict(dict)
-        for key, (children, parents) in self.units.relations.items():
-            other = self.key(key)
-            if other is None or other not in self.teacher_units.relations:
-                continue
-            for child, parent in zip(self.roots[children].tolist(), self.roots[parents].tolist(), strict=True):
-                if child != parent:
-                    mine[child][other] = parent
-            for child, parent in zip(
-                *(self.teacher_roots[x].tolist() for x in self.teacher_units.relations[other]), strict=True
-            ):
-                if child != parent:
-                    theirs[child][other] = parent
-        return mine, theirs
-
-    def _readers(self) -> tuple[Tensor, Tensor]:
-        """For every unit a number that says which tensors of both networks it is an entry of."""
-        generator = torch.Generator().manual_seed(0)
-        mine, theirs = torch.zeros_like(self.roots), torch.zeros_like(self.teacher_roots)
-        for name, other in self.names.items():
-            if other is None or name not in self.student.parameters.axes or other not in self.teacher.parameters.axes:
-                continue
-            for a, b in zip(self.student.parameters.axes[name], self.teacher.parameters.axes[other], strict=False):
-                if a is not None and b is not None:
-                    number = int(torch.randint(2**62, (), generator=generator))
-                    mine[torch.unique(self.roots[a])] += number
-                    theirs[torch.unique(self.teacher_roots[b])] += number
-        for numbers, owners in ((mine, self.owners), (theirs, self.teacher_owners)):
-            members: dict[int, set[int]] = defaultdict(set)
-            for child, parents in owners.items():
-                for parent in parents.values():
-                    members[parent].add(int(numbers[child]))
-            for parent, inside in members.items():  # a group is known by what is in it
-                if not int(numbers[parent]):
-                    numbers[parent] = sum(inside) % 2**62
-        return mine, theirs
-
-    def _norm_kinds(self) -> dict[int, set[str]]:
-        """For every unit of the student the kinds of the norms across units that see it, if the teacher has them."""
-        kinds: dict[int, set[str]] = defaultdict(set)
-        for norm in self.student.norms:
-            if norm.kind != "extreme" and self._counterpart(norm) is not None:
-                for root in torch.unique(self.roots[norm.units]).tolist():
-                    kinds[root].add(norm.kind if norm.padded else "even")
-        return kinds
-
-    def _counterpart(self, norm: Norm) -> Norm | None:
-        key = self.key(norm.key)
-        if any(self.names[tensor] is None for tensor in norm.tensors.values()):
-            return None
-        return next((other for other in self.teacher.norms if other.key == key), None)
-
-    # -- families ---------------------------------------------------------------------------------------------
-
-    def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """The units that a layer which both networks have produces: student's roots, teacher's roots."""
-        theirs = self.names[name]
-        assert theirs is not None
-        mine = self.student.layers[name].produces
-        other = self.teacher.layers[theirs].produces if theirs in self.teacher.layers else None
-        if mine is None or other is None:
-            raise used_differently(name)
-        if len(mine) < len(other):
-            raise TransferError(
-                f"The student is smaller than its teacher: {name} has {len(mine)} units, the teacher's {len(other)}, "
-                f"{len(other) - len(mine)} too few. A student is at least as wide everywhere."
-            )
-        return self.roots[mine], self.teacher_roots[other]
-
-    def families(self, shared: Iterable[Layer]) -> list[_Family]:
-        """Every family that both networks have."""
-        pairs = {Key(layer.name): self.pair(layer.name) for layer in shared}
-        for key, labels in self.units.families.items():
-            other = self.key(key)
-            if other is not None and other in self.teacher_units.families:
-                pairs[key] = (self.roots[labels], self.teacher_roots[self.teacher_units.families[other]])
-        found = []
-        for name, (mine, theirs) in pairs.items():
-            depths = [
-                torch.tensor([self._depth(unit, owners) for unit in units.tolist()])
-                for units, owners in ((mine, self.owners), (theirs, self.teacher_owners))
-            ]
-            for level in torch.unique(depths[0]).tolist():
-                alike = theirs[depths[1] == level]  # or, behind a new layer, what there belongs to something
-                found.append(_Family(name, mine[depths[0] == level], alike if len(alike) else theirs, level, len(mine)))
-        return found
-
-    def _depth(self, unit: int, owners: dict[int, dict[Key, int]], below: tuple[int, ...] = ()) -> int:
-        if unit not in owners:
-            return 0
-        above = {owner for owner in owners[unit].values() if owner not in below and owner != unit}
-        return max((1 + self._depth(owner, owners, (*below, unit)) for owner in above), default=0)
-
-    def _buckets(self, family: _Family) -> list[tuple[Tensor, Tensor]]:
-        """The family in parts: the student's units that belong to the same and are read by the same, and those of the
-        teacher that they may copy."""
-        mine, theirs = family.mine, family.theirs
-        both = [
-            torch.unique(side[units]).tolist() for side, units in ((self.readers, mine), (self.teacher_readers, theirs))
-        ]
-        apart = len(both[1]) > 1 and set(both[1]) <= set(both[0])
-        owned = not self.teacher_owners.keys().isdisjoint(theirs.tolist())
-        if not apart and not owned:
-            return [(mine, theirs)]
-        parts: dict[tuple[frozenset[tuple[Key, int]], int], list[int]] = defaultdict(list)
-        for unit in dict.fromkeys(mine.tolist()):
-            readers = int(self.readers[unit]) if apart else 0
-            parts[frozenset(self.owners.get(unit, {}).items()), readers].append(unit)
-        found, distinct = [], list(dict.fromkeys(theirs.tolist()))
-        by_key: dict[Hashable, dict[Hashable, list[int]]] = {}
-        for (owners, readers), units in parts.items():
-            keys = frozenset(key for key, _ in owners)
-            if keys not in by_key:  # the teacher's units by what they belong to in these relations
-                by_key[keys] = defaultdict(list)
-                for unit in distinct:
-                    theirs_of = self.teacher_owners.get(unit, {})
-                    same = frozenset((key, theirs_of.get(key)) for key in keys)
-                    by_key[keys][same, int(self.teacher_readers[unit]) if apart else 0].append(unit)
-            copied = frozenset((key, int(self.g[owner])) for key, owner in owners)
-            found.append((torch.tensor(units), torch.tensor(by_key[keys].get((copied, readers), []), dtype=torch.long)))
-        return found
-
-    # -- choosing ---------------------------------------------------------------------------------------------
-
-    def keep(self, family: _Family) -> None:
-        """g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
-        self.leave(family.mine, family.width)
-        for mine, theirs in self._buckets(family):
-            free = in_order(mine[self.g[mine] == NEW])
-            missing = in_order(theirs[~torch.isin(theirs, self.g[mine])])
-            if len(free) < len(missing):
-                raise TransferError(
-                    f"The student joins units of {_said(family.name)} with units that the teacher keeps apart, "
-                    "so no mapping of units serves both."
-                )
-            self.g[free[: len(missing)]] = missing
-
-    def leave(self, mine: Tensor, width: int) -> None:
-        """Leave the units of this layer to it, rather than to a wider layer that it is a part of."""
-        self.narrowest[mine] = self.narrowest[mine].clamp(max=width)
-
-    def copy(self, family: _Family) -> None:
-        """g(j) drawn uniformly from the n units, with replacement, for the others.
-
-        Units that a narrower layer shares (a part of a concatenation that meets this layer) are left to that one.
-        """
-        for mine, theirs in self._buckets(family):
-            self._draw(mine[self.narrowest[mine] == family.width], mine, theirs)
-
-    def _draw(self, mine: Tensor, among: Tensor, theirs: Tensor) -> None:
-        """Give each free unit of `mine` a teacher's: drawn; in equal numbers, or padding, where a norm asks for it."""
-        free, theirs = in_order(mine[(self.g[mine] == NEW) & ~self.mixing[mine]]), in_order(theirs)
-        if not len(free) or not len(theirs):
-            return
-        kinds = set().union(*(self.norm_kinds.get(unit, set()) for unit in free.tolist()))
-        among = in_order(among)
-        if not kinds:
-            self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
-        elif len(among) % len(theirs) == 0:
-            each = len(among) // len(theirs)
-            left = each - (self.g[among][:, None] == theirs[None, :]).sum(0)
-            pool = theirs.repeat_interleave(left.clamp(min=0))
-            self.g[free] = pool[torch.randperm(len(pool), generator=self.generator)][: len(free)]
-        elif kinds == {"rms"}:
-            self.g[free] = ZERO
-        elif kinds == {"layer"}:
-            self.means.append(theirs)
-            self.g[free] = MEAN - (len(self.means) - 1)
-        else:
-            self.g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=self.generator)]
-
-    def pass_through(self, layer: Layer, bends: int) -> None:
-        """The units of a layer that the teacher lacks are those that it reads, in the same order, then copies; before
-        activations that pairs pass, each with every pattern of signs."""
-        if layer.reads is None:
-            raise TransferError(f"The new layer {layer.name} would have to pass on what is not followed unit by unit.")
-        mine = self.roots[layer.produces]
-        read = self.g[self.roots[layer.reads]]
-        read = read[read != NEW]
-        distinct = in_order(read)
-        if len(mine) < len(distinct):
-            raise TransferError(
-                f"The student is smaller than its teacher: the new layer {layer.name} has {len(mine)} units and "
-                f"must pass {len(distinct)} through, {len(distinct) - len(mine)} too few."
-            )
-        if bends:
-            if len(mine) < len(distinct) << bends:
-                raise TransferError(
-                    f"The new layer {layer.name} has {len(mine)} units and must pass {len(distinct)} on through an "
-                    f"activation that is not idempotent: that takes {2**bends} for each."
-                )
-            place = torch.arange(len(mine))
-            self.g[mine], self.patterns[mine] = distinct[place % len(distinct)], place // len(distinct) % 2**bends
-        first = read if len(mine) >= len(read) else distinct
-        free = self.g[mine[: len(first)]] == NEW
-        self.g[mine[: len(first)][free]] = first[free]
-        self._draw(mine, mine, distinct)
-        self._consistent(mine, distinct, Key(layer.name))
-
-    # -- checking ---------------------------------------------------------------------------------------------
-
-    def check(self, family: _Family) -> None:
-        """Every unit copies one of the same family of the teacher, and belongs to a copy of what that belongs to."""
-        self._consistent(family.mine, family.theirs, family.name)
-        for unit in set(family.mine.tolist()) & self.owners.keys():
-            theirs = self.teacher_owners.get(int(self.g[unit]), {})
-            for key, owner in self.owners[unit].items():
-                if key in theirs and int(self.g[unit]) >= 0 and int(self.g[owner]) != theirs[key]:
-                    raise TransferError(
-                        f"Units of {_said(family.name)} would be copied into another group or head than the one that "
-                        "they belong to: no mapping of units serves all groupings of the student."
-                    )
-
-    def check_pins(self) -> None:
-        """No pinned unit may be copied."""
-        for trace, roots in ((self.student, self.roots), (self.teacher, self.teacher_roots)):
-            why = {}
-            for labels, reason in trace.units.pinned:
-                for root in roots[labels].tolist():
-                    why.setdefault(root, reason)
-            for name, theirs in self.names.items():
-                layer = self.student.layers.get(name)
-                if layer is None or layer.kind != "mix" or theirs is None:
-                    continue
-                mine, other = self.pair(name)
-                pinned = [root for root in (mine if trace is self.student else other).tolist() if root in why]
-                if len(mine) > len(other) and pinned:
-                    raise TransferError(f"{name} cannot grow from {len(other)} to {len(mine)} units: {why[pinned[0]]}.")
-
-    def check_norms(self) -> tuple[dict[Key, tuple[Norm, float]], dict[str, float]]:
-        """Every norm across units sees all units of the teacher's equally often, or with padding that it can undo."""
-        rescaled, eps = {}, {}
-        for layer in self.student.layers.values():
-            other = self.teacher.layers.get(_layer_name(layer, self.names)) if "eps" in layer.options else None
-            if other is not None and other.options.get("eps") != layer.options["eps"]:
-                eps[layer.options["module"]] = other.options["eps"]
-        for norm in self.student.norms:
-            other = self._counterpart(norm)
-            if other is None:
-                continue
-            if bool(self.mixing[self.roots[norm.units]].all()):
-                eps[norm.module] = other.eps * other.units.shape[1] / norm.units.shape[1]
-                continue
-            factors = {self._factor(norm, other, group) for group in self.g[self.roots[norm.units]]}
-            if len(factors) > 1:
-                raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
-            if (factor := factors.pop()) != 1.0:
-                rescaled[norm.key] = (norm, factor)
-            if norm.eps != other.eps * factor:
-                eps[norm.module] = other.eps * factor
-        return rescaled, eps
-
-    def _factor(self, norm: Norm, other: Norm, group: Tensor) -> float:
-        """By what the mean square of the norm's input is smaller than the teacher's."""
-        for theirs in self.teacher_roots[other.units]:
-            wanted, times = torch.unique(theirs, return_counts=True)
-            if int(torch.isin(group, wanted).sum()) == 0:
-                continue
-            seen = (group[:, None] == wanted[None, :]).sum(0) / times
-            padding = group[~torch.isin(group, wanted)]
-            if norm.kind == "extreme" and bool((seen > 0).all()) and not len(padding):
-                return 1.0  # however often each is seen
-            fits = padding == ZERO if norm.kind == "rms" else torch.isin(padding, self._means_of(wanted))
-            if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(fits.all()):
-                return 1.0 - len(padding) / len(group)
-            or_means = ", or if means can be added to them, which the layers before it cannot do" * (
-                norm.kind == "layer"
-            )
-            what = norm.kind if norm.kind in ("mean", "extreme") else "norm"
-            needs = (
-                "the largest or smallest of all units, and some are new here"
-                if what == "extreme"
-                else f"the mean over all units, which stays what it is only if each is copied equally often{or_means}"
-            )
-            raise TransferError(
-                f"The {what} {norm.module or 'in the network'} has {len(group)} units and its teacher "
-                f"{len(theirs)}: it takes {needs}."
-            )
-        raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
-
-    def mixed(self) -> dict[str, tuple[Mixed, ...]]:
-        """What is mixed of every tensor: the axis that reads one stream, and the one that produces another."""
-        found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
-        for stream in self.streams:
-            made = mixed(stream, self.student, self.roots, self.teacher, self.teacher_roots, self.names)
-            for name, one in made:
-                found[name] += (one,)
-        return dict(found)
-
-    def _means_of(self, units: Tensor) -> Tensor:
-        """The codes of the means over exactly these units."""
-        found = [MEAN - k for k, mean in enumerate(self.means) if torch.equal(torch.sort(mean).values, units)]
-        return torch.tensor(found, dtype=torch.long)
-
-    def _consistent(self, mine: Tensor, theirs: Tensor, name: Key) -> None:
-        if not bool((torch.isin(self.g[mine], theirs) | (self.g[mine] < 0)).all()):
-            raise TransferError(
-                f"Units of {_said(name)} meet units of another layer that copy another teacher unit; "
-                "the teacher joins these layers differently."
-            )
-
-
-def _said(key: Key) -> str:
-    """A key as a reader of an error knows it."""
-    return key.where or "the network"
-
-
-def _roles(
-    teacher: Trace, student: Trace, units: Units, names: dict[str, str | None], passing_all: bool
-) -> dict[str, set[str]]:
-    """What each layer that only the student has becomes: identity, silent or fresh.
-
-    A layer is an **identity** if a reader that the teacher has too lacks, in the student, the output of a layer which
-    the new layer can hand on. Otherwise it is **silent** if it joins a stream that is carried already, and **fresh** if
-    it does not (a new branch of a concatenation, the inside of a silent branch).
+    Attributes:
+        networks: both traces.
+        ties: what the units of the student and of the teacher are tied to.
+        kinds: what norms ask of each unit's layer (see `norms.norm_kinds`).
+        rotated: for every unit whether it is on a rotated stream, where nothing is copied.
+        generator: draws the copies.
+        g: for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`.
+        patterns: of units that pass activations in pairs, a bit for the sign before each activation.
+        means: the teacher units that the code `MEAN - k` is the mean of.
+        narrowest: for every unit the width of the narrowest layer that it is in.
     """
-    new = {
-        layer.name: layer
-        for layer in student.layers.values()
-        if layer.kind != "output" and not any(names[t] for t in layer.tensors.values() or [layer.name])
-    }
-    mixers = {name for name, layer in new.items() if layer.kind == "mix"}
 
-    def theirs(source: str) -> str:
-        return names.get(source) or source  # "input" and outputs go by one name in both networks
-
-    def origin(name: str) -> set[str]:
-        """The teacher's layers whose outputs a new layer could hand on, through other new layers too."""
-        found, passed, waiting = set(), set(), [name]
-        while waiting:
-            passed.add(layer := waiting.pop())
-            found |= {theirs(source) for source in new[layer].sources - mixers}
-            waiting += (new[layer].sources & mixers) - passed
-        return found
-
-    identity: set[str] = set()
-    order = {name: position for position, name in enumerate(student.layers)}
-
-    def demand(reader: Layer, needed: set[str]) -> None:
-        """Make identities of the layers that hand on what `reader` needs: each need is met once, by the earliest."""
-        for name in sorted(reader.sources & mixers, key=lambda name: (name not in identity, order[name])):
-            met = origin(name) & needed
-            needed = needed - met
-            if met and name not in identity:
-                identity.add(name)
-                demand(new[name], met - {theirs(source) for source in new[name].sources - mixers})
-
-    readers = [layer for layer in student.layers.values() if layer.name not in new]
-    for reader in readers:
-        other = teacher.layers.get(_layer_name(reader, names))
-        if other is not None:
-            demand(reader, set(other.sources) - {theirs(s) for s in reader.sources if s not in mixers})
-
-    if passing_all:
-        roots = units.roots()
-        kept = {root for layer in readers if layer.produces is not None for root in roots[layer.produces].tolist()}
-        identity |= {name for name in mixers if not kept & set(roots[new[name].produces].tolist())}
-
-    # A normalisation is an identity if it lies on the way of units that a reader needs; it ends a silent branch if
-    # it sees that branch alone.
-    carrying = lambda layer: layer.sources - (mixers - identity)  # noqa: E731 (a definition, not a step)
-    for reader in [*readers, *(new[name] for name in identity)]:
-        for name in reader.norms_since & set(new):
-            if carrying(new[name]):
-                identity.add(name)
-
-    roots = units.roots()
-    carried = {
-        root
-        for layer in student.layers.values()
-        if layer.kind == "mix" and (layer.name not in new or layer.name in identity)
-        for root in roots[layer.produces].tolist()
-    }
-    silent = set()
-    for name in mixers - identity:
-        if carried & set(roots[new[name].produces].tolist()):
-            norms = [n for n, layer in new.items() if layer.kind == "norm" and layer.sources == {name}]
-            silent.add(norms[-1] if norms and "weight" in new[norms[-1]].tensors else name)
-    return {"identity": identity, "silent": silent, "fresh": set(new) - identity - silent}
+    networks: Networks
+    ties: tuple[Ties, Ties]
+    kinds: dict[int, set[str]]
+    rotated: Tensor
+    generator: torch.Generator
+    g: Tensor
+    patterns: Tensor
+    narrowest: Tensor
+    means: list[Tensor] = field(default_factory=list)
 
 
-def _unite_passed(student: Trace, units: Units, identity: set[str], bends: Collection[str]) -> None:
-    """A new layer that is as wide as what it reads passes each entry on for itself: what reads it then, reads that."""
-    for name in identity:
-        layer = student.layers[name]
-        if name in bends or not layer.sources.isdisjoint(bends):
+def map_units(
+    networks: Networks,
+    passing: list[tuple[Layer, int]],
+    kinds: dict[int, set[str]],
+    rotated: Tensor,
+    generator: torch.Generator,
+) -> UnitMap:
+    """Decide which teacher unit every student unit copies.
+
+    Args:
+        networks: both traces.
+        passing: the new layers that pass units through, and how many activations their units pass in pairs.
+        kinds: what norms ask of each unit's layer.
+        rotated: for every unit whether it is on a rotated stream.
+        generator: draws the copies.
+
+    Raises:
+        TransferError: the student is smaller than its teacher somewhere, units would grow that an operation pins, or no
+            mapping serves everywhere.
+    """
+    size = len(networks.student_roots)
+    g, patterns = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long)
+    unit_map = UnitMap(
+        networks, _find_ties(networks), kinds, rotated, generator, g, patterns, torch.full((size,), size)
+    )
+    families = _find_families(unit_map)
+    for level in sorted({family.level for family in families}):
+        now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # parts before their sum
+        for family in now:
+            _keep(unit_map, family)
+        for layer, _ in passing:
+            if layer.produces is not None:
+                _leave(unit_map, networks.student_roots[layer.produces], len(layer.produces))
+        for family in now:
+            _copy(unit_map, family)
+    for layer, activations in passing:
+        _pass_through(unit_map, layer, activations)
+    for family in families:
+        _check_family(unit_map, family)
+    _check_pins(networks)
+    return unit_map
+
+
+# -- what a unit and its copy must agree in -----------------------------------------------------------------------
+
+
+def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
+    """Find what the units of the student, and of the teacher, are tied to."""
+    mine: Owners = defaultdict(dict)
+    theirs: Owners = defaultdict(dict)
+    for key, relation in networks.student_units.relations.items():
+        other = networks.convert(key)
+        if other is None or other not in networks.teacher_units.relations:
             continue
-        if layer.kind == "mix" and layer.reads is not None and layer.produces is not None:
-            read = units.find(layer.reads)
-            if len(read) == len(layer.produces):
-                units.unite(layer.produces, layer.reads)
+        sides = (
+            (mine, networks.student_roots, relation),
+            (theirs, networks.teacher_roots, networks.teacher_units.relations[other]),
+        )
+        for owners, roots, (children, parents) in sides:
+            for child, parent in zip(roots[children].tolist(), roots[parents].tolist(), strict=True):
+                if child != parent:
+                    owners[child][other] = parent
+    readers = _find_readers(networks, mine, theirs)
+    return Ties(mine, readers[0]), Ties(theirs, readers[1])
 
 
-def _layer_name(layer: Layer, names: dict[str, str | None]) -> str:
-    if layer.kind == "output":
-        return layer.name
-    for name in layer.tensors.values():
-        if (theirs := names[name]) is not None:
-            return theirs if layer.kind in ("mix", "scale") else theirs.rpartition(".")[0]
-    return names.get(layer.name) or layer.name
+def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) -> tuple[Tensor, Tensor]:
+    """Number the sets of tensors that units are entries of; equal numbers in both networks are equal sets."""
+    generator = torch.Generator().manual_seed(0)
+    mine, theirs = torch.zeros_like(networks.student_roots), torch.zeros_like(networks.teacher_roots)
+    axes, teacher_axes = networks.student.parameters.axes, networks.teacher.parameters.axes
+    for name, other in networks.names.items():
+        if other is None or name not in axes or other not in teacher_axes:
+            continue
+        for a, b in zip(axes[name], teacher_axes[other], strict=False):
+            if a is not None and b is not None:
+                number = int(torch.randint(2**62, (), generator=generator))
+                mine[torch.unique(networks.student_roots[a])] += number
+                theirs[torch.unique(networks.teacher_roots[b])] += number
+    for numbers, belonging in ((mine, owners), (theirs, teacher_owners)):
+        members: dict[int, set[int]] = defaultdict(set)
+        for child, parents in belonging.items():
+            for parent in parents.values():
+                members[parent].add(int(numbers[child]))
+        for parent, inside in members.items():  # a group is known by what is in it
+            if not int(numbers[parent]):
+                numbers[parent] = sum(inside) % 2**62
+    return mine, theirs
+
+
+# -- families -----------------------------------------------------------------------------------------------------
+
+
+def _find_families(unit_map: UnitMap) -> list[Family]:
+    """Find every family that both networks have; refuse the first layer that is too narrow."""
+    networks = unit_map.networks
+    pairs = {
+        Key(layer.name): networks.produced(layer.name)
+        for layer in networks.student.layers.values()
+        if layer.kind == LayerKind.MIX and networks.names[layer.name]
+    }
+    for key, labels in networks.student_units.families.items():
+        other = networks.convert(key)
+        if other is not None and other in networks.teacher_units.families:
+            theirs = networks.teacher_units.families[other]
+            pairs[key] = (networks.student_roots[labels], networks.teacher_roots[theirs])
+    found = []
+    for name, pair in pairs.items():
+        mine, theirs = pair
+        levels, teacher_levels = (
+            torch.tensor([_level(unit, ties.owners) for unit in units.tolist()])
+            for units, ties in zip(pair, unit_map.ties, strict=True)
+        )
+        for level in torch.unique(levels).tolist():
+            # Behind a new layer the student's units may belong to nothing where the teacher's do.
+            same = theirs[teacher_levels == level]
+            found.append(Family(name, mine[levels == level], same if len(same) else theirs, level, len(mine)))
+    return found
+
+
+def _level(unit: int, owners: Owners, below: tuple[int, ...] = ()) -> int:
+    """Return how many units above it a unit belongs to."""
+    if unit not in owners:
+        return 0
+    above = {owner for owner in owners[unit].values() if owner not in below and owner != unit}
+    return max((1 + _level(owner, owners, (*below, unit)) for owner in above), default=0)
+
+
+def _split_by_ties(unit_map: UnitMap, family: Family) -> list[tuple[Tensor, Tensor]]:
+    """Split a family: the student's units with the same owners and readers, and the teacher's that they may copy."""
+    ties, teacher_ties = unit_map.ties
+    read, teacher_read = set(ties.readers[family.mine].tolist()), set(teacher_ties.readers[family.theirs].tolist())
+    apart = len(teacher_read) > 1 and teacher_read <= read
+    owned = not teacher_ties.owners.keys().isdisjoint(family.theirs.tolist())
+    if not apart and not owned:
+        return [(family.mine, family.theirs)]
+    parts: dict[tuple[frozenset[tuple[Key, int]], int], list[int]] = defaultdict(list)
+    for unit in dict.fromkeys(family.mine.tolist()):
+        readers = int(ties.readers[unit]) if apart else 0
+        parts[frozenset(ties.owners.get(unit, {}).items()), readers].append(unit)
+    found = []
+    choices: dict[frozenset[Key], dict[Hashable, list[int]]] = {}
+    for (owners, readers), units in parts.items():
+        keys = frozenset(key for key, _ in owners)
+        if keys not in choices:
+            choices[keys] = _group(family.theirs, keys, teacher_ties, apart)
+        copied = frozenset((key, int(unit_map.g[owner])) for key, owner in owners)
+        found.append((torch.tensor(units), torch.tensor(choices[keys].get((copied, readers), []), dtype=torch.long)))
+    return found
+
+
+def _group(units: Tensor, keys: frozenset[Key], ties: Ties, apart: bool) -> dict[Hashable, list[int]]:
+    """Group units by their owners in the relations `keys`, and by their readers if those tell units `apart`."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for unit in dict.fromkeys(units.tolist()):
+        owners = ties.owners.get(unit, {})
+        same = frozenset((key, owners.get(key)) for key in keys)
+        groups[same, int(ties.readers[unit]) if apart else 0].append(unit)
+    return groups
+
+
+# -- choosing -----------------------------------------------------------------------------------------------------
+
+
+def _keep(unit_map: UnitMap, family: Family) -> None:
+    """Set g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
+    _leave(unit_map, family.mine, family.width)
+    for mine, theirs in _split_by_ties(unit_map, family):
+        free = in_order(mine[unit_map.g[mine] == NEW])
+        missing = in_order(theirs[~torch.isin(theirs, unit_map.g[mine])])
+        if len(free) < len(missing):
+            raise TransferError(
+                f"The student joins units of {readable(family.name)} with units that the teacher keeps apart, "
+                "so no mapping of units serves both."
+            )
+        unit_map.g[free[: len(missing)]] = missing
+
+
+def _leave(unit_map: UnitMap, units: Tensor, width: int) -> None:
+    """Leave units to a layer of this width, rather than to a wider layer that it is a part of."""
+    unit_map.narrowest[units] = unit_map.narrowest[units].clamp(max=width)
+
+
+def _copy(unit_map: UnitMap, family: Family) -> None:
+    """Draw g(j) uniformly from the n units, with replacement, for the others.
+
+    Units that a narrower layer shares (a part of a concatenation that meets this layer) are left to that layer.
+    """
+    for mine, theirs in _split_by_ties(unit_map, family):
+        _draw(unit_map, mine[unit_map.narrowest[mine] == family.width], mine, theirs)
+
+
+def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> None:
+    """Give each free unit one of the teacher's: drawn, or in equal numbers or padding if a norm asks for it.
+
+    `among` are all units of the layer, among which numbers are to be equal.
+    """
+    g = unit_map.g
+    free, theirs = in_order(units[(g[units] == NEW) & ~unit_map.rotated[units]]), in_order(theirs)
+    if not len(free) or not len(theirs):
+        return
+    kinds = set().union(*(unit_map.kinds.get(unit, set()) for unit in free.tolist()))
+    among = in_order(among)
+    if kinds and len(among) % len(theirs) == 0:
+        left = len(among) // len(theirs) - (g[among][:, None] == theirs[None, :]).sum(0)
+        pool = theirs.repeat_interleave(left.clamp(min=0))
+        g[free] = pool[torch.randperm(len(pool), generator=unit_map.generator)][: len(free)]
+    elif kinds == {NormKind.RMS}:
+        g[free] = ZERO
+    elif kinds == {NormKind.LAYER}:
+        unit_map.means.append(theirs)
+        g[free] = MEAN - (len(unit_map.means) - 1)
+    else:
+        g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=unit_map.generator)]
+
+
+def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
+    """Let a new layer produce the units that it reads, in the same order, and then copies of them.
+
+    Before `activations` that units pass in pairs, it produces every unit with every pattern of signs.
+    """
+    if layer.reads is None:
+        raise TransferError(f"The new layer {layer.name} would have to pass on what is not followed unit by unit.")
+    assert layer.produces is not None
+    g, roots = unit_map.g, unit_map.networks.student_roots
+    mine, read = roots[layer.produces], g[roots[layer.reads]]
+    read = read[read != NEW]
+    distinct = in_order(read)
+    if len(mine) < len(distinct):
+        raise TransferError(
+            f"The student is smaller than its teacher: the new layer {layer.name} has {len(mine)} units and "
+            f"must pass {len(distinct)} through, {len(distinct) - len(mine)} too few."
+        )
+    if activations:
+        if len(mine) < len(distinct) << activations:
+            raise TransferError(
+                f"The new layer {layer.name} has {len(mine)} units and must pass {len(distinct)} on through an "
+                f"activation that is not idempotent: that takes {2**activations} for each."
+            )
+        place = torch.arange(len(mine))
+        g[mine], unit_map.patterns[mine] = distinct[place % len(distinct)], place // len(distinct) % 2**activations
+    first = read if len(mine) >= len(read) else distinct
+    free = g[mine[: len(first)]] == NEW
+    g[mine[: len(first)][free]] = first[free]
+    _draw(unit_map, mine, mine, distinct)
+    _check_copies(unit_map, mine, distinct, Key(layer.name))
+
+
+# -- checking -----------------------------------------------------------------------------------------------------
+
+
+def _check_copies(unit_map: UnitMap, mine: Tensor, theirs: Tensor, name: Key) -> None:
+    """Raise TransferError if one of the units copies a unit that is not one of `theirs`."""
+    if not bool((torch.isin(unit_map.g[mine], theirs) | (unit_map.g[mine] < 0)).all()):
+        raise TransferError(
+            f"Units of {readable(name)} meet units of another layer that copy another teacher unit; "
+            "the teacher joins these layers differently."
+        )
+
+
+def _check_family(unit_map: UnitMap, family: Family) -> None:
+    """Raise TransferError if a unit copies one of another family, or belongs to no copy of what that belongs to."""
+    _check_copies(unit_map, family.mine, family.theirs, family.name)
+    ties, teacher_ties = unit_map.ties
+    for unit in set(family.mine.tolist()) & ties.owners.keys():
+        copied = int(unit_map.g[unit])
+        theirs = teacher_ties.owners.get(copied, {})
+        for key, owner in ties.owners[unit].items():
+            if key in theirs and copied >= 0 and int(unit_map.g[owner]) != theirs[key]:
+                raise TransferError(
+                    f"Units of {readable(family.name)} would be copied into another group or head than the one that "
+                    "they belong to: no mapping of units serves all groupings of the student."
+                )
+
+
+def _check_pins(networks: Networks) -> None:
+    """Raise TransferError if a layer grows whose units are pinned in one of the networks."""
+    sides = (
+        (networks.student_units, networks.student_roots, 0),
+        (networks.teacher_units, networks.teacher_roots, 1),
+    )
+    for units, roots, side in sides:
+        why: dict[int, str] = {}
+        for labels, reason in units.pinned:
+            for root in roots[labels].tolist():
+                why.setdefault(root, reason)
+        for name, theirs_name in networks.names.items():
+            layer = networks.student.layers.get(name)
+            if layer is None or layer.kind != LayerKind.MIX or theirs_name is None:
+                continue
+            pair = networks.produced(name)
+            mine, theirs = map(len, pair)
+            pinned = next((root for root in pair[side].tolist() if root in why), None)
+            if mine > theirs and pinned is not None:
+                raise TransferError(f"{name} cannot grow from {theirs} to {mine} units: {why[pinned]}.")
+
+
+def readable(key: Key) -> str:
+    """Return a key as the reader of an error knows it."""
+    return key.where or "the network"

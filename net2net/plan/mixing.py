@@ -1,13 +1,14 @@
-"""Streams whose channels are mixed, where copies and means do not serve the layer norms that read them.
+"""Streams whose channels must be rotated, where copies and means do not serve the layer norms that read them.
 
-A wider stream can hold the teacher's channels and, beside them, their mean, which a layer norm does not see. But a
-norm with weights that begins the stream makes a constant of what holds the mean, and a norm over several positions at
-once sees how the means differ. There the stream holds Q times the teacher's channels, an isometry that keeps means, and
-every layer on it is multiplied by Q; a norm that begins it is given new weights, and before it stands another isometry
-(`frames`).
+A wider stream can hold the teacher's channels and, beside them, their mean, which a layer norm does not see. But a norm
+with weights that begins the stream turns the mean into a constant, and a norm over several positions at once sees how
+the means differ. There the stream holds Q times the teacher's channels, where Q is an isometry that keeps means, and
+every layer on the stream is multiplied by Q. A norm that begins the stream gets new weights, and before it stands
+another isometry (`fill.isometry`).
 """
 
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +16,23 @@ from torch import Tensor
 
 from ..errors import used_differently
 from ..record import Matrix, Mixed
-from ..trace.facts import NO_NORM, Key, Layer, Norm
+from ..trace.facts import NO_NORM, Layer, LayerKind, Norm, NormKind
 from ..trace.graph import Trace
-from ..trace.units import Units, in_order
+from ..trace.units import in_order
+from .traces import Networks
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream of the student's that is mixed: the norm that begins it, if one does, and the teacher's; the teacher's
-    other norms on it by the names of the student's; the roots of its channels in both networks."""
+    """A stream of the student's that is rotated.
+
+    Attributes:
+        first: the norm that begins it, if one does.
+        begins: the teacher's weight of that norm.
+        norms: the teacher's other norms on it, by the names of the student's.
+        units: the student's roots of its channels.
+        theirs: the teacher's roots of its channels.
+    """
 
     first: Norm | None
     begins: str | None
@@ -31,139 +40,143 @@ class Stream:
     units: Tensor
     theirs: Tensor
 
+    def holds(self, roots: Tensor) -> bool:
+        """Tell whether any of these roots is a channel of the stream."""
+        return bool(torch.isin(roots, self.units).any())
 
-def streams(
-    student: Trace,
-    student_units: Units,
-    roots: Tensor,
-    teacher_roots: Tensor,
-    counterparts: Mapping[Key, Norm],
-    passing: Collection[str],
-) -> list[Stream]:
-    """The streams that have to be mixed and can be: those that layer norms read, that grow by no whole number, and that
-    a norm begins or of which a norm sees several positions.
 
-    `counterparts` are the teacher's norms by the keys of the student's, `passing` the new layers that hand on units.
+def find_streams(networks: Networks, passing: Collection[str]) -> list[Stream]:
+    """Find the streams that have to be rotated and can be.
+
+    They are those that layer norms read, that grow by no whole number, and that a norm begins or of which a norm sees
+    several positions.
+
+    Args:
+        networks: both traces.
+        passing: the new layers that pass units through.
     """
     found: list[Stream] = []
+    roots, student = networks.student_roots, networks.student
     for norm in student.norms:
-        theirs, first = counterparts.get(norm.key), None
-        if theirs is None or norm.kind != "layer" or len(norm.units) > 1:
+        theirs, first = networks.teacher_norm(norm), None
+        if theirs is None or norm.kind != NormKind.LAYER or len(norm.units) > 1:
             continue
         if norm.padded and "weight" in norm.tensors:
             first = norm
         elif norm.padded or norm.first_norm != NO_NORM:
             continue
-        units, others = in_order(roots[norm.units[0]]), in_order(teacher_roots[theirs.units[0]])
+        units, others = in_order(roots[norm.units[0]]), in_order(networks.teacher_roots[theirs.units[0]])
         behind = [other for other in student.norms if other.first_norm == (norm.name if first else NO_NORM)]
         behind = [other for other in behind if bool(torch.isin(roots[other.units], units).all())]
-        if not behind or len(units) % len(others) == 0 or any(torch.isin(units, one.units).any() for one in found):
+        if not behind or len(units) % len(others) == 0 or any(one.holds(units) for one in found):
             continue
-        norms = {other.name: counterparts[other.key] for other in behind if other.key in counterparts}
-        if _can(student, student_units, roots, first, units, {other.name: other for other in behind}, passing):
-            found.append(Stream(first, theirs.tensors["weight"] if first else None, norms, units, others))
+        counterparts = {other.name: networks.teacher_norm(other) for other in behind}
+        norms = {name: other for name, other in counterparts.items() if other is not None}
+        stream = Stream(first, theirs.tensors["weight"] if first else None, norms, units, others)
+        if _can_rotate(networks, stream, {other.name: other for other in behind}, passing):
+            found.append(stream)
     return found
 
 
-def _can(
-    trace: Trace,
-    related: Units,
-    roots: Tensor,
-    first: Norm | None,
-    units: Tensor,
-    norms: dict[str, Norm],
-    passing: Collection[str],
-) -> bool:
-    """Whether everything on these units is linear in them, or a layer norm over all of them."""
+def _can_rotate(networks: Networks, stream: Stream, behind: dict[str, Norm], passing: Collection[str]) -> bool:
+    """Tell whether everything on the stream is linear in it, or a layer norm over all of it.
+
+    `behind` are the student's norms on the stream but for the one that begins it.
+    """
+    trace, roots = networks.student, networks.student_roots
+    every = behind if stream.first is None else behind | {stream.first.name: stream.first}
 
     def on(labels: Tensor | None) -> bool:
-        return labels is not None and bool(torch.isin(roots[labels], units).any())
+        return labels is not None and stream.holds(roots[labels])
 
-    def serves(layer: Layer) -> bool:
-        if layer.kind == "norm":
-            return layer.name in every
-        if layer.kind != "mix" or layer.name in trace.parameters.inner or layer.options.get("embedding"):
-            return False
-        if not layer.tensors.keys() <= {"weight", "bias"}:
-            return False
-        if not all(labels is None or even(labels) for labels in (layer.reads, layer.produces) if on(labels)):
-            return False
-        if layer.reads is None or not on(layer.reads):
-            return True
-        norm = norms.get(layer.first_norm or "")
-        if norm is None:
-            return layer.linear if first is None else layer.first_norm == first.name
-        return layer.first_norm == layer.after_norm and norm.units.shape[1] in (len(units), len(layer.reads))
-
-    def even(labels: Tensor) -> bool:
-        """Whether there is every channel, equally often."""
-        found, times = torch.unique(roots[labels], return_counts=True)
-        return torch.equal(found, torch.unique(units)) and len(torch.unique(times)) == 1
-
-    def whole(norm: Norm) -> bool:
-        """Whether it sees one row of the channels, with an entry for each."""
-        shapes = {tuple(trace.parameters.tensors[name].shape) for name in norm.tensors.values()}
-        return len(norm.units) == 1 and even(norm.units) and shapes <= {(norm.units.shape[1],)}
-
-    every = norms if first is None else norms | {first.name: first}
     layers = [layer for layer in trace.layers.values() if on(layer.reads) or on(layer.produces)]
     tensors = {tensor for layer in layers for tensor in layer.tensors.values()}
     elsewhere = [labels for name, axes in trace.parameters.axes.items() if name not in tensors for labels in axes]
     elsewhere += [labels for name, labels in trace.parameters.values.items() if name not in tensors]
-    elsewhere += [labels for pair in related.relations.values() for labels in pair]
-    elsewhere += [*(c.left for c in trace.contractions), *(labels for labels, _ in related.pinned)]
-    elsewhere += [norm.units for norm in trace.norms if norm.kind != "layer" or norm.name not in every]
+    elsewhere += [labels for pair in networks.student_units.relations.values() for labels in pair]
+    elsewhere += [*(c.left for c in trace.contractions), *(labels for labels, _ in networks.student_units.pinned)]
+    elsewhere += [norm.units for norm in trace.norms if norm.kind != NormKind.LAYER or norm.name not in every]
     return (
         not any(on(labels) for labels in elsewhere)
-        and all(whole(norm) for norm in every.values())
-        and all(serves(layer) for layer in layers)
+        and all(_sees_one_row(networks, stream, norm) for norm in every.values())
+        and all(
+            layer.name in every if layer.kind == LayerKind.NORM else _is_linear(networks, stream, layer, behind)
+            for layer in layers
+        )
         and not any(layer.name in passing for layer in layers)
     )
 
 
-def mixed(
-    stream: Stream,
-    student: Trace,
-    roots: Tensor,
-    teacher: Trace,
-    teacher_roots: Tensor,
-    names: Mapping[str, str | None],
-) -> list[tuple[str, Mixed]]:
-    """What is mixed of all tensors on the stream that the teacher has, too, beside the name of the student's.
+def _even(stream: Stream, roots: Tensor) -> bool:
+    """Tell whether the roots are the channels of the stream, each equally often."""
+    found, times = torch.unique(roots, return_counts=True)
+    return torch.equal(found, torch.unique(stream.units)) and len(torch.unique(times)) == 1
 
-    Raises TransferError if the teacher uses one of them differently.
+
+def _sees_one_row(networks: Networks, stream: Stream, norm: Norm) -> bool:
+    """Tell whether a norm sees one row of the channels, and has an entry for each."""
+    shapes = {tuple(networks.student.parameters.tensors[name].shape) for name in norm.tensors.values()}
+    one = len(norm.units) == 1 and _even(stream, networks.student_roots[norm.units])
+    return one and shapes <= {(norm.units.shape[1],)}
+
+
+def _is_linear(networks: Networks, stream: Stream, layer: Layer, behind: dict[str, Norm]) -> bool:
+    """Tell whether a layer is linear in the stream, or in what a norm of `behind` makes of it."""
+    trace, roots = networks.student, networks.student_roots
+    if layer.kind != LayerKind.MIX or layer.name in trace.parameters.inner or layer.options.get("embedding"):
+        return False
+    if not layer.tensors.keys() <= {"weight", "bias"}:
+        return False
+    sides = [roots[labels] for labels in (layer.reads, layer.produces) if labels is not None]
+    if not all(_even(stream, side) for side in sides if stream.holds(side)):
+        return False
+    if layer.reads is None or not stream.holds(roots[layer.reads]):
+        return True
+    norm = behind.get(layer.first_norm or "")
+    if norm is None:
+        return layer.linear if stream.first is None else layer.first_norm == stream.first.name
+    return layer.first_norm == layer.after_norm and norm.units.shape[1] in (len(stream.units), len(layer.reads))
+
+
+def find_rotated_axes(networks: Networks, streams: list[Stream]) -> dict[str, tuple[Mixed, ...]]:
+    """Find the axes that streams rotate: for each tensor the one that reads a stream, and the one that produces one.
+
+    Raises:
+        TransferError: the teacher uses one of the tensors differently.
     """
-    place = {root: k for k, root in enumerate(stream.units.tolist())}
-    theirs = {root: k for k, root in enumerate(stream.theirs.tolist())}
-    widths = len(theirs), len(place)
+    found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
+    for stream in streams:
+        for name, axis in _rotated_axes(networks, stream):
+            found[name] += (axis,)
+    return dict(found)
+
+
+def _rotated_axes(networks: Networks, stream: Stream) -> list[tuple[str, Mixed]]:
+    """List the axes that one stream rotates, of all tensors that the teacher has, too."""
+    student, roots = networks.student, networks.student_roots
     first = "" if stream.first is None else stream.first.name
     before = student.layers[first].sources if first else frozenset()
     made: list[tuple[str, Mixed]] = []
 
     def add(name: str, dim: int, how: Matrix, norm: tuple[str | None, str | None] = (None, None)) -> None:
-        other = names[name]
-        if other is not None:
-            rows = _places(roots[_labels(student, name, dim)], place, name)
-            columns = _places(teacher_roots[_labels(teacher, other, dim)], theirs, name)
+        if (other := networks.names[name]) is not None:
+            rows = _channels(roots[_labels(student, name, dim)], stream.units, name)
+            columns = _channels(networks.teacher_roots[_labels(networks.teacher, other, dim)], stream.theirs, name)
+            widths = len(stream.theirs), len(stream.units)
             made.append((name, Mixed(dim, how, stream.begins, widths, norm, rows, columns)))
 
-    def inside(labels: Tensor | None) -> bool:
-        return labels is not None and int(roots[labels[0]]) in place
-
     for layer in student.layers.values():
-        if layer.kind == "norm" and layer.name in {first, *stream.norms}:
+        if layer.kind == LayerKind.NORM and layer.name in {first, *stream.norms}:
+            begins = {"weight": Matrix.FIRST, "bias": Matrix.STREAM}
             for role, name in layer.tensors.items():
-                begins = {"weight": Matrix.FIRST, "bias": Matrix.STREAM}
-                add(
-                    name,
-                    0,
-                    begins[role] if layer.name == first else {"weight": Matrix.OTHER, "bias": Matrix.BIAS}[role],
-                )
-        if layer.kind == "mix" and inside(layer.produces):
+                add(name, 0, (begins if layer.name == first else _NORM_MATRICES)[role])
+        if layer.kind != LayerKind.MIX:
+            continue
+        if layer.produces is not None and stream.holds(roots[layer.produces[:1]]):
             for role, name in layer.tensors.items():
                 dim = 0 if role == "bias" else 1 - student.parameters.read_axis[name]
                 add(name, dim, Matrix.BEFORE if layer.name in before else Matrix.STREAM)
-        if layer.kind == "mix" and inside(layer.reads):
+        if layer.reads is not None and stream.holds(roots[layer.reads[:1]]):
             norm = stream.norms.get(layer.first_norm or "")
             tensors = (None, None) if norm is None else (norm.tensors.get("weight"), norm.tensors.get("bias"))
             how = Matrix.STREAM if norm is None else Matrix.BEHIND
@@ -171,8 +184,12 @@ def mixed(
     return made
 
 
+_NORM_MATRICES = {"weight": Matrix.OTHER, "bias": Matrix.BIAS}
+
+
 def _labels(trace: Trace, name: str, dim: int) -> Tensor:
-    if name in trace.parameters.values:  # of a norm
+    """Return the labels of one axis of a tensor, or of the elements of a norm's."""
+    if name in trace.parameters.values:
         return trace.parameters.values[name]
     labels = trace.parameters.axes[name][dim] if name in trace.parameters.axes else None
     if labels is None:
@@ -180,14 +197,15 @@ def _labels(trace: Trace, name: str, dim: int) -> Tensor:
     return labels
 
 
-def _places(units: Tensor, place: dict[int, int], name: str) -> Tensor:
-    """For every entry its channel's place, and for the second entry of a channel that of the second position."""
+def _channels(roots: Tensor, channels: Tensor, name: str) -> Tensor:
+    """Return every entry's channel; a channel's second entry is that of the second position."""
+    place = {root: k for k, root in enumerate(channels.tolist())}
     seen = torch.zeros(len(place), dtype=torch.long)
     found = []
-    for unit in units.tolist():
-        if unit not in place:
+    for root in roots.tolist():
+        if root not in place:
             raise used_differently(name)
-        k = place[unit]
+        k = place[root]
         found.append(k + len(place) * int(seen[k]))
         seen[k] += 1
     return torch.tensor(found)

@@ -1,34 +1,132 @@
-"""Finding a layer's counterpart when new layers have renumbered those behind them (vgg11 -> vgg13 -> vgg16)."""
+"""Which teacher tensor each student tensor corresponds to.
+
+Names are compared as they are, or as the caller renames them, or in the order of numbered layers: new layers renumber
+those behind them (vgg11 -> vgg13 -> vgg16).
+"""
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import nn
 
+from ..errors import TransferError
+from ..trace.facts import Key, Layer, LayerKind
+from ..trace.graph import Trace
+
+Rename = Mapping[str, str] | Callable[[str], str | None] | None
 Child = tuple[str, nn.Module]
 
 
-def candidates(teacher: nn.Module, student: nn.Module) -> list[dict[str, str]]:
-    """Ways to pair the student's layers with the teacher's, as prefixes to rename, the likeliest first.
+class Unpaired(TransferError):
+    """A layer of the teacher has no counterpart by name."""
 
-    All names as they are; or, in containers of numbered layers (`nn.Sequential`, `nn.ModuleList`) that have grown,
-    in order: every layer of the teacher has a counterpart of its own type, at least as large, the earliest or the
-    closest in size, and the student's others are new (they map to ""). Which of these is right shows in the
-    forward pass alone.
+
+def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, str | None]:
+    """Return the teacher's name of every student tensor, None where the teacher has no such tensor.
+
+    Norms without tensors are among the keys, by the names of their modules.
+
+    Args:
+        student: its trace.
+        teacher: its trace.
+        rename: a function of the student's name, or a dict from student prefixes (whole dotted parts) to teacher
+            prefixes. The longest prefix that fits is used; one that maps to "" marks a layer that the teacher lacks.
+
+    Raises:
+        Unpaired: the student has no counterpart of one of the teacher's tensors.
+    """
+    convert = rename if callable(rename) else _prefix_converter(rename or {})
+    names = {name: convert(name) for name in student.parameters.tensors}
+    found = {name: teacher.parameters.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
+    if lost := set(teacher.parameters.tensors) - set(found.values()):
+        first = next(name for name in teacher.parameters.tensors if name in lost)
+        raise Unpaired(
+            f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
+            "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
+        )
+    for layer in student.layers.values():
+        if layer.key is not None:
+            theirs = str(replace(layer.key, where=convert(layer.key.where) or ""))
+            found[layer.name] = theirs if theirs in teacher.layers else None
+    return found
+
+
+def _prefix_converter(rename: Mapping[str, str]) -> Callable[[str], str | None]:
+    """Return the function that converts a student's name by its longest prefix in `rename`."""
+    prefixes = sorted(rename.items(), key=lambda item: -len(item[0]))
+
+    def convert(name: str) -> str | None:
+        for mine, theirs in prefixes:
+            if name == mine or name.startswith(mine + "."):
+                return theirs + name[len(mine) :] if theirs else None
+        return name
+
+    return convert
+
+
+def key_converter(names: dict[str, str | None]) -> Callable[[Key], Key | None]:
+    """Return the function that converts a student's key to the teacher's; None where a tensor has no counterpart."""
+    modules: dict[str, str] = {}
+    for mine, theirs in names.items():
+        while mine and theirs is not None:
+            mine, _, a = mine.rpartition(".")
+            theirs, _, b = theirs.rpartition(".")
+            if a != b and modules.get(mine, theirs) != theirs:
+                break
+            modules.setdefault(mine, theirs)
+
+    def convert(key: Key) -> Key | None:
+        if key.inside is not None:
+            inner, outer = convert(replace(key, inside=None)), convert(key.inside)
+            return None if inner is None or outer is None else replace(inner, inside=outer)
+        if key.where in names:
+            theirs = names[key.where]
+            return None if theirs is None else replace(key, where=theirs)
+        return replace(key, where=modules.get(key.where, key.where))
+
+    return convert
+
+
+def teacher_layer(layer: Layer, names: dict[str, str | None]) -> str:
+    """Return the name that a layer of the student would have among the teacher's layers."""
+    if layer.kind == LayerKind.OUTPUT:
+        return layer.name
+    for name in layer.tensors.values():
+        if (theirs := names[name]) is not None:
+            return theirs if layer.kind in (LayerKind.MIX, LayerKind.SCALE) else theirs.rpartition(".")[0]
+    return names.get(layer.name) or layer.name
+
+
+# -- numbered layers ----------------------------------------------------------------------------------------------
+
+
+def candidates(teacher: nn.Module, student: nn.Module) -> list[dict[str, str]]:
+    """List the ways to pair the student's layers with the teacher's, as prefixes to rename.
+
+    The first way leaves all names as they are. The others align containers of numbered layers (`nn.Sequential`,
+    `nn.ModuleList`) that have grown, in order: every layer of the teacher has a counterpart of its own type, at least
+    as large, either the earliest or the closest in size. The student's other layers are new (they map to ""). Only the
+    forward pass shows which way is right.
     """
     found: list[dict[str, str]] = [{}]
     for closest in (False, True):
         names: dict[str, str] = {}
-        _walk(teacher, student, "", "", names, closest)
+        _pair_children(teacher, student, ("", ""), names, closest)
         names = {mine: theirs for mine, theirs in names.items() if mine != theirs}
         if names not in found:
             found.append(names)
     return found
 
 
-def _walk(teacher: nn.Module, student: nn.Module, theirs: str, mine: str, found: dict[str, str], closest: bool) -> None:
+def _pair_children(
+    teacher: nn.Module, student: nn.Module, paths: tuple[str, str], found: dict[str, str], closest: bool
+) -> None:
+    """Write into `found` the names of what is inside two paired modules at `paths` (the teacher's, the student's)."""
+    theirs, mine = paths
     a, b = list(teacher.named_children()), list(student.named_children())
     numbered = isinstance(student, (nn.Sequential, nn.ModuleList)) and all(name.isdigit() for name, _ in a + b)
-    pairs = _aligned(a, b, closest) if numbered and len(a) < len(b) else None
+    pairs = _align(a, b, closest) if numbered and len(a) < len(b) else None
     if pairs is None:
         at = {name: position for position, (name, _) in enumerate(a)}
         pairs = {k: at[name] for k, (name, _) in enumerate(b) if name in at}
@@ -36,15 +134,15 @@ def _walk(teacher: nn.Module, student: nn.Module, theirs: str, mine: str, found:
         found.update({f"{mine}.{name}".lstrip("."): "" for k, (name, _) in enumerate(b) if k not in pairs})
     for k, position in pairs.items():
         (mine_name, mine_child), (their_name, their_child) = b[k], a[position]
-        their_path, mine_path = f"{theirs}.{their_name}".lstrip("."), f"{mine}.{mine_name}".lstrip(".")
-        found[mine_path] = their_path
-        _walk(their_child, mine_child, their_path, mine_path, found, closest)
+        inner = f"{theirs}.{their_name}".lstrip("."), f"{mine}.{mine_name}".lstrip(".")
+        found[inner[1]] = inner[0]
+        _pair_children(their_child, mine_child, inner, found, closest)
 
 
-def _aligned(teacher: list[Child], student: list[Child], closest: bool) -> dict[int, int] | None:
-    """For student positions the teacher's, so that all of the teacher's are taken in order; None if that cannot be."""
+def _align(teacher: list[Child], student: list[Child], closest: bool) -> dict[int, int] | None:
+    """Map student positions to the teacher's, so that all of those are taken in order; None if that is impossible."""
     rows, columns = len(teacher), len(student)
-    best = [[0.0] * (columns + 1)] + [[math.inf] * (columns + 1) for _ in range(rows)]  # of the first i in the first j
+    best = [[0.0] * (columns + 1)] + [[math.inf] * (columns + 1) for _ in range(rows)]  # the first i in the first j
     for i in range(1, rows + 1):
         for j in range(i, columns + 1):
             best[i][j] = min(best[i][j - 1], best[i - 1][j - 1] + _cost(teacher[i - 1][1], student[j - 1][1], closest))
@@ -52,7 +150,7 @@ def _aligned(teacher: list[Child], student: list[Child], closest: bool) -> dict[
         return None
     pairs, j = {}, columns
     for i in range(rows, 0, -1):
-        while best[i][j - 1] <= best[i][j]:  # as early as can be at no greater cost
+        while best[i][j - 1] <= best[i][j]:  # the earliest position at no greater cost
             j -= 1
         j -= 1
         pairs[j] = i - 1
@@ -60,7 +158,7 @@ def _aligned(teacher: list[Child], student: list[Child], closest: bool) -> dict[
 
 
 def _cost(teacher: nn.Module, student: nn.Module, closest: bool) -> float:
-    """How much larger the student's layer is, if that counts; infinite if it is no counterpart."""
+    """Return how much larger the student's layer is, if size counts; infinity if it is no counterpart."""
     if type(teacher) is not type(student):
         return math.inf
     shapes, cost = {name: tensor.shape for name, tensor in student.named_parameters()}, 0.0

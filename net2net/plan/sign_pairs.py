@@ -1,9 +1,9 @@
-"""What units meet on their way through new layers: activations, which pairs of units pass, and gates, held open.
+"""New layers behind SiLU, GELU and their like: a unit and its negative pass together.
 
 An activation that is not idempotent lets no single unit through. Where f(x) - f(-x) = slope * x for every x (SiLU,
-GELU, hard swish, softplus, ReLU, leaky ReLU), two do: a new layer of twice the width gives a unit and its
-negative, and what reads them takes the difference. Behind a second activation it takes four.
-A gate (squeeze-excite) whose last layer gives zeros is one number for all inputs, which the next layer undoes.
+GELU, hard swish, softplus, ReLU, leaky ReLU), two units do: a new layer of twice the width produces a unit and its
+negative, and the layer that reads them takes the difference. Behind a second activation it takes four. A gate
+(squeeze-excite) whose last layer gives zeros is one number for all inputs, which the next layer undoes.
 """
 
 from collections.abc import Collection, Iterable
@@ -13,18 +13,26 @@ from torch import Tensor
 
 from ..errors import TransferError
 from ..trace.activations import Bends, Passage
-from ..trace.facts import Layer
+from ..trace.facts import Layer, LayerKind
 
 
-def bends(layers: Iterable[Layer], passing: Collection[str], idle: Collection[str]) -> dict[str, Bends]:
-    """The activations behind each of the layers `passing`, which hand their units on, up to those that read them; what
-    the layers `idle` read, they read with zeros.
+def find_sign_pairs(layers: Iterable[Layer], passing: Collection[str], idle: Collection[str]) -> dict[str, Bends]:
+    """Find the activations that units of new layers must pass in pairs.
 
-    Raises TransferError if there are none, or if units would be read both before an activation and behind it.
+    Args:
+        layers: of the student.
+        passing: the new layers that hand their units on.
+        idle: the layers that add nothing, whose reading does not matter.
+
+    Returns:
+        For each layer of `passing` that needs pairs the activations up to the layer that reads it.
+
+    Raises:
+        TransferError: there are none, or units are read both before an activation and behind it.
     """
     found: dict[str, Bends] = {}
     for layer in layers:
-        if layer.kind not in ("mix", "output") or layer.name in idle:
+        if layer.kind not in (LayerKind.MIX, LayerKind.OUTPUT) or layer.name in idle:
             continue
         whole = all(carrier in passing for carrier, _ in layer.passage.bends) and layer.norms_since <= set(passing)
         met = layer.passage.bends if layer.passage.bends and whole else ()
@@ -32,7 +40,7 @@ def bends(layers: Iterable[Layer], passing: Collection[str], idle: Collection[st
             mine = met if met and met[0][0] == source else ()
             if found.setdefault(source, mine) != mine:
                 raise TransferError(
-                    f"The units of the new layer {source} are read both before an activation and behind."
+                    f"The units of the new layer {source} are read both before an activation and behind it."
                 )
     found = {source: met for source, met in found.items() if met}
     if not found:
@@ -40,19 +48,23 @@ def bends(layers: Iterable[Layer], passing: Collection[str], idle: Collection[st
     return found
 
 
-def undone(past: Passage, bends: Bends, silent: Collection[str]) -> float:
-    """By what a layer multiplies its weight so that what it reads through pairs and open gates counts as it was."""
+def slope_correction(passage: Passage, bends: Bends, silent: Collection[str]) -> float:
+    """Return the factor that undoes the slopes and open gates that the input has passed."""
     factor = 1.0
-    for slope in [slope for _, slope in bends] + [rest for source, rest in past.gates if source in silent]:
+    for slope in [slope for _, slope in bends] + [rest for source, rest in passage.gates if source in silent]:
         factor /= slope
     return factor
 
 
-def signs(patterns: Tensor, bend: int | None = None) -> Tensor:
-    """Of each unit the sign that it has before one of the activations behind its layer, or the product of all of them;
-    `patterns` holds a bit for each activation."""
-    if bend is not None:
-        return 1.0 - 2.0 * (patterns >> bend & 1).double()
+def signs(patterns: Tensor, activation: int | None = None) -> Tensor:
+    """Return the sign of every unit before one of the activations behind its layer, or the product over all of them.
+
+    Args:
+        patterns: for each unit a bit for each activation.
+        activation: the number of the activation. None means the product.
+    """
+    if activation is not None:
+        return 1.0 - 2.0 * (patterns >> activation & 1).double()
     product = torch.ones(len(patterns), dtype=torch.double)
     for k in range(int(patterns.max()).bit_length()):
         product = product * signs(patterns, k)

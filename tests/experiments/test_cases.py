@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.analysis import curves as report
+from experiments.analysis import curves
 from experiments.config import Config, ExperimentError
 from scripts import collect
 
@@ -95,7 +95,7 @@ def test_cases_run_one_after_another_also_after_one_that_fails_and_are_collected
     results = tmp_path / "results"
     assert collect.main(["--runs", str(runs), "--results", str(results), "quickstart"]) == 0
     assert "quickstart/high/seed0/random_init: 2 points" in capsys.readouterr().out
-    assert list(report.experiments(results / "curves")) == ["quickstart/high", "quickstart/low"]
+    assert list(curves.find_experiments(results / "curves")) == ["quickstart/high", "quickstart/low"]
     assert collect.main(["--runs", str(runs), "--results", str(results), "quickstart/low"]) == 0
     assert capsys.readouterr().out.endswith("1 collected, 0 skipped, 0 refused\n")
 

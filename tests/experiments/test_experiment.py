@@ -11,15 +11,20 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from experiments import arms, checkpoint, experiment, stage, training
-from experiments.analysis.curves import read_arm
 from experiments.config import Config, ExperimentError, arm_folders
 from experiments.data import load
 from experiments.run import Run
+from experiments.run_log import parse_curve
 
 Make = Callable[..., Config]
 Main = Callable[..., int]
 STUDENT_ARMS = ("net2net", "random_pad", "random_init", "random_init_low_lr")
 CPU = torch.device("cpu")
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """The rows of the curve in an arm's folder."""
+    return parse_curve((folder / "curve.csv").read_bytes(), folder)
 
 
 def run_of(config: Config) -> Run:
@@ -85,8 +90,8 @@ def test_the_continued_teacher_starts_at_the_teachers_last_weights(
 
 
 def test_step_0_of_a_finished_run(finished: Path) -> None:
-    first = {arm: read_arm(finished / arm)[0] for arm in ("teacher", "teacher_continued", *STUDENT_ARMS)}
-    last = read_arm(finished / "teacher")[-1]
+    first = {arm: read_curve(finished / arm)[0] for arm in ("teacher", "teacher_continued", *STUDENT_ARMS)}
+    last = read_curve(finished / "teacher")[-1]
     assert all(row["step"] == 0 for row in first.values())
     for column in ("test_accuracy", "holdout_accuracy"):
         assert first["net2net"][column] == first["teacher_continued"][column] == last[column]

@@ -15,7 +15,8 @@ import torture
 from rich.console import Console
 
 from experiments import checkpoint, experiment, files, stage, training
-from experiments.analysis import curves
+from experiments.analysis.curves import find_targets
+from experiments.analysis.curves import load as load_results
 from experiments.config import ARMS, Config, ExperimentError, check
 from experiments.data import load
 from experiments.run import Run
@@ -146,9 +147,9 @@ def test_another_experiment_uses_it_also_after_a_move(small: Make, tmp_path: Pat
     compare(other)
     assert len(trained_steps) == 24
     # Figure and table follow the experiment's own configuration, not that of the teacher's first user.
-    manifests = curves.load(tmp_path / "moved/other")[1]
-    assert manifests["teacher"][0]["experiment"] == "quickstart"
-    assert curves.target_arm(manifests) == "random_init"
+    manifests = load_results(tmp_path / "moved/other").runs["manifest"]
+    assert manifests.xs("teacher", level="arm").iloc[0]["experiment"] == "quickstart"
+    assert find_targets(manifests) == {("other", ""): "random_init"}
 
 
 def test_the_arms_of_another_teacher_are_refused(small: Make, tmp_path: Path) -> None:
@@ -242,6 +243,8 @@ def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
     assert start["seconds"] == pytest.approx(end["seconds"])
     own = manifests["teacher"]["train_flops_per_image"] * 8 * config.schedule.batch_size
     assert last["flops"] == pytest.approx(end["flops"] + own, rel=1e-5)
+    (row,) = load_results(tmp_path / "runs/quickstart").runs.xs("net2net", level="arm").itertuples()
+    assert row.total_flops == pytest.approx(row.flops + end["flops"] + own, rel=1e-5)
     assert manifests["teacher"]["settings"]["first"] == places["first"].name
     assert manifests["teacher"]["settings"]["rate"] == config.rates["net2net"]
     origin = manifests["teacher"]["grown_from"]

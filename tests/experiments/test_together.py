@@ -14,7 +14,6 @@ import torture
 from conftest import TINY
 
 from experiments import command, files, run_log
-from experiments.analysis import curves as report
 from experiments.analysis import figures as figure
 
 pytestmark = pytest.mark.system
@@ -62,7 +61,7 @@ def test_the_second_run_says_who_writes_there(
 def write_much(folder: Path, times: int) -> None:
     """A curve that grows, and a manifest of its length, again and again."""
     for number in range(times):
-        rows = [{column: 1.5 * step for column in report.COLUMNS} for step in range(1, 2 + number % 50)]
+        rows = [{column: 1.5 * step for column in run_log.COLUMNS} for step in range(1, 2 + number % 50)]
         run_log.write_curve(folder, rows)
         run_log.write_manifest(folder, {"settings": {"rows": len(rows)}, "complete": False, "text": "x" * 5000})
 
@@ -78,9 +77,9 @@ def test_who_reads_while_another_writes_sees_whole_files(tmp_path: Path) -> None
         text = (tmp_path / "curve.csv").read_text()
         assert text.endswith("\n")
         table = list(csv.reader(text.splitlines()))
-        assert {len(row) for row in table} == {len(report.COLUMNS)}
+        assert {len(row) for row in table} == {len(run_log.COLUMNS)}
         assert [row[0] for row in table[1:]] == [f"{1.5 * step:.6g}" for step in range(1, len(table))]
-        report.read_arm(tmp_path)
+        run_log.parse_curve(text.encode(), "curve")
         manifest = run_log.read_manifest(tmp_path)
         assert manifest is not None and len(manifest["text"]) == 5000
         lengths.add(len(table))

@@ -1,6 +1,5 @@
 """Layers that new ones have renumbered are found without a hand-written rename, and no wrong pairing passes."""
 
-import sys
 from itertools import combinations, pairwise
 
 import pytest
@@ -126,7 +125,7 @@ def test_a_wrong_pairing_that_fits_by_shape_is_refused() -> None:
 
 
 def test_without_candidates_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[transfer.__module__], "candidates", lambda *_: [{}])
+    monkeypatch.setattr("net2net.attempts.candidates", lambda *_: [{}])
     with pytest.raises(TransferError):
         transfer(vgg("A", False), vgg("B", False), images())
 
@@ -186,12 +185,12 @@ def test_a_layer_that_no_student_layer_can_be_is_refused() -> None:
             transfer(mlp(3, 4, 5, 2), student, images(6, 3))
 
 
-def test_every_layer_of_the_teacher_is_aligned_once() -> None:
+def test_every_layer_of_the_teacher_is_align_once() -> None:
     sizes = [(3, 4), (4, 4), (4, 8), (8, 2)]
     deeper = [(3, 4), (4, 4), (4, 4), (4, 8), (8, 8), (8, 2)]
     children = [[(str(k), nn.Linear(*size)) for k, size in enumerate(each)] for each in (sizes, deeper)]
     for closest in (False, True):
-        pairs = matching._aligned(*children, closest)
+        pairs = matching._align(*children, closest)
         assert pairs is not None and sorted(pairs.values()) == [0, 1, 2, 3]
         assert all(pairs[a] < pairs[b] for a, b in pairwise(sorted(pairs)))
-    assert matching._aligned(children[1], children[0], False) is None
+    assert matching._align(children[1], children[0], False) is None

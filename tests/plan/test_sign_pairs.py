@@ -1,6 +1,5 @@
 """New layers on the way of units: pairs of units pass activations that are not idempotent, gates are held open."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def test_pairs_of_units_pass(name: str, split: str) -> None:
 @pytest.mark.parametrize("name", NEW)
 def test_without_their_signs_they_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     extra, width, reads = NEW[name]
-    monkeypatch.setattr(importlib.import_module("net2net.transfer"), "signs", lambda p, *_: torch.ones(len(p)))
+    monkeypatch.setattr("net2net.plan.tensors.signs", lambda p, *_: torch.ones(len(p)))
     with pytest.raises(TransferError):
         transfer(around(None), around(extra, width, reads), images())
 
@@ -86,7 +85,7 @@ def test_without_their_signs_they_are_refused(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["leaky relu", "twice, with filters and a gate"])
 def test_without_what_undoes_slopes_and_gates_they_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     extra, width, reads = NEW[name]
-    monkeypatch.setattr(importlib.import_module("net2net.transfer"), "undone", lambda *_: 1.0)
+    monkeypatch.setattr("net2net.plan.tensors.slope_correction", lambda *_: 1.0)
     with pytest.raises(TransferError):
         transfer(around(None), around(extra, width, reads), images())
 

@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net
+from networks import Net, assert_same
 from torch import Tensor, nn
 
 import net2net
 from net2net import TransferError, equivalence, transfer, widen
 
 pytestmark = pytest.mark.usefixtures("float64")
-EXACT = 1e-12
 WORDS, LONGER = torch.randint(0, 11, (3, 4)), torch.randint(0, 11, (3, 12))
-DOUBLE = {"dtype": torch.double}
-ROWS, TOKENS, MAPS = (torch.randn(*shape, **DOUBLE) for shape in ((6, 5), (3, 4, 6), (2, 3, 8, 8)))
+ROWS, TOKENS, MAPS = (torch.randn(*shape, dtype=torch.double) for shape in ((6, 5), (3, 4, 6), (2, 3, 8, 8)))
 CLASSES = torch.tensor([0, 1, 2, 3, 1, 2])
 
 
@@ -104,7 +102,7 @@ EXACT_ON_OTHERS = {
     ),
     "a comparison": (rows(lambda net, x: x * (x > 0)), (ROWS,), (-9 * ROWS,)),
     "where": (rows(lambda net, x: torch.where(x > 0, x, 0.1 * x)), (ROWS,), (-9 * ROWS,)),
-    "a mask from a buffer": (masked, (TOKENS,), (torch.randn(3, 8, 6, **DOUBLE),)),
+    "a mask from a buffer": (masked, (TOKENS,), (torch.randn(3, 8, 6, dtype=torch.double),)),
     "the maximum of two": (rows(lambda net, x: torch.max(x, -x)), (ROWS,), (9 * ROWS,)),
     "the largest unit": (rows(lambda net, x: x * x.amax(1, keepdim=True)), (ROWS,), (9 * ROWS,)),
     "a check of all units": (
@@ -127,8 +125,8 @@ EXACT_ON_OTHERS = {
     "one filter for all channels": (blurred, (MAPS,), (9 * MAPS,)),
     "a sparse graph": (
         rows(lambda net, x, graph: graph @ x),
-        (ROWS, torch.eye(6, **DOUBLE).to_sparse()),
-        (ROWS, torch.rand(6, 6, **DOUBLE).round().to_sparse()),
+        (ROWS, torch.eye(6, dtype=torch.double).to_sparse()),
+        (ROWS, torch.rand(6, 6, dtype=torch.double).round().to_sparse()),
     ),
     "the loss beside it": (
         lambda w: Net(
@@ -151,10 +149,10 @@ def test_is_exact_on_inputs_unlike_the_example(name: str, width: int) -> None:
     teacher, student = make(4).eval(), make(width).eval()
     transfer(teacher, student, example)
     for inputs in (example, others):
-        assert equivalence(teacher, student, inputs).max_relative < EXACT
+        assert_same(teacher, student, inputs)
     if name not in WHOLE:
         grown = widen(teacher, example, 2.0)
-        assert equivalence(teacher, grown, others).max_relative < EXACT
+        assert_same(teacher, grown, others)
 
 
 class Block(nn.Module):
@@ -201,7 +199,7 @@ class Language(nn.Module):
 def test_a_language_model_written_by_hand(width: int, heads: int, depth: int) -> None:
     teacher, student = Language(4, 2, 1), Language(width, heads, depth)
     transfer(teacher, student, (WORDS, WORDS))
-    assert equivalence(teacher, student, (LONGER, LONGER)).max_relative < EXACT
+    assert_same(teacher, student, (LONGER, LONGER))
 
 
 def test_positions_keep_their_number_and_count_no_copies() -> None:
@@ -220,36 +218,35 @@ def test_a_part_that_does_not_tell_of_the_rest_keeps_its_width() -> None:
     def make(w: int) -> Net:
         return rows(lambda net, x: x * net.g[: x.shape[1]], g=lambda w: nn.Parameter(torch.randn(9 + w)))(w)
 
-    with pytest.raises(TransferError, match="the example uses only 6 of the 15 elements of g"):
+    with pytest.raises(TransferError, match="only 6 of the 15 elements of g"):
         transfer(make(4), make(6), ROWS)
 
 
-class Modes(nn.Module):
-    """Whose training mode does more than its eval mode."""
-
-    def __init__(self, width: int, how: Callable) -> None:
-        super().__init__()
-        self.a, self.o, self.how = nn.Linear(5, width), nn.Linear(width, 3), how
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.a(x)
-        return self.how(self, x) if self.training else self.o(x)
+def trained_by(how: Callable) -> Callable[[int], Net]:
+    """Whose training mode does `how`, and whose eval mode a linear layer alone."""
+    return lambda w: Net(
+        {"a": nn.Linear(5, w), "o": nn.Linear(w, 3)},
+        lambda net, x: how(net, net.a(x)) if net.training else net.o(net.a(x)),
+    )
 
 
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        (lambda net, x: net.o(x / x.abs().sum(1, keepdim=True)), "sum in the network mixes them"),
+        (lambda net, x: net.o(x / x.abs().sum(1, keepdim=True)), "sum in the network mixes"),
         (lambda net, x: (net.o(x), x), "it is the network's output"),
     ],
 )
 def test_what_only_the_training_mode_does_counts(how: Callable, why: str) -> None:
     with pytest.raises(TransferError, match=why):
-        transfer(Modes(4, how), Modes(7, how), ROWS)
-    same = Modes(7, lambda net, x: net.o(F.dropout(x, 0.0)))
-    teacher = Modes(4, same.how)
-    transfer(teacher, same, ROWS)
-    assert equivalence(teacher, same, ROWS, mode="train").max_relative < EXACT
+        transfer(trained_by(how)(4), trained_by(how)(7), ROWS)
+
+
+def test_what_the_training_mode_does_besides_is_exact_there() -> None:
+    make = trained_by(lambda net, x: net.o(F.dropout(x, 0.0)))
+    teacher, student = make(4), make(7)
+    transfer(teacher, student, ROWS)
+    assert_same(teacher, student, ROWS, ("train",))
 
 
 def layers(new: Callable[[], nn.Module] | None, between: nn.Module) -> nn.Sequential:
@@ -278,9 +275,9 @@ def test_an_activation_is_idempotent_on_all_that_may_come(between: nn.Module, ne
         teacher[0].bias.fill_(2.0)
     if exact:
         transfer(teacher, student, ROWS)
-        assert equivalence(teacher, student, 1e4 * ROWS).max_relative < EXACT
+        assert_same(teacher, student, 1e4 * ROWS)
     else:
-        with pytest.raises(TransferError, match=r"2\.weight cannot be an identity.* is not idempotent"):
+        with pytest.raises(TransferError, match=r"2\.weight.*not idempotent"):
             transfer(teacher, student, ROWS)
 
 
@@ -296,31 +293,22 @@ def test_kernels_grow_behind_padding_of_another_module(pad: type, scale: float) 
     transfer(teacher, student, MAPS)
     with torch.no_grad():
         teacher.g.fill_(1.0), student.g.fill_(1.0)
-    assert equivalence(teacher, student, MAPS).max_relative < EXACT
+    assert_same(teacher, student, MAPS)
     wrong = make(5)
     wrong.p = pad(1)
     with pytest.raises(TransferError, match="does not look at every place"):
         transfer(teacher, wrong, MAPS)
 
 
-class Lengths(nn.Module):
-    """Has a width and, by chance, another number that is equal to it."""
+def test_a_number_that_equals_a_width_by_chance_does_not_follow() -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        return net.o(torch.relu(net.a(x[:, : net.longest])).view(-1, net.width)).view(len(x), -1, 3).mean(1)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.width, self.longest = 8, 8
-        self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, : self.longest]
-        return self.o(torch.relu(self.a(x)).view(-1, self.width)).view(len(x), -1, 3).mean(1)
-
-
-def test_a_number_that_is_no_width_does_not_follow() -> None:
-    model = Lengths()
+    model = Net({"a": nn.Linear(6, 8), "o": nn.Linear(8, 3)}, how)
+    model.width = model.longest = 8
     grown = widen(model, TOKENS, {"a": 12})
     assert (grown.width, grown.longest) == (12, 8)
-    assert equivalence(model, grown, torch.randn(3, 14, 6)).max_relative < EXACT
+    assert_same(model, grown, torch.randn(3, 14, 6))
 
 
 def test_an_attribute_called_growth_is_the_users() -> None:
@@ -332,27 +320,37 @@ def test_an_attribute_called_growth_is_the_users() -> None:
     assert again.growth == 3 and isinstance(again.growth_, net2net.Transfer) and not hasattr(again, "growth__")
 
 
-def test_refusals_name_the_reason() -> None:
-    limited = words(lambda net, x, i: x)
-    teacher, student = limited(4), limited(8)
-    teacher.e.max_norm = student.e.max_norm = 1.0
-    with pytest.raises(TransferError, match="shortens its rows to a norm"):
-        transfer(teacher, student, WORDS)
-    bilinear = rows(lambda net, x: net.b(x, x), b=lambda w: nn.Bilinear(w, w, w))
-    with pytest.raises(TransferError, match="bilinear in b has no rule"):
-        transfer(bilinear(4), bilinear(7), ROWS)
+def limited(w: int) -> Net:
+    net = words(lambda net, x, i: x)(w)
+    net.e.max_norm = 1.0
+    return net
+
+
+def raising(w: int) -> Net:
+    net = rows(lambda net, x: x)(w)
+    net.a.register_forward_pre_hook(lambda *_: int("the user's own reason"))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "message"),
+    [
+        (limited, WORDS, "shortens its rows"),
+        (rows(lambda net, x: net.b(x, x), b=lambda w: nn.Bilinear(w, w, w)), ROWS, "bilinear in b has no rule"),
+        (raising, ROWS, "the user's own reason"),
+    ],
+    ids=["max_norm", "bilinear", "an error of the user's"],
+)
+def test_refusals_name_the_reason(make: Callable[[int], Net], example: Tensor, message: str) -> None:
+    with pytest.raises(TransferError, match=message):
+        transfer(make(4), make(8), example)
+
+
+def test_a_network_that_cannot_be_copied_is_refused() -> None:
     locked = rows(lambda net, x: x)(4)
     locked.lock = threading.Lock()
     with pytest.raises(TransferError, match="cannot be copied"):
         widen(locked, ROWS, 2.0)
-    raising = rows(lambda net, x: x)(4)
-    raising.a.register_forward_pre_hook(lambda *_: int("the user's own reason"))
-    with pytest.raises(TransferError, match="the user's own reason"):
-        net2net.describe(raising, ROWS)
-    with pytest.raises(TransferError, match="The noise is -1"):
-        transfer(rows(lambda net, x: x)(4), rows(lambda net, x: x)(5), ROWS, noise=-1)
-    with pytest.raises(TransferError, match="No module is named"):
-        net2net.deepen(rows(lambda net, x: x)(4), ROWS, after=[])
 
 
 def test_of_renumbered_layers_the_likely_pairing_is_told() -> None:
@@ -360,7 +358,7 @@ def test_of_renumbered_layers_the_likely_pairing_is_told() -> None:
         extra = [part for _ in range(new) for part in (nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU())]
         return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), *extra, nn.Conv2d(4, 2, 1))
 
-    with pytest.raises(TransferError, match=r"The new layer 2\.weight cannot be an identity: its stride is"):
+    with pytest.raises(TransferError, match=r"2\.weight cannot be an identity.*stride"):
         transfer(make(0), make(1), MAPS)
 
 
@@ -379,39 +377,26 @@ def test_a_number_that_nothing_behind_can_undo_is_told() -> None:
         return x.tanh() + 1e-6 * net.l(F.gelu(x + net.a.out_features**-0.5 * y) + y)
 
     make = rows(twice, l=lambda w: nn.Linear(w, w), m=lambda w: nn.Linear(w, w))
-    with pytest.raises(
-        TransferError, match=r"add in the network takes units that are multiplied by 0\.3536 here and by 0\.5"
-    ):
+    with pytest.raises(TransferError, match=r"add in the network.* 0\.3536 here and.* 0\.5"):
         transfer(make(4).float(), make(8).float(), ROWS.float())
 
 
 def test_a_constant_of_its_own_width_pins() -> None:
-    fixed = torch.rand(4, **DOUBLE)
-    with pytest.raises(TransferError, match="add in the network joins it to a constant of its own width"):
-        transfer(rows(lambda net, x: x + fixed)(4), rows(lambda net, x: x + torch.rand(8, **DOUBLE))(8), ROWS)
-
-
-class Deep(nn.Module):
-    """A residual stream whose branches are dropped at random in training; a norm sees it, at any width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.a, self.l, self.n, self.o = (
-            nn.Linear(5, width),
-            nn.Linear(width, width),
-            nn.LayerNorm(width),
-            nn.Linear(width, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        branch = self.l(x)
-        if self.training:
-            branch = branch * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.8) / 0.8
-        return self.o(self.n(x + branch))
+    fixed = torch.rand(4, dtype=torch.double)
+    with pytest.raises(TransferError, match=r"add in the network.*constant of its own width"):
+        transfer(rows(lambda net, x: x + fixed)(4), rows(lambda net, x: x + torch.rand(8, dtype=torch.double))(8), ROWS)
 
 
 def test_dropping_branches_keeps_a_stream_linear() -> None:
-    teacher, student = Deep(4).eval(), Deep(7).eval()
+    """A residual stream whose branches are dropped at random in training; a norm sees it, at any width."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        branch = net.l(x)
+        if net.training:
+            branch = branch * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.8) / 0.8
+        return net.n(x + branch)
+
+    make = rows(how, l=lambda w: nn.Linear(w, w), n=nn.LayerNorm)
+    teacher, student = make(4).eval(), make(7).eval()
     transfer(teacher, student, ROWS)
-    assert equivalence(teacher, student, 9 * ROWS).max_relative < EXACT
+    assert_same(teacher, student, 9 * ROWS)

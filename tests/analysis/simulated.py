@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.analysis import curves as report
-from experiments.config import Config, arm_folders, steps
+from experiments import run_log
+from experiments.config import STARTS_FROM_TEACHER, Config, arm_folders, steps
 
 PER_EPOCH = 351
 GAIN = {"net2net": 0.06, "random_pad": 0.04, "teacher_continued": 0.03, "random_init_low_lr": -0.2}
@@ -36,10 +36,10 @@ def _write(path: Path, config: Config, seed: int, arm: str, student: str | None)
     total, every = steps(length, PER_EPOCH), max(1, steps(schedule.evaluate, PER_EPOCH))
     level = 0.5 + 0.08 * math.log2(total / PER_EPOCH) + GAIN.get(arm, 0.0) * 4 / (total / PER_EPOCH + 3)
     level += noise.gauss(0, 0.006) + 0.02 * (seed % 3) - 0.3 * (student == "deeper" and arm == "random_init") / 4
-    first = level - 0.05 if arm in report.STARTS_FROM_TEACHER else 0.1
+    first = level - 0.05 if arm in STARTS_FROM_TEACHER else 0.1
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(report.COLUMNS)
+    table.writerow(run_log.COLUMNS)
     for step in [*range(0, total, every), total]:
         accuracy = first + (level - first) * (1 - math.exp(-4 * step / total)) / (1 - math.exp(-4))
         training = [1 - accuracy, accuracy + 0.01] if step else ["", ""]

@@ -1,36 +1,36 @@
 """From runs to results: the tables' numbers, the figures' bytes, and what is refused. All curves here are made up."""
 
+import copy
 import csv
 import hashlib
 import io
 import json
-import math
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from experiments.analysis import curves as report
-from experiments.analysis import figures as figure
-from experiments.analysis import pages
-from experiments.config import ExperimentError
-from scripts import collect, figures
+from experiments.analysis import curves, figures, pages
+from experiments.analysis.curves import Results, load, make_results
+from experiments.config import ExperimentError, ordered
+from experiments.run_log import COLUMNS, parse_curve
+from scripts import collect
+from scripts import figures as script
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def text(holdout: Sequence[float], test: Sequence[float], flops: float) -> bytes:
+def make_csv(holdout: Sequence[float], test: Sequence[float], flops: float) -> bytes:
     """A curve.csv with a point every ten steps, which ends with `flops`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(report.COLUMNS)
+    writer.writerow(COLUMNS)
     last = len(test) - 1
     for i, (h, t) in enumerate(zip(holdout, test, strict=True)):
         training = ["", ""] if i == 0 else [1 - t, t]
@@ -45,61 +45,46 @@ CURVES: dict[str, list[tuple[list[float], list[float], float]]] = {
     "net2net": [([0.78, 0.85, 0.90], [0.80, 0.86, 0.91], 3e12), ([0.79, 0.86, 0.89], [0.82, 0.88, 0.93], 3e12)],
     "random_pad": [([0.30, 0.60, 0.84], [0.31, 0.6, 0.85], 3e12), ([0.30, 0.60, 0.88], [0.31, 0.6, 0.87], 3e12)],
     "random_init": [([0.10, 0.50, 0.85], [0.12, 0.55, 0.86], 3e12), ([0.10, 0.60, 0.88], [0.12, 0.55, 0.88], 3e12)],
-    "teacher_continued": [
-        ([0.78, 0.79, 0.80], [0.80, 0.81, 0.82], 1e12),
-        ([0.79, 0.80, 0.81], [0.82, 0.82, 0.84], 1e12),
-    ],
+    "teacher_continued": [([0.78, 0.80], [0.80, 0.82], 1e12), ([0.79, 0.81], [0.82, 0.84], 1e12)],
     "random_init_low_lr": [([0.1, 0.3, 0.4], [0.1, 0.3, 0.4], 3e12), ([0.1, 0.3, 0.4], [0.1, 0.3, 0.4], 3e12)],
+}
+COMMAND = "/opt/env/bin/python /home/x/train.py experiment=wider 'data.root=/home/some body/cifar10'"
+CONFIG = {
+    "experiment": "wider",
+    "claim": "Figure 5: net2net learns faster",
+    "target": "random_init",
+    "runs": "/home/somebody/runs",
+    "data": {
+        **{"name": "cifar10", "root": "/home/some body/cifar10", "cache": "/home/somebody/.cache/net2net"},
+        **{"size": 32, "holdout": 0.1, "pad": 4, "flip": True, "workers": 0},
+    },
+    "schedule": {
+        **{"epochs": "6ep", "teacher_epochs": None, "batch_size": 128, "optimizer": "rmsprop"},
+        **{"lr": 0.01, "decay": "linear", "warmup": "0it", "evaluate": "0.5ep"},
+    },
 }
 
 
-def manifest(experiment: str, arm: str, seed: int, curve: bytes, **changes: Any) -> dict[str, Any]:
+def make_manifest(arm: str, seed: int, curve: bytes = b"", **changes: Any) -> dict[str, Any]:
     """A finished arm's manifest."""
+    step0 = {"agree": 999 + seed, "of": 1000, "max_relative_error": 1e-14 * (seed + 1)}
     record: dict[str, Any] = {
-        "experiment": experiment,
-        "arm": arm,
-        "student": None,
-        "seed": seed,
-        "config": {
-            "experiment": experiment,
-            "claim": "Figure 5: net2net learns faster",
-            "seed": seed,
-            "target": "random_init",
-            "runs": "/home/somebody/runs",
-            "data": {
-                **{"name": "cifar10", "root": "/home/some body/cifar10", "cache": "/home/somebody/.cache/net2net"},
-                **{"size": 32, "holdout": 0.1, "pad": 4, "flip": True, "workers": 0},
-            },
-            "schedule": {
-                **{"epochs": "6ep", "teacher_epochs": None, "batch_size": 128, "optimizer": "rmsprop"},
-                **{"lr": 0.01, "decay": "linear", "warmup": "0it", "evaluate": "0.5ep"},
-            },
-        },
-        "settings": {"seed": seed},
-        "data": "CIFAR-10, 50,000 train / 10,000 test",
-        "commit": "0123456789abcdef",
-        "dirty": False,
-        "versions": {"torch": "2.14.1", "python": "3.11.2"},
-        "device": "cuda",
-        "hardware": "One GPU",
-        "precision": "bfloat16",
-        "command": f"/opt/env/bin/python /home/x/train.py experiment={experiment} 'data.root=/home/some body/cifar10'",
-        "complete": True,
-        "teacher": "teacher",
-        "step0": {"agree": 999 + seed, "of": 1000, "max_relative_error": 1e-14 * (seed + 1)}
-        if arm.endswith("net2net")
-        else None,
+        **{"experiment": "wider", "arm": arm, "student": None, "seed": seed, "teacher": "teacher"},
+        **{"config": copy.deepcopy(CONFIG) | {"seed": seed}, "settings": {"seed": seed}, "command": COMMAND},
+        **{"data": "CIFAR-10, 50,000 train / 10,000 test", "commit": "0123456789abcdef", "dirty": False},
+        **{"versions": {"torch": "2.14.1", "python": "3.11.2"}, "device": "cuda", "hardware": "One GPU"},
+        **{"precision": "bfloat16", "complete": True, "step0": step0 if arm.endswith("net2net") else None},
         "curve_sha256": hashlib.sha256(curve).hexdigest(),
     }
     return record | changes
 
 
-def put(runs: Path, experiment: str, seed: int, arm: str, curve: bytes, **changes: Any) -> Path:
-    """Write one arm of a run, finished unless `changes` say otherwise; returns its folder."""
-    folder = runs / experiment / f"seed{seed}" / arm
+def put(runs: Path, seed: int, arm: str, curve: bytes, **changes: Any) -> Path:
+    """Write one arm of a run of `wider`, finished unless `changes` say otherwise; return its folder."""
+    folder = runs / "wider" / f"seed{seed}" / arm
     folder.mkdir(parents=True)
     (folder / "curve.csv").write_bytes(curve)
-    (folder / "manifest.json").write_text(json.dumps(manifest(experiment, arm, seed, curve, **changes)))
+    (folder / "manifest.json").write_text(json.dumps(make_manifest(arm, seed, curve, **changes)))
     return folder
 
 
@@ -108,7 +93,7 @@ def runs(tmp_path: Path) -> Path:
     """The finished runs of one experiment, `wider`: two seeds of every arm."""
     for arm, seeds in CURVES.items():
         for seed, (holdout, test, flops) in enumerate(seeds):
-            put(tmp_path / "runs", "wider", seed, arm, text(holdout, test, flops))
+            put(tmp_path / "runs", seed, arm, make_csv(holdout, test, flops))
     return tmp_path / "runs"
 
 
@@ -120,31 +105,30 @@ def results(runs: Path) -> Path:
     return folder
 
 
-def rows(runs: Path) -> dict[str, report.Row]:
-    """The table's rows by arm."""
-    curves, manifests = report.load(runs / "wider")
-    return {row.arm: row for row in report.summarise(curves, report.target_arm(manifests))}
-
-
-def made(*curves: tuple[str, list[float]], flops: float = 1.0) -> report.Curves:
-    """Curves of one seed, whose holdout and test accuracies are the same."""
-    return {arm: {0: report.parse_curve(text(values, values, flops), arm)} for arm, values in curves}
+def make(*arms: tuple[str, list[float]], seed: int = 0) -> Results:
+    """Results of one seed, whose holdout and test accuracies are the same."""
+    return make_results(
+        ("both", arm, seed, make_manifest(arm, seed), parse_curve(make_csv(values, values, 1.0), arm))
+        for arm, values in arms
+    )
 
 
 def test_statistics_by_hand(runs: Path) -> None:
-    net2net = rows(runs)["net2net"]
-    assert net2net.n == 2
-    assert astuple(net2net.start) == pytest.approx((0.81, 0.80, 0.82))
-    assert astuple(net2net.final) == pytest.approx((0.92, 0.91, 0.93))
-    assert net2net.target is not None
-    assert astuple(net2net.target) == pytest.approx((0.865, 0.85, 0.88))
-    assert net2net.steps == report.Spread(15, 10, 20)  # reaching a target exactly is reaching it
-    assert net2net.reached == 2
+    net2net = pages.summarise_arms(load(runs / "wider")).loc["net2net"]
+    assert net2net["n"] == 2
+    for column, expected in {
+        "start": (0.81, 0.80, 0.82),
+        "final": (0.92, 0.91, 0.93),
+        "target": (0.865, 0.85, 0.88),
+        "reached_step": (15, 10, 20),  # reaching a target exactly is reaching it
+    }.items():
+        assert tuple(net2net[[f"{column}_{one}" for one in ("mean", "min", "max")]]) == pytest.approx(expected)
+    assert net2net["reached_step_count"] == 2
 
 
 def test_the_teachers_flops_are_added_to_the_arms_that_start_from_it(runs: Path) -> None:
-    found = {arm: (row.flops.mean, row.flops_total and row.flops_total.mean) for arm, row in rows(runs).items()}
-    assert found == {
+    means = load(runs / "wider").runs.groupby(level="arm", sort=False)[["flops", "total_flops"]].mean()
+    assert {arm: tuple(row) for arm, row in means.iterrows()} == {
         "teacher": (1.1e12, 1.1e12),
         "net2net": (3e12, 4.1e12),
         "random_pad": (3e12, 4.1e12),
@@ -155,36 +139,25 @@ def test_the_teachers_flops_are_added_to_the_arms_that_start_from_it(runs: Path)
 
 
 def test_a_teacher_that_is_not_there_has_no_known_cost() -> None:
-    (row,) = report.summarise(made(("net2net", [0.1, 0.9])), "random_init")
-    assert row.flops_total is None
-    assert row.target is None
-    heads, (cells,) = report.cells([row], {})
-    assert dict(zip(heads, cells, strict=True))["FLOP, with teacher's"] == "–"
-    assert report.steps_cell(row) == "–"
-
-
-def test_targets_never_reached_or_by_some_seeds_only(runs: Path) -> None:
-    found = rows(runs)
-    assert (found["random_init_low_lr"].steps, report.steps_cell(found["random_init_low_lr"])) == (None, "never")
-    assert report.steps_cell(found["random_pad"]) == "20 (1 of 2)"
-    assert report.steps_cell(found["net2net"]) == "15"
+    heads, (cells,) = pages.tabulate_arms(make(("net2net", [0.1, 0.9])))
+    found = dict(zip(heads, cells, strict=True))
+    assert found["FLOP, with teacher's"] == "–"
+    assert found["steps to target"] == found["target: holdout accuracy (%)"] == "–"
 
 
 def test_each_student_runs_for_its_own_target() -> None:
-    curves = made(
+    results = make(
         ("teacher", [0.1, 0.5]),
-        ("teacher_continued", [0.5, 0.6]),
-        ("wider_net2net", [0.5, 0.7]),
-        ("wider_random_init", [0.1, 0.6]),
         ("deeper_net2net", [0.5, 0.7]),
         ("deeper_random_init", [0.1, 0.8]),
         ("slim_net2net", [0.4, 0.5]),
+        ("wider_net2net", [0.5, 0.7]),
+        ("wider_random_init", [0.1, 0.6]),
+        ("teacher_continued", [0.5, 0.6]),
     )
-    table = {row.arm: row for row in report.summarise(curves, "random_init")}
-    assert list(table) == report.ordered(curves)
-    assert next(iter(table)) == "teacher"
-    assert list(table)[-1] == "teacher_continued"
-    assert {arm: report.steps_cell(row) for arm, row in table.items()} == {
+    _, lines = pages.tabulate_arms(results)
+    assert [line[0] for line in lines] == ordered(line[0] for line in lines)
+    assert {line[0]: line[5] for line in lines} == {
         "teacher": "–",
         "teacher_continued": "0",  # no student: the teacher's accuracy is its target
         "wider_net2net": "10",
@@ -193,100 +166,92 @@ def test_each_student_runs_for_its_own_target() -> None:
         "deeper_random_init": "10",
         "slim_net2net": "10",  # no random_init of its own: the teacher's
     }
-
-
-@pytest.mark.parametrize(
-    ("label", "parts"),
-    [
-        ("teacher", (None, "teacher")),
-        ("net2net", (None, "net2net")),
-        ("wider_net2net", ("wider", "net2net")),
-        ("random_init_low_lr", (None, "random_init_low_lr")),
-        ("much_wider_random_init_low_lr", ("much_wider", "random_init_low_lr")),
-        ("teacher_continued", (None, "teacher_continued")),
-    ],
-)
-def test_split_arm(label: str, parts: tuple[str | None, str]) -> None:
-    assert report.split_arm(label) == parts
+    table = [line for line in pages.summary_block(results, []).splitlines() if line.startswith("| [")]
+    assert table == [
+        "| [both](results/README.md#both), deeper | 1 | 50.00 | 70.00 | 80.00 | 60.00 | never / 10 |",
+        "| [both](results/README.md#both), slim | 1 | 50.00 | 50.00 | – | 60.00 | 10 / – |",
+        "| [both](results/README.md#both), wider | 1 | 50.00 | 70.00 | 60.00 | 60.00 | 10 / 10 |",
+    ]
 
 
 def test_units_of_flops() -> None:
-    assert report.flops_unit(9.9e11) == (1e9, "GFLOP")
-    assert report.flops_unit(1e12) == (1e12, "TFLOP")
-    assert report.flops_unit(12) == (1.0, "FLOP")
+    assert curves.flops_unit(9.9e11) == (1e9, "GFLOP")
+    assert curves.flops_unit(1e12) == (1e12, "TFLOP")
+    assert curves.flops_unit(12) == (1.0, "FLOP")
 
 
 def test_the_band_is_the_range_over_seeds(runs: Path) -> None:
-    curves, _ = report.load(runs / "wider")
-    step, total, mean, low, high = figure.band(curves, "net2net", "test_accuracy")
-    assert step == [0, 10, 20]
-    assert total == pytest.approx([1.1e12, 2.6e12, 4.1e12])
-    assert mean == pytest.approx([81, 87, 92])
-    assert (low, high) == (pytest.approx([80, 86, 91]), pytest.approx([82, 88, 93]))
+    results = load(runs / "wider")
+    band = figures.make_band(results, "net2net", "test_accuracy")
+    assert list(band.index) == [0, 10, 20]
+    assert list(band["flops"]) == pytest.approx([1.1e12, 2.6e12, 4.1e12])
+    assert list(band["mean"]) == pytest.approx([81, 87, 92])
+    assert list(band["low"]) == pytest.approx([80, 86, 91])
+    assert list(band["high"]) == pytest.approx([82, 88, 93])
     # Nothing was trained before step 0, so there is no training accuracy.
-    assert figure.band(curves, "net2net", "train_accuracy")[0] == [10, 20]
+    assert list(figures.make_band(results, "net2net", "train_accuracy").index) == [10, 20]
 
 
 def test_the_band_keeps_to_steps_that_all_seeds_evaluated() -> None:
-    curves = made(("random_init", [0.1, 0.5, 0.6]))
-    curves["random_init"][1] = made(("random_init", [0.3, 0.7]))["random_init"][0]
-    assert figure.band(curves, "random_init", "test_accuracy")[0] == [0, 10]
-    assert figure.band(curves, "random_init", "test_accuracy")[2] == pytest.approx([20, 60])
+    one, other = make(("random_init", [0.1, 0.5, 0.6])), make(("random_init", [0.3, 0.7]), seed=1)
+    both = Results(*(curves.pd.concat(tables) for tables in ((one.curves, other.curves), (one.runs, other.runs))))
+    band = figures.make_band(both, "random_init", "test_accuracy")
+    assert list(band.index) == [0, 10] and list(band["mean"]) == pytest.approx([20, 60])
 
 
 def test_arms_look_different_and_students_have_colours_of_their_own() -> None:
     arms = ["wider_net2net", "wider_random_init", "deeper_net2net", "deeper_random_init", "teacher_continued"]
-    looks = figure.looks(arms)
+    looks = figures.choose_looks(arms)
     assert len({str(look) for look in looks.values()}) == len(arms)
     assert looks["wider_net2net"]["color"] == looks["wider_random_init"]["color"]
     assert looks["wider_net2net"]["color"] != looks["deeper_net2net"]["color"]
     assert looks["wider_net2net"]["linestyle"] == looks["deeper_net2net"]["linestyle"]
-    alone = figure.looks(["net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"])
+    alone = figures.choose_looks(["net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"])
     for property in ("color", "linestyle", "marker"):
         assert len({str(look[property]) for look in alone.values()}) == 5
 
 
-def test_a_figure_straight_after_a_run(runs: Path) -> None:
-    path = figure.draw_runs(runs / "wider")
+def test_a_figure_and_a_table_straight_after_a_run(runs: Path) -> None:
+    path = figures.draw_runs(runs / "wider")
     assert path == runs / "wider" / "figure.png"
     assert path.read_bytes().startswith(PNG)
     assert sorted(p.name for p in path.parent.iterdir()) == ["figure.png", "seed0", "seed1"]
-
-
-def test_a_figure_of_one_arm_that_was_evaluated_once(tmp_path: Path) -> None:
-    point = made(("net2net", [0.5, 0.6]))
-    point["net2net"][0] = point["net2net"][0][:1]
-    assert figure.draw(point, "one", tmp_path / "one", ("png",)) == [tmp_path / "one.png"]
-
-
-def test_the_table_in_a_terminal(runs: Path) -> None:
     out = io.StringIO()
-    Console(file=out, width=80).print(report.table(runs / "wider"))
+    Console(file=out, width=80).print(pages.make_terminal_table(runs / "wider"))
     line = next(line for line in out.getvalue().splitlines() if line.strip().startswith("net2net "))
     assert line.split() == ["net2net", "2", "81.00", "92.00", "(91.00–93.00)", "15", "3", "4.1"]
     assert "net2net, step 0, float64: top-1 as teacher's 1999 of 2000 (error 2.0e-14)" in out.getvalue()
 
 
+def test_a_figure_of_one_arm_that_was_evaluated_once(tmp_path: Path) -> None:
+    whole = make(("net2net", [0.5, 0.6]))
+    point = Results(whole.curves[:1], whole.runs)
+    assert figures.draw("one", point, tmp_path / "one", ("png",)) == [tmp_path / "one.png"]
+
+
 def test_what_is_not_finished_counts_for_nothing(runs: Path) -> None:
-    put(runs, "wider", 2, "net2net", text([0.1, 0.1], [0.1, 0.1], 1.0), complete=False)
+    put(runs, 2, "net2net", make_csv([0.1, 0.1], [0.1, 0.1], 1.0), complete=False)
     (runs / "wider" / "seed3" / "net2net").mkdir(parents=True)
-    assert rows(runs)["net2net"].n == 2
+    assert pages.summarise_arms(load(runs / "wider")).loc["net2net", "n"] == 2
     with pytest.raises(ExperimentError, match=r"no finished arm under .*nothing: run the experiment first\."):
-        report.load(runs / "nothing")
+        load(runs / "nothing")
 
 
-def test_collecting_copies_curves_and_skips_what_is_unfinished(
+def test_collecting_copies_curves_skips_what_is_unfinished_and_deletes_nothing(
     runs: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(runs, "wider", 2, "net2net", b"", complete=False)
+    put(runs, 2, "net2net", b"", complete=False)
+    for file in (runs / "wider/seed1/net2net").iterdir():
+        file.unlink()
     assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 0
     out = capsys.readouterr().out
     assert "wider/seed0/net2net: 3 points, final test accuracy 91.00 % (unchanged)\n" in out
     assert "wider/seed2/net2net: skipped, unfinished\n" in out
-    assert out.endswith("12 collected, 1 skipped, 0 refused\n")
+    assert out.endswith("11 collected, 2 skipped, 0 refused\n")
     source = runs / "wider" / "seed1" / "random_pad" / "curve.csv"
     assert (results / "curves" / "wider" / "seed1" / "random_pad.csv").read_bytes() == source.read_bytes()
     assert not (results / "curves" / "wider" / "seed2").exists()
+    assert (results / "curves" / "wider" / "seed1" / "net2net.csv").exists()
     names = {path.name for path in results.rglob("*") if path.is_file()}
     assert names == {f"{arm}.{suffix}" for arm in CURVES for suffix in ("csv", "json")}
 
@@ -294,30 +259,18 @@ def test_collecting_copies_curves_and_skips_what_is_unfinished(
 def test_collecting_puts_no_curve_in_the_place_of_one_made_otherwise(
     runs: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 0
-    manifest = runs / "wider/seed0/net2net/manifest.json"
-    record = json.loads(manifest.read_text())
-    record["config"].setdefault("schedule", {})["epochs"] = "3it"
+    manifest, collected = runs / "wider/seed0/net2net/manifest.json", results / "curves/wider/seed0/net2net.json"
+    record, kept = json.loads(manifest.read_text()), collected.read_text()
+    record["config"]["schedule"]["epochs"] = "3it"
     manifest.write_text(json.dumps(record))
-    kept = (results / "curves/wider/seed0/net2net.json").read_text()
     capsys.readouterr()
     assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 1
     out, err = capsys.readouterr()
     assert "11 collected, 0 skipped, 1 refused" in out
     assert "wider/seed0/net2net: refused." in err and "made with other settings (schedule.epochs)" in err
-    assert (results / "curves/wider/seed0/net2net.json").read_text() == kept
+    assert collected.read_text() == kept
     assert collect.main(["--runs", str(runs), "--results", str(results), "wider", "--replace"]) == 0
-    assert (
-        json.loads((results / "curves/wider/seed0/net2net.json").read_text())["config"]["schedule"]["epochs"] == "3it"
-    )
-
-
-def test_collecting_deletes_nothing(runs: Path, results: Path) -> None:
-    folder = runs / "wider" / "seed1" / "net2net"
-    for file in folder.iterdir():
-        file.unlink()
-    assert collect.main(["--runs", str(runs), "--results", str(results)]) == 0
-    assert (results / "curves" / "wider" / "seed1" / "net2net.csv").exists()
+    assert json.loads(collected.read_text())["config"]["schedule"]["epochs"] == "3it"
 
 
 def test_collecting_refuses_a_curve_that_was_changed_and_takes_the_others(
@@ -377,8 +330,8 @@ def test_no_machine_path_is_collected(runs: Path, results: Path) -> None:
         (["a", {"b": "/x/y/"}, 3, None], ["a", {"b": "y"}, 3, None]),
     ],
 )
-def test_folders_are_taken_from_absolute_paths_alone(value: Any, expected: Any) -> None:
-    assert collect.without_folders(value) == expected
+def test_folders_are_removed_from_absolute_paths_alone(value: Any, expected: Any) -> None:
+    assert collect.remove_folders(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -391,14 +344,14 @@ def test_folders_are_taken_from_absolute_paths_alone(value: Any, expected: Any) 
         ("python train.py claim=it's /data/x", "python train.py claim=it's x"),  # not a shell's quoting
     ],
 )
-def test_folders_are_taken_from_commands(command: str, expected: str) -> None:
-    assert collect.without_folders_in_words(command) == expected
+def test_folders_are_removed_from_commands(command: str, expected: str) -> None:
+    assert collect.remove_folders_from_command(command) == expected
 
 
 def test_figures_and_tables(results: Path) -> None:
     readme = results.parent / "README.md"
     readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
-    assert figures.main(["--results", str(results)]) == 0
+    assert script.main(["--results", str(results)]) == 0
     first = {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()}
     assert first[results / "figures" / "wider.png"].startswith(PNG)
     assert b"Software" not in first[results / "figures" / "wider.png"]
@@ -406,8 +359,8 @@ def test_figures_and_tables(results: Path) -> None:
     assert not re.search(b"dc:date|Matplotlib v", first[results / "figures" / "wider.svg"])
 
     page = first[results / "README.md"].decode()
-    assert "Generated by `python scripts/figures.py`" in page
     for fact in (
+        "<!-- Generated by `python scripts/figures.py`",
         "- **Claim:** Figure 5: net2net learns faster\n",
         "- **Command:** `python train.py experiment=wider data.root=cifar10`\n",
         "- **Data:** CIFAR-10, 50,000 train / 10,000 test, 32 × 32 pixels, 10 % of the training images held out",
@@ -417,6 +370,7 @@ def test_figures_and_tables(results: Path) -> None:
         "- **Commit:** 0123456789\n",
         "| `net2net` | 2 | 81.00 (80.00–82.00) | 92.00 (91.00–93.00) | 86.50 (85.00–88.00) | 15 | 3 | 4.1 "
         "| 1999 of 2000 (error 2.0e-14) |\n",
+        "| `random_pad` | 2 | 31.00 | 86.00 (85.00–87.00) | 86.50 (85.00–88.00) | 20 (1 of 2) | 3 | 4.1 | – |\n",
         "| `random_init_low_lr` | 2 | 10.00 | 40.00 | 86.50 (85.00–88.00) | never | 3 | 3 | – |\n",
         "](figures/wider.png)",
     ):
@@ -432,54 +386,36 @@ def test_figures_and_tables(results: Path) -> None:
         "| 87.00 (86.00–88.00) | 83.00 (82.00–84.00) | 40.00 | 15 / 20 |"
     ) in block
 
-    assert figures.main(["--results", str(results)]) == 0
+    assert script.main(["--results", str(results)]) == 0
     assert {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()} == first
 
 
-def test_a_line_for_each_student_in_the_summary() -> None:
-    curves = made(
-        ("teacher", [0.1, 0.5]),
-        ("wider_net2net", [0.5, 0.7]),
-        ("wider_random_init", [0.1, 0.6]),
-        ("deeper_net2net", [0.5, 0.9]),
-    )
-    manifests = {arm: {0: manifest("both", arm, 0, b"")} for arm in curves}
-    table = [line for line in pages.summary({"both": (curves, manifests)}, []).splitlines() if line.startswith("| [")]
-    assert table == [
-        "| [both](results/README.md#both), deeper | 1 | 50.00 | 90.00 | – | 0 / – |",
-        "| [both](results/README.md#both), wider | 1 | 50.00 | 70.00 | 60.00 | 10 / 10 |",
-    ]
-
-
-def test_curves_of_other_settings_are_told() -> None:
-    records = [manifest("wider", "net2net", seed, b"") for seed in (0, 1)]
-    assert report.mixed(records) == []
+def test_curves_of_other_settings_are_named() -> None:
+    records = [make_manifest("net2net", seed) for seed in (0, 1)]
+    assert curves.describe_differences(records) == []
     records[1]["config"]["schedule"]["lr"] = 0.02
     records[1]["config"]["data"]["root"] = "elsewhere"  # where the images lie changes nothing
     records[1]["precision"] = "float32"
-    assert report.mixed(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
+    assert curves.describe_differences(records) == ["`schedule.lr` (0.01, 0.02)", "`precision` (bfloat16, float32)"]
 
 
 def test_teachers_that_different_cases_trained_alike_are_alike() -> None:
-    records = [manifest("wider", "teacher", seed, b"") for seed in (0, 1)]
-    records = [record | {"settings": {"schedule": {"lr": 0.01}}} for record in records]
+    records = [make_manifest("teacher", seed, settings={"schedule": {"lr": 0.01}}) for seed in (0, 1)]
     records[1]["config"]["growth"] = {"noise": 0.5}
-    assert report.mixed(records) == []
+    assert curves.describe_differences(records) == []
     records[1]["settings"] = {"schedule": {"lr": 0.02}}
-    assert report.mixed(records) == ["`schedule.lr` (0.01, 0.02)"]
+    assert curves.describe_differences(records) == ["`schedule.lr` (0.01, 0.02)"]
 
 
-def test_a_result_that_was_edited_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_result_that_was_edited_or_is_missing_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     curve = results / "curves" / "wider" / "seed0" / "net2net.csv"
     curve.write_bytes(curve.read_bytes().replace(b"0.91", b"0.99"))
-    assert figures.main(["--results", str(results)]) == 1
+    assert script.main(["--results", str(results)]) == 1
     assert f"The curve {curve} does not match curve_sha256" in capsys.readouterr().err
     assert not (results / "README.md").exists()
-
-
-def test_figures_without_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert figures.main(["--results", str(tmp_path)]) == 1
-    expected = f"There are no curves under {tmp_path / 'curves'}: run python scripts/collect.py first.\n"
+    empty = results / "empty"
+    assert script.main(["--results", str(empty)]) == 1
+    expected = f"There are no curves under {empty / 'curves'}: run python scripts/collect.py first.\n"
     assert capsys.readouterr().err == expected
 
 
@@ -490,14 +426,14 @@ def test_markers_that_are_no_pair_are_refused(tmp_path: Path, page: str) -> None
     readme = tmp_path / "README.md"
     readme.write_text(page)
     with pytest.raises(ExperimentError, match=r"The results markers in .*README\.md are no pair: write <!-- results"):
-        figures.fill_block(readme, "results", "text")
+        script.fill_block(readme, "results", "text")
     assert readme.read_text() == page
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("page")
-    assert not figures.fill_block(tmp_path / "README.md", "results", "text")
-    assert not figures.fill_block(tmp_path / "OTHER.md", "results", "text")
+    assert not script.fill_block(tmp_path / "README.md", "results", "text")
+    assert not script.fill_block(tmp_path / "OTHER.md", "results", "text")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("README.md", "page")]
 
 
@@ -505,38 +441,21 @@ def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (b"step,epoch\n0,0\n", r"The curve some\.csv has no column examples: run its arm again\."),
-        (text([0.1, 0.2], [0.1, 0.2], 1.0).replace(b"0.2", b"high"), r"has a cell that is no number \(.*'high'\)"),
-        (
-            text([0.1, 0.2], [0.1, 0.2], 1.0).splitlines(True)[0],
-            r"The curve some\.csv has no rows: run its arm again\.",
-        ),
+        (make_csv([0.1, 0.2], [0.1, 0.2], 1.0).replace(b"0.2", b"high"), r"cell that is no number \(.*'high'\)"),
+        (",".join(COLUMNS).encode(), r"The curve some\.csv has no rows: run its arm again\."),
     ],
 )
 def test_a_curve_that_cannot_be_read(data: bytes, message: str) -> None:
     with pytest.raises(ExperimentError, match=message):
-        report.parse_curve(data, "some.csv")
+        parse_curve(data, "some.csv")
 
 
-def test_reading_one_arm(runs: Path, results: Path) -> None:
-    folder = runs / "wider" / "seed0" / "net2net"
-    points = report.read_arm(folder)
-    collected = report.read_arm(results / "curves" / "wider" / "seed0" / "net2net.csv")
-    assert str(points) == str(collected)  # as text, for no NaN equals another
-    assert [point["test_accuracy"] for point in points] == [0.80, 0.86, 0.91]
-    assert math.isnan(points[0]["train_loss"])
-    with pytest.raises(ExperimentError, match=r"There is no curve .*nobody: run its arm first\."):
-        report.read_arm(folder.with_name("nobody"))
-
-
-def test_scripts_need_no_torch() -> None:
-    program = (
-        "import runpy, sys; sys.modules['torch'] = None\n"
-        "for name in ('collect', 'figures'): runpy.run_path(f'scripts/{name}.py')\n"
-    )
+def test_scripts_and_the_analysis_need_no_torch() -> None:
+    program = "import sys; from scripts import claims, collect, figures, status\nsys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_the_style_needs_no_fonts_of_the_machine() -> None:
-    style = figure.STYLE.read_text()
+    style = figures.STYLE.read_text()
     assert re.search(r"^font\.family: DejaVu Sans$", style, re.MULTILINE)  # comes with matplotlib
     assert re.search(r"^svg\.hashsalt: \S+$", style, re.MULTILINE)  # without it no two SVGs are equal

@@ -15,7 +15,7 @@ from experiments import files, sweep
 from experiments.run_log import COLUMNS
 from scripts import bench_runs, status
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def begin(folder: Path, epoch: float | None = None, **changes: object) -> None:
@@ -37,7 +37,7 @@ def lock(folder: Path, process: int, host: str) -> None:
 
 def look(folder: Path) -> status.Stage:
     """The stage of a run's folder."""
-    return status.look(folder / "curve.csv", folder / "manifest.json")
+    return status.read_stage(folder / "curve.csv", folder / "manifest.json")
 
 
 @pytest.fixture(scope="module")

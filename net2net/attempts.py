@@ -1,0 +1,105 @@
+"""Several ways to pair and fill two networks: the likeliest first. A refusal is undone, and every reason is kept."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .errors import TransferError
+from .plan.names import Rename, Unpaired, candidates
+from .record import Record
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to pair and fill.
+
+    Attributes:
+        rename: how layers are paired by name.
+        passing_all: see `plan.make_plan`.
+        in_pairs: see `plan.make_plan`.
+        absorb: whether layers take the numbers that they are multiplied by for their own.
+    """
+
+    rename: Rename
+    passing_all: bool = False
+    in_pairs: bool = False
+    absorb: bool = False
+
+
+def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb: bool = False) -> list[Attempt]:
+    """List the ways to pair and fill, the likeliest first.
+
+    Args:
+        teacher: the network.
+        student: the network.
+        rename: how layers are paired. None tries the `candidates`.
+        absorb: whether to try all ways again, with layers that take the numbers they are multiplied by for their own.
+    """
+    pairings = candidates(teacher, student) if rename is None else [rename]
+    deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
+    ways = [Attempt(None)]
+    if deeper:
+        ways += [Attempt(None, passing_all=True), Attempt(None, in_pairs=True)]
+    if absorb:
+        ways += [replace(way, absorb=True) for way in ways]
+    return [replace(way, rename=names) for way in ways for names in pairings]
+
+
+def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt], generator: torch.Generator) -> Result:
+    """Return `grow(attempt)` for the first attempt that is not refused; each begins from the same random state.
+
+    Raises:
+        TransferError: every attempt is refused; its `reasons` are those of all attempts, the likeliest first.
+    """
+    state, refusals = generator.get_state(), []
+    for attempt in attempts:
+        try:
+            return grow(attempt)
+        except TransferError as error:
+            refusals.append(error)
+            generator.set_state(state)
+    if len(refusals) == 1:
+        raise refusals[0]
+    likeliest, *others = _order(refusals, attempts)
+    reasons = [reason for error in others for reason in error.reasons]
+    every = ExceptionGroup("Every way to pair the layers is refused.", refusals)
+    raise TransferError(str(likeliest), reasons) from every
+
+
+def _order(refusals: list[TransferError], attempts: list[Attempt]) -> list[TransferError]:
+    """Order refusals by how likely they tell what is wrong.
+
+    Where layers are renumbered, equal names tell little: of the first way to fill, the last pairing is the likeliest.
+    That a layer has no counterpart by name tells least.
+    """
+    pairings = sum(replace(attempt, rename=None) == replace(attempts[0], rename=None) for attempt in attempts)
+    likely = [*reversed(refusals[:pairings]), *refusals[pairings:]]
+    paired = [error for error in likely if not isinstance(error, Unpaired)]
+    return paired + [error for error in refusals if isinstance(error, Unpaired)]
+
+
+@contextmanager
+def restore_on_refusal(student: nn.Module, record: Record) -> Iterator[None]:
+    """Put the student back as it was if the block, which fills it by `record`, raises TransferError.
+
+    The next attempt finds the student's own values, and a refusal that is raised later can promise that the student is
+    as it was. The copy is in main memory: an accelerator may have no room for it.
+    """
+    tensors = [*student.parameters(), *student.buffers()]
+    held = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    eps = [(module, module.eps) for module in map(student.get_submodule, record.eps)]
+    try:
+        yield
+    except TransferError:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, held, strict=True):
+                tensor.copy_(value)
+        for module, value in eps:
+            module.eps = value
+        raise

@@ -1,0 +1,344 @@
+"""One axis of a student tensor: which teacher entry each entry copies, which copies are first, and their shares."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import TransferError
+from ..record import MEAN, NEW, ZERO, Axis
+from ..trace.facts import Layer, LayerKind
+from ..trace.graph import Trace
+from .plan import Plan
+from .sign_pairs import signs
+
+
+@dataclass(frozen=True)
+class UnitFacts:
+    """What the axes of all tensors have to know of units.
+
+    Attributes:
+        plan: of the growth.
+        copies: for every root of the teacher how many student units copy it.
+        apart: the student's roots as if contractions had joined nothing: queries and keys are told apart.
+        teacher_apart: the same for the teacher.
+        queries: the roots, in `apart`, of the left factors of contractions.
+        open: the roots of queries and keys, which may have more entries than their teacher's. Those are zero.
+        query_gains: root in `apart` -> the number that undoes another factor in front of a softmax.
+        reasons: units that move as a whole or not at all, and why.
+        padded_norms: the modules of norms that see padding.
+    """
+
+    plan: Plan
+    copies: Tensor
+    apart: Tensor
+    teacher_apart: Tensor
+    queries: Tensor
+    open: set[int]
+    query_gains: dict[int, float]
+    reasons: list[tuple[set[int], str]]
+    padded_norms: set[str]
+
+
+def gather_facts(plan: Plan) -> UnitFacts:
+    """Gather what the axes of all tensors have to know of units."""
+    roots, apart = plan.student_roots, plan.student_units.roots_without_contractions()
+    left = [contraction.left for contraction in plan.student.contractions]
+    queries = torch.unique(apart[torch.cat(left)]) if left else torch.empty(0, dtype=torch.long)
+    moving = [*plan.student_units.whole, *plan.student_units.pinned]
+    return UnitFacts(
+        plan,
+        _count_copies(plan),
+        apart,
+        plan.teacher_units.roots_without_contractions(),
+        queries,
+        {int(root) for labels in left for root in roots[labels].unique()},
+        _query_gains(plan, apart),
+        [(set(roots[labels].tolist()), why) for labels, why in moving],
+        {norm.tensors["weight"].rpartition(".")[0] for norm, _ in plan.padded.values() if norm.tensors},
+    )
+
+
+def _count_copies(plan: Plan) -> Tensor:
+    """Count the student units that copy each root of the teacher; what an identity hands on is no copy of its own."""
+    handed, own = [], []
+    for layer in plan.student.layers.values():
+        if layer.kind == LayerKind.MIX and layer.produces is not None:
+            (handed if layer.name in plan.roles.identity else own).append(plan.student_roots[layer.produces])
+    units = torch.unique(plan.student_roots)
+    if handed and own:
+        units = units[~torch.isin(units, torch.cat(handed)) | torch.isin(units, torch.cat(own))]
+    copied = plan.g[units]
+    return torch.bincount(copied[copied >= 0], minlength=len(plan.teacher_roots))
+
+
+def _query_gains(plan: Plan, apart: Tensor) -> dict[int, float]:
+    """Find the queries whose logits the student scales by another number, and the factor that undoes it."""
+    gains: dict[int, float] = {}
+    for key, (gain, _, units) in plan.student.softmax_gains.items():
+        other = plan.convert(key)
+        theirs = None if other is None else plan.teacher.softmax_gains.get(other)
+        if theirs is not None and theirs[0] != gain:
+            heads = set(plan.student_roots[units].tolist())
+            for contraction in plan.student.contractions:
+                if heads & set(plan.student_roots[contraction.left].tolist()):
+                    gains |= dict.fromkeys(apart[contraction.left].tolist(), theirs[0] / gain)
+    return gains
+
+
+def merged_groups(plan: Plan, theirs: str) -> tuple[int, int]:
+    """Return how many groups a layer of the teacher has, and how many of them are one in the student."""
+    times = plan.teacher.seen_as.merged_groups.get(theirs, 1)
+    return (plan.teacher.layers[theirs].options["groups"], times) if times > 1 else (1, 1)
+
+
+def labels_of(trace: Trace, name: str, dim: int) -> Tensor | None:
+    """Return the labels of a tensor's axis; of one inside groups those of every group in turn."""
+    if name in trace.parameters.inner and dim == 1:
+        return trace.parameters.inner[name][0]
+    return trace.parameters.axes[name][dim] if name in trace.parameters.axes else None
+
+
+# -- axes that carry units ----------------------------------------------------------------------------------------
+
+
+def unit_axis(
+    facts: UnitFacts, name: str, labels: tuple[Tensor, Tensor], dim: int, reads: bool
+) -> tuple[Axis, Tensor | None]:
+    """Return one axis of a tensor that both networks have, and the factor of each of its entries.
+
+    Args:
+        facts: of the units.
+        name: the student's tensor.
+        labels: of the axis in the student, and in the teacher.
+        dim: the number of the axis.
+        reads: whether it reads units.
+
+    Raises:
+        TransferError: a unit of the teacher's is lost, or a unit that moves as a whole would be torn.
+    """
+    plan, (units, source) = facts.plan, labels
+    roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
+    inner = plan.student.parameters.inner.get(name)
+    groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
+    if inner is not None and dim == 1:
+        index = _match_inside(facts, name, units, source, groups)
+    else:
+        parts = _number_parts(roots, facts.apart[units]), _number_parts(theirs, facts.teacher_apart[source])
+        index = match_entries(roots, plan.g[roots], theirs, parts)
+        _check_complete(name, index, len(source), dim)
+        _check_closed(facts, name, roots, index)
+    if reads:
+        layer = plan.student.layers.get(name)
+        kept = layer is not None and layer.after_norm in facts.padded_norms
+        index = torch.where(index >= 0, index, torch.where((index <= ZERO) & kept, NEW, ZERO))
+        index, means = _number_means(plan, index, roots, theirs)
+        return reading_axis(plan, index, roots, groups, means), None
+    apart, rows = facts.apart[units], None
+    queries = torch.isin(apart, facts.queries)
+    index = torch.where(queries & (index == NEW), ZERO, index)
+    if facts.query_gains and bool(queries.any()):
+        rows = torch.tensor([facts.query_gains.get(label, 1.0) for label in apart.tolist()], dtype=torch.double)
+    share = 1.0 / facts.copies[plan.g[roots].clamp(min=0)].clamp(min=1).double()
+    index, means = _number_means(plan, index, roots, theirs)
+    return make_axis(index, False, groups, share, means), rows
+
+
+def reading_axis(plan: Plan, index: Tensor, roots: Tensor, groups: int, means: tuple[Tensor, ...] = ()) -> Axis:
+    """Return an axis that reads units; of sign pairs it reads the difference, with the shares of equal copies."""
+    patterns = plan.patterns[roots]
+    if not bool(patterns.any()):
+        return make_axis(index, True, groups, means=means)
+    keyed = torch.where(index >= 0, index * (int(patterns.max()) + 1) + patterns, index)
+    share = make_axis(keyed, True, groups).share * signs(patterns)
+    return Axis(index, make_axis(index, True, groups).first, True, share, groups, means)
+
+
+def make_axis(
+    index: Tensor, reads: bool, groups: int = 1, share: Tensor | None = None, means: tuple[Tensor, ...] = ()
+) -> Axis:
+    """Return an axis with what follows from its index: first entries, and equal shares if it reads."""
+    keyed = index
+    if groups > 1:
+        keyed = index + torch.arange(groups).repeat_interleave(len(index) // groups) * (int(index.max()) + 2)
+        keyed = torch.where(index >= 0, keyed, index)
+    if reads:
+        _, inverse, counts = torch.unique(keyed, return_inverse=True, return_counts=True)
+        share = torch.where(index >= 0, 1.0 / counts[inverse].double(), 0.0)
+    share = torch.ones(len(index), dtype=torch.double) if share is None else share
+    return Axis(index, (rank(keyed) == 0) & (index >= 0), reads, share, groups, means)
+
+
+def passed_entries(plan: Plan, units: Tensor) -> Tensor:
+    """Number the teacher's entry that each label of a new layer stands for; -1 for units that the teacher lacks."""
+    roots = plan.student_roots[units]
+    copied = plan.g[roots]
+    return torch.where(copied >= 0, copied * len(plan.student_roots) + rank(roots), NEW)
+
+
+def match_entries(roots: Tensor, copied: Tensor, theirs: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies.
+
+    A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself. Both
+    networks lay them out in one order.
+
+    Args:
+        roots: each student entry's unit.
+        copied: the teacher unit that it copies.
+        theirs: each teacher entry's unit.
+        parts: for the entries of student and teacher a number (of queries, of keys); entries are counted within it.
+    """
+    many = int(max(part.max() for part in parts)) + 1
+    ranks_of = [rank(side * many + part) for side, part in zip((roots, theirs), parts, strict=True)]
+    ranks = int(torch.cat(ranks_of).max()) + 1
+    key, source_key = (
+        (side * many + part) * ranks + k for side, part, k in zip((copied, theirs), parts, ranks_of, strict=True)
+    )
+    order = torch.argsort(source_key)
+    place = torch.searchsorted(source_key[order], key).clamp(max=len(theirs) - 1)
+    found = (source_key[order][place] == key) & (copied >= 0)
+    return torch.where(found, order[place], torch.where(copied >= 0, NEW, copied))
+
+
+def _number_parts(roots: Tensor, apart: Tensor) -> Tensor:
+    """Number, for every entry, the part of its unit that it belongs to; only a contraction joins the parts."""
+    if torch.equal(torch.unique(roots), torch.unique(apart)):
+        return torch.zeros_like(roots)
+    begin = {part: k for k, part in reversed(list(enumerate(apart.tolist())))}
+    first = torch.tensor([begin[part] for part in apart.tolist()])
+    numbers = torch.empty_like(roots)
+    for root in torch.unique(roots).tolist():
+        at = roots == root
+        numbers[at] = torch.unique(first[at], return_inverse=True)[1]
+    return numbers
+
+
+def rank(values: Tensor) -> Tensor:
+    """Count how often each entry's value has occurred before it."""
+    order = torch.argsort(values, stable=True)
+    ordered = values[order]
+    start = torch.searchsorted(ordered, ordered)
+    counts = torch.empty_like(values)
+    counts[order] = torch.arange(len(values)) - start
+    return counts
+
+
+def _number_means(plan: Plan, index: Tensor, roots: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the index with a code for every mean, and the teacher's entries that each code is the mean of.
+
+    The k-th entry of a unit holds the mean of the k-th entries of the units that it is the mean of.
+    """
+    if not bool((index <= MEAN).any()):
+        return index, ()
+    ranks, source_ranks = rank(roots), rank(theirs)
+    index, codes, means = index.clone(), {}, []
+    for entry in (index <= MEAN).nonzero().flatten().tolist():
+        mean, k = MEAN - int(index[entry]), int(ranks[entry])
+        if (mean, k) not in codes:
+            codes[mean, k] = MEAN - len(means)
+            among = torch.isin(theirs, plan.means[mean]) & (source_ranks == k)
+            means.append(among.nonzero().flatten())
+        index[entry] = codes[mean, k]
+    return index, tuple(means)
+
+
+def _match_inside(facts: UnitFacts, name: str, units: Tensor, source: Tensor, groups: int) -> Tensor:
+    """Match the axis inside groups: for every student group the places in the teacher's group that it copies."""
+    plan = facts.plan
+    other = plan.teacher.parameters.inner.get(plan.names[name] or "")
+    if other is None:
+        raise TransferError(f"{name} is in groups that its teacher's counterpart does not fit into.")
+    theirs = plan.teacher_roots[source].reshape(other[1], -1)
+    among, times = merged_groups(plan, plan.names[name] or "")
+    empty = (-among % times) * theirs.shape[1] // times  # places in the last group that nothing fills
+    rows = []
+    for mine in plan.student_roots[units].reshape(groups, -1):
+        copied = plan.g[mine]
+        owners = torch.isin(theirs, copied).any(1).nonzero().flatten()
+        if not len(owners):
+            raise TransferError(f"A group of {name} reads no units that a group of its teacher reads.")
+        group = theirs[owners[0]]
+        index = match_entries(mine, copied, group, (torch.zeros_like(mine), torch.zeros_like(group)))
+        last = int(owners[0]) == len(theirs) - 1
+        _check_complete(name, index, theirs.shape[1] - (empty if last else 0), 1)
+        _check_closed(facts, name, mine, index)
+        rows.append(index)
+    return torch.cat(rows)
+
+
+def _check_complete(name: str, index: Tensor, entries: int, dim: int) -> None:
+    """Raise TransferError if an entry of the teacher's is lost."""
+    if lost := entries - len(torch.unique(index[index >= 0])):
+        raise TransferError(
+            f"{name} has no counterpart of {lost} of the {entries} units that the teacher's has on axis {dim}: the "
+            "student must carry every unit of its teacher to every layer that reads it."
+        )
+
+
+def _check_closed(facts: UnitFacts, name: str, roots: Tensor, index: Tensor) -> None:
+    """Raise TransferError if a unit with several entries is not copied with all of them.
+
+    Only queries and keys may have more entries than their teacher's, which are zero.
+    """
+    lost = (index == NEW) & (facts.plan.g[roots] >= 0)
+    for root in roots[lost].tolist():
+        if root not in facts.open:
+            why = next((f", as {why}" for units, why in facts.reasons if root in units), "")
+            raise TransferError(
+                f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more "
+                f"than its teacher. They move as a whole{why}."
+            )
+
+
+# -- axes of kernels ----------------------------------------------------------------------------------------------
+
+
+def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:
+    """Return the axis of a larger kernel, with the teacher's taps where they look at the same places.
+
+    Args:
+        layer: the student's.
+        other: the teacher's.
+        sizes: the number of taps of either.
+        dim: the number of the axis among those of the kernel.
+
+    Returns:
+        The axis, or None if the kernel is the teacher's.
+
+    Raises:
+        TransferError: the kernel does not look at every place that the teacher's looks at.
+    """
+    options = [
+        {
+            what: value[dim] if isinstance(value := each.options.get(what, 1), (tuple, list)) else value
+            for what in ("stride", "dilation", "padding", "outer")
+        }
+        for each in (layer, other)
+    ]
+    if sizes[0] == sizes[1] and options[0] == options[1]:
+        return None
+    (mine, shorter), (theirs, shorter_there) = (
+        _tap_places(option, size) for option, size in zip(options, sizes, strict=True)
+    )
+    resized = shorter != shorter_there and options[0]["stride"] == 1 and not layer.options["transposed"]
+    if set(theirs) - set(mine) or resized or options[0]["stride"] != options[1]["stride"]:
+        described = [
+            f"{size} taps, padding {option['padding']}, stride {option['stride']}, dilation {option['dilation']}"
+            for option, size in zip(options, sizes, strict=True)
+        ]
+        raise TransferError(
+            f"The kernel of {layer.name} ({described[0]}) does not look at every place that the teacher's looks at "
+            f"({described[1]}): a larger kernel has the teacher's in its middle, and more padding."
+        )
+    where = {place: tap for tap, place in enumerate(theirs)}
+    return make_axis(torch.tensor([where.get(place, ZERO) for place in mine]), True)
+
+
+def _tap_places(option: dict, size: int) -> tuple[list[int], int]:
+    """Return where each tap of a kernel looks, and by how much its result is shorter than its input."""
+    dilation, padding = option["dilation"], option["padding"]
+    if isinstance(padding, str):
+        padding = dilation * (size - 1) // 2 if padding == "same" else 0
+    before, behind = option["outer"]
+    shorter = 0 if option["padding"] == "same" else dilation * (size - 1) - 2 * padding
+    return [tap * dilation - padding - before for tap in range(size)], shorter - before - behind

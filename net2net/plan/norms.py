@@ -1,0 +1,100 @@
+"""Norms across units: each must see equal copies of the teacher's units, or padding that it can undo."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from ..errors import TransferError
+from ..record import MEAN, ZERO
+from ..trace.facts import Key, Norm, NormKind
+from .mapping import EVEN, UnitMap
+from .names import teacher_layer
+from .traces import Networks
+
+
+def norm_kinds(networks: Networks) -> dict[int, set[str]]:
+    """Find for every unit of the student what norms across units ask of its layer.
+
+    The teacher must have the norms, too. They ask for equally many copies (`EVEN`), or allow padding of their kind.
+    """
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for norm in networks.student.norms:
+        if norm.kind != NormKind.EXTREME and networks.teacher_norm(norm) is not None:
+            for root in torch.unique(networks.student_roots[norm.units]).tolist():
+                kinds[root].add(norm.kind if norm.padded else EVEN)
+    return kinds
+
+
+def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict[str, float]]:
+    """Check what every norm across units sees, and find how padding changes it.
+
+    Returns:
+        For norms that see padding the factor of their mean square, and for modules whose eps must change the new eps.
+
+    Raises:
+        TransferError: a norm sees some units more often than others, or units that it cannot undo.
+    """
+    networks = unit_map.networks
+    padded, eps = {}, {}
+    for layer in networks.student.layers.values():
+        if "eps" not in layer.options:
+            continue
+        counterpart = networks.teacher.layers.get(teacher_layer(layer, networks.names))
+        if counterpart is not None and counterpart.options.get("eps") != layer.options["eps"]:
+            eps[layer.options["module"]] = counterpart.options["eps"]
+    for norm in networks.student.norms:
+        if (other := networks.teacher_norm(norm)) is None:
+            continue
+        roots = networks.student_roots[norm.units]
+        if bool(unit_map.rotated[roots].all()):
+            eps[norm.module] = other.eps * other.units.shape[1] / norm.units.shape[1]
+            continue
+        factors = {_factor(unit_map, norm, other, copied) for copied in unit_map.g[roots]}
+        if len(factors) > 1:
+            raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
+        if (factor := factors.pop()) != 1.0:
+            padded[norm.key] = (norm, factor)
+        if norm.eps != other.eps * factor:
+            eps[norm.module] = other.eps * factor
+    return padded, eps
+
+
+def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float:
+    """Return the ratio of the mean squares that a norm sees in the student and in the teacher.
+
+    `copied` are the teacher's units, or codes, of one of its groups.
+    """
+    for theirs in unit_map.networks.teacher_roots[other.units]:
+        wanted, times = torch.unique(theirs, return_counts=True)
+        if int(torch.isin(copied, wanted).sum()) == 0:
+            continue
+        seen = (copied[:, None] == wanted[None, :]).sum(0) / times
+        padding = copied[~torch.isin(copied, wanted)]
+        if norm.kind == NormKind.EXTREME and bool((seen > 0).all()) and not len(padding):
+            return 1.0  # it may see each unit any number of times
+        fits = padding == ZERO if norm.kind == NormKind.RMS else torch.isin(padding, _mean_codes(unit_map, wanted))
+        if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(fits.all()):
+            return 1.0 - len(padding) / len(copied)
+        raise _refusal(norm, len(copied), len(theirs))
+    raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
+
+
+def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:
+    """Return the error of a norm that sees other units than its teacher's."""
+    needs = "the mean over all units, which stays what it is only if each is copied equally often"
+    if norm.kind == NormKind.EXTREME:
+        needs = "the largest or smallest of all units, and some are new here"
+    elif norm.kind == NormKind.LAYER:
+        needs += ", or if means can be added to them, which the layers before it cannot do"
+    what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"
+    return TransferError(
+        f"The {what} {norm.module or 'in the network'} has {width} units and its teacher {teacher_width}: it takes "
+        f"{needs}."
+    )
+
+
+def _mean_codes(unit_map: UnitMap, units: Tensor) -> Tensor:
+    """Return the codes of the means over exactly these units."""
+    found = [MEAN - k for k, mean in enumerate(unit_map.means) if torch.equal(torch.sort(mean).values, units)]
+    return torch.tensor(found, dtype=torch.long)

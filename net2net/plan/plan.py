@@ -1,0 +1,103 @@
+"""The plan of a growth, decided before a single weight is written."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..record import Mixed
+from ..trace.activations import Bends
+from ..trace.facts import Key, LayerKind, Norm
+from ..trace.graph import Trace
+from ..trace.groups import close
+from .mapping import map_units
+from .mixing import find_rotated_axes, find_streams
+from .names import Rename, key_converter, teacher_names
+from .norms import adjust_norms, norm_kinds
+from .roles import Roles, assign_roles, unite_passed
+from .sign_pairs import find_sign_pairs
+from .traces import Networks
+
+
+@dataclass(frozen=True)
+class Plan(Networks):
+    """How a student is filled.
+
+    Attributes:
+        g: for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`.
+        means: the teacher units that the code `MEAN - k` is the mean of.
+        roles: what the layers become that the teacher lacks.
+        padded: norms that see padding, and the factor of their mean square.
+        eps: modules that must have another eps, and which.
+        sign_pairs: new layers whose units pass activations in pairs, and those activations.
+        patterns: of the units of those layers, a bit for the sign before each activation.
+        rotated: tensors on rotated streams, and which of their axes are rotated how.
+    """
+
+    g: Tensor
+    means: list[Tensor]
+    roles: Roles
+    padded: dict[Key, tuple[Norm, float]]
+    eps: dict[str, float]
+    sign_pairs: dict[str, Bends]
+    patterns: Tensor
+    rotated: dict[str, tuple[Mixed, ...]]
+
+
+def make_plan(
+    teacher: Trace,
+    student: Trace,
+    rename: Rename,
+    generator: torch.Generator,
+    passing_all: bool = False,
+    in_pairs: bool = False,
+) -> Plan:
+    """Decide which teacher unit every student unit copies and what each new layer becomes (paper, section 3).
+
+    Args:
+        teacher: its trace.
+        student: its trace, comparable with the teacher's.
+        rename: how layers are paired (see `teacher_names`).
+        generator: draws the units to copy.
+        passing_all: every new layer passes its units on that does not join a stream which is carried already. That is
+            right for a block that works on a part of a stream, and shuffles it with the rest.
+        in_pairs: units pass activations behind new layers in pairs of opposite signs, where there is room for them.
+
+    Raises:
+        TransferError: the student is smaller than its teacher, units would have to grow that an operation pins, or no
+            mapping of units serves everywhere; the message names the layer, and by how much or why.
+    """
+    names = teacher_names(student, teacher, rename)
+    units, teacher_units = student.units.copy(), teacher.units.copy()
+    roles = assign_roles(teacher, student, units, names, passing_all)
+    idle = roles.silent | roles.fresh
+    sign_pairs = find_sign_pairs(student.layers.values(), roles.identity, idle) if in_pairs else {}
+    unite_passed(student, units, roles.identity, sign_pairs)
+    close(units)
+    convert = key_converter(names)
+    nested = {other for key in units.relations if key.inside is not None and (other := convert(key)) is not None}
+    close(teacher_units, nested)
+    known = (teacher, student, names, teacher_units, units, teacher_units.roots(), units.roots())
+    networks = Networks(*known)
+    streams = find_streams(networks, roles.identity)
+    rotated = torch.zeros(len(networks.student_roots), dtype=torch.bool)
+    for stream in streams:
+        rotated[stream.units] = True
+    passing = [
+        (layer, len(sign_pairs.get(layer.name, ())))
+        for layer in student.layers.values()
+        if layer.name in roles.identity and layer.kind == LayerKind.MIX
+    ]
+    unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator)
+    padded, eps = adjust_norms(unit_map)
+    return Plan(
+        *known,
+        g=unit_map.g,
+        means=unit_map.means,
+        roles=roles,
+        padded=padded,
+        eps=eps,
+        sign_pairs=sign_pairs,
+        patterns=unit_map.patterns,
+        rotated=find_rotated_axes(networks, streams),
+    )

@@ -1,0 +1,149 @@
+"""What each layer that the teacher lacks becomes: an identity, the end of a silent branch, or fresh."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..trace.facts import Layer, LayerKind
+from ..trace.graph import Trace
+from ..trace.units import Units
+from .names import teacher_layer
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The student's layers that the teacher lacks, by what they become.
+
+    Attributes:
+        identity: they pass their units through (paper, section 3.4).
+        silent: they end a branch that must add nothing to its stream.
+        fresh: what reads them does so with zero weights only.
+    """
+
+    identity: frozenset[str]
+    silent: frozenset[str]
+    fresh: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _New:
+    """The layers that only the student has, in the order of its forward pass."""
+
+    student: Trace
+    names: dict[str, str | None]
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        return {
+            layer.name: layer
+            for layer in self.student.layers.values()
+            if layer.kind != LayerKind.OUTPUT and not any(self.names[t] for t in layer.tensors.values() or [layer.name])
+        }
+
+    @cached_property
+    def mixers(self) -> set[str]:
+        """Those that read units and produce new ones."""
+        return {name for name, layer in self.layers.items() if layer.kind == LayerKind.MIX}
+
+    @cached_property
+    def readers(self) -> list[Layer]:
+        """The layers that the teacher has, too."""
+        return [layer for layer in self.student.layers.values() if layer.name not in self.layers]
+
+    def old_sources(self, layer: Layer) -> set[str]:
+        """Return the teacher's names of what `layer` reads, new layers apart."""
+        # "input" and outputs have one name in both networks
+        return {self.names.get(source) or source for source in layer.sources - self.mixers}
+
+    def origins(self, name: str) -> set[str]:
+        """Return the teacher's layers whose outputs a new layer could hand on, also through other new layers."""
+        found, passed, waiting = set(), set(), [name]
+        while waiting:
+            passed.add(name := waiting.pop())
+            found |= self.old_sources(self.layers[name])
+            waiting += (self.layers[name].sources & self.mixers) - passed
+        return found
+
+    def produced(self, name: str, units: Units) -> set[int]:
+        """Return the units that a new layer produces."""
+        produces = self.layers[name].produces
+        assert produces is not None
+        return set(units.find(produces).tolist())
+
+
+def assign_roles(
+    teacher: Trace, student: Trace, units: Units, names: dict[str, str | None], passing_all: bool
+) -> Roles:
+    """Decide what each layer that only the student has becomes.
+
+    A layer is an identity if a reader that the teacher has too lacks, in the student, the output of a layer which the
+    new layer can hand on. Otherwise it is silent if it joins a stream that is carried already, and fresh if it does not
+    (a new branch of a concatenation, the inside of a silent branch).
+
+    Args:
+        teacher: its trace.
+        student: its trace.
+        units: the student's units.
+        names: the teacher's name of every student tensor.
+        passing_all: make an identity of every new layer that joins no stream which the teacher's layers carry.
+    """
+    new = _New(student, names)
+    identity = _needed_identities(teacher, new)
+    if passing_all:
+        kept = _units_of((layer for layer in new.readers if layer.produces is not None), units)
+        identity |= {name for name in new.mixers if not kept & new.produced(name, units)}
+    # A norm is an identity if it lies on the way of units that a reader needs, not if it sees a silent branch alone.
+    for reader in [*new.readers, *(new.layers[name] for name in identity)]:
+        for name in reader.norms_since & new.layers.keys():
+            if new.layers[name].sources - (new.mixers - identity):
+                identity.add(name)
+    carrying = (layer for layer in student.layers.values() if layer.kind == LayerKind.MIX)
+    carried = _units_of((x for x in carrying if x.name not in new.layers or x.name in identity), units)
+    silent = {_branch_end(new, name) for name in new.mixers - identity if carried & new.produced(name, units)}
+    return Roles(frozenset(identity), frozenset(silent), frozenset(new.layers.keys() - identity - silent))
+
+
+def _units_of(layers: Iterable[Layer], units: Units) -> set[int]:
+    """Return the units that any of the layers produces."""
+    return {root for layer in layers if layer.produces is not None for root in units.find(layer.produces).tolist()}
+
+
+def _branch_end(new: _New, name: str) -> str:
+    """Return the layer whose weights silence a branch that `name` ends: a norm with a weight behind it, or itself."""
+    norms = [n for n, layer in new.layers.items() if layer.kind == LayerKind.NORM and layer.sources == {name}]
+    return norms[-1] if norms and "weight" in new.layers[norms[-1]].tensors else name
+
+
+def _needed_identities(teacher: Trace, new: _New) -> set[str]:
+    """Find the new layers that must hand on what a layer of both networks needs to read."""
+    identity: set[str] = set()
+    order = {name: position for position, name in enumerate(new.student.layers)}
+
+    def demand(reader: Layer, needed: set[str]) -> None:
+        """Make identities of the layers that hand on what `reader` needs: the earliest one meets each need, once."""
+        for name in sorted(reader.sources & new.mixers, key=lambda name: (name not in identity, order[name])):
+            met = new.origins(name) & needed
+            needed = needed - met
+            if met and name not in identity:
+                identity.add(name)
+                demand(new.layers[name], met - new.old_sources(new.layers[name]))
+
+    for reader in new.readers:
+        other = teacher.layers.get(teacher_layer(reader, new.names))
+        if other is not None:
+            demand(reader, set(other.sources) - new.old_sources(reader))
+    return identity
+
+
+def unite_passed(student: Trace, units: Units, identity: Collection[str], in_pairs: Collection[str]) -> None:
+    """Unite each unit that a new layer reads with the one that it passes on, if it is as wide as what it reads.
+
+    Layers `in_pairs`, which pass a unit as two of opposite signs, and what reads those, are left out.
+    """
+    for name in identity:
+        layer = student.layers[name]
+        if name in in_pairs or not layer.sources.isdisjoint(in_pairs):
+            continue
+        reads, produces = layer.reads, layer.produces
+        if layer.kind == LayerKind.MIX and reads is not None and produces is not None and len(reads) == len(produces):
+            units.unite(produces, reads)

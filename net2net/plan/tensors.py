@@ -1,0 +1,230 @@
+"""From units to tensors: the origin of every tensor of the student."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ..errors import TransferError, used_differently
+from ..record import NEW, ZERO, Axis, Fill, How, Origin, Record
+from ..tensors import parametrised, refuse_spectral_norm
+from ..trace.facts import Layer, LayerKind
+from .axes import (
+    UnitFacts,
+    gather_facts,
+    kernel_axis,
+    labels_of,
+    make_axis,
+    merged_groups,
+    passed_entries,
+    reading_axis,
+    unit_axis,
+)
+from .new_layers import densify, new_origins
+from .plan import Plan
+from .sign_pairs import signs, slope_correction
+from .tied import is_tied, untie
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a student is filled: the arguments `split`, `noise` and `depth` of `transfer`; "pad" for `random_pad`."""
+
+    split: str
+    noise: float = 0.0
+    depth: str = "identity"
+
+
+def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor) -> Record:
+    """Return the record of a growth: the origin of every tensor of the student.
+
+    Args:
+        plan: of the growth.
+        student: the network.
+        options: how it is filled.
+        state: of the generator that shares are drawn from.
+
+    Raises:
+        TransferError: a tensor cannot grow in this way; the message says why.
+    """
+    facts = gather_facts(plan)
+    if options.split != "pad":  # random_pad promises no function
+        _check_numbers(plan)
+    new = new_origins(plan)
+    origins = {
+        name: new_origin(facts, name, new) if plan.names[name] is None else shared_origin(facts, name)
+        for name in plan.student.parameters.tensors
+    }
+    _check_modules(plan, student)
+    for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.padded.values()}.values():
+        if "weight" not in norm.tensors:
+            raise TransferError(f"The norm {norm.module} would see padding, and has no weight to undo what it does.")
+        for role, name in norm.tensors.items():
+            origins[name] = _beside_padding(origins[name], role, factor)
+    for name in [name for name in origins if is_tied(facts, name)]:
+        origins |= untie(facts, name, origins)
+    if options.depth == "dense":
+        origins |= densify(plan, origins)
+    theirs, mine = (
+        {name: tuple(t.shape) for name, t in trace.parameters.originals.items()}
+        for trace in (plan.teacher, plan.student)
+    )
+    return Record(origins, options.split, options.noise, plan.eps, state, (theirs, mine))
+
+
+def _check_numbers(plan: Plan) -> None:
+    """Raise TransferError if the networks multiply units by numbers that differ, and that no layer behind can undo.
+
+    Numbers in front of a softmax do not count: the queries undo them.
+    """
+    queries = {int(r) for c in plan.student.contractions for r in plan.student_roots[c.left].unique()}
+    for key, (numbers, units, call) in plan.student.fixed_gains.items():
+        other = plan.convert(key)
+        theirs = None if other is None else plan.teacher.fixed_gains.get(other)
+        if theirs is None or theirs[0] == numbers or queries & set(plan.student_roots[units].tolist()):
+            continue
+        here, there = (", ".join(f"{number:.4g}" for number in each) for each in (numbers, theirs[0]))
+        raise TransferError(
+            f"{call} takes units that are multiplied by {here} here and by {there} in the teacher, and no layer "
+            "behind it can undo that: let the number be the teacher's, or put it behind a layer alone."
+        )
+
+
+def _check_modules(plan: Plan, student: nn.Module) -> None:
+    """Raise TransferError if a spectral norm grows, or a norm that needs another eps has none to set."""
+    for module_name, module, weight in parametrised(student):
+        name = f"{module_name}.{weight}".lstrip(".")
+        theirs, tensors = plan.names.get(name), plan.teacher.parameters.tensors
+        if theirs and plan.student.parameters.tensors[name].shape != tensors[theirs].shape:
+            refuse_spectral_norm(module, weight, name)
+    for module_name in plan.eps:
+        if not hasattr(student.get_submodule(module_name), "eps"):
+            raise TransferError(f"The norm {module_name} needs another eps than it has, and has no attribute to set.")
+
+
+def _beside_padding(origin: Origin, role: str, factor: float) -> Origin:
+    """Return the origin of the weight or bias of a norm that sees padding, whose mean square shrinks by `factor`."""
+    axes = {}
+    for dim, axis in origin.axes.items():
+        # The norm makes zero of padding, which may then be multiplied by anything.
+        padding = axis.index.where(axis.index > ZERO, ZERO if role == "bias" else NEW)
+        axes[dim] = replace(axis, index=padding, means=())
+    return replace(origin, axes=axes, factor=origin.factor * (factor**0.5 if role == "weight" else 1.0))
+
+
+# -- tensors that both networks have ------------------------------------------------------------------------------
+
+
+def shared_origin(facts: UnitFacts, name: str) -> Origin:
+    """Return the origin of a tensor that the teacher has, too."""
+    plan, theirs = facts.plan, facts.plan.names[name]
+    assert theirs is not None
+    student, teacher = plan.student.parameters, plan.teacher.parameters
+    mine, other = student.tensors[name], teacher.tensors[theirs]
+    if mine.dim() != other.dim():
+        raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
+    if (name in student.values) != (theirs in teacher.values):
+        raise used_differently(name)
+    factor, rotated = _factor(plan, name, theirs), plan.rotated.get(name, ())
+    if name in student.values:
+        if name in student.axes or theirs in teacher.axes:
+            if mine.shape != other.shape:
+                raise TransferError(f"{name} cannot grow: a layer reads it, and another adds it up.")
+            return Origin(How.SHARED, theirs)
+        axis, rows = unit_axis(facts, name, (student.values[name], teacher.values[theirs]), 0, False)
+        return Origin(How.SHARED, theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=rotated)
+    axes, rows = {}, None
+    for dim in range(mine.dim()):
+        units, source = labels_of(plan.student, name, dim), labels_of(plan.teacher, theirs, dim)
+        if units is not None and source is not None:
+            axes[dim], scaled = unit_axis(facts, name, (units, source), dim, student.read_axis.get(name) == dim)
+            rows = scaled if dim == 0 else rows
+        elif units is not None or source is not None:
+            raise TransferError(
+                f"The forward pass of one network only follows units along axis {dim} of {name}: the teacher and "
+                "the student use it differently, or one of them not at all."
+            )
+        elif (axis := _other_axis(plan, name, theirs, dim)) is not None:
+            axes[dim] = axis
+    merged = merged_groups(plan, theirs)
+    return Origin(How.SHARED, theirs, axes, factor=factor, rows=rows, merged=merged, mixed=rotated)
+
+
+def _other_axis(plan: Plan, name: str, theirs: str, dim: int) -> Axis | None:
+    """Return an axis that carries no units: of a larger kernel, or None for one that keeps its size."""
+    layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
+    mine, other = plan.student.parameters.tensors[name].shape, plan.teacher.parameters.tensors[theirs].shape
+    if dim > 1 and layer is not None and counterpart is not None and layer.options:
+        return kernel_axis(layer, counterpart, (mine[dim], other[dim]), dim - 2)
+    if mine[dim] == other[dim]:
+        return None
+    if layer is None and name not in plan.student.parameters.axes:
+        raise TransferError(
+            f"{name} has shape {tuple(mine)}, the teacher's {tuple(other)}, and the forward pass "
+            "on this example does not use it: give an example that does."
+        )
+    raise TransferError(
+        f"{name} has shape {tuple(mine)}, the teacher's {tuple(other)}, and axis {dim} does "
+        "not carry units that the forward pass can follow: such axes keep their size."
+    )
+
+
+def _factor(plan: Plan, name: str, theirs: str) -> float:
+    """Return the factor of a whole tensor: it undoes other numbers in front of the layer, and what new layers do."""
+    layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
+    factor = 1.0
+    if layer is not None and counterpart is not None and layer.kind == LayerKind.MIX:
+        factor = counterpart.gain / layer.gain * _slope_factor(plan, layer)
+    mine, other = (
+        next((each for each in trace.seen_as.scale_absorbed if t in trace.layers[each].tensors.values()), None)
+        for trace, t in ((plan.student, name), (plan.teacher, theirs))
+    )
+    if mine is None or other is None:
+        return factor
+    return factor * (next(iter(plan.teacher.multipliers[other])) / next(iter(plan.student.multipliers[mine])))
+
+
+def _slope_factor(plan: Plan, layer: Layer) -> float:
+    """Return the factor that undoes the slopes and open gates that a layer's input has passed."""
+    bends = layer.passage.bends if layer.passage.bends and layer.passage.bends[0][0] in plan.sign_pairs else ()
+    return slope_correction(layer.passage, bends, plan.roles.silent)
+
+
+# -- tensors that the teacher lacks -------------------------------------------------------------------------------
+
+
+def new_origin(facts: UnitFacts, name: str, new: dict[str, Origin]) -> Origin:
+    """Return the origin of a tensor that the teacher lacks; `new` are those of new layers that are not fresh."""
+    plan = facts.plan
+    layer = plan.student.layers.get(name)
+    if name in new:
+        if layer is not None and layer.kind == LayerKind.MIX and name in plan.roles.identity:
+            return _passing_origin(plan, layer)
+        if layer is not None and layer.kind == LayerKind.SCALE and layer.reads is not None:  # a depthwise filter
+            return replace(new[name], rows=_row_signs(plan, name, layer.reads))
+        return new[name]
+    for each in plan.student.layers.values():  # a bias that only the student has, on a layer of both
+        if name in (each.tensors.get("bias"), each.tensors.get("shift")) and each.name not in plan.roles.fresh:
+            return Origin(How.IDENTITY, fill=Fill.ZERO)
+    return Origin(How.FRESH)
+
+
+def _passing_origin(plan: Plan, layer: Layer) -> Origin:
+    """Return the origin of the weight of a new layer that passes its units through."""
+    assert layer.produces is not None and layer.reads is not None
+    inner = plan.student.parameters.inner.get(layer.name)
+    read = passed_entries(plan, layer.reads), plan.student_roots[layer.reads]
+    axes = {
+        0: make_axis(passed_entries(plan, layer.produces), False),
+        1: reading_axis(plan, *read, 1 if inner is None else inner[1]),
+    }
+    rows = _row_signs(plan, layer.name, layer.produces)
+    return Origin(How.IDENTITY, axes=axes, fill=Fill.PASS, factor=_slope_factor(plan, layer), rows=rows)
+
+
+def _row_signs(plan: Plan, name: str, units: Tensor) -> Tensor | None:
+    """Return the signs that a new layer gives to units that pass an activation behind it in pairs."""
+    for activations in plan.sign_pairs.values():
+        for k, (carrier, _) in enumerate(activations):
+            if carrier == name:
+                return signs(plan.patterns[plan.student_roots[units]], k)
+    return None

@@ -1,0 +1,171 @@
+"""The two traces made comparable: the same groups, the same heads, the same numbers in front of units."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from ..errors import TransferError, used_differently
+from ..network import Inputs
+from ..trace.facts import Key, Norm
+from ..trace.graph import SeenAs, Trace
+from ..trace.tracer import trace
+from ..trace.units import Units
+from .names import Rename, key_converter, teacher_names
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What one forward pass of each network tells.
+
+    Attributes:
+        inputs: of the passes.
+        plain: the traces of teacher and student as the networks are.
+        scaled: for each network the layers that the other multiplies by another number (see `differing_scales`).
+    """
+
+    inputs: Inputs
+    plain: tuple[Trace, Trace]
+    scaled: tuple[frozenset[str], frozenset[str]]
+
+    @cached_property
+    def absorbed(self) -> tuple[Trace, Trace]:
+        """The traces in which the layers `scaled` take those numbers for their own."""
+        theirs, mine = (
+            trace(each.model, self.inputs, SeenAs(scale_absorbed=scaled))
+            for each, scaled in zip(self.plain, self.scaled, strict=True)
+        )
+        return theirs, mine
+
+    def comparable(self, rename: Rename, absorb: bool = False) -> tuple[Trace, Trace]:
+        """Return the traces of teacher and student, with the groups and heads of the teacher seen as the student's.
+
+        Args:
+            rename: how layers are paired (see `teacher_names`).
+            absorb: whether layers take the numbers that they are multiplied by for their own.
+        """
+        theirs, mine = self.absorbed if absorb else self.plain
+        names = teacher_names(mine, theirs, rename)
+        merged = _merged_groups(theirs, mine, names)
+        as_grouped = _split_groups(theirs, mine, names) - {Key(name) for name in merged}
+        if not as_grouped and not merged:
+            return theirs, mine
+        return trace(theirs.model, self.inputs, SeenAs(as_grouped, merged, theirs.seen_as.scale_absorbed)), mine
+
+
+def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: Rename) -> Traces:
+    """Trace both networks on `inputs`.
+
+    Raises:
+        TransferError: they share parameters, or a forward pass fails.
+    """
+    if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
+        raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
+    plain = trace(teacher, inputs), trace(student, inputs)
+    return Traces(inputs, plain, _differing_scales(plain, rename))
+
+
+def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[frozenset[str], frozenset[str]]:
+    """Find the layers of either network whose results, wherever they are used, are multiplied by another number.
+
+    An example is an embedding times the root of the width, to which positions are added: no reader of the sum can undo
+    that number, but the embedding can.
+    """
+    theirs, mine = (
+        {layer: next(iter(by)) for layer, by in each.multipliers.items() if len(by) == 1 and by != {1.0}}
+        for each in traces
+    )
+    try:
+        names = teacher_names(traces[1], traces[0], rename)
+    except TransferError:  # the attempts find other names; renumbered layers are not scaled
+        names = {name: name for name in mine}
+    differing = {name: other for name in mine if (other := names.get(name)) in theirs and mine[name] != theirs[other]}
+    return frozenset(other for other in differing.values() if other), frozenset(differing)
+
+
+def _split_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> frozenset[Key]:
+    """Find what the teacher has one of (a group, a head) and the student several: tensors and pairs, by their keys."""
+    depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in (theirs, mine)]
+    grouped = {names[name] for name in depthwise[1] | mine.parameters.values.keys()}
+    found = {Key(name) for name in grouped - depthwise[0] - theirs.parameters.values.keys() if name is not None}
+    found |= {
+        Key(other, "groups")
+        for name in mine.parameters.inner
+        if (other := names[name]) is not None and other not in theirs.parameters.inner
+    }
+    convert = key_converter(names)
+    keys = {convert(c.key) for c in mine.contractions} - {c.key for c in theirs.contractions}
+    related = {convert(key) for key in mine.units.relations.keys() - theirs.units.relations.keys()}
+    keys |= {
+        key
+        for key in related - theirs.units.relations.keys()
+        if key is not None and replace(key, part="") in theirs.units.met
+    }
+    return frozenset(found | {key for key in keys if key is not None})
+
+
+def _merged_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> dict[str, int]:
+    """Find the teacher's grouped layers of which the student has fewer groups, and how many of them become one."""
+    found: dict[str, int] = {}
+    for layer in mine.layers.values():
+        other = theirs.layers.get(names.get(layer.name) or "")
+        if other is not None and (groups := layer.options.get("groups", 1)) < (more := other.options.get("groups", 1)):
+            times = -(-more // groups)
+            room = mine.parameters.tensors[layer.name].shape[1] // theirs.parameters.tensors[other.name].shape[1]
+            found |= {other.name: times} if times <= room else {}
+    return found
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Both traces, which the plan only reads, with the names and units that it works with.
+
+    Attributes:
+        teacher: its trace.
+        student: its trace.
+        names: the teacher's name of every student tensor; None where the teacher has no such tensor.
+        teacher_units: the plan's own copy, in which units are united further.
+        student_units: the same for the student.
+        teacher_roots: the root of every label of the teacher's, which stands for the unit.
+        student_roots: the same for the student.
+    """
+
+    teacher: Trace
+    student: Trace
+    names: dict[str, str | None]
+    teacher_units: Units
+    student_units: Units
+    teacher_roots: Tensor
+    student_roots: Tensor
+
+    @cached_property
+    def convert(self) -> Callable[[Key], Key | None]:
+        """The function from the student's keys to the teacher's."""
+        return key_converter(self.names)
+
+    def teacher_norm(self, norm: Norm) -> Norm | None:
+        """Return the teacher's counterpart of a norm of the student."""
+        if any(self.names[tensor] is None for tensor in norm.tensors.values()):
+            return None
+        key = self.convert(norm.key)
+        return next((other for other in self.teacher.norms if other.key == key), None)
+
+    def produced(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the roots that a layer of both networks produces, in the student and in the teacher.
+
+        Raises:
+            TransferError: the student's layer has fewer units.
+        """
+        theirs = self.names[name]
+        assert theirs is not None
+        mine = self.student.layers[name].produces
+        other = self.teacher.layers[theirs].produces if theirs in self.teacher.layers else None
+        if mine is None or other is None:
+            raise used_differently(name)
+        if len(mine) < len(other):
+            raise TransferError(
+                f"The student is smaller than its teacher: {name} has {len(mine)} units, the teacher's {len(other)}, "
+                f"{len(other) - len(mine)} too few. A student is at least as wide everywhere."
+            )
+        return self.student_roots[mine], self.teacher_roots[other]

@@ -1,0 +1,126 @@
+"""Several ways to pair and fill two networks: which is tried first, what a refusal leaves behind, and which reasons are
+kept."""
+
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from net2net import TransferError, transfer
+from net2net.attempts import Attempt, first_that_serves, list_attempts, restore_on_refusal
+from net2net.plan.names import Unpaired
+from net2net.record import Record
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def tanh_layers(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n, m in pairwise(widths):
+        layers += [nn.Linear(n, m), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def refusal(teacher: nn.Module, student: nn.Module, **options) -> TransferError:
+    with pytest.raises(TransferError) as caught:
+        transfer(teacher, student, torch.randn(6, 3), **options)
+    return caught.value
+
+
+def test_every_reason_is_kept_the_likeliest_first() -> None:
+    """By their numbers the last layers do not fit; in order, the new layer has an activation that is not idempotent."""
+    error = refusal(tanh_layers(3, 4, 4, 2), tanh_layers(3, 4, 4, 4, 2))
+    assert str(error) == error.reasons[0] and "is not idempotent" in error.reasons[0]
+    assert any("4.weight cannot grow from 2 to 4 units" in reason for reason in error.reasons[1:])
+    assert len(set(error.reasons)) == len(error.reasons)
+
+
+def test_the_cause_is_all_refusals_with_their_traces() -> None:
+    error = refusal(tanh_layers(3, 4, 4, 2), tanh_layers(3, 4, 4, 4, 2))
+    assert isinstance(error.__cause__, ExceptionGroup)
+    assert {str(each) for each in error.__cause__.exceptions} == set(error.reasons)
+    assert all(each.__traceback__ is not None for each in error.__cause__.exceptions)
+
+
+def test_one_attempt_has_one_reason_and_the_error_is_its_own() -> None:
+    error = refusal(tanh_layers(3, 4, 2), tanh_layers(3, 3, 2))
+    assert error.reasons == (str(error),) and error.__cause__ is None
+
+
+def test_reasons_survive_pickling() -> None:
+    error = TransferError("first", ["second", "first"])
+    assert error.reasons == ("first", "second")
+    assert pickle.loads(pickle.dumps(error)).reasons == error.reasons
+
+
+def test_renumbered_layers_are_tried_in_order_and_new_ways_only_for_deeper_students() -> None:
+    teacher = tanh_layers(3, 4, 4, 2)
+    assert [a.rename for a in list_attempts(teacher, tanh_layers(3, 5, 5, 2), None)] == [{}]
+    ways = list_attempts(teacher, tanh_layers(3, 4, 4, 4, 2), None)
+    assert ways[0] == Attempt({}) and ways[1].rename
+    assert [a.passing_all for a in ways[:: len(ways) // 3]] == [False, True, False]
+    assert [a.in_pairs for a in ways[:: len(ways) // 3]] == [False, False, True]
+    again = list_attempts(teacher, tanh_layers(3, 4, 4, 4, 2), {}, absorb=True)
+    assert [a.absorb for a in again] == [False] * 3 + [True] * 3
+
+
+def test_attempts_begin_from_one_random_state_and_stop_at_the_first_that_serves() -> None:
+    generator, drawn = torch.Generator().manual_seed(3), []
+
+    def grow(attempt: Attempt) -> float:
+        drawn.append(torch.rand((), generator=generator).item())
+        if attempt.absorb:
+            return drawn[-1]
+        raise TransferError("no")
+
+    attempts = [Attempt({}), Attempt({}, absorb=True), Attempt({}, in_pairs=True)]
+    assert first_that_serves(grow, attempts, generator) == drawn[0] == drawn[1] and len(drawn) == 2
+
+
+def test_that_a_layer_has_no_counterpart_by_name_tells_least() -> None:
+    errors = iter([Unpaired("by name"), TransferError("in order"), TransferError("closest"), Unpaired("by name")])
+
+    def grow(_: Attempt) -> None:
+        raise next(errors)
+
+    attempts = [Attempt({}), Attempt({"1": "0"}), Attempt({"2": "0"}), Attempt({}, in_pairs=True)]
+    with pytest.raises(TransferError) as caught:
+        first_that_serves(grow, attempts, torch.Generator())
+    assert caught.value.reasons == ("closest", "in order", "by name")
+
+
+def test_a_refusal_restores_tensors_buffers_and_eps() -> None:
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with pytest.raises(TransferError), restore_on_refusal(student, Record({}, "equal", 0.0, {"1": 1e-5})):
+        for tensor in (*student.parameters(), *student.buffers()):
+            tensor.detach().fill_(7)
+        student[1].eps = 1.0
+        raise TransferError("in vain")
+    assert student[1].eps == 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+class Attention(nn.Module):
+    """Attention whose logits are scaled by a number that depends on the width of its queries."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, m) for m in (n, n, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.q(x) @ self.k(x).transpose(-1, -2) * self.q.out_features**-0.5
+        return logits.softmax(-1) @ self.v(x)
+
+
+def test_a_softmax_in_a_renamed_module_is_found() -> None:
+    """The queries undo the other number in front of the softmax, whatever the module is called."""
+    teacher, student = nn.Sequential(), nn.Sequential()
+    for model, name, n in ((teacher, "old", 4), (student, "new", 7)):
+        model.add_module("stem", nn.Linear(3, 6))
+        model.add_module(name, Attention(n))
+    record = transfer(teacher, student, torch.randn(2, 5, 3), rename={"new": "old"})
+    assert record.measured.max_relative < 1e-12
+    assert record.origins["new.q.weight"].rows is not None
