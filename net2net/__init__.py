@@ -9,6 +9,7 @@ from .errors import TransferError
 from .grow.describe import Description, Group, describe
 from .grow.widen import deepen, widen
 from .record import Axis, Origin, save_record
+from .trace.rules import rule
 from .transfer import Transfer, load_record, random_pad, replay, transfer
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_record",
     "random_pad",
     "replay",
+    "rule",
     "save_record",
     "transfer",
     "widen",

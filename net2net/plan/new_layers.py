@@ -6,7 +6,7 @@ import torch
 
 from ..errors import TransferError
 from ..record import Fill, How, Origin
-from ..trace.activations import moved
+from ..trace.activations import largest_change
 from ..trace.facts import Layer, LayerKind
 from .plan import Plan
 
@@ -62,7 +62,7 @@ def _check_activations(plan: Plan, layer: Layer) -> None:
     mine = [chain for name in around for chain in plan.student.chains.get(name, ())]
     theirs = [chain for name in around for chain in plan.teacher.chains.get(plan.names.get(name) or "", ())]
     for chain in chains:
-        if (change := moved(chain, layer.range, mine, theirs)) is not None:
+        if (change := largest_change(chain, layer.range, mine, theirs)) is not None:
             raise TransferError(
                 f"The new layer {layer.name} cannot be an identity: the activation behind it is not idempotent on what "
                 f"the teacher may pass through (it makes {change[1]:.3g} of {change[0]:g}). Give it one that is, as "

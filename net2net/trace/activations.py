@@ -1,6 +1,7 @@
-"""Between which numbers activations lie: whether an activation behind a new layer leaves them as they are.
+"""What activations do to values: the range of a result, chains of activations, and what passes them in pairs.
 
-What an example shows is not enough: ReLU6 is the identity on small activations alone, ReLU on positive ones.
+A range says whether an activation behind a new layer leaves its inputs as they are. An example alone cannot: ReLU6 is
+the identity on small activations only, ReLU on positive ones.
 """
 
 from __future__ import annotations
@@ -13,106 +14,121 @@ import torch
 from torch import Tensor
 
 Range = tuple[float, float] | None  # None: not known
-Functions = tuple[Callable[[Tensor], Tensor], ...]  # of single numbers, the first first
+Functions = tuple[Callable[[Tensor], Tensor], ...]  # elementwise, in the order in which they are applied
+Bends = tuple[tuple[str, float], ...]  # for each activation the layer before it, and the slope
 ALL: Range = (-math.inf, math.inf)
-_HALF = (1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 5.9, 6.1, 8.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
+_SAMPLES = (1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 5.9, 6.1, 8.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
+
+# -- ranges ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Activations one directly behind the other, the first of them behind a layer."""
-
-    behind: str
-    functions: Functions
-
-    def longer(self, function: Callable[[Tensor], Tensor]) -> Chain:
-        """The same with one more."""
-        return Chain(self.behind, (*self.functions, function))
-
-
-def _numbers(where: tuple[float, float]) -> Tensor:
-    """Numbers in a range, far and near, its finite ends among them."""
-    ends = [end for end in where if math.isfinite(end)]
-    every = sorted({*(-x for x in _HALF), 0.0, *_HALF, *ends})
-    return torch.tensor([x for x in every if where[0] <= x <= where[1]], dtype=torch.double)
-
-
-def _applied(functions: Functions, x: Tensor) -> Tensor | None:
-    """What the functions make of these numbers, in turn; None for what takes no such numbers."""
-    made = x
-    for function in functions:
-        try:
-            made = function(made.clone())  # it may work in place
-        except (RuntimeError, TypeError, ValueError):
-            return None
-    return made if made.dtype == x.dtype and made.shape == x.shape and bool(made.isfinite().all()) else None
-
-
-def image(function: Callable[[Tensor], Tensor], where: Range) -> Range:
-    """The range behind a function, as far as single numbers tell."""
-    if where is None or (made := _applied((function,), at := _numbers(where))) is None or len(at) < 2:
+def range_after(function: Callable[[Tensor], Tensor], before: Range) -> Range:
+    """Return the range of an elementwise function's results, as far as sample numbers show it."""
+    if before is None or (values := _apply((function,), numbers := _sample(before))) is None or len(numbers) < 2:
         return None
-    low, high = float(made.min()), float(made.max())
-    for open_, (end, next_) in zip(map(math.isinf, where), ((0, 1), (-1, -2)), strict=True):
-        if open_ and float(made[end]) != float(made[next_]):  # it goes on
-            low = -math.inf if float(made[end]) == low else low
-            high = math.inf if float(made[end]) == high else high
+    low, high = float(values.min()), float(values.max())
+    for is_open, (end, next_) in zip(map(math.isinf, before), ((0, 1), (-1, -2)), strict=True):
+        if is_open and float(values[end]) != float(values[next_]):  # it still rises or falls there
+            low = -math.inf if float(values[end]) == low else low
+            high = math.inf if float(values[end]) == high else high
     return low, high
 
 
-def moved(chain: Chain, where: Range, before: Iterable[Chain], wanted: Iterable[Chain]) -> tuple[float, float] | None:
-    """The number in the range that the activations of `chain` change most, and into what.
-
-    None if they change none; if they make of all of them what one of the chains `wanted` makes, or do so behind one of
-    the chains `before`; or if that is not known.
-    """
-    if where is None or (made := _applied(chain.functions, at := _numbers(where))) is None:
-        return None
-    place, every = _differ(at, made), _numbers((-math.inf, math.inf))
-    starts = [(at, chain.functions), *((every, first.functions + chain.functions) for first in before)]
-    goals = [one.functions for one in wanted]
-    same = any(_same(x, whole, goal) for x, whole in starts for goal in goals)
-    return None if same or place is None else (float(at[place]), float(made[place]))
-
-
-def _same(x: Tensor, one: Functions, other: Functions) -> bool:
-    made = _applied(one, x), _applied(other, x)
-    return made[0] is not None and made[1] is not None and _differ(made[0], made[1]) is None
-
-
-def _differ(a: Tensor, b: Tensor) -> int | None:
-    """Where two rows of numbers differ most, if they do."""
-    by = (a - b).abs() / a.abs().clamp(min=1.0)
-    return int(by.argmax()) if by.numel() and float(by.max()) > 1e-12 else None
-
-
-def hull(ranges: Iterable[Range]) -> Range:
-    """What holds all of them."""
+def join_ranges(ranges: Iterable[Range]) -> Range:
+    """Return the smallest range that contains all of them."""
     known = list(ranges)
     if not known or None in known:
         return None
     return min(one[0] for one in known if one), max(one[1] for one in known if one)
 
 
-def total(ranges: Iterable[Range]) -> Range:
-    """What holds the sum of one of each."""
+def add_ranges(ranges: Iterable[Range]) -> Range:
+    """Return the range of a sum of one number from each."""
     known = list(ranges)
     if None in known:
         return None
     return sum(one[0] for one in known if one), sum(one[1] for one in known if one)
 
 
-Bends = tuple[tuple[str, float], ...]  # of each activation the layer before it, and the slope
+# -- chains ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Activations that follow each other directly, the first of them directly behind the layer `behind`."""
+
+    behind: str
+    functions: Functions
+
+
+def largest_change(
+    chain: Chain, where: Range, before: Iterable[Chain], wanted: Iterable[Chain]
+) -> tuple[float, float] | None:
+    """Find the number that the activations of `chain` change most.
+
+    Args:
+        chain: the activations.
+        where: the range of the numbers that reach them.
+        before: chains that may stand directly before `chain`.
+        wanted: chains of the other network.
+
+    Returns:
+        The number, and what it becomes. None if that is not known, if the activations change no number, or if they do
+        the same as one of the chains `wanted`, alone or behind one of the chains `before`.
+    """
+    if where is None or (values := _apply(chain.functions, numbers := _sample(where))) is None:
+        return None
+    place, everywhere = _largest_difference(numbers, values), _sample((-math.inf, math.inf))
+    starts = [(numbers, chain.functions), *((everywhere, first.functions + chain.functions) for first in before)]
+    goals = [one.functions for one in wanted]
+    same = any(_agree(x, functions, goal) for x, functions in starts for goal in goals)
+    return None if same or place is None else (float(numbers[place]), float(values[place]))
+
+
+def _sample(where: tuple[float, float]) -> Tensor:
+    """Return small and large numbers in a range, with its finite ends."""
+    ends = [end for end in where if math.isfinite(end)]
+    numbers = sorted({*(-x for x in _SAMPLES), 0.0, *_SAMPLES, *ends})
+    return torch.tensor([x for x in numbers if where[0] <= x <= where[1]], dtype=torch.double)
+
+
+def _apply(functions: Functions, numbers: Tensor) -> Tensor | None:
+    """Apply the functions in turn; None if one of them does not take such numbers, or the result is not finite."""
+    values = numbers
+    for function in functions:
+        try:
+            values = function(values.clone())  # it may work in place
+        except (RuntimeError, TypeError, ValueError):
+            return None
+    fits = values.dtype == numbers.dtype and values.shape == numbers.shape and bool(values.isfinite().all())
+    return values if fits else None
+
+
+def _agree(numbers: Tensor, one: Functions, other: Functions) -> bool:
+    """Tell whether two chains of functions give the same numbers."""
+    a, b = _apply(one, numbers), _apply(other, numbers)
+    return a is not None and b is not None and _largest_difference(a, b) is None
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> int | None:
+    """Return the place where two rows of numbers differ most; None if they agree."""
+    difference = (a - b).abs() / a.abs().clamp(min=1.0)
+    return int(difference.argmax()) if difference.numel() and float(difference.max()) > 1e-12 else None
+
+
+# -- sign pairs and gates --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What units have met since a layer produced them.
+    """What happened to units since a layer produced them.
 
-    `bends` are the activations with f(x) - f(-x) = slope * x, each with the layer before it that can turn a
-    unit's sign. `gates` are the numbers that they are multiplied by if certain layers give zeros. `carrier` is the last
-    layer with a weight for each unit since the last activation; `rest` is what the units are if the layer that produced
-    them gives zeros, None if that is not known.
+    Attributes:
+        bends: the activations with f(x) - f(-x) = slope * x, each with the layer before it, which can turn the sign of
+            a unit.
+        gates: layers that compute a gate -> the number that the units are multiplied by if such a layer gives zeros.
+        carrier: the last layer with a weight for each unit since the last activation.
+        rest: the value of the units if the layer that produced them gives zeros; None if that is not known.
     """
 
     bends: Bends = ()
@@ -120,38 +136,43 @@ class Passage:
     carrier: str | None = None
     rest: float | None = None
 
-    def bent(self, function: Callable[[Tensor], Tensor]) -> Passage:
-        """The passage behind an activation; one that no pair of units passes begins anew."""
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Passage:
+        """Return the passage behind an activation. It starts anew if no pair (x, -x) passes the activation."""
         half = torch.linspace(0.25, 12.0, 8, dtype=torch.double)
-        at = torch.cat([half, -half, torch.tensor([self.rest or 0.0], dtype=torch.double)])
+        numbers = torch.cat([half, -half, torch.tensor([self.rest or 0.0], dtype=torch.double)])
         try:
-            result = function(at)
-            if result.dtype != torch.double:  # a comparison, or another precision
+            values = function(numbers)
+            if values.dtype != torch.double:  # a comparison, or another precision
                 return NOTHING
-            positive, negative, rest = result.split([len(half), len(half), 1])
-        except (RuntimeError, TypeError, ValueError):  # it takes no such numbers
+            positive, negative, rest = values.split([len(half), len(half), 1])
+        except (RuntimeError, TypeError, ValueError):  # it does not take such numbers
             return NOTHING
-        known = None if self.rest is None else float(rest)
+        new_rest = None if self.rest is None else float(rest)
         slope = float((positive - negative)[0] / half[0])
         if self.carrier is None or slope == 0 or not torch.allclose(positive - negative, slope * half, 1e-13, 0.0):
-            return Passage(rest=known)
-        return replace(self, bends=(*self.bends, (self.carrier, slope)), carrier=None, rest=known)
+            return Passage(rest=new_rest)
+        return replace(self, bends=(*self.bends, (self.carrier, slope)), carrier=None, rest=new_rest)
 
-    def scaled(self, factor: float) -> Passage:
-        """The passage behind a multiplication by a number."""
+    def multiply(self, factor: float) -> Passage:
+        """Return the passage behind a multiplication by a number."""
         return replace(self, rest=None if self.rest is None else self.rest * factor)
 
 
 NOTHING = Passage()
 
 
-def gated(operands: Sequence[tuple[Passage, frozenset[str]]]) -> Passage:
-    """The passage of the product of two activations, each with the layers that it comes from: if one would be a number
-    other than zero without its last layer, it is a gate of the other."""
-    gates = [k for k, (past, sources) in enumerate(operands) if past.rest and len(sources) == 1]
+def apply_gate(operands: Sequence[tuple[Passage, frozenset[str]]]) -> Passage:
+    """Return the passage of a product of two activations.
+
+    An operand is the gate of the other if it is a number other than zero when its one source layer gives zeros.
+
+    Args:
+        operands: of each activation its passage and the layers that it comes from.
+    """
+    gates = [k for k, (passage, sources) in enumerate(operands) if passage.rest and len(sources) == 1]
     if len(operands) != 2 or len(gates) != 1:
         return NOTHING
     (gate,) = gates
-    (past, sources), (passing, _) = operands[gate], operands[1 - gate]
-    assert past.rest is not None
-    return replace(passing, gates=(*passing.gates, (*sources, past.rest)), rest=None)
+    (passage, sources), (passing, _) = operands[gate], operands[1 - gate]
+    assert passage.rest is not None
+    return replace(passing, gates=(*passing.gates, (*sources, passage.rest)), rest=None)

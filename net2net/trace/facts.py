@@ -1,15 +1,28 @@
 """The vocabulary of a trace: what is known of an activation, a layer, a norm, a contraction, a call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from ..network import tensors_in
 from .activations import NOTHING, Chain, Passage, Range
 
-NO_NORM = ""  # the `first_norm` of what is a plain sum of layers
+NO_NORM = ""  # the `first_norm` of a plain sum of layers
+
+OPERATORS = {  # names of operators and aliases -> the name that their rule has
+    **{f"{prefix}{name}": name for name in ("add", "sub", "mul") for prefix in "ir"},
+    **dict.fromkeys(["itruediv", "truediv", "rtruediv", "divide", "true_divide"], "div"),
+    **dict.fromkeys(["rmatmul", "bmm", "mm"], "matmul"),
+    "multiply": "mul",
+    "subtract": "sub",
+    "rpow": "pow",
+    "getitem": "index",
+    "get": "attribute",  # x.mT, x.data: an attribute that is a tensor has labels, too
+}
 
 
 class LayerKind(StrEnum):
@@ -81,6 +94,19 @@ class Labels:
     range: Range = None
     chain: Chain | None = None
     result_of: str | None = None
+
+    @classmethod
+    def of(cls, units: Tensor, *operands: "Labels", norms: Collection[str] = (), **state: Any) -> "Labels":
+        """Return the labels `units` for a result of `operands`: it has the sources and norms of all of them.
+
+        Args:
+            units: the unit of every element of the result.
+            operands: the labels of the activations it was computed from.
+            norms: norms that it has passed besides theirs.
+            state: the other attributes. What is not given counts as unknown.
+        """
+        sources = frozenset().union(*(labels.sources for labels in operands))
+        return cls(units, sources, frozenset(norms).union(*(labels.norms_since for labels in operands)), **state)
 
 
 @dataclass(frozen=True)
@@ -202,9 +228,30 @@ class Call:
     out: Any
     module: str
 
+    @cached_property
+    def plain(self) -> str:
+        """The name of the rule: one name for a function, its method, its in-place form and its operator."""
+        return plain_name(self.name)
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments."""
+        return tensors_in([*self.args, *self.kwargs.values()])
+
+    @cached_property
+    def results(self) -> list[Tensor]:
+        """The tensors that the call returned, or the tensor in which an assignment wrote."""
+        return tensors_in(self.args[0] if self.name == "__setitem__" else self.out)
+
     def arg(self, position: int, name: str, default: Any = None) -> Any:
-        """Return the argument, wherever it stands in the call."""
+        """Return the argument, given by position or by name."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
     def __str__(self) -> str:
         return f"{self.name} in {self.module or 'the network'}"
+
+
+def plain_name(name: str) -> str:
+    """Return one name for a function, its method, its in-place form and its operator: `add` for `__iadd__`, `add_`."""
+    name = name.strip("_")
+    return OPERATORS.get(name, name)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import TransferError
-from .activations import NOTHING, Chain, hull
+from .activations import NOTHING, Chain, join_ranges
 from .facts import Contraction, Key, Labels, Layer, Norm
 from .parameters import Parameters
 from .units import Units
@@ -75,6 +75,10 @@ class Trace:
             return Labels(units, frozenset({view.name}), gain=view.gain, linear=True)
         return known
 
+    def is_activation(self, value: object) -> bool:
+        """Tell whether the pass has labelled this tensor."""
+        return hasattr(value, "_net2net_labels")
+
     def tells_units(self, value: Tensor) -> bool:
         """Tell whether a parameter or constant says something of units: a single number says the same of all."""
         owner = self.parameters.owner_of(value)
@@ -83,9 +87,7 @@ class Trace:
     def follows(self, value: object) -> bool:
         """Tell whether the pass follows this value: an activation, or a parameter."""
         return isinstance(value, Tensor) and (
-            hasattr(value, "_net2net_labels")
-            or hasattr(value, "_net2net_view")
-            or self.parameters.name_of(value) is not None
+            self.is_activation(value) or hasattr(value, "_net2net_view") or self.parameters.name_of(value) is not None
         )
 
     def label(self, out: Tensor, labels: Labels) -> None:
@@ -110,6 +112,6 @@ class Trace:
                 after_norm=layer.after_norm if fresh or first.after_norm == layer.after_norm else None,
                 first_norm=layer.first_norm if fresh or first.first_norm == layer.first_norm else None,
                 passage=layer.passage if first.passage == layer.passage else NOTHING,
-                range=hull([first.range, layer.range]),
+                range=join_ranges([first.range, layer.range]),
             )
         self.layers[layer.name] = layer

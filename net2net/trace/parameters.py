@@ -111,6 +111,12 @@ class Parameters:
         self._reached.setdefault(view.name, torch.zeros(sizes.numel(), dtype=torch.bool))[flat] = True
         return units
 
+    def make_one_unit(self, name: str) -> None:
+        """Let all elements of a tensor be one unit, where it is of no use to tell them apart."""
+        if name not in self.values:
+            unit = self._units.fresh(1, Key(name), distinct=False)
+            self.values[name] = unit.expand(self.tensors[name].numel())
+
     def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
         """Let axis `dim` of the tensor `name` carry `units`, and return its labels.
 

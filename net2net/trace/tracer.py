@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import TransferError
 from ..network import Inputs, call, in_mode, tensors_in
+from ..tensors import parametrised
 from .facts import Call, Key, Labels, Layer, LayerKind
 from .graph import PLAIN, SeenAs, Trace
-from .rules import EXPANSIONS, apply
+from .rules.registry import REWRITES, apply, function_name
 
 
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
@@ -39,11 +40,9 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
     """
     result = Trace(model, seen_as)
     with parametrize.cached(), in_mode(model, training=False):  # in training a spectral norm refines its estimate
-        for name, module in model.named_modules():
-            if parametrize.is_parametrized(module):
-                for weight in module.parametrizations:  # type: ignore[union-attr]
-                    prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
-                    result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
+        for name, module, weight in parametrised(model):
+            prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
+            result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
         if _has_unreached_parameters(result) or _asks_for_mode(model):
             with suppress(TransferError):  # it may need what an example does not give: several images, a target
@@ -88,12 +87,13 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        if name in EXPANSIONS and any(self.trace.follows(x) for x in tensors_in([*args, *kwargs.values()])):
-            with self:  # the same in functions that have rules; only its labels are used
-                shadow = EXPANSIONS[name](*args, **kwargs)
-            if shadow is not NotImplemented:
-                for mine, theirs in zip(tensors_in(out), tensors_in(shadow), strict=False):
+        name = function_name(func)
+        rewrite = REWRITES.get(name)
+        if rewrite is not None and any(map(self.trace.follows, tensors_in([*args, *kwargs.values()]))):
+            with self:
+                rewritten = rewrite(*args, **kwargs)
+            if rewritten is not NotImplemented:
+                for mine, theirs in zip(tensors_in(out), tensors_in(rewritten), strict=False):
                     if (labels := self.trace.labels(theirs)) is not None:
                         self.trace.label(mine, labels)
                 return out

@@ -29,7 +29,7 @@ class Units:
     """
 
     def __init__(self, as_grouped: frozenset[Key] = frozenset()) -> None:
-        """`as_grouped` are keys of pairs that are no pairs in the other network: there each belongs to what it meets."""
+        """Start without labels; `as_grouped` names pairs of units that are seen as related instead of united."""
         self.as_grouped = as_grouped
         self.families: dict[Key, Tensor] = {}
         self.relations: dict[Key, tuple[Tensor, Tensor]] = {}

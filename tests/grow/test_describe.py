@@ -95,7 +95,7 @@ PINNED = "pinned: it is the network's output"
         (
             lambda: Net({"a": nn.Linear(3, 4), "b": nn.Bilinear(4, 4, 2)}, lambda net, x: net.b(net.a(x), net.a(x))),
             lambda: images(5, 3),
-            [(("a",), (), 4, "pinned: bilinear in b has no rule for units")],
+            [(("a",), (), 4, "pinned: bilinear in b has no rule for units (net2net.rule adds one)")],
         ),
         (
             lambda: nn.Sequential(nn.Embedding(7, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)),

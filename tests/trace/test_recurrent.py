@@ -8,7 +8,7 @@ from networks import Net, assert_same, change_axes, drop_shares
 from torch import nn
 
 from net2net import TransferError, describe, equivalence, replay, transfer, widen
-from net2net.trace.rules.recurrent import RECURRENT
+from net2net.trace.rules.registry import REWRITES
 
 pytestmark = pytest.mark.usefixtures("float64")
 X = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_two_steps_in_other_words_are_two_steps(kind: type[nn.RNNBase], start: f
     name = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn_tanh"}[kind]
     with torch.no_grad():
         shown, ends = layer(X[:2], given)
-        mine, *mine_ends = RECURRENT[name](X[:2], given, layer._flat_weights, start > 0, 1, 0.0, False, False, False)
+        mine, *mine_ends = REWRITES[name](X[:2], given, layer._flat_weights, start > 0, 1, 0.0, False, False, False)
     assert mine.shape == shown.shape and torch.allclose(mine[-1], shown[-1], rtol=0, atol=1e-14)
     for a, b in zip(mine_ends, ends if kind is nn.LSTM else (ends,), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-14)

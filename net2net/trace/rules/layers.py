@@ -1,0 +1,196 @@
+"""Layers: their weights read units and produce new ones."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...tensors import merge_groups
+from ..activations import ALL, Passage
+from ..facts import Call, Key, Labels, Layer, LayerKind, Weight
+from ..graph import Trace
+from ..units import spread
+from .registry import CannotFollow, rule, unknown
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a layer's weight reads an activation.
+
+    Attributes:
+        x: the activation.
+        dim: the axis of `x` that the weight reads, which holds what it produces in the result.
+        weight, bias: as the call has them.
+        reads, produces: the axes of the weight.
+        groups: of a grouped layer.
+        options: stride, padding and the like.
+    """
+
+    x: Tensor
+    dim: int
+    weight: Tensor
+    bias: Tensor | None = None
+    reads: int = 1
+    produces: int = 0
+    groups: int = 1
+    options: dict[str, Any] = field(default_factory=lambda: {"groups": 1})
+
+
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def convolution(trace: Trace, call: Call) -> None:
+    """The output axis produces units, the input axis reads them; in groups each group reads its own."""
+    x, weight = call.args[0], call.arg(1, "weight")
+    transposed = "transpose" in call.name
+    positions = (3, 4, 6, 7) if transposed else (3, 4, 6, 5)
+    stride, padding, groups, dilation = (
+        call.arg(position, name, 0 if name == "padding" else 1)
+        for position, name in zip(positions, ("stride", "padding", "groups", "dilation"), strict=True)
+    )
+    owner, labels, spatial = trace.model.get_submodule(call.module), trace.labels(x), weight.dim() - 2
+    outer = () if labels is None else labels.padded_by
+    if getattr(owner, "padding_mode", "zeros") != "zeros":  # another function has padded
+        padding, outer = owner.padding, ()
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "transposed": transposed, "groups": groups}
+    options["outer"] = tuple(outer[k] if k < len(outer) else (0, 0) for k in reversed(range(spatial)))
+    reads, produces = (0, 1) if transposed else (1, 0)
+    dim = x.dim() - weight.dim() + 1
+    apply_layer(trace, call, Product(x, dim, weight, call.arg(2, "bias"), reads, produces, groups, options))
+
+
+@rule("linear")
+def linear(trace: Trace, call: Call) -> None:
+    """The output axis produces units, the input axis reads them."""
+    apply_layer(trace, call, Product(call.args[0], -1, call.arg(1, "weight"), call.arg(2, "bias")))
+
+
+def apply_layer(trace: Trace, call: Call, product: Product) -> None:
+    """Record a layer, and label its result with the units that it produces."""
+    weight = trace.parameters.weight(product.weight)
+    if weight is None:
+        raise CannotFollow(f"the weight of {call} is not a parameter of the network")
+    name, labels = weight.name, trace.labels(product.x)
+    reads = None
+    if labels is not None:
+        reads = trace.units.units_along(labels.units, product.dim, f"{name} reads them with one weight")
+    shape, times = product.weight.shape, trace.seen_as.merged_groups.get(name, 1)
+    if times > 1:
+        if trace.parameters.tensors[name] is product.weight:
+            trace.parameters.tensors[name] = merge_groups(product.weight, product.groups, times)
+        shape = trace.parameters.tensors[name].shape
+    read_axis, read_entries = weight.axes[product.reads]
+    produced_axis, produced_entries = weight.axes[product.produces]
+    split = Key(name, "groups") in trace.seen_as.as_grouped
+    if product.groups > times or Key(name) in trace.seen_as.as_grouped or split:
+        if reads is None or labels is None:
+            raise CannotFollow(f"{name} is grouped and reads what is not followed")
+        if shape[0] == product.groups and shape[1] == 1 and not split:
+            if produced_entries is None or len(produced_entries) >= len(reads):
+                return _apply_depthwise(trace, call, product, name, reads)
+            # One filter for all units: a part of the weight, repeated.
+            return trace.label(call.out, Labels.of(spread(reads, product.dim, call.out.shape), labels))
+        produced = _produce_in_groups(trace, product, name, reads, times)
+    else:
+        if reads is not None:
+            trace.parameters.axis(name, read_axis, reads, read_entries)
+        produced = trace.parameters.axis(name, produced_axis, None, produced_entries)
+    trace.parameters.read_axis[name] = read_axis
+    _add_bias(trace, product.bias, produced)
+    _record_layer(trace, product, weight, labels, (reads, produced))
+    units = spread(produced, product.dim, call.out.shape)
+    state = {"linear": True, "passage": Passage(carrier=name, rest=0.0), "range": ALL, "result_of": name}
+    trace.label(call.out, Labels(units, frozenset({name}), **state))
+
+
+def _tensor_names(trace: Trace, product: Product, weight: str) -> dict[str, str]:
+    """Return the names of a layer's tensors by their roles."""
+    bias = trace.parameters.name_of(product.bias)
+    return {"weight": weight} | ({} if bias is None else {"bias": bias})
+
+
+def _add_bias(trace: Trace, bias: Tensor | None, produced: Tensor) -> None:
+    """Let the entries of a bias be those of the units produced."""
+    if bias is None:
+        return
+    if (part := trace.parameters.weight(bias)) is not None:
+        axis, entries = part.axes[0]
+        trace.parameters.axis(part.name, axis, produced, entries)
+    elif (labels := trace.labels(bias)) is not None:
+        trace.units.unite(labels.units.reshape(-1), produced)
+
+
+def _record_layer(
+    trace: Trace, product: Product, weight: Weight, labels: Labels | None, units: tuple[Tensor | None, Tensor]
+) -> None:
+    """Record a layer that reads the activation `labels`; `units` are those that it reads and produces here."""
+    name = weight.name
+    reads, produced = units
+    if name not in trace.parameters.inner:  # the call may use a part of the weight
+        axes = trace.parameters.axes[name]
+        reads, produced = axes[weight.axes[product.reads][0]], axes[weight.axes[product.produces][0]]
+    read = labels or Labels(units[1])  # of constants nothing is known
+    gain = weight.gain if labels is None else weight.gain * labels.gain
+    state = (gain, read.linear, read.after_norm, read.first_norm, read.passage, read.range)
+    tensors = _tensor_names(trace, product, name)
+    known = (read.sources, read.norms_since, product.options)
+    trace.add(Layer(LayerKind.MIX, name, tensors, reads, *known, produced, *state))
+
+
+def _apply_depthwise(trace: Trace, call: Call, product: Product, name: str, reads: Tensor) -> None:
+    """Record a layer with a filter for each unit: the units go on."""
+    labels = trace.labels(product.x)
+    assert labels is not None
+    tensors = _tensor_names(trace, product, name)
+    for tensor in tensors.values():
+        trace.parameters.axis(tensor, 0, reads)
+    roles = {"taps": name} | ({"shift": tensors["bias"]} if "bias" in tensors else {})
+    known = (labels.sources, labels.norms_since, product.options)
+    trace.add(Layer(LayerKind.SCALE, name, roles, reads, *known, range=labels.range))
+    passage = replace(labels.passage, carrier=name, rest=None)
+    units = spread(reads, product.dim, call.out.shape)
+    trace.label(call.out, Labels.of(units, labels, norms=[name], passage=passage, range=ALL))
+
+
+def _produce_in_groups(trace: Trace, product: Product, name: str, reads: Tensor, times: int) -> Tensor:
+    """Return the units that a grouped layer produces; those of one group, read and produced, belong to it.
+
+    `times` groups in turn count as one. The last takes what is left.
+    """
+    groups = product.groups
+    count = -(-groups // times)
+    if product.reads == 0:  # transposed
+        trace.parameters.axis(name, 0, reads)
+        produced = trace.parameters.inside(name, count)
+        produced = produced[: len(produced) * groups // (count * times)]
+    else:
+        missing = (count * times - groups) * len(reads) // groups  # the places of groups that do not exist
+        places = trace.units.fresh(missing, distinct=False)
+        trace.parameters.inside(name, count, torch.cat([reads, places]))
+        produced = trace.parameters.axis(name, 0)
+    key = Key(name, "groups")
+    owners = trace.units.families[key] if key in trace.units.families else trace.units.fresh(count, key)
+    owned = [owners[torch.arange(len(units)) * groups // len(units) // times] for units in (reads, produced)]
+    trace.units.relate(key, torch.cat([reads, produced]), torch.cat(owned))
+    return produced
+
+
+@rule("zero")
+def overwrite(trace: Trace, call: Call) -> None:
+    """Zeros in a copy of a parameter are the same for all units, whatever they copy."""
+    if trace.is_activation(call.args[0]):
+        unknown(trace, call)
+
+
+@rule("embedding")
+def embedding(trace: Trace, call: Call) -> None:
+    """Every row of the table holds the same units; the length of the table is fixed."""
+    found = trace.parameters.weight(call.arg(1, "weight"))
+    if found is None or found.axes[0][0] != 0 or trace.is_activation(call.args[0]):
+        raise CannotFollow(f"the table of {call} is not a parameter of the network")
+    if call.arg(3, "max_norm") is not None:
+        raise CannotFollow(f"{call} shortens its rows to a norm, which copies change")
+    name, nothing = found.name, frozenset()
+    produced = trace.parameters.axis(name, 1)
+    trace.add(Layer(LayerKind.MIX, name, {"weight": name}, None, nothing, nothing, {"embedding": True}, produced))
+    units = spread(produced, -1, call.out.shape)
+    trace.label(call.out, Labels(units, frozenset({name}), linear=True, result_of=name))

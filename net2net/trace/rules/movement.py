@@ -1,0 +1,167 @@
+"""Data movement: the labels move as the data do."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...network import tensors_in
+from ..activations import NOTHING, join_ranges
+from ..facts import Call, Labels
+from ..graph import Trace
+from ..units import spread
+from .registry import CannotFollow, first_labels, first_norm_of_sum, label_constant, names, rule
+
+MOVEMENT = """
+    view reshape flatten unflatten permute transpose swapaxes movedim moveaxis t squeeze unsqueeze cat concat
+    concatenate stack chunk split split_with_sizes tensor_split unbind index attribute narrow select flip fliplr flipud
+    roll expand expand_as broadcast_to view_as reshape_as channel_shuffle native_channel_shuffle pixel_shuffle
+    pixel_unshuffle index_select repeat repeat_interleave tile gather take_along_dim swapdims adjoint rot90 diagonal
+    hsplit vsplit hstack vstack dstack ravel contiguous_format meshgrid
+"""
+
+
+@rule(*names(MOVEMENT))
+def movement(trace: Trace, call: Call) -> None:
+    """Apply the function itself to the labels."""
+    operands = tensors_in(call.args[0])
+    # The second tensor of view_as and the like only gives a shape.
+    places = [] if call.name.endswith("_as") else [*call.args[1:], *call.kwargs.values()]
+    if any(map(trace.is_activation, tensors_in(places))):
+        raise CannotFollow(f"{call} moves it to where the values say")
+    if len(operands) == 1 and not trace.is_activation(operands[0]):
+        return _move_view(trace, call, operands[0])
+    labels = [trace.labels(x) for x in operands]
+    known = [one for one in labels if one is not None]
+    if not known:
+        return
+    units = [
+        label_constant(trace, call, x.shape) if one is None else one.units
+        for x, one in zip(operands, labels, strict=True)
+    ]
+    moved = _move(call, units)
+    if moved is None:
+        raise CannotFollow(f"{call} changes what an element is")
+    state = {
+        "gain": known[0].gain if len({one.gain for one in known}) == 1 else 1.0,
+        "linear": all(one is not None and one.linear for one in labels),
+        "after_norm": known[0].after_norm if len({one and one.after_norm for one in labels}) == 1 else None,
+        "first_norm": first_norm_of_sum(labels),
+        "passage": known[0].passage if len({one and one.passage for one in labels}) == 1 else NOTHING,
+        "range": join_ranges(one and one.range for one in labels),
+    }
+    for out, new in zip(call.results, moved, strict=True):
+        trace.label(out, Labels.of(new, *known, **state))
+
+
+def _move_view(trace: Trace, call: Call, parameter: Tensor) -> None:
+    """Remember the results as views of a parameter."""
+    view = trace.parameters.view(parameter)
+    if view is None:
+        return
+    moved = [places for axis in view.places if (places := _move(call, [axis])) is not None]
+    if len(moved) == len(view.places):
+        for out, *places in zip(call.results, *moved, strict=True):
+            trace.parameters.remember_view(out, replace(view, places=tuple(places)))
+
+
+def _move(call: Call, units: list[Tensor]) -> list[Tensor] | None:
+    """Apply the call to labels; None if it does not move integers, or makes something else of them."""
+    units = [labels.detach() for labels in units]  # objects of their own, which an in-place form may reshape
+    if call.plain in ("view", "reshape", "view_as", "reshape_as"):  # a view of expanded labels would need a copy
+        same = len(call.results) == 1 and call.results[0].numel() == units[0].numel()  # not a view as another dtype
+        return [units[0].reshape(call.results[0].shape)] if same else None
+    args = [units if isinstance(call.args[0], (list, tuple)) else units[0], *call.args[1:]]
+    try:
+        moved = tensors_in(call.func(*args, **call.kwargs))
+    except (RuntimeError, NotImplementedError, IndexError, TypeError):  # or an index on the meta device
+        return None
+    shapes = [x.shape for x in moved] == [out.shape for out in call.results]
+    return moved if shapes and not any(new.is_floating_point() for new in moved) else None
+
+
+@rule("setitem")
+def assignment(trace: Trace, call: Call) -> None:
+    """A part of an activation is overwritten: by units of another, or by constants."""
+    x, index, value = call.args
+    labels, new = trace.labels(x), trace.labels(value)
+    if any(map(trace.is_activation, tensors_in([index]))):
+        raise CannotFollow(f"{call} writes where the values say")
+    units = label_constant(trace, call, x.shape) if labels is None else labels.units
+    if new is None:
+        part = units[index]
+        if isinstance(value, Tensor) and value.numel() > 1:
+            raise CannotFollow(f"{call.module or 'the network'} writes constants into a part of it")
+        if torch.equal(torch.unique(trace.units.find(part)), torch.unique(trace.units.find(units))):
+            return  # a number at some positions of every unit
+        written = label_constant(trace, call, part.shape)
+    else:
+        written = new.units
+    units = units.clone()
+    units[index] = written
+    trace.label(x, Labels.of(units, *(known for known in (labels, new) if known is not None)))
+
+
+@rule("pad")
+def pad(trace: Trace, call: Call) -> None:
+    """Positions added to a map belong to its units; channels added are new units, which hold a constant."""
+    labels = first_labels(trace, call)
+    units, amounts, mode = labels.units, call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    padded_by = tuple(zip(amounts[::2], amounts[1::2], strict=True))
+    zeros = mode == "constant" and not call.arg(3, "value")  # every sum and every norm leaves them zero
+    if mode != "constant" and max(trace.units.drop_repeats(units).shape[-len(padded_by) :]) > 1:
+        units = F.pad(units.double(), amounts, mode).long()
+    else:
+        for k, amount in enumerate(padded_by):
+            dim = units.dim() - 1 - k
+            if trace.units.drop_repeats(units).shape[dim] == 1:
+                size = units.shape[dim] + sum(amount)
+                units = units.narrow(dim, 0, 1).expand(_resize(units, dim, size))
+            elif min(amount) < 0:
+                raise CannotFollow(f"{call} removes some of them")
+            else:
+                units, zeros = _pad_units(trace, call, units, dim, amount), zeros and not any(amount)
+    result = Labels.of(units, labels, gain=labels.gain, padded_by=padded_by)
+    if zeros:
+        result = replace(result, range=join_ranges([labels.range, (0.0, 0.0)]), linear=labels.linear)
+        result = replace(result, after_norm=labels.after_norm, first_norm=labels.first_norm)
+    trace.label(call.out, result)
+
+
+def _pad_units(trace: Trace, call: Call, units: Tensor, dim: int, amount: tuple[int, int]) -> Tensor:
+    """Put new units before and behind `units` along one axis."""
+    before, after = (
+        [spread(trace.units.fresh(count, trace.units.key("padding", call.module)), dim, _resize(units, dim, count))]
+        if count
+        else []
+        for count in amount
+    )
+    return torch.cat([*before, units, *after], dim)
+
+
+def _resize(units: Tensor, dim: int, size: int) -> list[int]:
+    """Return the shape of `units` with another size on one axis."""
+    return [size if d == dim else n for d, n in enumerate(units.shape)]
+
+
+@rule("unfold")
+def unfold(trace: Trace, call: Call) -> None:
+    """Patches of a map hold every unit once for each place in the patch."""
+    labels = first_labels(trace, call)
+    if labels.units.dim() != 4:
+        raise CannotFollow(f"{call} acts on a map without a batch")
+    units = trace.units.units_along(labels.units, 1, f"{call} mixes positions")
+    units = units.repeat_interleave(call.out.shape[1] // len(units))
+    trace.label(call.out, Labels.of(spread(units, 1, call.out.shape), labels, gain=labels.gain))
+
+
+@rule("fold")
+def fold(trace: Trace, call: Call) -> None:
+    """Patches are summed into a map: the entries of one channel are one unit."""
+    labels = first_labels(trace, call)
+    if labels.units.dim() != 3:
+        raise CannotFollow(f"{call} acts on patches without a batch")
+    units = trace.units.units_along(labels.units, 1, f"{call} mixes positions").reshape(call.out.shape[1], -1)
+    units = trace.units.tie_along(units, [1], f"{call} sums over patches").reshape(-1)
+    trace.label(call.out, Labels.of(spread(units, 1, call.out.shape), labels, gain=labels.gain))

@@ -1,0 +1,108 @@
+"""Norms: their statistics are one for each unit (batch norm), or taken across units (layer norm, group norm)."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..activations import ALL
+from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind
+from ..graph import Trace
+from ..units import spread
+from .registry import CannotFollow, first_labels, rule
+
+
+@rule("batch_norm", "instance_norm")
+def batch_norm(trace: Trace, call: Call) -> None:
+    """Statistics and affine parameters have one entry for each unit; the units go on as they are."""
+    labels = _activation(trace, call)
+    units = trace.units.units_along(labels.units, 1, f"{call} has one entry for them")
+    roles = {"mean": (1, "running_mean"), "var": (2, "running_var"), "weight": (3, "weight"), "bias": (4, "bias")}
+    tensors = _parameters(trace, call, roles, units)
+    key = None if tensors else trace.units.key("norm", call.module)
+    name = str(key) if key else next(iter(tensors.values())).rpartition(".")[0]
+    options = {"eps": call.arg(7, "eps", 1e-5), "module": call.module}
+    trace.add(Layer(LayerKind.NORM, name, tensors, units, labels.sources, labels.norms_since, options, key=key))
+    passage = replace(labels.passage, rest=None)
+    units = spread(units, 1, call.out.shape)
+    trace.label(call.out, Labels.of(units, labels, norms=[name], passage=passage, range=ALL))
+
+
+@rule("layer_norm", "rms_norm")
+def layer_norm(trace: Trace, call: Call) -> None:
+    """The norm must see all units equally often, or added means (layer norm) or zeros (RMS norm)."""
+    labels = _activation(trace, call)
+    is_rms = call.plain == "rms_norm"
+    units, tensors = labels.units, {}
+    for role, tensor in (("weight", call.arg(2, "weight")), ("bias", None if is_rms else call.arg(3, "bias"))):
+        if tensor is not None and (entries := trace.labels(tensor)) is not None:
+            units = trace.units.combine(units, entries.units.broadcast_to(units.shape), call)
+            if (name := trace.parameters.name_of(tensor)) is not None:
+                tensors[role] = name
+    eps = call.arg(3 if is_rms else 4, "eps", None if is_rms else 1e-5)
+    if eps is None:
+        eps = torch.finfo(call.args[0].dtype).eps
+    shape = call.arg(1, "normalized_shape")
+    size = math.prod(shape)
+    lead = trace.units.drop_repeats(units).shape[: units.dim() - len(shape)]
+    rows = units[tuple(slice(0, n) for n in lead)].reshape(-1, size)
+    # A unit that holds a mean deviates from it at other positions only.
+    once = size == max(shape) and len(torch.unique(trace.units.find(rows[0]))) == size
+    kind = NormKind.RMS if is_rms else NormKind.LAYER
+    _record(trace, call, replace(labels, units=units), _Statistic(kind, rows, tensors, eps, once))
+
+
+@rule("group_norm")
+def group_norm(trace: Trace, call: Call) -> None:
+    """Layer norm inside every group of channels."""
+    labels = _activation(trace, call)
+    channels = trace.units.units_along(labels.units, 1, f"{call} has one entry for them")
+    tensors = _parameters(trace, call, {"weight": (2, "weight"), "bias": (3, "bias")}, channels)
+    groups = call.arg(1, "num_groups")
+    rows = channels.reshape(groups, -1)
+    if groups > 1:
+        key = trace.units.key("groups", call.module)
+        trace.units.relate(key, rows, trace.units.fresh(groups, key)[:, None].expand_as(rows))
+    once = call.args[0][0].numel() == rows.numel()
+    statistic = _Statistic(NormKind.LAYER, rows, tensors, call.arg(4, "eps", 1e-5), once)
+    _record(trace, call, labels, statistic)
+
+
+def _activation(trace: Trace, call: Call) -> Labels:
+    """Return the labels of what a norm sees."""
+    if not trace.is_activation(call.args[0]):
+        raise CannotFollow(f"{call} normalises a parameter")
+    return first_labels(trace, call)
+
+
+def _parameters(trace: Trace, call: Call, roles: dict[str, tuple[int, str]], units: Tensor) -> dict[str, str]:
+    """Return the names of the tensors with one entry for each of `units`; `roles` say where the call has them."""
+    given = {role: trace.parameters.name_of(call.arg(*place)) for role, place in roles.items()}
+    tensors = {role: name for role, name in given.items() if name is not None}
+    for name in tensors.values():
+        trace.parameters.axis(name, 0, units)
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Statistic:
+    """A statistic over each of `rows` of units; `once` says that a row holds each of its units once."""
+
+    kind: NormKind
+    rows: Tensor
+    tensors: dict[str, str]
+    eps: float
+    once: bool
+
+
+def _record(trace: Trace, call: Call, labels: Labels, statistic: _Statistic) -> None:
+    """Record a norm across units, and label its result."""
+    key, tensors, rows = trace.units.key("norm", call.module), statistic.tensors, statistic.rows
+    name = next(iter(tensors.values())).rpartition(".")[0] if tensors else str(key)
+    padded = statistic.kind == NormKind.RMS or (labels.linear and statistic.once)
+    first = NO_NORM if labels.linear else labels.first_norm
+    trace.norms.append(Norm(key, statistic.kind, rows, tensors, statistic.eps, call.module, padded, name, first))
+    known = (labels.sources, labels.norms_since, {"across": True})
+    trace.add(Layer(LayerKind.NORM, name, tensors, rows.reshape(-1), *known, key=None if tensors else key))
+    trace.label(call.out, Labels.of(labels.units, labels, norms=[name], after_norm=name, first_norm=name))

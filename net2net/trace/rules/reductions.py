@@ -1,0 +1,109 @@
+"""Functions that mix positions or units: pooling, sums and means, softmax and sorting."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..activations import NOTHING, join_ranges
+from ..facts import Call, Labels, Norm, NormKind
+from ..graph import Trace
+from ..units import spread
+from .elementwise import pointwise
+from .registry import CannotFollow, first_labels, names, rule
+
+POOLS = names("max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool")
+
+
+@rule(
+    *(f"{pool}{d}d" for pool in POOLS for d in (1, 2, 3)),
+    *(f"max_pool{d}d_with_indices" for d in (1, 2, 3)),
+    *names("interpolate upsample upsample_nearest upsample_bilinear"),
+)
+def channelwise(trace: Trace, call: Call) -> None:
+    """Pooling, interpolation: positions are mixed, channels are not."""
+    labels = first_labels(trace, call)
+    name, rank = call.plain, call.results[0].dim()
+    spatial = int(name.partition("pool")[2][0]) if "pool" in name else rank - 2
+    dim = rank - spatial - 1
+    units = trace.units.units_along(labels.units, dim, f"{call} mixes positions")
+    is_average = "avg" in name
+    state = {
+        "gain": labels.gain,
+        "linear": labels.linear and is_average,
+        "after_norm": labels.after_norm,
+        "passage": labels.passage if is_average else NOTHING,
+        # With the zeros of the padding.
+        "range": join_ranges([labels.range, (0.0, 0.0)]) if "pool" in name and "lp" not in name else None,
+    }
+    for out in call.results:
+        trace.label(out, Labels.of(spread(units, dim, out.shape), labels, **state))
+
+
+@rule(*names("mean sum amax amin max min prod var std var_mean std_mean norm logsumexp all any argmax argmin"))
+def reduction(trace: Trace, call: Call) -> None:
+    """A mean or sum over positions keeps the units.
+
+    A mean or an extreme over units is a new unit, which stays what it is if each of them is copied equally often. Any
+    other result makes one unit of them, which moves as a whole.
+    """
+    if any(isinstance(x, Tensor) for x in [*call.args[1:], call.kwargs.get("other")]):
+        return pointwise(trace, call)  # the maximum of two
+    labels, name = first_labels(trace, call), call.plain
+    dims = _reduced_axes(call, labels.units.dim())
+    if name in ("mean", "amax", "amin", "max", "min", "all", "any"):
+        units = _reduce_units(trace, call, labels.units, dims)
+    else:
+        units = trace.units.tie_along(labels.units, dims, f"{call} mixes them")
+    shape = [1 if d in dims else size for d, size in enumerate(labels.units.shape)]
+    result = Labels.of(units, labels, range=labels.range if name in ("mean", "amax", "amin") else None)
+    if name in ("mean", "sum"):
+        result = replace(result, gain=labels.gain, linear=labels.linear, passage=labels.passage)
+        result = replace(result, after_norm=labels.after_norm, first_norm=labels.first_norm)
+    for out in call.results:
+        trace.label(out, replace(result, units=units.expand(shape).reshape(out.shape)))
+
+
+def _reduced_axes(call: Call, rank: int) -> list[int]:
+    """Return the axes that a reduction sums over."""
+    dims = call.arg(2 if call.plain == "norm" else 1, "dim", call.kwargs.get("axis"))
+    if dims is None:
+        return list(range(rank))
+    return sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
+
+
+def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return a new unit for each set of units along `dims`; where all are one unit, that unit stays."""
+    units = trace.units.drop_repeats(units)
+    varying = [d for d in dims if units.shape[d] > 1]
+    if not varying:
+        return units
+    shape = [1 if d in varying else size for d, size in enumerate(units.shape)]
+    rows = units.movedim(varying, list(range(-len(varying), 0))).flatten(-len(varying)).reshape(math.prod(shape), -1)
+    rows, which = torch.unique(trace.units.find(rows), dim=0, return_inverse=True)  # several positions have the same
+    key = trace.units.key("across", call.module)
+    kind = NormKind.MEAN if call.plain == "mean" else NormKind.EXTREME
+    trace.norms.append(Norm(key, kind, rows, {}, 0.0, call.module, padded=False))
+    results = trace.units.fresh(len(rows), key)
+    if len(rows) > 1:
+        trace.units.relate(key, rows, results[:, None].expand_as(rows))
+    return results[which].reshape(shape)
+
+
+@rule(*names("softmax log_softmax softmin cumsum cumprod sort argsort topk normalize"))
+def lengthwise(trace: Trace, call: Call) -> None:
+    """Functions along an axis, as softmax: over positions they keep the units, units move as a whole."""
+    labels = first_labels(trace, call)
+    name = call.plain
+    default = {"normalize": 1, "sort": -1, "argsort": -1, "topk": -1}.get(name)
+    dim = call.arg(2 if name in ("normalize", "topk") else 1, "dim", call.kwargs.get("axis", default))
+    if not isinstance(dim, int):
+        raise CannotFollow(f"{call} mixes elements along an axis that is not named")
+    units = trace.units.tie_along(labels.units, [dim], f"{call} mixes them")
+    if "softm" in call.name:
+        key = trace.units.key("softmax", call.module)
+        trace.softmax_gains[key] = (labels.gain, labels.sources, torch.unique(units))
+    for out in call.results:
+        trace.label(out, Labels.of(units.expand(out.shape), labels))

@@ -1,0 +1,161 @@
+"""Register rules and find the rule of a call; what every rule needs."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from ..facts import Call, Labels, plain_name
+from ..graph import Trace
+
+Rule = Callable[[Trace, Call], None]
+Rewrite = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable)
+
+RULES: dict[str, Rule] = {}
+REWRITES: dict[str, Rewrite] = {}
+
+
+def rule(*functions: str | Callable, rewrite: bool = False, replace: bool = False) -> Callable[[Function], Function]:
+    """Return a decorator that registers a rule: what `functions` do to units.
+
+    The forward pass calls the rule as `rule(trace, call)` after each call of such a function. The rule reads the labels
+    of the call's arguments (`trace.labels`) and labels its results (`trace.label`).
+
+    Args:
+        functions: what the rule is for. A torch function goes by its name, "conv2d", which stands for its method, its
+            in-place form and its operator, too. A custom operator goes by its full name, "mylib::crop". A Python
+            function that calls `torch.overrides.handle_torch_function` is given itself.
+        rewrite: the decorated function is not a rule. It takes the arguments of the original and computes a result in
+            other functions, which have rules. The labels of this result are used, its values are not.
+        replace: take the place of a rule that is there already.
+
+    Raises:
+        ValueError: one of the functions has a rule already, and `replace` is not set.
+
+    Example:
+        >>> import net2net
+        >>> from net2net.trace.rules import pointwise
+        >>> net2net.rule("mylib::swish")(pointwise)  # an elementwise operator  # doctest: +SKIP
+    """
+
+    def register(function: Function) -> Function:
+        for each in functions:
+            name = each if isinstance(each, str) else function_name(each)
+            if not replace and (plain_name(name) in RULES or name in REWRITES):
+                raise ValueError(f"{name} has a rule already: pass replace=True to put another in its place.")
+            RULES.pop(plain_name(name), None)
+            REWRITES.pop(name, None)
+            if rewrite:
+                REWRITES[name] = function
+            else:
+                RULES[plain_name(name)] = function
+        return function
+
+    return register
+
+
+def names(text: str) -> frozenset[str]:
+    """Return the names of functions in a text."""
+    return frozenset(text.split())
+
+
+def function_name(function: Callable) -> str:
+    """Return the name of a function in calls and rules: short for torch's own, qualified for everything else."""
+    if isinstance(function, (OpOverload, OpOverloadPacket)) and not str(function).startswith("aten."):
+        namespace, name = str(function).split(".")[:2]
+        return f"{namespace}::{name}"
+    if isinstance(function, FunctionType) and not str(function.__module__).startswith("torch."):
+        return f"{function.__module__}.{function.__qualname__}"
+    return getattr(function, "__name__", str(function))
+
+
+def apply(trace: Trace, call: Call) -> None:
+    """Label the results of `call`, by the rule of its function, if the pass follows any of its arguments."""
+    found = RULES.get(call.plain, unknown)
+    if found is ignore or not any(map(trace.follows, call.tensors)):
+        return
+    for x in call.tensors:
+        labels = trace.labels(x) if trace.is_activation(x) else None
+        if labels is not None and labels.result_of is not None:
+            alone = len(call.tensors) == 1 and call.plain in ("mul", "div")
+            trace.multipliers.setdefault(labels.result_of, set()).add(factor_in(trace, call) if alone else 1.0)
+    if call.results:
+        try:
+            found(trace, call)
+        except CannotFollow as reason:
+            pin_operands(trace, call, str(reason))
+
+
+SILENT = """
+    set size dim ndimension numel is_floating_point requires_grad is_contiguous stride storage_offset shape device
+    dtype ndim is_cuda layout new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like
+    rand_like randn_like bernoulli item tolist len is_complex get_device element_size is_nested has_names names grad
+    is_sparse is_quantized data_ptr assert_async
+"""
+
+
+@rule(*names(SILENT))
+def ignore(trace: Trace, call: Call) -> None:
+    """Do nothing: the results carry no units, and the call does not change its arguments."""
+
+
+def unknown(trace: Trace, call: Call) -> None:
+    """Give up: the function has no rule."""
+    raise CannotFollow(f"{call} has no rule for units (net2net.rule adds one)")
+
+
+class CannotFollow(Exception):
+    """A rule raises this, with the reason, where it cannot say what a call does to units."""
+
+
+def pin_operands(trace: Trace, call: Call, why: str) -> None:
+    """Pin every unit that meets in `call`, and follow none of them further: each result is one unit of fixed size."""
+    for x in call.tensors:
+        if (view := trace.parameters.view(x)) is not None:
+            trace.parameters.make_one_unit(view.name)
+    operands = [labels for x in call.tensors if (labels := trace.labels(x))]
+    for labels in operands:
+        trace.units.pin(labels.units, why)
+    key = trace.units.key(call.name, call.module)
+    for position, out in enumerate(call.results):
+        units = trace.units.fresh(1, dataclasses.replace(key, part=str(position)))[0].expand(out.shape)
+        trace.units.pin(units, why)
+        trace.label(out, Labels.of(units, *operands))
+
+
+# -- operands --------------------------------------------------------------------------------------------
+
+
+def first_labels(trace: Trace, call: Call) -> Labels:
+    """Return the labels of the first argument."""
+    if (labels := trace.labels(call.args[0])) is None:
+        raise CannotFollow(f"{call} acts on a parameter or constant")
+    return labels
+
+
+def label_constant(trace: Trace, call: Call, shape: Sequence[int]) -> Tensor:
+    """Return labels for a tensor of constants: one unit, which has the same width in both networks."""
+    return trace.units.fresh(1, trace.units.key(f"constant {call.name}", call.module))[0].expand(tuple(shape))
+
+
+def factor_in(trace: Trace, call: Call) -> float:
+    """Return the plain number by which the call multiplies, else 1."""
+    factor = 1.0
+    for value in (*call.args[:2], call.kwargs.get("other")):
+        if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and not trace.follows(value):
+            value = value.item()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
+            factor = value
+    if call.plain == "div":
+        return 1 / factor if not call.name.startswith("__r") else 1.0
+    return factor if call.plain == "mul" else 1.0
+
+
+def first_norm_of_sum(operands: Sequence[Labels | None]) -> str | None:
+    """Return the one norm that a plain sum of `operands` begins with, None if there are several."""
+    norms = {labels and labels.first_norm for labels in operands if labels is None or not labels.linear}
+    return norms.pop() if len(norms) == 1 else None

@@ -1,0 +1,122 @@
+"""Functions rewritten in other functions, which have rules: gated units, attention, sums of products."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import rule
+
+
+@rule("glu", rewrite=True)
+def gated_linear_unit(input: Tensor, dim: int = -1) -> Tensor:
+    """Gate the first half of an axis with the second."""
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+@rule("addmm", "baddbmm", rewrite=True)
+def add_product(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
+    """Add a matrix product."""
+    return a @ b + bias
+
+
+@rule("scaled_dot_product_attention", rewrite=True)
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Softmax of queries by keys, times values. Masks hide positions and say nothing of units."""
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    logits = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        logits = logits + attn_mask
+    return logits.softmax(-1) @ value
+
+
+MULTI_HEAD_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+@rule("multi_head_attention_forward", rewrite=True)
+def multi_head_attention(*args: Any, **kwargs: Any) -> object:
+    """Project queries, keys and values, attend in every head, and project the heads' results."""
+    given = MULTI_HEAD_ATTENTION.bind(*args, **kwargs)
+    given.apply_defaults()
+    call = SimpleNamespace(**given.arguments)
+    if call.static_k is not None or call.static_v is not None:
+        return NotImplemented
+    if call.use_separate_proj_weight:
+        weights = (call.q_proj_weight, call.k_proj_weight, call.v_proj_weight)
+    else:
+        weights = call.in_proj_weight.chunk(3)
+    biases = (None, None, None) if call.in_proj_bias is None else call.in_proj_bias.chunk(3)
+    inputs = (call.query, call.key, call.value)
+    projected = [F.linear(x, weight, bias) for x, weight, bias in zip(inputs, weights, biases, strict=True)]
+    for which, more in ((1, call.bias_k), (2, call.bias_v)):
+        if more is not None:
+            shape = (1, *projected[which].shape[1:])
+            projected[which] = torch.cat([projected[which], more.reshape(-1).expand(shape)])
+    # (..., head, position, unit)
+    query, key, value = (x.unflatten(-1, (call.num_heads, -1)).movedim(0, -2) for x in projected)
+    merged = attention(query, key, value).movedim(-2, 0).flatten(-2)
+    # Hardly anyone reads the weights, which are the second result: they must not pin the heads.
+    return F.linear(merged, call.out_proj_weight, call.out_proj_bias), None
+
+
+@rule("einsum", rewrite=True)
+def einsum(equation: object, *operands: Tensor) -> object:
+    """Write two factors as a matrix product, or as a product element by element and a sum."""
+    terms, arrow, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    a, comma, b = terms.partition(",")
+    if not (arrow and comma) or "." in terms or any(len(set(term)) < len(term) for term in (a, b, result)):
+        return NotImplemented
+    if len(operands) != 2 or not set(result) <= set(a) | set(b):
+        return NotImplemented
+    summed = [c for c in a if c in b and c not in result]
+    rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
+    if summed and rows and columns and set(rows + columns) <= set(result):
+        return _einsum_by_matmul(operands, (a, b, result), summed)
+    return _einsum_by_mul(operands, (a, b, result))
+
+
+def _einsum_by_matmul(operands: Sequence[Tensor], terms: tuple[str, str, str], summed: list[str]) -> Tensor:
+    """Multiply matrices of (axes of one factor alone) x `summed` for every entry of the other shared axes."""
+    a, b, result = terms
+    batch = [c for c in a if c in b and c in result]
+    rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
+    sizes = dict(zip(a, operands[0].shape, strict=True)) | dict(zip(b, operands[1].shape, strict=True))
+
+    def as_matrix(x: Tensor, term: str, *axes: list[str]) -> Tensor:
+        x = x.permute([term.index(c) for c in [*batch, *axes[0], *axes[1]]])
+        return x.reshape(*x.shape[: len(batch)], *(math.prod(sizes[c] for c in each) for each in axes))
+
+    product = as_matrix(operands[0], a, rows, summed) @ as_matrix(operands[1], b, summed, columns)
+    order = batch + rows + columns
+    return product.reshape([sizes[c] for c in order]).permute([order.index(c) for c in result])
+
+
+def _einsum_by_mul(operands: Sequence[Tensor], terms: tuple[str, str, str]) -> Tensor:
+    """Multiply element by element, and sum over the axes that the result lacks."""
+    a, b, result = terms
+    axes = [*result, *(c for c in dict.fromkeys(a + b) if c not in result)]
+    left, right = (
+        x.permute([term.index(c) for c in axes if c in term]).reshape(
+            [x.shape[term.index(c)] if c in term else 1 for c in axes]
+        )
+        for x, term in zip(operands, (a, b), strict=True)
+    )
+    product = left * right
+    return product.sum(list(range(len(result), len(axes)))) if len(axes) > len(result) else product
