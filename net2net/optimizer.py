@@ -1,55 +1,72 @@
-"""Optimizer state along the record of a transfer.
+"""Gradients and optimizer state along the record of a growth.
 
-Gradients are dual to weights. Along an axis that produces units a copy's gradient is the teacher's times the copy's
-share of the outgoing weight; along an axis that reads them it is the teacher's own. Momentum is a sum of
-gradients and is carried like one, a second moment like their square.
+Gradients are dual to weights. Along an axis that produces units, a copy's gradient is the teacher's times the copy's
+share of the outgoing weight; along an axis that reads them, it is the teacher's own. Momentum is a sum of gradients and
+is carried like one, a second moment like their square.
 """
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .fill.gather import entrywise, gathered
+from .fill.axes import entrywise
+from .fill.gather import gather
 from .network import unwrap
-from .record import NEW, Axis, How, Origin, Record
+from .record import NEW, How, Origin, Record
 from .tensors import merge_groups, named_tensors
 
-FIRST = {"momentum_buffer", "exp_avg", "grad_avg"}
-SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+FIRST_MOMENTS = {"momentum_buffer", "exp_avg", "grad_avg"}
+SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 
 
 def gradients(record: Record, theirs: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
-    """What the gradient of every student parameter is, given the teacher's by name, on the same loss and inputs.
+    """Predict the gradients of the student's parameters from the teacher's, on the same loss and inputs.
 
-    Exact where every copy takes an equal share (`split="equal"`) and each unit of a larger one is copied as often as
-    the others; with uneven shares, right on average. NaN where it does not follow from the teacher's: new layers, new
-    entries, padding, mixtures, the outer taps of larger kernels.
+    They are exact where every copy takes an equal share (`split="equal"`) and each unit of a larger one is copied as
+    often as the others; with uneven shares they are right on average.
+
+    Args:
+        record: of the growth.
+        theirs: the teacher's gradients by the names of its parameters, each in the shape of its parameter.
+        student: the grown network.
+
+    Returns:
+        Gradients by name, each in the shape of its parameter. They are NaN where they do not follow from the teacher's:
+        in new entries, padding, rotated streams, and the outer taps of larger kernels. New layers are left out.
+
+    Example:
+        >>> teacher, student = nn.Linear(3, 4), nn.Linear(3, 4)
+        >>> record = net2net.transfer(teacher, student, torch.randn(2, 3))
+        >>> teacher(torch.ones(2, 3)).sum().backward()
+        >>> predicted = record.gradients({name: p.grad for name, p in teacher.named_parameters()})
     """
-    made = {}
+    predicted = {}
     for name, target in named_tensors(unwrap(student)).items():
         origin = record.origins.get(name)
         if origin is not None and origin.teacher is not None and origin.teacher in theirs:
-            made[name] = _carried(theirs[origin.teacher], target, origin, 1)
-    return made
+            predicted[name] = _carry(theirs[origin.teacher], target, origin, 1)
+    return predicted
 
 
-def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor:
-    """A teacher's gradient, or the `power`-th moment of one, in the student's shape; NaN where it is not known."""
+def _carry(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor:
+    """Carry a teacher's gradient, or the `power`-th moment of one, to the shape of `target`; NaN where it is unknown."""
     source = merge_groups(source, *origin.merged, between=float("nan"))
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
-    padded = any(axis.means and not axis.reads for axis in origin.axes.values())  # the mean's gradient falls to all
-    padded |= any(axis.reads and axis.signed for axis in origin.axes.values())  # no unit of a pair is the teacher's
-    if origin.tied or padded or origin.turn is not None or origin.mixed:
+    # A mean's gradient belongs to all that are averaged, and neither unit of a sign pair is the teacher's.
+    averaged = any(axis.means and not axis.reads for axis in origin.axes.values())
+    in_pairs = any(axis.reads and axis.signed for axis in origin.axes.values())
+    if origin.tied or averaged or in_pairs or origin.turn is not None or origin.mixed:
         return unknown
     axes = {
-        dim: Axis(_known(axis.index), axis.first, False, axis.share, axis.groups) for dim, axis in origin.axes.items()
+        dim: replace(axis, index=axis.index.clamp(min=NEW), reads=False, means=()) for dim, axis in origin.axes.items()
     }
     plain = Origin(How.SHARED, origin.teacher, axes, origin.flat)
-    value = gathered(source, unknown, plain, torch.Generator(), "equal")
+    value = gather(source, unknown, plain, torch.Generator(), "equal")
     shape = value.shape
     value = value.reshape(-1) if origin.flat else value
     for dim, axis in origin.axes.items():
@@ -61,20 +78,30 @@ def _carried(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tens
     return value.reshape(shape)
 
 
-def _known(index: Tensor) -> Tensor:
-    return index.clamp(min=NEW)
-
-
 def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module) -> None:
-    """Carry the state of `old`, which trained `teacher`, into `new`, which will train `student`, both in place.
+    """Carry the state of the teacher's optimizer into the student's, in place, so that training goes on smoothly.
 
-    Afterwards `new` has the parameter groups of `old` (learning rates, decay and whatever else they hold), with the
-    student's parameters in their places and new layers in the first group; every parameter that the teacher has, too,
-    has its step count and its moments; entries that no teacher entry stands for start at zero. For SGD, Adam, AdamW,
-    NAdam, RMSprop and Adagrad.
+    Afterwards `new` has the parameter groups of `old`, with their learning rates, decay and whatever else they hold.
+    The student's parameters stand in the teacher's places, and new layers in the first group. Every parameter that the
+    teacher has, too, has its step count and its moments; entries without a teacher's start at zero.
 
-    Raises TransferError if the optimizers are of different kinds or do not hold these networks' parameters, or if
-    the state has entries that are not known to follow the gradient.
+    Args:
+        record: of the growth.
+        old: trained the teacher: SGD, Adam, AdamW, NAdam, RMSprop or Adagrad.
+        new: will train the student; of the same class.
+        teacher: the network whose parameters `old` holds.
+        student: the network whose parameters `new` holds.
+
+    Raises:
+        TransferError: the optimizers are of different classes or hold the parameters of other networks, or the state
+            has entries that are not known to follow the gradient.
+
+    Example:
+        >>> teacher, student = nn.Linear(3, 4), nn.Linear(3, 4)
+        >>> old, new = torch.optim.Adam(teacher.parameters()), torch.optim.Adam(student.parameters())
+        >>> teacher(torch.ones(2, 3)).sum().backward()
+        >>> old.step()
+        >>> net2net.transfer(teacher, student, torch.randn(2, 3)).optimizer_state(old, new)
     """
     if type(old) is not type(new):
         raise TransferError(f"The state of {type(old).__name__} means nothing to {type(new).__name__}: use one kind.")
@@ -92,7 +119,8 @@ def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.
     for name, parameter in mine.items():
         source = counterpart.get(name)
         if name in record.origins and source in theirs and theirs[source] in old.state:
-            states[name] = _state(old.state[theirs[source]], parameter, theirs[source], record.origins[name], type(old))
+            state = old.state[theirs[source]]
+            states[name] = _carry_state(state, parameter, theirs[source], record.origins[name], type(old))
     groups = []
     for group in old.param_groups:
         inside = {names[id(p)] for p in group["params"]}
@@ -106,16 +134,17 @@ def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.
     new.state.update({mine[name]: state for name, state in states.items()})
 
 
-def _state(state: Mapping, parameter: Tensor, source: Tensor, origin: Origin, kind: type) -> dict:
-    made = {}
+def _carry_state(state: Mapping, parameter: Tensor, source: Tensor, origin: Origin, kind: type) -> dict:
+    """Return the state of one parameter of the student from that of the teacher's parameter `source`."""
+    carried = {}
     for key, value in state.items():
-        power = 1 if key in FIRST else 2 if key in SECOND else None
+        power = 1 if key in FIRST_MOMENTS else 2 if key in SECOND_MOMENTS else None
         if key == "momentum_buffer" and issubclass(kind, torch.optim.RMSprop):
             power = 0  # it sums gradients that are divided by their size
         if not isinstance(value, Tensor) or (value.dim() == 0 and power is None):
-            made[key] = value.clone() if isinstance(value, Tensor) else value
+            carried[key] = value.clone() if isinstance(value, Tensor) else value
         elif power is not None and value.shape == source.shape:
-            made[key] = torch.nan_to_num(_carried(value, parameter, origin, power).to(value.dtype), nan=0.0)
+            carried[key] = torch.nan_to_num(_carry(value, parameter, origin, power).to(value.dtype), nan=0.0)
         else:
             raise TransferError(f"It is not known how {key!r} in the state of {kind.__name__} follows the gradient.")
-    return made
+    return carried

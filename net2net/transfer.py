@@ -15,7 +15,7 @@ from .attempts import Attempt, first_that_serves, list_attempts, restore_on_refu
 from .equivalence import assert_equivalent
 from .errors import TransferError
 from .fill.calibrate import calibrate as measure_norms
-from .fill.gather import SPLITS, add_noise, fill
+from .fill.fill import SPLITS, add_noise, fill
 from .network import Example, Inputs, unwrap
 from .optimizer import gradients, optimizer_state
 from .plan.names import Rename

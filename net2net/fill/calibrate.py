@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import TransferError
 from ..network import Example, Inputs, run
 from ..record import Fill, Record
-from .gather import fill_new
+from .new_layers import fill_new
 
 
 @torch.no_grad()

@@ -1,55 +1,122 @@
-"""One vector in more numbers, twice over, so that layer norms before and behind a row of weights see no difference.
+"""Rotate the channels of a stream into a width that is no multiple of the teacher's, so that layer norms see the same.
 
-A layer norm has a weight for each channel. Where its output is a stream that other layer norms read, a wider student
-needs two isometries: A for what the norm sees, Q for the stream, and new weights between them:
-diag(weight') A = Q diag(weight). Layer norms subtract the mean, which has to stay apart: Q sends means to means, and
-what A makes of the rest has none. Copies of channels are one solution, where the width is a multiple of the teacher's.
-For other widths we know of no closed form: `frames` finds a solution numerically, to rounding.
+Find two isometries and new norm weights with diag(w') A = Q diag(w). A is for what the norm that begins the stream
+sees, Q for the stream itself, w are the norm's weights and w' the new ones. Layer norms subtract the mean, so it stays
+apart: Q sends means to means, and A sends all that has no mean to what has none. Where the width is a multiple, copies
+of channels are a solution. For other widths we know of no closed form, and search for a numerical one, to rounding.
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..errors import TransferError
+from ..record import Matrix, Mixed, Origin
 
 SMALLEST = 9  # channels that are solved for together, at least: fewer have more equations than unknowns
 LARGEST = 1200  # entries of a block's Q: more take minutes
-SIZES = (0.9, 0.7)  # of what is left of the mean behind A; at 1 the equations are singular
+SIZES = (0.9, 0.7)  # what A keeps of the mean; at 1 the equations are singular
 STARTS, STEPS, EXACT = 3, 60, 1e-12
 
 
-def isometry(channels: int, wider: int) -> Tensor:
-    """Q alone (`wider` x channels), for a stream that no norm begins: one such isometry, always the same."""
-    return _isometry(channels, wider, torch.Generator().manual_seed(0))
+def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor, Origin]:
+    """Multiply the rotated axes of a teacher's tensor by their matrices.
 
+    Args:
+        source: the teacher's tensor.
+        origin: of the student's tensor.
+        matrices: one for each of `origin.mixed`, from `mixing_matrix`.
 
-def frames(weight: Tensor, wider: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, A (each `wider` x channels) and new weights (`wider`), all in double precision, for a norm's `weight`.
-
-    Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). The same for
-    the same weights. Raises TransferError if none is found: there is one for most weights if `wider` is larger by three
-    at least, and shares a divisor with the number of channels if that is large.
+    Returns:
+        The product, in double precision, and the origin of the student's tensor with its other axes only.
     """
-    return _frames(tuple(weight.detach().double().tolist()), wider)
+    if not origin.mixed:
+        return source, origin
+    for mixed, by in zip(origin.mixed, matrices, strict=True):
+        by = by.to(source.device)
+        is_matrix = by.dim() > 1
+        source = (source.double().movedim(mixed.dim, -1) @ by.T).movedim(-1, mixed.dim) if is_matrix else by
+    dims = {mixed.dim for mixed in origin.mixed}
+    return source, replace(origin, axes={dim: axis for dim, axis in origin.axes.items() if dim not in dims})
+
+
+def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
+    """Return the matrix that a rotated axis is multiplied by.
+
+    Args:
+        mixed: the axis.
+        theirs: all tensors of the teacher by name.
+
+    Returns:
+        (student's entries, teacher's entries), float64. For a norm's weights, and for biases of all norms but the
+        first, it is the new values themselves: (student's entries).
+    """
+    channels, wider = mixed.widths
+    positions = len(mixed.columns) // channels
+    ratio = (channels / wider) ** 0.5  # norms see the same squares spread over more entries
+    if mixed.how == Matrix.OTHER:
+        return torch.full((len(mixed.rows),), ratio, dtype=torch.double)
+    if mixed.begins is None:
+        rotation = _random_isometry(channels, wider, torch.Generator().manual_seed(0))
+    else:
+        rotation, before, first = find_isometries(theirs[mixed.begins], wider)
+        if mixed.how == Matrix.FIRST:
+            return ratio * first[mixed.rows]
+        if mixed.how == Matrix.BEFORE:
+            rotation = before - before.mean(1, keepdim=True)  # the norm takes the mean away anyway
+    # A direction orthogonal to all that is on the stream stands for the constant that the norms' biases add.
+    one = torch.linalg.qr(rotation, mode="complete").Q[:, -1].repeat(positions)[mixed.rows]
+    if mixed.how == Matrix.BIAS:
+        return one
+    matrix = torch.block_diag(*[rotation] * positions)[mixed.rows][:, mixed.columns]
+    if mixed.how == Matrix.BEHIND:
+        scale, shift = (None if name is None else theirs[name].to(matrix) for name in mixed.norm)
+        if channels < len(mixed.columns):  # the norm saw each position alone
+            position = mixed.columns % channels
+            scale, shift = (x[position] if x is not None and len(x) == channels else x for x in (scale, shift))
+        matrix = matrix * (ratio if scale is None else scale)  # a norm with a weight has the ratio in that
+        matrix = matrix if shift is None else matrix + one[:, None] * shift / positions
+    return matrix
+
+
+def find_isometries(weight: Tensor, wider: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find Q, A and the new weights of a norm, for a stream that it begins.
+
+    Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). There is a
+    solution for most weights if `wider` is larger by three at least, and shares a divisor with the number of channels
+    if that is large. The same weights give the same solution.
+
+    Args:
+        weight: of the norm: (channels).
+        wider: the channels of the student's stream.
+
+    Returns:
+        Q (wider, channels), A (wider, channels) and the new weights (wider), float64.
+
+    Raises:
+        TransferError: none is found.
+    """
+    return _find_isometries(tuple(weight.detach().double().tolist()), wider)
 
 
 @lru_cache(maxsize=4)
-def _frames(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Tensor, Tensor]:
+def _find_isometries(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find them block by block: every block of channels keeps the ratio of the two widths."""
     weight = torch.tensor(weights, dtype=torch.double)
     channels, scale = len(weight), weight.abs().mean().clamp(min=torch.finfo(torch.double).tiny)
-    units = math.gcd(channels, wider)  # of so many channels in so many, each block of them keeps the ratio
+    units = math.gcd(channels, wider)
     each = channels // units
-    parts = max(1, units // -(-SMALLEST // each))
-    largest = -(-units // parts) * each
+    blocks = max(1, units // -(-SMALLEST // each))
+    largest = -(-units // blocks) * each
     solvable = largest * largest * wider <= LARGEST * channels and bool(weight.isfinite().all())
     for size in SIZES if solvable else ():
         solved = []
-        for part in torch.arange(units).tensor_split(parts):
+        for part in torch.arange(units).tensor_split(blocks):
             block = weight[int(part[0]) * each : (int(part[-1]) + 1) * each] / scale
-            solved.append(_solved(block, len(part) * wider // units, size))
+            solved.append(_solve(block, len(part) * wider // units, size))
             if solved[-1] is None:
                 break
         else:
@@ -62,8 +129,8 @@ def _frames(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Tensor, Ten
     )
 
 
-def _solved(weight: Tensor, wider: int, size: float) -> tuple[Tensor, Tensor] | None:
-    """Q and the inverse of the new weights, by damped Gauss-Newton steps from some starts; None if none leads there."""
+def _solve(weight: Tensor, wider: int, size: float) -> tuple[Tensor, Tensor] | None:
+    """Find Q and the inverse of the new weights by damped Gauss-Newton steps; None if no start leads to a solution."""
     channels, mean = len(weight), math.sqrt(wider / len(weight))
     row, column = torch.triu_indices(channels, channels)
     one = torch.eye(channels, dtype=torch.double)[row, column]
@@ -71,20 +138,18 @@ def _solved(weight: Tensor, wider: int, size: float) -> tuple[Tensor, Tensor] | 
     def residual(x: Tensor) -> Tensor:
         q, inverse = x[:-wider].reshape(wider, channels), x[-wider:]
         a = inverse[:, None] * q * weight
-        frame = [(each.T @ each)[row, column] - one for each in (q, a)]
-        return torch.cat([*frame, q.sum(1) - 1 / mean, a.sum(0) - mean * size])
+        orthogonal = [(each.T @ each)[row, column] - one for each in (q, a)]
+        return torch.cat([*orthogonal, q.sum(1) - 1 / mean, a.sum(0) - mean * size])
 
-    def slopes(x: Tensor) -> Tensor:
-        return torch.func.jacrev(residual)(x)  # type: ignore[no-any-return]
-
+    jacobian = torch.func.jacrev(residual)
     generator = torch.Generator().manual_seed(0)
     low, high = float(weight.abs().min()), float(weight.abs().max())
     for _ in range(STARTS):
         drawn = low + (high - low) * torch.rand(wider, generator=generator, dtype=torch.double)
-        x = torch.cat([_isometry(channels, wider, generator).reshape(-1), 1 / drawn.clamp(min=0.1)])
+        x = torch.cat([_random_isometry(channels, wider, generator).reshape(-1), 1 / drawn.clamp(min=0.1)])
         left, damping = residual(x), 1.0
         for _ in range(STEPS):
-            u, s, v = torch.linalg.svd(slopes(x), full_matrices=False)
+            u, s, v = torch.linalg.svd(jacobian(x), full_matrices=False)
             for _ in range(12):
                 gain = torch.where(s > 1e-10 * s[0], s / (s * s + damping**2), 0.0)
                 moved = x - v.T @ (gain * (u.T @ left))
@@ -103,8 +168,8 @@ def _solved(weight: Tensor, wider: int, size: float) -> tuple[Tensor, Tensor] | 
     return None
 
 
-def _isometry(channels: int, wider: int, generator: torch.Generator) -> Tensor:
-    """A random one that sends means to means."""
+def _random_isometry(channels: int, wider: int, generator: torch.Generator) -> Tensor:
+    """Draw an isometry (wider, channels) that sends means to means."""
     bases = []
     for size in (wider, channels):
         drawn = torch.randn(size, size, generator=generator, dtype=torch.double)

@@ -1,0 +1,95 @@
+"""Carry out a record: fill every student tensor from the teacher's."""
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TransferError
+from ..record import How, Record
+from ..tensors import computed, merge_groups, named_tensors, parametrised
+from .gather import gather, gather_first
+from .isometry import mix, mixing_matrix
+from .new_layers import fill_new
+
+SPLITS = ("equal", "uneven", "paired")
+
+
+@torch.no_grad()
+def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
+    """Fill the student in place as the record says.
+
+    Args:
+        teacher: the network to read.
+        student: the network to write.
+        record: where every tensor comes from. If its split is "pad", only the teacher's own entries are written, whole
+            (`random_pad`).
+
+    Raises:
+        TransferError: a rotated stream has no solution (then nothing is written), or a parametrisation cannot hold its
+            weight.
+    """
+    generator = torch.Generator()
+    generator.set_state(record.state)
+    pad = record.split == "pad"
+    theirs, mine = named_tensors(teacher), named_tensors(student)
+    matrices = {}  # all of them before anything is written: one may have no solution
+    if not pad:
+        matrices = {name: [mixing_matrix(m, theirs) for m in origin.mixed] for name, origin in record.origins.items()}
+    for name, origin in record.origins.items():
+        target = mine[name]
+        if origin.how == How.SHARED:
+            assert origin.teacher is not None
+            source = merge_groups(theirs[origin.teacher], *origin.merged)
+            if pad:
+                target.copy_(gather_first(source, target, origin))
+            else:
+                source, origin = mix(source, origin, matrices[name])
+                target.copy_(gather(source, target, origin, generator, record.split))
+        elif not pad:
+            fill_new(target, origin, mine, generator, record.split)
+    if not pad:
+        for module, eps in record.eps.items():
+            student.get_submodule(module).eps = eps  # type: ignore[assignment]
+    _set_parametrised(student, mine)
+
+
+@torch.no_grad()
+def add_noise(student: nn.Module, record: Record, generator: torch.Generator) -> None:
+    """Add Gaussian noise to the incoming weights of every copy but the first, in place (paper, section 3.3).
+
+    Args:
+        student: the filled network.
+        record: its record; the standard deviation is `record.noise` times the tensor's own.
+        generator: draws the noise, on the CPU.
+    """
+    tensors = named_tensors(student)
+    for name, origin in record.origins.items():
+        reading = any(axis.reads for axis in origin.axes.values())
+        produced = [dim for dim, axis in origin.axes.items() if not axis.reads]
+        if origin.how != How.SHARED or not reading or len(produced) != 1 or origin.flat:
+            continue
+        (dim,) = produced
+        axis, target = origin.axes[dim], tensors[name]
+        again = (~axis.first & (axis.index >= 0)).nonzero().flatten()
+        if len(again) and len(axis.index) == target.shape[dim]:
+            drawn = torch.randn(len(again), *target.movedim(dim, 0).shape[1:], generator=generator, dtype=torch.double)
+            drawn = (record.noise * target.float().std() * drawn.to(target.device)).to(target.dtype)
+            target.movedim(dim, 0)[again.to(target.device)] += drawn
+    _set_parametrised(student, tensors)
+
+
+def _set_parametrised(student: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Set every parametrised weight through the parametrisation's own inverse, and check that it holds the value."""
+    for prefix, module, weight in parametrised(student):
+        name = f"{prefix}.{weight}".lstrip(".")
+        value = tensors[name]
+        try:
+            setattr(module, weight, value)
+            held = computed(module, weight)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise TransferError(f"The parametrisation of {name} cannot be given a weight: {error}") from error
+        eps = torch.finfo(value.dtype).eps
+        if not torch.allclose(held, value, rtol=eps**0.75, atol=eps):
+            raise TransferError(
+                f"The parametrisation of {name} cannot hold the weight that the student needs. A spectral norm, for "
+                "one, fixes the size of the whole matrix, which shared weights change."
+            )
