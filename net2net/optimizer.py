@@ -54,7 +54,7 @@ def gradients(record: Record, theirs: Mapping[str, Tensor], student: nn.Module) 
 
 
 def _carry(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor:
-    """Carry a teacher's gradient, or the `power`-th moment of one, to the shape of `target`; NaN where it is unknown."""
+    """Carry a gradient, or the `power`-th moment of one, to the shape of `target`; NaN where it does not follow."""
     source = merge_groups(source, *origin.merged, between=float("nan"))
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
     # A mean's gradient belongs to all that are averaged, and neither unit of a sign pair is the teacher's.

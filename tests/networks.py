@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net2net import Axis, Origin, Transfer, equivalence
-from net2net.fill import gather as filling
+from net2net.fill import fill as filling
 from net2net.testing import look_trained
 
 BAR = 1e-12  # relative, in float64: rounding, and nothing else

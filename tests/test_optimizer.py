@@ -511,8 +511,8 @@ def test_noise_changes_the_function_and_the_record_says_so() -> None:
 
 
 def test_noise_in_pairs_that_does_not_cancel_is_refused(monkeypatch) -> None:
-    shared = filling._shared
+    shared = filling.share_out
     broken = lambda *arguments: shared(*arguments) + 0.01 * torch.randn(1)  # noqa: E731
-    monkeypatch.setattr(filling, "_shared", broken)
+    monkeypatch.setattr(filling, "share_out", broken)
     with pytest.raises(TransferError, match="does not compute its teacher's function"):
         grown("paired")

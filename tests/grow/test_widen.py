@@ -455,7 +455,7 @@ def test_that_nothing_grows_is_told(widths) -> None:
 
 
 def test_without_shares_it_would_be_refused(monkeypatch) -> None:
-    monkeypatch.setattr(filling, "_shared", lambda axis, value, *rest: value)
+    monkeypatch.setattr(filling, "share_out", lambda axis, value, *rest: value)
     with pytest.raises(TransferError, match="does not compute its teacher's function"):
         widen(randomise(chain(4, 5)), images(), 1.5)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import net2net
-from net2net.fill import gather as filling
-from net2net.fill.isometry import frames
+from net2net.fill import fill as filling
+from net2net.fill import isometry
+from net2net.fill.isometry import find_isometries
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -129,22 +130,22 @@ def test_in_float32_the_two_agree_to_its_rounding() -> None:
 @pytest.mark.parametrize("lost", ["weights", "mean before", "isometry", "bias"])
 def test_without_any_of_its_parts_it_is_refused(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(weight: Tensor, wider: int) -> tuple[Tensor, Tensor, Tensor]:
-        stream, before, first = frames(weight, wider)
+        stream, before, first = find_isometries(weight, wider)
         if lost == "weights":
             return stream, before, torch.ones_like(first)
         if lost == "isometry":
             return stream + 0.01 * torch.randn_like(stream), before, first
         return stream, before, first
 
-    def changed(mixed: filling.Mixed, theirs: dict[str, Tensor]) -> Tensor:
+    def changed(mixed: isometry.Mixed, theirs: dict[str, Tensor]) -> Tensor:
         made = matrix(mixed, theirs)
         if lost == "mean before" and mixed.how == "before":
-            return frames(theirs[str(mixed.begins)], len(made))[1]
+            return find_isometries(theirs[str(mixed.begins)], len(made))[1]
         return torch.zeros_like(made) if lost == "bias" and mixed.how == "bias" else made
 
-    matrix: Callable = filling.matrix
-    monkeypatch.setattr(filling, "frames", broken)
-    monkeypatch.setattr(filling, "matrix", changed)
+    matrix: Callable = filling.mixing_matrix
+    monkeypatch.setattr(isometry, "find_isometries", broken)
+    monkeypatch.setattr(filling, "mixing_matrix", changed)
     with pytest.raises(net2net.TransferError, match="does not compute its teacher's function"):
         net2net.transfer(trained(Stream(6)), Stream(9).eval(), torch.randn(IMAGES))
 
@@ -233,7 +234,7 @@ def test_random_pad_keeps_the_corner() -> None:
 
 @pytest.mark.parametrize("weight", [torch.ones(12), 1 + 0.01 * torch.arange(12), torch.linspace(-2, 3, 12)])
 def test_frames_are_what_they_say(weight: Tensor) -> None:
-    stream, before, new = frames(weight, 16)
+    stream, before, new = find_isometries(weight, 16)
     one = torch.eye(12)
     for left, right in (
         (stream.T @ stream, one),
@@ -243,4 +244,4 @@ def test_frames_are_what_they_say(weight: Tensor) -> None:
         (new[:, None] * before, stream * weight),
     ):
         assert float((left - right).abs().max()) < 1e-11
-    assert all(torch.equal(a, b) for a, b in zip(frames(weight, 16), (stream, before, new), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(find_isometries(weight, 16), (stream, before, new), strict=True))
