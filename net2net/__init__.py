@@ -6,8 +6,9 @@ Chen, Goodfellow and Shlens, "Net2Net: Accelerating learning via knowledge trans
 from .blend import Blend
 from .equivalence import Equivalence, equivalence
 from .errors import TransferError
+from .grow.deepen import deepen
 from .grow.describe import Description, Group, describe
-from .grow.widen import deepen, widen
+from .grow.widen import widen
 from .record import Axis, Origin, save_record
 from .trace.rules import rule
 from .transfer import Transfer, load_record, random_pad, replay, transfer

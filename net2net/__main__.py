@@ -1,5 +1,10 @@
-"""`python -m net2net resnet18` prints the unit groups of a network; `python -m net2net resnet18 resnet34` grows one
-into the other and prints how equal they are. Networks of torchvision, or of timm if that is installed, by name."""
+"""Print the unit groups of a network, or grow one into another and print how equal they are.
+
+python -m net2net resnet18            prints the unit groups of a network
+python -m net2net resnet18 resnet34   grows the first into the second
+
+Networks are those of torchvision, or of timm if that is installed, by name, with weights that look trained.
+"""
 
 import argparse
 import sys
@@ -10,14 +15,27 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import TransferError, describe, equivalence, transfer
+from .equivalence import equivalence
+from .errors import TransferError
+from .grow.describe import describe
+from .testing import look_trained
+from .transfer import transfer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m net2net", description=__doc__)
+    """Run the command line.
+
+    Args:
+        arguments: those of the command; None takes the process's own.
+
+    Returns:
+        The exit status: 0, or 1 with one sentence on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m net2net", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("teacher", help="the name of a network, as resnet18 or timm's resnet10t")
     parser.add_argument("student", nargs="?", help="a larger network to grow it into")
     parser.add_argument("--size", type=int, default=224, help="height and width of the example images (224)")
@@ -28,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_default_dtype(torch.float64)
     images = torch.randn(options.batch, 3, options.size, options.size)
     try:
-        teacher = _disturbed(_network(options.teacher))
+        teacher = look_trained(_make_network(options.teacher))
         if options.student is None:
             print(describe(teacher, images))
             return 0
-        student = _network(options.student)
+        student = _make_network(options.student)
         print(transfer(teacher, student, images, split="uneven"))
         print(f"on other images: {equivalence(teacher, student, torch.randn_like(images))}")
     except TransferError as error:
@@ -43,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _network(name: str) -> nn.Module:
-    """A network with random weights, from torchvision or else timm."""
+def _make_network(name: str) -> nn.Module:
+    """Make a network of torchvision, or else of timm, with random weights."""
     if find_spec("torchvision"):
         models = import_module("torchvision.models")
         if name in models.list_models():
@@ -57,21 +75,6 @@ def _network(name: str) -> nn.Module:
         if name in timm.list_models():
             return timm.create_model(name, pretrained=False)
     raise TransferError(f"No network is called {name!r} in torchvision, or in timm if that is installed.")
-
-
-def _disturbed(model: nn.Module) -> nn.Module:
-    """Statistics and weights that are not those of a fresh network, which hide mistakes, as a head of zeros does."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and (tensor.dim() == 1 or not bool(tensor.any())):
-            _disturb(name, tensor.data)
-    return model.eval()
-
-
-def _disturb(name: str, tensor: Tensor) -> None:
-    if name.endswith("running_var"):
-        tensor.uniform_(0.5, 1.5)
-    else:
-        tensor.add_(0.1 * torch.randn_like(tensor))
 
 
 if __name__ == "__main__":

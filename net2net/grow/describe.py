@@ -17,10 +17,15 @@ from ..trace.tracer import trace
 class Group:
     """Units that only grow together.
 
-    `layers` produce them (names of modules), `carriers` have one entry for each (norms, depthwise convolutions),
-    `readers` read them, `width` is the number of units of the widest of the layers. `pinned` says why they cannot grow,
-    `whole` why they move in pieces only (heads, shuffled halves), `norms` names the norms across units that see them:
-    these want a multiple of the width, or means. `units` are their labels.
+    Attributes:
+        layers: the modules that produce them.
+        carriers: the modules that have one entry for each of them (norms, depthwise convolutions).
+        readers: the modules that read them.
+        width: the number of units of the widest layer.
+        pinned: why they cannot grow, or None.
+        whole: why they grow in whole pieces only (heads, shuffled halves), or None.
+        norms: the norms across units that see them: these want a multiple of the width, or means as padding.
+        units: the labels of the units in the trace.
     """
 
     layers: tuple[str, ...]
@@ -44,85 +49,88 @@ class Group:
             return f"pinned: {self.pinned}"
         if self.whole is not None:
             return f"as a whole: {self.whole}"
-        return (
-            f"seen by the {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1)
-            if self.norms
-            else "free"
-        )
+        if not self.norms:
+            return "free"
+        return f"seen by the {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1)
 
 
 @dataclass(frozen=True)
 class Description:
-    """The unit groups of a network, in the order of its forward pass."""
+    """The unit groups of a network, in the order of its forward pass; as a string it is a table."""
 
     groups: tuple[Group, ...]
 
     def __str__(self) -> str:
         head = ("width", "layers", "read by", "growth")
-        rows = [(str(g.width), _some(g.layers), _some(g.readers), g.state) for g in self.groups]
+        rows = [(str(g.width), _list_some(g.layers), _list_some(g.readers), g.state) for g in self.groups]
         wide = [max(len(row[k]) for row in [head, *rows]) for k in range(3)]
         lines = [f"{row[0]:>{wide[0]}}  {row[1]:<{wide[1]}}  {row[2]:<{wide[2]}}  {row[3]}" for row in [head, *rows]]
         free = sum(group.free for group in self.groups)
         return "\n".join([*lines, f"{len(rows)} groups of units, {free} of them free to grow to any width"])
 
 
-def _some(names: tuple[str, ...], most: int = 3) -> str:
+def _list_some(names: tuple[str, ...], most: int = 3) -> str:
+    """List the first names, and count the others."""
     shown = ", ".join(names[:most])
     return f"{shown} +{len(names) - most}" if len(names) > most else shown
 
 
 def describe(model: nn.Module, example: Example) -> Description:
-    """The groups of units of `model`, which must grow together, found in one forward pass on `example`.
+    """Return the groups of units that only grow together, found in one forward pass.
 
-    The network is left as it was. Raises TransferError if the forward pass fails.
+    Args:
+        model: the network, which is left as it was.
+        example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Returns:
+        The groups; printed, they are a table.
+
+    Raises:
+        TransferError: the forward pass fails.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> print(net2net.describe(model, torch.randn(5, 3)))
+        width  layers  read by  growth
+            4  0       2        free
+            2  2                pinned: it is the network's output
+        2 groups of units, 1 of them free to grow to any width
     """
-    return described(trace(unwrap(model), Inputs.of(example)))
+    return describe_trace(trace(unwrap(model), Inputs.of(example)))
 
 
-def described(traced: Trace) -> Description:
-    """The same of a pass that was made already."""
+def describe_trace(traced: Trace) -> Description:
+    """Return the groups of units of a network that was traced already. Closes the groups of its units."""
     close(traced.units)
     roots = traced.units.roots()
     layers = [layer for layer in traced.layers.values() if layer.kind == "mix" and layer.produces is not None]
-    group = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))
-    of: dict[int, list[Layer]] = defaultdict(list)
+    number = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))
+    members: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers:
-        of[int(group[roots[layer.produces]][0])].append(layer)
-    pinned, whole = _reasons(traced.units.pinned, roots), _reasons(traced.units.whole, roots)
-    for contraction in traced.contractions:
-        whole |= dict.fromkeys(roots[contraction.left].tolist(), "the units of a head, queries by keys")
-    heads = [roots[contraction.left] for contraction in traced.contractions]
-    for children, parents in traced.units.relations.values():
-        if heads:
-            valued = roots[children][torch.isin(roots[parents], torch.cat(heads))]
-            whole |= dict.fromkeys(valued.tolist(), "the units of a head, values")
-        owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
-        whole = owners | whole
-    norms: dict[int, dict[str, None]] = defaultdict(dict)
-    for norm in (norm for norm in traced.norms if norm.kind != "extreme"):
-        for root in torch.unique(roots[norm.units]).tolist():
-            norms[root][f"{'mean' if norm.kind == 'mean' else 'norm'} {norm.module or 'in the network'}"] = None
-    found, carriers, readers = [], _carriers(traced, roots, group), _readers(traced, roots, group)
-    for number, members in of.items():
-        units = torch.unique(torch.cat([roots[layer.produces] for layer in members]))
-        seen = units.tolist()
-        found.append(
+        members[int(number[roots[layer.produces]][0])].append(layer)
+    pinned, whole, norms = _reasons(traced.units.pinned, roots), _wholes(traced, roots), _norms(traced, roots)
+    carriers, readers = _carriers(traced, roots, number), _readers(traced, roots, number)
+    groups = []
+    for k, producers in members.items():
+        units = torch.unique(torch.cat([roots[layer.produces] for layer in producers]))
+        labels = units.tolist()
+        groups.append(
             Group(
-                tuple(dict.fromkeys(layer.module for layer in members)),
-                tuple(carriers[number]),
-                tuple(dict.fromkeys(readers[number])),
-                max(_width(traced, layer) for layer in members),
-                next((pinned[root] for root in seen if root in pinned), None),
-                next((whole[root] for root in seen if root in whole), None),
-                tuple(dict.fromkeys(name for root in seen for name in norms.get(root, {}))),
-                units,
+                layers=tuple(dict.fromkeys(layer.module for layer in producers)),
+                carriers=tuple(carriers[k]),
+                readers=tuple(readers[k]),
+                width=max(_width(traced, layer) for layer in producers),
+                pinned=next((pinned[label] for label in labels if label in pinned), None),
+                whole=next((whole[label] for label in labels if label in whole), None),
+                norms=tuple(dict.fromkeys(name for label in labels for name in norms.get(label, {}))),
+                units=units,
             )
         )
-    return Description(tuple(found))
+    return Description(tuple(groups))
 
 
 def _width(traced: Trace, layer: Layer) -> int:
-    """What the layer's class calls its width: an LSTM's counts a unit once, not each of its gates."""
+    """Return what the layer's class calls its width: an LSTM counts a unit once, not each of its gates."""
     assert layer.produces is not None
     module = traced.model.get_submodule(layer.module) if layer.module in traced.module_names else None
     produced = len(layer.produces)
@@ -130,39 +138,63 @@ def _width(traced: Trace, layer: Layer) -> int:
 
 
 def _reasons(pairs: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
-    found: dict[int, str] = {}
+    """Return for every unit the first reason that names it."""
+    reasons: dict[int, str] = {}
     for labels, why in pairs:
         for root in torch.unique(roots[labels]).tolist():
-            found.setdefault(root, why)
-    return found
+            reasons.setdefault(root, why)
+    return reasons
 
 
-def _carriers(traced: Trace, roots: Tensor, group: Tensor) -> dict[int, dict[str, None]]:
-    """For every group the modules, in the order of the forward pass, that have an entry for each unit and produce
-    none."""
+def _wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
+    """Return for every unit that grows in whole pieces only the reason."""
+    whole = _reasons(traced.units.whole, roots)
+    heads = [roots[contraction.left] for contraction in traced.contractions]
+    for units in heads:
+        whole |= dict.fromkeys(units.tolist(), "the units of a head, queries by keys")
+    for children, parents in traced.units.relations.values():
+        if heads:
+            values = roots[children][torch.isin(roots[parents], torch.cat(heads))]
+            whole |= dict.fromkeys(values.tolist(), "the units of a head, values")
+        owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
+        whole = owners | whole
+    return whole
+
+
+def _norms(traced: Trace, roots: Tensor) -> dict[int, dict[str, None]]:
+    """Return for every unit the norms across units that see it, in order."""
+    norms: dict[int, dict[str, None]] = defaultdict(dict)
+    for norm in traced.norms:
+        if norm.kind != "extreme":
+            name = f"{'mean' if norm.kind == 'mean' else 'norm'} {norm.module or 'in the network'}"
+            for root in torch.unique(roots[norm.units]).tolist():
+                norms[root][name] = None
+    return norms
+
+
+def _carriers(traced: Trace, roots: Tensor, number: Tensor) -> dict[int, dict[str, None]]:
+    """Return for every group the modules that have an entry for each unit and produce none, in order."""
     producers = {layer.name for layer in traced.layers.values() if layer.kind == "mix"}
-    carried = {
-        name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None
-    } | traced.parameters.values
-    found: dict[int, dict[str, None]] = defaultdict(dict)
-    for name, labels in carried.items():
-        for number in torch.unique(group[roots[labels]]).tolist() if name not in producers else ():
-            found[number][name.rpartition(".")[0] or name] = None
-    return found
+    axes = {name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None}
+    carriers: dict[int, dict[str, None]] = defaultdict(dict)
+    for name, labels in (axes | traced.parameters.values).items():
+        for k in torch.unique(number[roots[labels]]).tolist() if name not in producers else ():
+            carriers[k][name.rpartition(".")[0] or name] = None
+    return carriers
 
 
-def _readers(traced: Trace, roots: Tensor, group: Tensor) -> dict[int, list[str]]:
-    """For every group the modules that read its units."""
-    found: dict[int, list[str]] = defaultdict(list)
+def _readers(traced: Trace, roots: Tensor, number: Tensor) -> dict[int, dict[str, None]]:
+    """Return for every group the modules that read its units, in order."""
+    readers: dict[int, dict[str, None]] = defaultdict(dict)
     for layer in traced.layers.values():
         if layer.kind == "mix" and layer.reads is not None:
-            for number in torch.unique(group[roots[layer.reads]]).tolist():
-                found[number].append(layer.module)
-    return found
+            for k in torch.unique(number[roots[layer.reads]]).tolist():
+                readers[k][layer.module] = None
+    return readers
 
 
 def _components(sets: list[Tensor], count: int) -> Tensor:
-    """For every unit a number: equal for units of layers that share some."""
+    """Return a number for every unit that is equal for units of sets which overlap, directly or by others."""
     number = torch.arange(count)
     while True:
         before = number.clone()

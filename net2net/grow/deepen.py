@@ -1,0 +1,110 @@
+"""Make a deeper copy of a network, filled by `transfer`."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..blend import Blend
+from ..errors import TransferError
+from ..network import Example, Inputs, unwrap
+from ..trace.graph import Trace
+from ..trace.tracer import trace
+from ..transfer import transfer
+from .shapes import attach_record, copy_network
+
+
+def deepen(
+    model: nn.Module,
+    example: Example,
+    after: str | Sequence[str],
+    *,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    make: Callable[[int, int], nn.Module] | None = None,
+    generator: torch.Generator | None = None,
+    depth: str = "identity",
+    calibrate: Tensor | Iterable[Example] | None = None,
+) -> nn.Module:
+    """Return a deeper copy of a network, of the same class, that computes the same function (paper, section 3.4).
+
+    Behind each module of `after` stands a new layer, as its child `deeper`: a linear layer, or a convolution of kernel
+    3 that keeps the size, with as many units as the module gives. `Blend(activation())` follows it, which is the
+    identity at first whatever the activation. The old keys of the state dict stay.
+
+    Args:
+        model: the network, which is left as it was.
+        example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        after: the modules to put a new layer behind, by name.
+        activation: makes the activation behind a new layer.
+        make: makes another new layer from its number of units and of positions' dimensions (0: linear). It must be able
+            to be an identity.
+        generator: as of `transfer`.
+        depth: as of `transfer`.
+        calibrate: as of `transfer`.
+
+    Returns:
+        The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own).
+
+    Raises:
+        TransferError: there is no such module, its result is not one tensor with one axis of units, or the new layer
+            cannot be an identity.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        >>> deeper = net2net.deepen(model, torch.randn(5, 3), "0", activation=nn.Tanh)
+        >>> len(deeper.state_dict()) - len(model.state_dict())
+        3
+    """
+    model, inputs = unwrap(model), Inputs.of(example)
+    if not after:
+        raise TransferError("No module is named to put a layer behind.")
+    traced = trace(model, inputs)
+    deeper = copy_network(model)
+    for name in [after] if isinstance(after, str) else after:
+        units, dims = _result_of(traced, name)
+        new = make(units, dims) if make else nn.Sequential(_layer(units, dims), Blend(activation()))
+        module = deeper.get_submodule(name)
+        reference = next(p for part in (module, deeper) for p in part.parameters() if p.is_floating_point())
+        place = "deeper"
+        while hasattr(module, place):
+            place += "_"
+        module.add_module(place, new.to(reference.device, reference.dtype).train(model.training))
+        if type(module).forward is not nn.Sequential.forward:  # which calls its children by itself
+            module.register_forward_hook(_Deeper(place))
+    record = transfer(model, deeper, example, generator=generator, rename={}, depth=depth, calibrate=calibrate)
+    attach_record(deeper, record)
+    return deeper
+
+
+class _Deeper:
+    """The hook that sends a module's result through its child. It is a class, so that copies and pickles keep it."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return module.get_submodule(self.place)(output)
+
+
+def _result_of(traced: Trace, name: str) -> tuple[int, int]:
+    """Return how many units a module gives, and along how many dimensions of positions (0: units come last)."""
+    if name not in traced.module_names:
+        raise TransferError(f"There is no module {name!r} to put a layer behind.")
+    labels, axes = traced.outputs.get(name), []
+    if labels is not None:
+        axes = [dim for dim, size in enumerate(traced.units.drop_repeats(labels.units).shape) if size > 1]
+    if labels is None or len(axes) != 1:
+        raise TransferError(
+            f"The result of {name} is not one tensor with one axis of units: no layer can stand behind it."
+        )
+    (axis,), rank = axes, labels.units.dim()
+    if axis not in (1, rank - 1):
+        raise TransferError(f"The units of {name} are on axis {axis}: a layer behind it wants them on axis 1, or last.")
+    return labels.units.shape[axis], 0 if axis == rank - 1 else rank - 2
+
+
+def _layer(units: int, dims: int) -> nn.Module:
+    """Make a linear layer, or a convolution of kernel 3 that keeps the size."""
+    if dims == 0:
+        return nn.Linear(units, units)
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](units, units, 3, padding=1)

@@ -1,0 +1,340 @@
+"""Room for new units in a copy of a network: the shapes of its tensors, and the numbers of its modules that follow."""
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from ..errors import TransferError
+from ..network import Inputs, run
+from ..record import Record
+from ..tensors import parametrised, refuse_spectral_norm
+from ..trace.graph import Trace
+from .describe import Description
+
+Stores = list[tuple[dict[str, Any], str]]  # the dicts of modules that hold a tensor, and its key there
+Changes = dict[Hashable, list[tuple[nn.Module, str, Any, Any]]]  # module, attribute, value before and after
+Sizes = dict[str, dict[int, set[int]]]  # module name -> width -> what that width becomes in the module
+
+
+# -- how many units -----------------------------------------------------------------------------------------------
+
+
+def split_groups(traced: Trace, description: Description) -> list[list[Tensor]]:
+    """Split the units of every group into parts that grow by themselves: the units that the same layers read, of one
+    group or head."""
+    roots = traced.units.roots()
+    marks: dict[int, set[tuple[str, int]]] = defaultdict(set)
+    for key, (children, parents) in traced.units.relations.items():
+        for child, parent in zip(roots[children].tolist(), roots[parents].tolist(), strict=True):
+            if child != parent:
+                marks[child].add((str(key), parent))
+    for name, axes in traced.parameters.axes.items():
+        for dim, labels in enumerate(axes):
+            for root in torch.unique(roots[labels]).tolist() if labels is not None else ():
+                marks[root].add((name, dim))
+    parts = []
+    for group in description.groups:
+        alike: dict[frozenset, list[int]] = defaultdict(list)
+        for unit in group.units.tolist():
+            alike[frozenset(marks[unit])].append(unit)
+        parts.append([torch.tensor(units) for units in alike.values()])
+    return parts
+
+
+def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int, float]) -> Tensor:
+    """Return by how many units each unit is replaced, on average over those of its part.
+
+    Args:
+        traced: the trace.
+        parts: the parts of every group, from `split_groups`.
+        factors: by what factor groups grow, by their number.
+
+    Returns:
+        float64, one number for each label.
+    """
+    count = torch.ones(len(traced.units.roots()), dtype=torch.double)
+    for k, factor in factors.items():
+        for units in parts[k]:
+            wanted = round(len(units) * factor + 1e-9)  # halves are rounded up, not to even
+            count[units] = max(len(units), wanted) / len(units)
+    return count
+
+
+# -- a copy with room ---------------------------------------------------------------------------------------------
+
+
+def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
+    """Return a copy of a network with room for new units. Tensors that grow hold random values.
+
+    Args:
+        model: the network.
+        traced: its trace.
+        count: by how many units each is replaced.
+        trial: the copy only has to show whether it runs: tensors that grow hold zeros, and the others are the model's.
+
+    Raises:
+        TransferError: nothing grows, the network cannot be copied, or a parametrisation takes no other width.
+    """
+    roots = traced.units.roots()
+    shapes = {name: _grown_shape(traced, roots, name, count) for name in traced.parameters.tensors}
+    if all(shape == traced.parameters.tensors[name].shape for name, shape in shapes.items()):
+        raise TransferError("Nothing grows: every width stays what it is.")
+    copied = copy_network(model, share=trial and not traced.parameters.stand_ins)  # a parametrisation is set in place
+    stand_ins = {f"{name}.{weight}".lstrip("."): (module, weight) for name, module, weight in parametrised(copied)}
+    generator = torch.Generator().manual_seed(0)
+    stores = _find_stores(copied)
+    for name, shape in shapes.items():
+        old = traced.parameters.tensors[name]
+        if shape == old.shape:
+            continue
+        value = old.new_zeros(shape) if trial else _draw(old, shape, generator)
+        if name in stand_ins:
+            _set_parametrised(*stand_ins[name], value, name)
+        else:
+            _replace(stores[name], value)
+    for name, module in copied.named_modules():
+        _set_attributes(module, model.get_submodule(name))
+    return copied
+
+
+def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
+    """Return a copy of a network without its record. `share` keeps the very parameters.
+
+    Attributes of parameters stay on, though copying drops them.
+    """
+    shared = {id(tensor): tensor for tensor in model.parameters()} if share else {}
+    try:
+        copied = copy.deepcopy(model, dict(shared))
+    except (TypeError, RuntimeError) as error:
+        raise TransferError(
+            f"{type(model).__name__} cannot be copied: {error}. Make the larger one yourself, and use net2net.transfer."
+        ) from error
+    for place in [place for place, held in vars(copied).items() if isinstance(held, Record)]:
+        del copied.__dict__[place]
+    if not share:
+        theirs = dict(model.named_parameters())
+        for name, parameter in copied.named_parameters():
+            _copy_attributes(theirs[name], parameter)
+    return copied
+
+
+def attach_record(grown: nn.Module, record: Record) -> None:
+    """Keep the record as the network's `growth`, or by the next name that is not taken."""
+    place = "growth"
+    while hasattr(grown, place):
+        place += "_"
+    setattr(grown, place, record)
+
+
+def _copy_attributes(old: Tensor, new: Tensor) -> None:
+    """Put the attributes that users have set on one tensor on another."""
+    for name, value in vars(old).items():
+        setattr(new, name, value)
+
+
+def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
+    """Set a parametrised weight to a value of another shape."""
+    refuse_spectral_norm(module, weight, name)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch warns that buffers are resized
+            setattr(module, weight, value)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise TransferError(f"The parametrisation of {name} cannot be given another width: {error}") from error
+
+
+def _grown_shape(traced: Trace, roots: Tensor, name: str, count: Tensor) -> torch.Size:
+    """Return the shape of a tensor with every unit replaced by `count` of them."""
+    parameters, tensor = traced.parameters, traced.parameters.tensors[name]
+    shape = list(tensor.shape)
+    if name in parameters.values:
+        units = roots[parameters.values[name].reshape(tensor.shape)]
+        for dim in range(tensor.dim()):
+            if not torch.equal(units, units.narrow(dim, 0, 1).expand_as(units)):  # the axis is no axis of positions
+                shape[dim] = max(shape[dim], round(float(count[units].sum(dim).max())))
+        return torch.Size(shape)
+    for dim in range(tensor.dim()):
+        if dim == 1 and name in parameters.inner:
+            labels, groups = parameters.inner[name]
+            shape[dim] = round(float(count[roots[labels]].sum()) / groups)
+        elif name in parameters.axes and (labels := parameters.axes[name][dim]) is not None:
+            shape[dim] = round(float(count[roots[labels]].sum()))
+    return torch.Size(shape)
+
+
+def _draw(old: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Draw a tensor of another shape with the spread and memory layout of the old one."""
+    if not old.is_floating_point():
+        return torch.zeros(shape, dtype=old.dtype, device=old.device)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.double)
+    scale = old.double().std() if old.numel() > 1 else torch.ones(())
+    drawn = (drawn * scale.to(drawn) if not old.is_meta else drawn).to(old)
+    channels_last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
+    return drawn.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _find_stores(model: nn.Module) -> dict[str, Stores]:
+    """Return where modules hold each tensor, by its first name; a tied tensor is held in several places."""
+    found: dict[int, tuple[str, Stores]] = {}
+    for prefix, module in model.named_modules():
+        for store in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers)):
+            for key, held in store.items():
+                if held is not None:
+                    found.setdefault(id(held), (f"{prefix}.{key}".lstrip("."), []))[1].append((store, key))
+    return dict(found.values())
+
+
+def _replace(stores: Stores, value: Tensor) -> None:
+    """Put a tensor of a new shape wherever the old one is, so that tied weights stay tied."""
+    store, key = stores[0]
+    old = store[key]
+    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    _copy_attributes(old, new)
+    for store, key in stores:
+        store[key] = new
+
+
+# -- numbers that follow ------------------------------------------------------------------------------------------
+
+_WITH_WEIGHTS = (
+    nn.Linear,
+    _ConvNd,
+    _NormBase,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.Embedding,
+    nn.PReLU,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+
+
+def _set_attributes(module: nn.Module, before: nn.Module) -> None:
+    """Let the sizes that one of torch's modules holds follow its tensors; `before` is the module that was copied."""
+    weight, old = getattr(module, "weight", None), getattr(before, "weight", None)
+    shape = weight.shape if isinstance(weight, Tensor) else None
+    if isinstance(module, nn.Linear) and shape is not None:
+        module.out_features, module.in_features = shape
+    elif isinstance(module, _ConvNd) and shape is not None and isinstance(old, Tensor):
+        _set_channels(module, shape, old.shape)
+    elif isinstance(module, _NormBase):
+        held = [t for t in (weight, module.running_mean) if isinstance(t, Tensor)]
+        if held:
+            module.num_features = len(held[0])
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and shape is not None:
+        module.normalized_shape = tuple(shape)
+    elif isinstance(module, nn.GroupNorm) and shape is not None:
+        module.num_channels = shape[0]
+    elif isinstance(module, nn.Embedding) and shape is not None:
+        module.embedding_dim = shape[1]
+    elif isinstance(module, nn.PReLU) and shape is not None:
+        module.num_parameters = shape[0]
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        first = "_l0" if isinstance(module, nn.RNNBase) else ""
+        now, were = (getattr(m, f"weight_ih{first}") for m in (module, before))
+        module.input_size = now.shape[1]
+        module.hidden_size = len(now) * module.hidden_size // len(were)  # an LSTM has four rows a unit
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
+
+
+def _set_channels(module: _ConvNd, shape: torch.Size, old: torch.Size) -> None:
+    """Let the channels and groups of a convolution follow its weight."""
+    first, second = module.out_channels, module.in_channels  # of axis 0, and of axis 1 in all groups
+    if module.transposed:
+        first, second = second, first
+    if module.groups > 1 and old[1] == 1 and module.groups == second:  # each group has one of these
+        module.groups = shape[0] * second // first
+    second = shape[1] * module.groups
+    module.out_channels, module.in_channels = (second, shape[0]) if module.transposed else (shape[0], second)
+
+
+def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
+    """Let whole numbers that modules hold follow the widths inside these modules that they are equal to.
+
+    A number follows only where all widths of its value become the same.
+
+    Args:
+        copied: the network with room, changed in place.
+        traced: the trace of the network before.
+        count: by how many units each is replaced.
+
+    Returns:
+        What changed: of torch's own modules by class, of the user's by class, attribute and value.
+    """
+    changes: Changes = defaultdict(list)
+    sizes = _changed_sizes(copied, traced, count)
+    for name, module in copied.named_modules():
+        if name not in sizes or isinstance(module, _WITH_WEIGHTS):
+            continue
+        own = not type(module).__module__.startswith("torch.")
+        for key, value in vars(module).items():
+            new = value
+            if isinstance(value, (list, tuple)) and all(type(number) is int for number in value):
+                new = type(value)(_follow(number, sizes[name]) for number in value)
+            elif type(value) is int:
+                new = _follow(value, sizes[name])
+            if new != value:
+                changes[(type(module), key, str(value)) if own else type(module)].append((module, key, value, new))
+                vars(module)[key] = new
+    return changes
+
+
+def _changed_sizes(copied: nn.Module, traced: Trace, count: Tensor) -> Sizes:
+    """Return for every module which widths in it change, of tensors and of results, and what they become."""
+    sizes: Sizes = defaultdict(lambda: defaultdict(set))
+
+    def note(name: str, before: int, after: int) -> None:
+        if before != after:
+            parts = name.split(".")
+            for depth in range(len(parts) + 1):  # every module around it
+                sizes[".".join(parts[:depth])][before].add(after)
+
+    roots = traced.units.roots()
+    for name, labels in traced.outputs.items():
+        units = traced.units.drop_repeats(labels.units)
+        for dim, size in enumerate(units.shape):
+            if size > 1:
+                note(name, size, round(float(count[roots[units.movedim(dim, 0).reshape(size, -1)[:, 0]]].sum())))
+    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+        if name in traced.parameters.tensors:
+            for before, after in zip(traced.parameters.tensors[name].shape, tensor.shape, strict=True):
+                note(name, before, after)
+    return sizes
+
+
+def _follow(number: int, sizes: Mapping[int, set[int]]) -> int:
+    """Return what a number becomes that is equal to a width."""
+    after = sizes.get(number, set())
+    return next(iter(after)) if len(after) == 1 else number
+
+
+def put_idle_back(copied: nn.Module, inputs: Inputs, changes: Changes) -> bool:
+    """Put back the numbers without which the network runs as well: they only happened to be equal to a width.
+
+    Args:
+        copied: the network, changed in place.
+        inputs: the example.
+        changes: from `follow_widths`.
+
+    Returns:
+        Whether any were.
+    """
+    any_idle = False
+    for alike in changes.values():
+        for module, key, before, _ in alike:
+            vars(module)[key] = before
+        try:
+            run(copied, inputs)
+            any_idle = True
+        except TransferError:
+            for module, key, _, after in alike:
+                vars(module)[key] = after
+    return any_idle
