@@ -65,11 +65,8 @@ class Run:
 
     def images(self, count: int) -> Tensor:
         """Return the first `count` training images of the run's own order and augmentation (all if there are fewer)."""
-        data, count = self.config.data, min(count, len(self.splits.train))
-        batches = self.splits.train.batches(
-            count, epoch=0, seed=self.config.seed, augment=True, pad=data.pad, flip=data.flip
-        )
-        return next(iter(batches))[0]
+        count = min(count, len(self.splits.train))
+        return next(self.splits.train.batches(count, epoch=0, seed=self.config.seed))[0]
 
     def job(
         self,

@@ -175,13 +175,13 @@ def remaining_batches(run: _Run) -> Iterator[Batch]:
 
 def make_batches(job: Job, first: int) -> Iterator[Batch]:
     """Yield the training batches from step `first` on, epoch after epoch, without end."""
-    data, batch_size = job.config.data, job.config.schedule.batch_size
+    batch_size = job.config.schedule.batch_size
+    share = job.ranks.share(batch_size)
     first_epoch, start = divmod(first, job.per_epoch)
-    options = {"pad": data.pad, "flip": data.flip, "augment": job.augment, "share": job.ranks.share(batch_size)}
     for epoch in itertools.count(first_epoch):
         skip = start if epoch == first_epoch else 0
         for images, labels in job.splits.train.batches(
-            batch_size, epoch=epoch, seed=job.config.seed, start=skip, **options
+            batch_size, epoch=epoch, seed=job.config.seed, augment=job.augment, start=skip, share=share
         ):
             yield images.contiguous(memory_format=job.arithmetic.memory_format), labels
 

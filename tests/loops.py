@@ -29,7 +29,7 @@ class Quiet:
 
 def images(count: int, seed: int) -> Images:
     pixels = torch.randint(256, (count, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Images(pixels, torch.arange(count) % 3, (0.5,), (0.25,))
+    return Images(pixels, torch.arange(count) % 3, (0.5,), (0.25,), pad=1, flip=True)
 
 
 def network() -> nn.Module:

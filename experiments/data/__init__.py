@@ -1,7 +1,8 @@
-"""Images: from a name and a folder to a training, a holdout and a test split.
+"""Data sets: a name and a folder become a training, a holdout and a test split.
 
-`sources.py` says what each name means; `tree.py` and `cifar.py` read the disk, `cache.py` keeps what was
-decoded; `splits.py` divides; `memory.py` and `streamed.py` give batches, and share `batching.py`.
+`sources.py` knows the data sets by name. `image_folder.py` reads pictures from disk, `splits.py` holds out a part of
+the training images. A split gives batches from memory (`in_memory.py`) or from disk (`streamed.py`); `batching.py` has
+what both share.
 """
 
 from .batching import complete_batches

@@ -1,4 +1,4 @@
-"""What every split shares: the order of an epoch, and pixels as the network sees them."""
+"""What all splits share: the order of an epoch, and the normalisation of pixels."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from ..config import ExperimentError
 from ..randomness import generator
 
-EVERYTHING = slice(None)  # the share that one process alone takes of a batch
+WHOLE = slice(None)  # the share of a batch that a process takes which trains alone
 
 
 def complete_batches(images: int, batch_size: int) -> int:
-    """How many batches an epoch of so many training images has; ExperimentError if not even one."""
+    """Return how many complete batches an epoch has; raise ExperimentError if there is none."""
     if batch_size > images:
         raise ExperimentError(
             f"schedule.batch_size is {batch_size}, but the training split has only {images} images:"
@@ -22,18 +22,30 @@ def complete_batches(images: int, batch_size: int) -> int:
 
 
 def epoch_order(images: int, batch_size: int, epoch: int, seed: int) -> Tensor:
-    """Which images make which batch: int64 (batches, batch_size) on the CPU, every index at most once.
+    """Draw which images make which batch of an epoch.
 
-    Depends on the arguments alone, so every arm of a seed sees the same order, and a resumed run goes on
-    in it. The last, incomplete batch is dropped. Raises ExperimentError if not even one batch is complete.
+    The order depends on the arguments alone. So all arms of a seed see the same order, and a resumed run continues in
+    it. The last, incomplete batch is dropped.
+
+    Returns:
+        Indices, int64 (batches, batch_size), on the CPU; no index occurs twice.
+
+    Raises:
+        ExperimentError: The split is smaller than a batch.
     """
     batches = complete_batches(images, batch_size)
     order = torch.randperm(images, generator=generator(seed, "order", epoch))
     return order[: batches * batch_size].view(batches, batch_size)
 
 
+def ordered_batches(images: int, batch_size: int, rank: int, ranks: int) -> list[range]:
+    """Cut the images, in order, into batches for evaluation; each of several ranks gets every `ranks`-th batch."""
+    starts = range(rank * batch_size, images, ranks * batch_size)
+    return [range(start, min(start + batch_size, images)) for start in starts]
+
+
 def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 NCHW on `device` to float32 (pixel / 255 - mean) / std, a channel at a time."""
+    """Return a function that maps uint8 NCHW on `device` to float32 (pixel / 255 - mean) / std, for each channel."""
     centre = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
     scale = 1 / (torch.tensor(std, device=device).view(-1, 1, 1) * 255)
     return lambda pixels: pixels.to(torch.float32).sub_(centre).mul_(scale)

@@ -1,13 +1,14 @@
 """Images that fit in memory: uint8 on the device, augmented a batch at a time (as cifar10-airbench does)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..randomness import generator
-from .batching import EVERYTHING, epoch_order, normaliser
+from .batching import WHOLE, epoch_order, normaliser, ordered_batches
 
 
 @dataclass(frozen=True)
@@ -18,76 +19,85 @@ class Images:
     labels: Tensor
     mean: tuple[float, ...]  # of each channel, in 0..1
     std: tuple[float, ...]
-    pad: int = 0  # what `batches` uses when it is not told
-    flip: bool = False
+    pad: int = 0  # training images are shifted by up to so many pixels
+    flip: bool = False  # half of the training images are mirrored
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Images":
-        """The same split on `device`."""
+        """Return the same split on `device`."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(
-        self,
-        batch_size: int,
-        epoch: int,
-        seed: int,
-        augment: bool = True,
-        start: int = 0,
-        pad: int | None = None,
-        flip: bool | None = None,
-        share: slice = EVERYTHING,
+        self, batch_size: int, epoch: int, seed: int, augment: bool = True, start: int = 0, share: slice = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The complete batches of an epoch from batch `start` on: float32 normalised NCHW, int64 labels.
+        """Iterate over the complete batches of an epoch.
 
-        Stateless: a batch depends on (seed, epoch, its number) and not on the batches before it, so a run
-        that starts at `start` sees what the uninterrupted run saw. With `augment`, each image is shifted by
-        up to `pad` pixels and, with `flip`, mirrored half of the time. `share` is the part of each batch that is
-        wanted; it is what it would be in the whole. Raises ExperimentError at the call if the split is smaller than a
-        batch.
+        A batch depends on the seed, the epoch and its number, not on the batches before it: a run that resumes at
+        `start` sees what the uninterrupted run saw.
+
+        Args:
+            batch_size: Images in a batch, of all ranks together.
+            epoch: The number of the epoch.
+            seed: The run's seed.
+            augment: Whether to shift and mirror the images, by `pad` and `flip`.
+            start: The number of the first batch.
+            share: The part of each batch that is wanted. It is the same as in the whole batch.
+
+        Returns:
+            Pairs of images, float32 normalised NCHW, and labels, int64.
+
+        Raises:
+            ExperimentError: The split is smaller than a batch. Raised at the call.
         """
         order = epoch_order(len(self), batch_size, epoch, seed)
-        pad = self.pad if pad is None else pad
-        flip = self.flip if flip is None else flip
-        return self._batches(order, epoch, seed, start, pad if augment else 0, flip and augment, share)
+        return self._batches(
+            order, range(start, len(order)), partial(generator, seed, "augment", epoch), augment, share
+        )
 
     def _batches(
-        self, order: Tensor, epoch: int, seed: int, start: int, pad: int, flip: bool, share: slice
+        self, order: Tensor, numbers: range, draw: Callable[[int], torch.Generator], augment: bool, share: slice
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Gather, augment and normalise the batches of these numbers; `draw` gives the generator of each."""
+        pad, flip = (self.pad, self.flip) if augment else (0, False)
         device = self.images.device
+        order = order.to(device)
         normalise = normaliser(self.mean, self.std, device)
         # The mean colour: see crop_and_flip.
         fill = (torch.tensor(self.mean, device=device) * 255).round().to(torch.uint8)
-        order = order.to(device)
-        for number in range(start, len(order)):
+        for number in numbers:
             chosen = order[number][share]
-            images = self.images.index_select(0, chosen)  # whole rows: four times as fast as indexing
+            images = self.images.index_select(0, chosen)  # four times as fast as indexing
             if pad or flip:
-                draw = generator(seed, "augment", epoch, number)
-                shifts = torch.randint(0, 2 * pad + 1, (2, len(order[number])), generator=draw)
-                mirrored = torch.randint(0, 2, (1, len(order[number])), generator=draw) * flip
+                random = draw(number)
+                shifts = torch.randint(0, 2 * pad + 1, (2, len(order[number])), generator=random)
+                mirrored = torch.randint(0, 2, (1, len(order[number])), generator=random) * flip
                 rows, columns, mirror = torch.cat([shifts, mirrored])[:, share].to(device, non_blocking=True)
                 images = crop_and_flip(images, rows, columns, mirror.bool(), pad, fill)
             yield normalise(images), self.labels[chosen]
 
     def ordered(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in order: float32 normalised NCHW, int64 labels; the last batch may be small.
-
-        Of several ranks each gets every so many-th batch, beginning with its own.
-        """
+        """Iterate over all images in order, or over this rank's share of the batches; the last batch may be small."""
         normalise = normaliser(self.mean, self.std, self.images.device)
-        for first in range(rank * batch_size, len(self), ranks * batch_size):
-            chosen = slice(first, first + batch_size)
+        for batch in ordered_batches(len(self), batch_size, rank, ranks):
+            chosen = slice(batch.start, batch.stop)
             yield normalise(self.images[chosen]), self.labels[chosen]
 
 
 def crop_and_flip(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor, pad: int, fill: Tensor) -> Tensor:
-    """Pads uint8 images NCHW on each side, cuts the window of the old size at (rows, columns), mirrors it.
+    """Pad images on each side, cut out a window of the old size, and mirror it.
 
-    `rows`, `columns` (int64, 0 .. 2 * pad) and `mirror` (bool) have one entry an image; `fill` (uint8) one a
-    channel. Padding with the mean colour makes it zero after normalisation (to half a grey level), as is the
-    zero padding of the convolutions behind it; black would be a strong edge that no image has.
+    Padding with the mean colour becomes zero after normalisation (to half a grey level), like the zero padding of the
+    convolutions. Black would be a strong edge that no image has.
+
+    Args:
+        images: uint8 NCHW.
+        rows: Where each window begins, int64 (N,), 0 to 2 * pad.
+        columns: The same for columns.
+        mirror: Which windows are mirrored, bool (N,).
+        pad: Pixels added on each side.
+        fill: The colour of the padding, uint8 (C,).
     """
     count, channels, height, width = images.shape
     padded = fill.view(1, -1, 1, 1).expand(count, -1, height + 2 * pad, width + 2 * pad).clone()
@@ -96,13 +106,13 @@ def crop_and_flip(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor,
     across = torch.arange(width, device=images.device)
     rows = rows[:, None] + down
     columns = columns[:, None] + torch.where(mirror[:, None], across.flip(0), across)
-    # One flat gather over the pixels of each image, still in uint8: twice as fast as indexing four axes.
+    # One gather over the flat pixels of each image, still in uint8: twice as fast as indexing four axes.
     pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(count, 1, -1)
     return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
 
 
-def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images NCHW, in 0..1, exact.
+def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the exact mean and standard deviation of each channel of uint8 images NCHW, in 0..1.
 
     A channel of one colour gets the deviation of one grey level, so that it can be divided by.
     """

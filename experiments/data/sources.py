@@ -1,31 +1,46 @@
-"""What each name of a data set means."""
+"""The data sets by name."""
 
 import difflib
 import os
+import socket
+import tempfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 from ..config import Data, ExperimentError
+from ..files import writable
 from ..randomness import generator
-from .cache import decoded
-from .cifar import cifar10
-from .image_folder import find_tree
-from .in_memory import Images, statistics
-from .splits import Splits, divide
+from .image_folder import ANOTHER_CACHE, Samples, decode_tree, find_tree
+from .in_memory import Images, mean_and_std
+from .splits import Splits, hold_out
 from .streamed import Folder
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # as every published ImageNet model
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # those of every published ImageNet model
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PATIENCE = 20.0  # seconds without an answer after which the network counts as absent
+
+Labelled = tuple[Tensor, Tensor]  # uint8 images NCHW and their int64 labels
 
 
 def load(config: Data, seed_split: int = 0) -> Splits:
-    """The data set that `config` names, divided, on the CPU.
+    """Load a data set and divide it.
 
-    `config.holdout` of the training images are held out, the same for every run of a data set, unless
-    `seed_split` asks for another division. Raises ExperimentError if the data is not there or not sound.
+    Args:
+        config: Names the data set. A share `config.holdout` of the training images is held out.
+        seed_split: Which images are held out. All runs of a data set hold out the same ones unless this differs.
+
+    Returns:
+        The splits, on the CPU.
+
+    Raises:
+        ExperimentError: The data set is unknown, missing or damaged.
     """
     sources = {"digits": _digits, "cifar10": _cifar10, "image_folder": _image_folder, "imagenet": _imagenet}
     if config.name not in sources:
@@ -37,78 +52,111 @@ def load(config: Data, seed_split: int = 0) -> Splits:
 
 
 def _digits(config: Data, seed_split: int) -> Splits:
-    from sklearn.datasets import load_digits
-
+    """Load scikit-learn's digits; a fixed fifth of each class is the test split."""
     _require_size(config, 8)
     pixels, targets = load_digits(return_X_y=True)
     images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = torch.from_numpy(targets).long()
-    train, test = divide(labels, 0.2, generator("digits", "test"))
+    train, test = hold_out(labels, 0.2, generator("digits", "test"))
     description = f"scikit-learn digits, {len(train):,} train / {len(test):,} test"
-    return _in_memory(config, seed_split, images[train], labels[train], images[test], labels[test], description)
+    return _in_memory(config, seed_split, (images[train], labels[train]), (images[test], labels[test]), description)
 
 
 def _cifar10(config: Data, seed_split: int) -> Splits:
+    """Load the official CIFAR-10 archive from data.root, or download it."""
     _require_size(config, 32)
-    parts = cifar10(Path(config.root or Path(config.cache, "cifar10")))
-    (train, train_labels), (test, test_labels) = (
-        (torch.from_numpy(images), torch.tensor(labels)) for images, labels in (parts["train"], parts["test"])
+    folder = Path(config.root or Path(config.cache, "cifar10"))
+    unpacked = folder / CIFAR10.base_folder
+    if not unpacked.is_dir():
+        _fetch_cifar10(folder)
+    try:
+        parts = [CIFAR10(folder, train=train) for train in (True, False)]
+    except RuntimeError as error:
+        raise ExperimentError(f"{unpacked} is incomplete or damaged: delete it, and it is downloaded again.") from error
+    train, test = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
     )
-    return _in_memory(config, seed_split, train, train_labels, test, test_labels, "CIFAR-10 (official archive)")
+    return _in_memory(config, seed_split, train, test, "CIFAR-10 (official archive)")
+
+
+def _fetch_cifar10(folder: Path) -> None:
+    """Unpack the archive that lies in `folder`, or download it; on failure nothing is left there."""
+    archive = writable(folder, ANOTHER_CACHE) / CIFAR10.filename
+    if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
+        raise ExperimentError(f"{archive} is not the official archive (its checksum differs): delete it.")
+    patience = socket.getdefaulttimeout()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+        try:
+            socket.setdefaulttimeout(PATIENCE)
+            if archive.exists():
+                extract_archive(str(archive), scratch)
+            else:
+                CIFAR10(scratch, download=True)
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise ExperimentError(
+                f"CIFAR-10 is not in {folder} and cannot be downloaded from {CIFAR10.url} ({error}): copy"
+                f" {CIFAR10.filename} there, or use a copy as images with data=image_folder data.root=FOLDER."
+            ) from error
+        finally:
+            socket.setdefaulttimeout(patience)
+        try:
+            os.rename(Path(scratch, CIFAR10.base_folder), folder / CIFAR10.base_folder)
+        except OSError:
+            if not (folder / CIFAR10.base_folder).is_dir():  # otherwise another job was faster
+                raise
 
 
 def _image_folder(config: Data, seed_split: int) -> Splits:
-    found = find_tree(config.root, config.name, ("test", "val"))
+    """Decode a folder of pictures into memory."""
+    tree = find_tree(config.root, config.name, ("test", "val"))
     root = str(config.root)
-    pixels = decoded(found, root, config.size, config.cache)
-    train, test = torch.from_numpy(pixels["train"]), torch.from_numpy(pixels["test"])
-    train_labels, test_labels = torch.tensor(found.train.labels), torch.tensor(found.test.labels)
-    description = f"image folder {_name(root)}, {len(train):,} train / {len(test):,} test"
-    return _in_memory(config, seed_split, train, train_labels, test, test_labels, description)
+    pixels = decode_tree(tree, root, config.size, config.cache)
+    train, test = (
+        (torch.from_numpy(pixels[part]), torch.tensor([label for _, label in samples]))
+        for part, samples in (("train", tree.train), ("test", tree.test))
+    )
+    description = f"image folder {_name(root)}, {len(tree.train):,} train / {len(tree.test):,} test"
+    return _in_memory(config, seed_split, train, test, description)
 
 
 def _imagenet(config: Data, seed_split: int) -> Splits:
-    found = find_tree(config.root, config.name, ("val",))
-    files = np.array([os.fsencode(file) for file in found.train.files])
-    labels = torch.tensor(found.train.labels)
-    kept, held = divide(labels, config.holdout, generator("holdout", seed_split))
+    """Stream a folder of pictures from disk."""
+    tree = find_tree(config.root, config.name, ("val",))
 
-    def folder(files: np.ndarray, labels: Tensor) -> Folder:
+    def folder(samples: Samples) -> Folder:
+        files = np.array([os.fsencode(file) for file, _ in samples])
+        labels = torch.tensor([label for _, label in samples])
         return Folder(files, labels, IMAGENET_MEAN, IMAGENET_STD, config.size, config.workers, config.flip)
 
+    labels = torch.tensor([label for _, label in tree.train])
+    kept, held = hold_out(labels, config.holdout, generator("holdout", seed_split))
     return Splits(
-        train=folder(files[kept.numpy()], labels[kept]),
-        holdout=folder(files[held.numpy()], labels[held]),
-        test=folder(np.array([os.fsencode(file) for file in found.test.files]), torch.tensor(found.test.labels)),
-        classes=len(found.classes),
+        train=folder([tree.train[index] for index in kept.tolist()]),
+        holdout=folder([tree.train[index] for index in held.tolist()]),
+        test=folder(tree.test),
+        classes=len(tree.classes),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        description=f"ImageNet tree {_name(str(config.root))}, {len(found.classes):,} classes,"
-        f" {len(files):,} train / {len(found.test.files):,} test",
+        description=f"ImageNet tree {_name(str(config.root))}, {len(tree.classes):,} classes,"
+        f" {len(tree.train):,} train / {len(tree.test):,} test",
     )
 
 
-def _in_memory(
-    config: Data,
-    seed_split: int,
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    description: str,
-) -> Splits:
-    kept, held = divide(train_labels, config.holdout, generator("holdout", seed_split))
-    kept_images = train[kept]
-    mean, std = statistics(kept_images)
+def _in_memory(config: Data, seed_split: int, train: Labelled, test: Labelled, description: str) -> Splits:
+    """Hold out a part of the training images; their remainder gives the mean and deviation of all splits."""
+    images, labels = train
+    kept, held = hold_out(labels, config.holdout, generator("holdout", seed_split))
+    kept_images = images[kept]
+    mean, std = mean_and_std(kept_images)
 
-    def images(pixels: Tensor, labels: Tensor) -> Images:
-        return Images(pixels, labels, mean, std, config.pad, config.flip)
+    def split(images: Tensor, labels: Tensor) -> Images:
+        return Images(images, labels, mean, std, config.pad, config.flip)
 
     return Splits(
-        train=images(kept_images, train_labels[kept]),
-        holdout=images(train[held], train_labels[held]),
-        test=images(test, test_labels),
-        classes=int(train_labels.max()) + 1,
+        train=split(kept_images, labels[kept]),
+        holdout=split(images[held], labels[held]),
+        test=split(*test),
+        classes=int(labels.max()) + 1,
         mean=mean,
         std=std,
         description=description,
@@ -116,9 +164,11 @@ def _in_memory(
 
 
 def _require_size(config: Data, size: int) -> None:
+    """Raise ExperimentError unless data.size is the size of the data set's images."""
     if config.size != size:
         raise ExperimentError(f"data={config.name} has images of {size} pixels: set data.size={size}.")
 
 
 def _name(root: str) -> str:
+    """Return the name of a folder."""
     return Path(root).resolve().name

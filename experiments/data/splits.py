@@ -1,4 +1,4 @@
-"""What `load` returns, and how labelled images are divided without disturbing their balance."""
+"""The three splits of a data set, and how a part of labelled images is held out."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -13,42 +13,50 @@ from .streamed import Folder
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set, divided: `train` teaches, `holdout`, a part of it, chooses, `test` is reported."""
+    """A data set: `train` trains, `holdout`, a part of the training images, decides, and `test` is only reported."""
 
     train: Images | Folder
     holdout: Images | Folder
     test: Images | Folder
     classes: int
-    mean: tuple[float, ...]  # of each channel, in 0..1; as many as the images have channels
+    mean: tuple[float, ...]  # of each channel, in 0..1
     std: tuple[float, ...]
-    description: str  # one line: what data it truly was
+    description: str  # one line that says which data it was
 
     def to(self, device: torch.device | str) -> "Splits":
-        """The same splits, giving batches on `device`."""
+        """Return the same splits, giving batches on `device`."""
         return replace(self, train=self.train.to(device), holdout=self.holdout.to(device), test=self.test.to(device))
 
     def fingerprint(self) -> str:
-        """What tells this data from any other: a hash of the images and labels, or of the files' names and labels."""
-        found = hashlib.sha256()
+        """Return a hash of the images and labels; for pictures on disk, of the files' names and labels."""
+        digest = hashlib.sha256()
         for part in (self.train, self.holdout, self.test):
-            found.update(part.labels.cpu().numpy().tobytes())
+            digest.update(part.labels.cpu().numpy().tobytes())
             if isinstance(part, Images):
-                found.update(part.images.cpu().contiguous().numpy().data)
-            else:  # that the files hold what they held is not read again: it would take hours
-                found.update(b"\n".join(file.rsplit(b"/", 1)[-1] for file in part.files.tolist()))
-        return found.hexdigest()[:16]
+                digest.update(part.images.cpu().contiguous().numpy().data)
+            else:  # reading all files would take hours
+                digest.update(b"\n".join(file.rsplit(b"/", 1)[-1] for file in part.files.tolist()))
+        return digest.hexdigest()[:16]
 
 
-def divide(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ascending indices of the images kept and of those held: `share` of each class, at least one, never all.
+def hold_out(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Divide images so that each class keeps its share.
 
-    Raises ExperimentError if `share` is not between 0 and 1, or if no class has an image to spare.
+    Args:
+        labels: int64 (N,).
+        share: The share of each class that is held out: at least one image, but never all.
+        generator: Draws the images that are held out.
+
+    Returns:
+        Ascending indices of the images that are kept, and of those that are held out.
+
+    Raises:
+        ExperimentError: `share` is not between 0 and 1, or no class has an image to spare.
     """
     if not 0 < share < 1:
         raise ExperimentError(f"data.holdout is {share}: choose a share between 0 and 1, for instance 0.1.")
     held: list[Tensor] = []
-    of_class = torch.argsort(labels, stable=True).split(torch.bincount(labels).tolist())
-    for members in of_class:
+    for members in torch.argsort(labels, stable=True).split(torch.bincount(labels).tolist()):
         count = min(len(members) - 1, max(1, round(share * len(members))))
         held.append(members[torch.randperm(len(members), generator=generator)[: max(0, count)]])
     is_held = torch.zeros(len(labels), dtype=torch.bool)

@@ -1,29 +1,33 @@
-"""Images that do not fit in memory: files, decoded and augmented by worker processes."""
+"""Images that do not fit in memory: picture files, decoded and augmented by worker processes."""
 
 import atexit
+import math
 import multiprocessing
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import ExperimentError
 from ..randomness import derive_seed
-from .batching import EVERYTHING, epoch_order, normaliser
-from .image_folder import centre, picture
-from .parts import RandomPart
+from .batching import WHOLE, epoch_order, normaliser, ordered_batches
+from .image_folder import crop_centre, read_picture
 
-if TYPE_CHECKING:
-    from PIL import Image
+AREA = (0.08, 1.0)  # the share of a picture that a random crop takes
+RATIO = (3 / 4, 4 / 3)  # its width by its height
+SPARE = 2  # a picture may be decoded smaller if the crop keeps so many times the pixels that are asked for
 
-Decode = Callable[[str, int], "Image.Image"]  # a file and its index -> a square picture, RGB
+Decode = Callable[[str, int], Image.Image]  # a file and its index -> a square picture, RGB
 Task = tuple[Decode, Sequence[int]]  # how to decode, and the indices of a batch
 
 
@@ -31,13 +35,13 @@ Task = tuple[Decode, Sequence[int]]  # how to decode, and the indices of a batch
 class Folder:
     """A split on disk: picture files and their int64 labels; batches come out on `device`."""
 
-    files: NDArray[np.bytes_]  # one buffer: a list of strings would be copied into every worker, count by count
+    files: NDArray[np.bytes_]  # one buffer, where every worker would copy a list of strings
     labels: Tensor
     mean: tuple[float, ...]  # of each channel, in 0..1
     std: tuple[float, ...]
-    size: int
-    workers: int
-    flip: bool = True
+    size: int  # side of the images, pixels
+    workers: int  # decoding processes
+    flip: bool = True  # half of the training images are mirrored
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     pool: "_Pool" = field(default_factory=lambda: _Pool(), repr=False, compare=False)
 
@@ -45,72 +49,125 @@ class Folder:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Folder":
-        """The same split, giving batches on `device`."""
+        """Return the same split, giving batches on `device`."""
         return replace(self, device=torch.device(device), pool=_Pool())
 
     def batches(
-        self,
-        batch_size: int,
-        epoch: int,
-        seed: int,
-        augment: bool = True,
-        start: int = 0,
-        pad: int | None = None,
-        flip: bool | None = None,
-        share: slice = EVERYTHING,
+        self, batch_size: int, epoch: int, seed: int, augment: bool = True, start: int = 0, share: slice = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The complete batches of an epoch from batch `start` on: float32 normalised NCHW, int64 labels.
+        """Iterate over the complete batches of an epoch: see Images.batches.
 
-        Stateless: an image depends on (seed, epoch, its index) alone. With `augment`, a random part of each
-        picture is resized (8 % to 100 % of the area) and, with `flip`, mirrored half of the time; `pad`
-        belongs to images in memory and is ignored. `share` is the part of each batch that is wanted. Raises
-        ExperimentError at the call if the split is smaller than a batch, and on the way if a picture cannot be read.
+        With `augment`, an image is a random crop of its picture (Szegedy et al. 2015, section 6), which depends on the
+        seed, the epoch and the picture's index alone. Raises ExperimentError also while iterating, if a picture cannot
+        be read.
         """
         order = epoch_order(len(self), batch_size, epoch, seed)[start:, share]
-        flip = self.flip if flip is None else flip
-        decode = _Augmented(RandomPart(self.size, flip), seed, epoch) if augment else _Centred(self.size)
+        decode = (
+            partial(_decode_crop, self.size, self.flip, seed, epoch) if augment else partial(_decode_centre, self.size)
+        )
         return self._stream(order.tolist(), decode, self.pool)
 
     def ordered(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in order: float32 normalised NCHW, int64 labels; the last batch may be small.
+        """Iterate over all images in order, or over this rank's share of the batches; the last batch may be small.
 
-        The shorter side becomes 256/224 of the size, and the centre is cut out, as is usual for ImageNet.
-        Of several ranks each gets every so many-th batch, beginning with its own.
+        As usual for ImageNet, the shorter side becomes 256/224 of the size, and the centre is cut out.
         """
-        everything = range(len(self))
-        batches = [
-            everything[first : first + batch_size] for first in range(rank * batch_size, len(self), ranks * batch_size)
-        ]
-        # Seldom and short: processes that wait between two evaluations would only hold memory.
-        return self._stream(batches, _Centred(self.size), _Pool())
+        batches = ordered_batches(len(self), batch_size, rank, ranks)
+        # A pool of its own: workers that wait from one evaluation to the next would only hold memory.
+        return self._stream(batches, partial(_decode_centre, self.size), _Pool())
 
     def _stream(
         self, batches: Sequence[Sequence[int]], decode: Decode, pool: "_Pool"
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Decode batches in the pool; move them to the device and normalise them there."""
         normalise = normaliser(self.mean, self.std, self.device)
-        decoded = pool.decoded(self.files, [(decode, chosen) for chosen in batches], self.workers, self.device)
+        decoded = pool.decode(self.files, [(decode, chosen) for chosen in batches], self.workers, self.device)
         for chosen, pixels in zip(batches, decoded, strict=True):
             if isinstance(pixels, ExperimentError):
                 raise pixels
             labels = self.labels[list(chosen)].to(self.device, non_blocking=True)
-            # NHWC as decoded: a view as NCHW is what torch calls channels_last.
+            # The NCHW view of NHWC pixels is what torch calls channels_last.
             yield normalise(pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)), labels
 
 
+def _decode_centre(size: int, file: str, index: int) -> Image.Image:
+    """Decode the centre of a picture."""
+    return crop_centre(read_picture(file), size * 256 // 224, size)
+
+
+def _decode_crop(size: int, flip: bool, seed: int, epoch: int, file: str, index: int) -> Image.Image:
+    """Decode a random crop of a picture."""
+    return random_crop(file, size, flip, derive_seed(seed, "augment", epoch, index))
+
+
+def random_crop(file: str, size: int, flip: bool, seed: int) -> Image.Image:
+    """Decode a random part of a picture, resized to a square; with `flip`, half of them are mirrored.
+
+    A JPEG of whose pixels a large part is asked for is decoded at 1/2, 1/4 or 1/8 of its size, as long as the part
+    keeps `SPARE` times the pixels of the square. On photographs this changes the grey levels by 2 % at most (root mean
+    square) and halves the time. torchvision's RandomResizedCrop needs a quarter more time, even where a picture is too
+    small for that.
+
+    Raises:
+        ExperimentError: The picture cannot be read.
+    """
+    draw = random.Random(seed)
+    mirror = draw.random() < 0.5 and flip
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    full = (0, 0)
+
+    def prepare(opened: Image.Image) -> None:
+        nonlocal box, full
+        full = opened.size
+        box = random_box(*full, draw)
+        times = min(box[2] - box[0], box[3] - box[1]) // (SPARE * size)
+        if times > 1:
+            opened.draft(None, (full[0] // times, full[1] // times))  # pyright: ignore[reportArgumentType]
+
+    image = read_picture(file, prepare)
+    across, down = (now / once for now, once in zip(image.size, full, strict=True))
+    left, top, right, bottom = box
+    part = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+    image = image.resize((size, size), Image.Resampling.BILINEAR, part)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
+
+
+def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
+    """Draw the left, top, right and bottom side of a part, distributed as torchvision's RandomResizedCrop does.
+
+    Its share of the area is uniform, its ratio log-uniform, its place uniform. A part that does not fit is drawn again,
+    up to ten times; then it is the largest part in the centre.
+    """
+    low, high = (math.log(ratio) for ratio in RATIO)
+    for _ in range(10):
+        area = draw.uniform(*AREA) * width * height
+        ratio = math.exp(draw.uniform(low, high))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = draw.randint(0, width - across), draw.randint(0, height - down)
+            return left, top, left + across, top + down
+    across, down = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
 class _Pool:
-    """The decoding processes of a split. They live as long as it does, so that no epoch waits until they are there."""
+    """The decoding processes of a split. They live as long as the split, so that no epoch waits for their start.
+
+    With new processes for every epoch, epochs of 1,000 pictures take 1.4 times as long, those of 9,000 1.05 times.
+    """
 
     def __init__(self) -> None:
-        self.tasks: list[Task] = []  # the loader reads it anew whenever an epoch begins
+        self.tasks: list[Task] = []  # the loader reads the list anew when an epoch begins
         self.loader: DataLoader[Any] | None = None
         self.busy = False
 
-    def decoded(
+    def decode(
         self, files: NDArray[np.bytes_], tasks: Sequence[Task], workers: int, device: torch.device
     ) -> Iterator[Tensor | ExperimentError]:
-        """The pictures of each task, uint8 NHWC. A stream that begins within another has processes of its own."""
+        """Decode the pictures of each task, uint8 NHWC; an inner stream within another gets processes of its own."""
         if self.busy:
-            yield from _Pool().decoded(files, tasks, workers, device)
+            yield from _Pool().decode(files, tasks, workers, device)
             return
         self.busy = True
         self.tasks[:] = tasks
@@ -123,7 +180,7 @@ class _Pool:
                 worker_init_fn=_ignore_preemption,
                 persistent_workers=workers > 0,
                 pin_memory=device.type == "cuda",
-                generator=torch.Generator(),  # or every epoch would draw from the global stream
+                generator=torch.Generator(),  # otherwise every epoch would draw from the global stream
             )
             yield from self.loader
         finally:
@@ -132,52 +189,34 @@ class _Pool:
 
 @dataclass(frozen=True)
 class _Pictures(Dataset[Any]):
+    """Picture files; an item is a whole batch, uint8 NHWC, or the error that ended it."""
+
     files: NDArray[np.bytes_]
 
     def __getitem__(self, task: Task) -> Tensor | ExperimentError:
         decode, chosen = task
-        pixels: NDArray[np.uint8] | None = None
         try:
-            for place, index in enumerate(chosen):
-                image = decode(os.fsdecode(self.files[index]), index)
-                if pixels is None:
-                    pixels = np.empty((len(chosen), image.height, image.width, 3), dtype=np.uint8)
-                pixels[place] = np.asarray(image)
+            pictures = [np.asarray(decode(os.fsdecode(self.files[index]), index)) for index in chosen]
         except ExperimentError as error:  # raised in a worker, its message would become a traceback
             return error
-        return torch.from_numpy(pixels)
-
-
-@dataclass(frozen=True)
-class _Centred:
-    size: int
-
-    def __call__(self, file: str, index: int) -> "Image.Image":
-        return centre(picture(file), self.size * 256 // 224, self.size)
-
-
-@dataclass(frozen=True)
-class _Augmented:
-    part: RandomPart
-    seed: int
-    epoch: int
-
-    def __call__(self, file: str, index: int) -> "Image.Image":
-        return self.part(file, derive_seed(self.seed, "augment", self.epoch, index))
+        return torch.from_numpy(np.stack(pictures))
 
 
 def _ignore_preemption(_worker: int) -> None:
-    # Slurm signals every process of a job. A worker that inherits the handler of its parent would requeue the
-    # job a second time, and one that dies of the signal takes the parent's last checkpoint with it.
+    """Make a worker ignore the signals that Slurm sends to all processes of a job.
+
+    A worker that inherited its parent's handler would requeue the job a second time, and one that died would take the
+    parent's last checkpoint with it.
+    """
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register  # after the imports above, and so before multiprocessing's own, which would wait for ever
+@atexit.register  # after the imports above, so before multiprocessing's own handler, which would wait for ever
 def _end_workers() -> None:
-    """Ends the workers of an epoch that was not finished, as multiprocessing does by the signal they ignore."""
+    """Kill the workers of an unfinished epoch: they ignore the signal by which multiprocessing ends them."""
     children = [child for child in multiprocessing.active_children() if child.daemon]
     if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler takes their end for a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report their end as a failure
     for child in children:
         child.kill()

@@ -1,15 +1,16 @@
 """The paper's Inception network (section 4.1): 3 convolutions, 11 modules, rectangular kernels.
 
-The paper gives its shape, not its channel counts: where it is silent the widths are those of the published
-Inception-BN (Ioffe and Szegedy 2015, figure 5). docs/reproduction.md, O1 to O4, says what was chosen and
-why.
+The paper gives the shape of the network but no channel counts. Where it is silent, the widths are those of the
+published Inception-BN (Ioffe and Szegedy 2015, figure 5). Questions O1 to O4 in docs/reproduction.md say why.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-# Every module: entry convolution, then the outputs of the forks: one convolution; a pair of 3; a convolution (whose
-# width is the third number) and a pair of 5. Widths of Inception-BN; 4f repeats 4d, since the paper has 11 modules.
+# The modules by name, with the widths of their convolutions: the entry; the fork of one; the fork of a 3x3 pair;
+# the convolution before the 5x5 pair, and that pair. 4f repeats 4d, because the paper has 11 modules.
 MODULES = (
     ("3a", 128, 96, 96, 64, 96),
     ("3b", 128, 128, 96, 64, 96),
@@ -27,7 +28,7 @@ STEM = (64, 64, 192)
 
 
 def conv(inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1) -> nn.Sequential:
-    """A full layer: convolution, batch norm, ReLU. The size is kept, or divided by `stride`."""
+    """Return a convolution with batch norm and ReLU; the size of the image is divided by `stride`."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False),
         nn.BatchNorm2d(outputs),
@@ -36,20 +37,20 @@ def conv(inputs: int, outputs: int, kernel: tuple[int, int], stride: int = 1) ->
 
 
 def pair(inputs: int, outputs: int, size: int) -> list[nn.Module]:
-    """A vertical convolution, then a horizontal one, each a full layer."""
+    """Return a vertical and a horizontal convolution, each with batch norm and ReLU."""
     return [conv(inputs, outputs, (size, 1)), conv(outputs, outputs, (1, size))]
 
 
 class Module(nn.Module):
     """One convolution, then three forks of one, two and three convolutions, concatenated.
 
-    `extra_pairs` more pairs follow every pair (paper 4.3); `pairs_on_top` pairs follow the concatenation (4.4).
+    `widths` are those of MODULES. `extra_pairs` more pairs follow every pair (paper, section 4.3), and `pairs_on_top`
+    pairs follow the concatenation (section 4.4).
     """
 
-    def __init__(
-        self, inputs: int, entry: int, one: int, two: int, reduce: int, three: int, extra_pairs: int, pairs_on_top: int
-    ) -> None:
+    def __init__(self, inputs: int, widths: Sequence[int], extra_pairs: int, pairs_on_top: int) -> None:
         super().__init__()
+        entry, one, two, reduce, three = widths
         self.outputs = one + two + three
 
         def pairs(start: int, width: int, size: int) -> list[nn.Module]:
@@ -72,10 +73,14 @@ class Module(nn.Module):
 class Inception(nn.Module):
     """The paper's network for square images.
 
-    `width` multiplies the channels of every module, not of the stem (paper 4.2: sqrt(0.3); 4.4: sqrt(2)); `slim`
-    multiplies those of the whole network, for small machines. `stem` is the side of the images it is made for: 224
-    (ImageNet: the stem and its pools divide the side by 8), 32 (by 2) or 8 (by 1); two pools between modules halve it
-    twice.
+    Args:
+        classes: Outputs of the classifier.
+        channels: Channels of the images.
+        width: Multiplies the channels of every module, not of the stem (section 4.2: sqrt(0.3); 4.4: sqrt(2)).
+        slim: Multiplies the channels of the whole network, for small machines.
+        extra_pairs: Pairs of convolutions added after every pair (section 4.3).
+        pairs_on_top: Pairs added after every module (section 4.4).
+        stem: The side of the images in pixels, 224, 32 or 8; the stem divides it by 8, 2 or 1.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class Inception(nn.Module):
     ) -> None:
         super().__init__()
         if stem not in (224, 32, 8):
-            raise ValueError(f"the stem {stem} is none of 224, 32 and 8")
+            raise ValueError(f"stem={stem} is none of 224, 32 and 8")
         first, second, third = (max(1, round(slim * c)) for c in STEM)
         self.stem = nn.Sequential(
             conv(channels, first, (7, 7), 2) if stem == 224 else conv(channels, first, (3, 3)),
@@ -101,8 +106,8 @@ class Inception(nn.Module):
         )
         modules, inputs = {}, third
         for name, *widths in MODULES:
-            entry, one, two, reduce, three = (max(1, round(width * slim * c)) for c in widths)
-            modules[name] = Module(inputs, entry, one, two, reduce, three, extra_pairs, pairs_on_top)
+            scaled = [max(1, round(width * slim * c)) for c in widths]
+            modules[name] = Module(inputs, scaled, extra_pairs, pairs_on_top)
             inputs = modules[name].outputs
         self.blocks = nn.ModuleDict(modules)
         self.pool = nn.MaxPool2d(3, 2, 1)
@@ -110,13 +115,9 @@ class Inception(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        if not extra_pairs and not pairs_on_top:
-            assert self.depth() == (25, 47), (
-                "the paper's network has 25 weight layers at its shortest, 47 at its longest"
-            )
 
     def depth(self) -> tuple[int, int]:
-        """The convolutions on the shortest and on the longest path from the image to the classifier."""
+        """Return how many convolutions are on the shortest and on the longest path from image to classifier."""
 
         def count(part: nn.Module) -> int:
             return sum(isinstance(layer, nn.Conv2d) for layer in part.modules())

@@ -1,11 +1,11 @@
-"""A network without shortcuts, one convolution after the other: the "plain" net of He et al. 2016, section 4.2."""
+"""A network without shortcuts: the "plain" net for CIFAR of He et al. 2016, section 4.2."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Layer(nn.Module):
-    """A 3x3 convolution, batch norm, ReLU: what section 3.4 of the paper inserts as an identity."""
+    """A 3x3 convolution with batch norm and ReLU: what the paper inserts as an identity (section 3.4)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Layer(nn.Module):
 
 
 class Plain(nn.Module):
-    """Three stages of `layers` layers (depth 3 * layers + 2), of 16, 32 and 64 channels times `width`."""
+    """Three stages of `layers` layers with 16, 32 and 64 channels times `width`; its depth is 3 * layers + 2."""
 
     def __init__(self, classes: int, channels: int = 3, layers: int = 6, width: float = 1.0) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
-"""A plain residual network for CIFAR (He et al. 2016, section 4.2), which shares nothing with Inception."""
+"""A residual network for CIFAR (He et al. 2016, section 4.2), which shares nothing with Inception."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions added to the input, or to its 1x1 projection where the size changes.
+    """Two 3x3 convolutions added to the input, or to its 1x1 projection where the shape changes.
 
-    `inner` is the width between the two convolutions.
+    `inner` is the number of channels between the two convolutions.
     """
 
     def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
@@ -27,9 +27,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of `blocks` blocks (depth 6 * blocks + 2), of 16, 32 and 64 channels times `width`.
+    """Three stages of `blocks` blocks with 16, 32 and 64 channels times `width`; its depth is 6 * blocks + 2.
 
-    `inner` multiplies the width inside the blocks alone.
+    `inner` multiplies the channels inside the blocks alone.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ def test_the_rate_of_a_teacher_that_does_not_anneal_is_still_there_when_it_is_ha
 
 def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny: Tiny) -> None:
     run = run_of(tiny("schedule.teacher_augment=false"))
-    plain = next(run.splits.train.batches(32, epoch=0, seed=0, augment=False, pad=run.config.data.pad))[0]
+    plain = next(run.splits.train.batches(32, epoch=0, seed=0, augment=False))[0]
     seen = {
         name: next(make_batches(run.job(name, student, 1.0), 0))[0]
         for name, student in ((TEACHER, None), ("random_init", "wider"), ("teacher_continued", None))

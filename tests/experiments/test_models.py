@@ -1,4 +1,4 @@
-"""The networks: the paper's counts, and whatever torchvision has, by name."""
+"""Networks by name: the paper's counts, and torchvision's classifiers."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_torchvision_by_name_gives_logits_in_both_modes(name: str) -> None:
     [
         ({"name": "resnet81"}, r"no network 'resnet81' \(did you mean 'resnet18'"),
         ({"name": "inception", "wdth": 2}, r"no argument 'wdth' \(did you mean 'width'"),
-        ({"name": "inception", "stem": 31}, "the stem 31 is none of"),
+        ({"name": "inception", "stem": 31}, "stem=31 is none of"),
         ({"name": "resnet18", "wdth": 2}, "cannot be built"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The data room: what a split gives, that its randomness has no state, what it says of unsound data."""
+"""Data sets: what a split gives, that its randomness has no state, and what it says about damaged data."""
 
 import io
 import itertools
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from hashlib import md5
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -26,15 +26,14 @@ from torchvision.datasets import CIFAR10
 from torchvision.transforms import RandomResizedCrop, v2
 
 from experiments.config import Data, ExperimentError
-from experiments.data import Folder, Images, complete_batches, load, parts
-from experiments.data import image_folder as tree
-from experiments.data.cifar import cifar10
-from experiments.data.image_folder import centre
-from experiments.data.in_memory import crop_and_flip, statistics
-from experiments.data.splits import divide
+from experiments.data import Folder, Images, complete_batches, image_folder, load, streamed
+from experiments.data.image_folder import crop_centre
+from experiments.data.in_memory import crop_and_flip, mean_and_std
+from experiments.data.splits import hold_out
+from experiments.data.streamed import random_box, random_crop
 from experiments.randomness import derive_seed, generator
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "data"
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 
 def pixels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -116,7 +115,7 @@ def test_crop_and_flip_agrees_with_the_naive_loop():
 
 def test_padding_is_zero_after_normalisation():
     images = torch.from_numpy(pixels(64, 3, 4, 4))
-    mean, std = statistics(images)
+    mean, std = mean_and_std(images)
     batch, _ = next(Images(images, torch.zeros(64).long(), mean, std, pad=4).batches(64, 0, 0))
     # Half a grey level around zero is taken by the padding and by few other pixels.
     limit = torch.tensor([0.5 / 255 / s + 1e-6 for s in std]).view(-1, 1, 1)
@@ -125,11 +124,11 @@ def test_padding_is_zero_after_normalisation():
 
 def test_statistics_are_those_of_the_pixels():
     images = torch.from_numpy(pixels(10, 3, 4, 4))
-    mean, std = statistics(images)
+    mean, std = mean_and_std(images)
     scaled = images.double() / 255
     assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), abs=1e-12)
     assert std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
-    assert statistics(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8))[1] == (1 / 255,)
+    assert mean_and_std(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8))[1] == (1 / 255,)
 
 
 def test_training_images_are_normalised_float32(config: Data):
@@ -156,27 +155,29 @@ def test_every_image_comes_at_most_once_and_the_incomplete_batch_is_dropped():
 def test_augmentation_moves_and_mirrors_within_its_bounds():
     images = torch.zeros(200, 1, 9, 9, dtype=torch.uint8)
     images[:, 0, 4, 3] = 255  # left of the centre: mirrored, it is right of it
-    split = Images(images, torch.arange(200), (0.0,), (1.0,))
-    ((batch, _),) = split.batches(200, 0, 0, pad=1, flip=True)
+    split = Images(images, torch.arange(200), (0.0,), (1.0,), pad=1, flip=True)
+    ((batch, _),) = split.batches(200, 0, 0)
     _, _, rows, columns = batch.nonzero().unbind(1)
     assert set(rows.tolist()) == {3, 4, 5}
     assert set(columns.tolist()) == {2, 3, 4, 5, 6}
     mirrored = (columns > 4).float().mean()  # a third of the mirrored ones lies at column 4
     assert 0.2 < mirrored < 0.5
-    ((still, _),) = split.batches(200, 0, 0, pad=1, flip=False)
+    split = replace(split, flip=False)
+    ((still, _),) = split.batches(200, 0, 0)
     assert set(still.nonzero()[:, 3].tolist()) == {2, 3, 4}
     # Every image shows the same point, so batches, epochs and seeds differ by what was drawn for them.
-    first, second = (images for images, _ in split.batches(100, 0, 0, pad=1))
+    first, second = (images for images, _ in split.batches(100, 0, 0))
     assert not torch.equal(first, second)
-    assert not torch.equal(first, next(split.batches(100, 1, 0, pad=1))[0])
-    assert not torch.equal(first, next(split.batches(100, 0, 1, pad=1))[0])
+    assert not torch.equal(first, next(split.batches(100, 1, 0))[0])
+    assert not torch.equal(first, next(split.batches(100, 0, 1))[0])
 
 
-def test_pad_and_flip_default_to_the_configuration(config: Data):
+def test_pad_and_flip_are_those_of_the_configuration(config: Data):
     train = load(config).train
-    assert same(train.batches(8, 0, 0), train.batches(8, 0, 0, pad=2, flip=True))
-    assert not same(train.batches(8, 0, 0), train.batches(8, 0, 0, pad=0, flip=False))
-    assert same(train.batches(8, 0, 0, augment=False), train.batches(8, 0, 0, pad=0, flip=False))
+    still = replace(train, pad=0, flip=False)
+    assert same(train.batches(8, 0, 0), replace(train, pad=2, flip=True).batches(8, 0, 0))
+    assert not same(train.batches(8, 0, 0), still.batches(8, 0, 0))
+    assert same(train.batches(8, 0, 0, augment=False), still.batches(8, 0, 0))
 
 
 @pytest.mark.parametrize("name", ["config", "stream"])
@@ -235,13 +236,13 @@ def test_the_holdout_belongs_to_the_data_and_not_to_the_run(config: Data):
 
 
 def test_division_keeps_one_of_each_class_on_either_side():
-    kept, held = divide(torch.tensor([0, 1, 1, 2, 2, 2]), 0.01, generator(0))
+    kept, held = hold_out(torch.tensor([0, 1, 1, 2, 2, 2]), 0.01, generator(0))
     assert torch.tensor([0, 1, 1, 2, 2, 2])[held].tolist() == [1, 2]
     assert sorted(kept.tolist() + held.tolist()) == list(range(6))
-    kept, _ = divide(torch.tensor([0, 0, 1, 1]), 0.99, generator(0))
+    kept, _ = hold_out(torch.tensor([0, 0, 1, 1]), 0.99, generator(0))
     assert len(kept) == 2
     with pytest.raises(ExperimentError, match=r"No class has two training images.*: add images"):
-        divide(torch.tensor([0, 1, 2]), 0.1, generator(0))
+        hold_out(torch.tensor([0, 1, 2]), 0.1, generator(0))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 2.0])
@@ -334,14 +335,14 @@ def test_grey_and_jpeg_pictures_of_any_shape_become_squares(config: Data, root: 
 def test_the_centre_is_that_of_torchvision(shape: tuple[int, int], side: int, size: int):
     image = Image.fromarray(pixels(*shape, 3))
     expected = v2.Compose([v2.Resize(side), v2.CenterCrop(size)])(image)
-    assert np.array_equal(np.array(centre(image, side, size)), np.array(expected))
+    assert np.array_equal(np.array(crop_centre(image, side, size)), np.array(expected))
     square = Image.fromarray(pixels(size, size, 3))
-    assert centre(square, size, size) is square
+    assert crop_centre(square, size, size) is square
 
 
 def test_a_tree_is_decoded_once(config: Data, monkeypatch: pytest.MonkeyPatch):
     first = load(config)
-    monkeypatch.setattr("experiments.data.cache.picture", lambda file: pytest.fail(f"{file} decoded again"))
+    monkeypatch.setattr(image_folder, "read_picture", lambda file: pytest.fail(f"{file} decoded again"))
     assert torch.equal(load(config).test.images, first.test.images)
 
 
@@ -375,11 +376,10 @@ def test_a_damaged_cache_is_made_again(config: Data, damage: str):
 
 
 def test_nothing_half_written_stays(config: Data, monkeypatch: pytest.MonkeyPatch):
-    def full(stream: io.BufferedWriter, **arrays: np.ndarray) -> None:
-        stream.write(b"half")
+    def full(_part: Path, _file: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("experiments.data.cache.np.savez", full)
+    monkeypatch.setattr("experiments.files.os.replace", full)
     with pytest.raises(ExperimentError, match=r"npz cannot be written \(No space left on device\): make room"):
         load(config)
     assert list(Path(config.cache).iterdir()) == []
@@ -489,7 +489,7 @@ def test_worker_processes_change_nothing(stream: Data):
 def test_one_set_of_workers_serves_all_epochs(stream: Data, monkeypatch: pytest.MonkeyPatch):
     stream.workers = 2
     train = load(stream).train
-    monkeypatch.setattr("experiments.data.parts.RandomPart.__call__", lambda *_: Image.new("RGB", (1, 1), os.getpid()))
+    monkeypatch.setattr(streamed, "random_crop", lambda *_: Image.new("RGB", (1, 1), os.getpid()))
 
     def workers(epoch: int) -> set[float]:
         return {value for images, _ in train.batches(2, epoch, 0) for value in images[:, 0].unique().tolist()}
@@ -530,7 +530,7 @@ def test_a_picture_that_cannot_be_read_ends_an_epoch_and_not_the_workers(stream:
 def test_random_parts_are_drawn_as_torchvision_draws_them(shape: tuple[int, int]):
     height, width = shape
     draw = random.Random(0)
-    boxes = torch.tensor([parts.random_box(width, height, draw) for _ in range(2000)]).double()
+    boxes = torch.tensor([random_box(width, height, draw) for _ in range(2000)]).double()
     left, top, right, bottom = boxes.unbind(1)
     assert bool((left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all())
     torch.manual_seed(0)
@@ -548,10 +548,10 @@ def test_a_random_part_has_the_pixels_of_torchvision(tmp_path: Path):
     image = Image.fromarray(pixels(60, 80, 3))
     image.save(file)
     for seed in range(20):
-        found = np.array(parts.RandomPart(16, flip=True)(str(file), seed)).astype(int)
+        found = np.array(random_crop(str(file), 16, True, seed)).astype(int)
         draw = random.Random(seed)
         mirror = draw.random() < 0.5
-        left, top, right, bottom = parts.random_box(80, 60, draw)
+        left, top, right, bottom = random_box(80, 60, draw)
         usual = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [16, 16])
         expected = np.array(v2.functional.horizontal_flip(usual) if mirror else usual).astype(int)
         # The outermost pixels are interpolated with what lies beyond the part, and not cut off there.
@@ -562,7 +562,7 @@ def test_without_flip_no_part_is_mirrored(tmp_path: Path):
     file = tmp_path / "a.png"
     Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8)[:, None], (60, 1, 3))).save(file)
     for flip in (False, True):
-        drawn = [np.array(parts.RandomPart(8, flip)(str(file), seed)).astype(int) for seed in range(40)]
+        drawn = [np.array(random_crop(str(file), 8, flip, seed)).astype(int) for seed in range(40)]
         mirrored = sum(image[0, 0, 0] > image[0, -1, 0] for image in drawn)
         assert 10 < mirrored < 30 if flip else mirrored == 0
 
@@ -570,41 +570,44 @@ def test_without_flip_no_part_is_mirrored(tmp_path: Path):
 def test_a_large_photograph_is_decoded_smaller_and_looks_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "china.jpg"
     Image.fromarray(load_sample_image("china.jpg")).save(file, quality=95)  # 640 x 427
-    part = parts.RandomPart(64, flip=True)
-    sizes = set()
+    sizes, spare = set(), streamed.SPARE
 
-    def picture(*arguments) -> Image.Image:
-        image = tree.picture(*arguments)
+    def read_picture(*arguments) -> Image.Image:
+        image = image_folder.read_picture(*arguments)
         sizes.add(image.width)
         return image
 
-    monkeypatch.setattr(parts, "picture", picture)
-    small = [np.array(part(str(file), seed)).astype(int) for seed in range(60)]
-    assert sizes == {640, 320}
-    monkeypatch.setattr(parts, "SPARE", 10**6)
-    sizes.clear()
-    full = [np.array(part(str(file), seed)).astype(int) for seed in range(60)]
+    def crops(spare: float) -> list[np.ndarray]:
+        monkeypatch.setattr(streamed, "SPARE", spare)
+        sizes.clear()
+        return [np.array(random_crop(str(file), 64, True, seed)).astype(int) for seed in range(60)]
+
+    def errors(crops: list[np.ndarray]) -> list[float]:
+        return [np.sqrt(((one - other) ** 2).mean()) / 255 for one, other in zip(crops, full, strict=True)]
+
+    monkeypatch.setattr(streamed, "read_picture", read_picture)
+    full = crops(10**6)
     assert sizes == {640}
-    errors = [np.sqrt(((one - other) ** 2).mean()) / 255 for one, other in zip(small, full, strict=True)]
-    assert 0 < max(errors) < 0.02
-    assert min(errors) == 0  # small parts need every pixel
-    monkeypatch.setattr(parts, "SPARE", 0.5)  # what is left out shows if nothing is to spare
-    coarse = [np.array(part(str(file), seed)).astype(int) for seed in range(60)]
-    assert max(np.sqrt(((one - other) ** 2).mean()) / 255 for one, other in zip(coarse, full, strict=True)) > 0.02
+    small = crops(spare)
+    assert sizes == {640, 320}
+    assert 0 < max(errors(small)) < 0.02
+    assert min(errors(small)) == 0  # small parts need every pixel
+    assert max(errors(crops(0.5))) > 0.02  # what is left out shows if nothing is to spare
 
 
 def test_workers_ignore_the_signals_of_preemption(stream: Data, monkeypatch: pytest.MonkeyPatch):
-    def ignored(file: str) -> Image.Image:
+    def read_picture(file: str) -> Image.Image:
         (mask,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn"))
         return Image.new("RGB", (20, 20), (int(mask.split()[1], 16) >> 11 & 0b1001,) * 3)  # USR2 is 12, TERM 15
 
-    monkeypatch.setattr("experiments.data.streamed.picture", ignored)
+    monkeypatch.setattr(streamed, "read_picture", read_picture)
     stream.workers = 1
     splits = load(stream)
     images, _ = next(splits.test.ordered(1))
     assert (images[0, 0] * splits.std[0] + splits.mean[0]).mul(255).round().unique().tolist() == [0b1001]
 
 
+@pytest.mark.system
 def test_a_run_that_ends_within_an_epoch_leaves_no_worker_and_no_noise(stream: Data):
     stream.workers = 1
     code = f"""
@@ -713,7 +716,7 @@ def test_a_damaged_archive_is_named(archive: Path):
 def test_a_damaged_download_is_not_kept(tmp_path: Path, archive: Path):
     archive.write_bytes(archive.read_bytes()[:-10])
     with pytest.raises(ExperimentError, match=r"cannot be downloaded from .* \(File not found or corrupted"):
-        cifar10(tmp_path / "new")
+        load(Data(name="cifar10", root=str(tmp_path / "new")))
     assert list((tmp_path / "new").iterdir()) == []
 
 
