@@ -5,35 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, chain, conv, mlp, randomise, state, unchanged
+from networks import Net, assert_same, attention, chain, conv, images, mlp, state, unchanged
 from torch import Tensor, nn
 from torchvision import models
 
-from net2net import TransferError, describe, equivalence, widen
+from net2net import TransferError, describe, widen
+from net2net.testing import look_trained
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def images(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (2, 3, 6, 8)))
-
-
-def attention() -> Net:
-    """Heads in a stream with layer norms."""
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        x = net.embed(x)
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (f(net.n1(x)) for f in (net.q, net.k, net.v)))
-        x = x + net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return net.head((x + net.down(F.gelu(net.up(net.n2(x))))).mean(1))
-
-    parts = {name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")} | {
-        "up": nn.Linear(8, 12),
-        "down": nn.Linear(12, 8),
-    }
-    return Net(
-        {"embed": nn.Linear(3, 8), "n1": nn.LayerNorm(8), "n2": nn.LayerNorm(8), "head": nn.Linear(8, 5), **parts}, how
-    )
 
 
 def gated() -> Net:
@@ -46,69 +25,83 @@ def gated() -> Net:
     return Net(parts, how)
 
 
+def heads() -> Net:
+    """Attention with a layer each for queries, keys and values."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+        return net.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    return Net({name: nn.Linear(3, 8) for name in "qkv"} | {"out": nn.Linear(8, 5)}, how)
+
+
 PINNED = "pinned: it is the network's output"
+# network, its input, and of every group: layers, readers, width, state (or how it begins)
+TABLES = {
+    "mlp": (lambda: mlp(3, 4, 2), (5, 3), [(("0",), ("2",), 4, "free"), (("2",), (), 2, PINNED)]),
+    "chain": (
+        lambda: chain(4, 5),
+        (),
+        [(("conv0",), ("conv1",), 4, "free"), (("conv1",), ("fc",), 5, "free"), (("fc",), (), 5, PINNED)],
+    ),
+    "gated": (
+        gated,
+        (),
+        [
+            (("stem", "b", "gate"), ("a", "gate", "fc"), 4, "free"),
+            (("a",), ("b",), 6, "free"),
+            (("fc",), (), 5, PINNED),
+        ],
+    ),
+    "attention": (
+        lambda: attention(2),
+        (2, 5, 3),
+        [
+            (("embed", "out", "down"), ("qkv", "up", "head"), 8, "seen by the norm n1 and 1 more"),
+            (("qkv",), ("out",), 24, "as a whole: the units of a head, queries by keys"),
+            (("up",), ("down",), 12, "free"),
+            (("head",), (), 4, PINNED),
+        ],
+    ),
+    "heads": (
+        heads,
+        (2, 5, 3),
+        [
+            (("q", "k"), (), 8, "as a whole: the units of a head, queries by keys"),
+            (("v",), ("out",), 8, "as a whole: the units of a head, values"),
+            (("out",), (), 5, PINNED),
+        ],
+    ),
+    "softmax": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 2)),
+        (5, 3),
+        [(("0",), ("2",), 4, "as a whole: softmax in 1 mixes them"), (("2",), (), 2, PINNED)],
+    ),
+    "lstm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)),
+        (2, 5, 3),
+        [(("0",), ("1",), 4, "free"), (("1",), ("1",), 2, PINNED)],
+    ),
+    "no rule": (
+        lambda: Net({"a": nn.Linear(3, 4), "b": nn.Bilinear(4, 4, 2)}, lambda net, x: net.b(net.a(x), net.a(x))),
+        (5, 3),
+        [(("a",), (), 4, "pinned: bilinear in b has no rule for units")],
+    ),
+    "group norm": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)),
+        (6, 3),
+        [(("0",), ("2",), 4, "seen by the norm 1"), (("2",), (), 2, PINNED)],
+    ),
+    "nothing": (lambda: nn.Sequential(nn.ReLU()), (), []),
+}
 
 
-@pytest.mark.parametrize(
-    ("make", "inputs", "expected"),
-    [
-        (lambda: mlp(3, 4, 2), lambda: images(5, 3), [(("0",), ("2",), 4, "free"), (("2",), (), 2, PINNED)]),
-        (
-            lambda: chain(4, 5),
-            images,
-            [
-                (("conv0",), ("conv1",), 4, "free"),
-                (("conv1",), ("fc",), 5, "free"),
-                (("fc",), (), 5, PINNED),
-            ],
-        ),
-        (
-            gated,
-            images,
-            [
-                (("stem", "b", "gate"), ("a", "gate", "fc"), 4, "free"),
-                (("a",), ("b",), 6, "free"),
-                (("fc",), (), 5, PINNED),
-            ],
-        ),
-        (
-            attention,
-            lambda: images(2, 5, 3),
-            [
-                (("embed", "out", "down"), ("q", "k", "v", "up", "head"), 8, "seen by the norm n1 and 1 more"),
-                (("q", "k"), (), 8, "as a whole: the units of a head, queries by keys"),
-                (("v",), ("out",), 8, "as a whole: the units of a head, values"),
-                (("up",), ("down",), 12, "free"),
-                (("head",), (), 5, PINNED),
-            ],
-        ),
-        (
-            lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 2)),
-            lambda: images(5, 3),
-            [(("0",), ("2",), 4, "as a whole: softmax in 1 mixes them"), (("2",), (), 2, PINNED)],
-        ),
-        (
-            lambda: nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)),
-            lambda: images(2, 5, 3),
-            [(("0",), ("1",), 4, "free"), (("1",), ("1",), 2, PINNED)],
-        ),
-        (
-            lambda: Net({"a": nn.Linear(3, 4), "b": nn.Bilinear(4, 4, 2)}, lambda net, x: net.b(net.a(x), net.a(x))),
-            lambda: images(5, 3),
-            [(("a",), (), 4, "pinned: bilinear in b has no rule for units (net2net.rule adds one)")],
-        ),
-        (
-            lambda: nn.Sequential(nn.Embedding(7, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)),
-            lambda: torch.randint(7, (6,)),
-            [(("0",), ("2",), 4, "seen by the norm 1"), (("2",), (), 2, PINNED)],
-        ),
-        (lambda: nn.Sequential(nn.ReLU()), images, []),
-    ],
-)
-def test_groups(make: Callable[[], nn.Module], inputs: Callable[[], Tensor], expected: list) -> None:
+@pytest.mark.parametrize("name", TABLES)
+def test_groups_are_layers_that_move_together(name: str) -> None:
+    make, shape, expected = TABLES[name]
     model = make().train()
     before = state(model)
-    groups = describe(model, inputs()).groups
+    groups = describe(model, images(*shape)).groups
     assert [(g.layers, tuple(dict.fromkeys(g.readers)), g.width, g.state) for g in groups] == expected
     assert unchanged(model, before) and model.training
     assert [g.free for g in groups] == [wanted[-1] == "free" for wanted in expected]
@@ -116,7 +109,7 @@ def test_groups(make: Callable[[], nn.Module], inputs: Callable[[], Tensor], exp
         assert len(group.units) <= group.width and len(torch.unique(group.units)) == len(group.units)
 
 
-def test_the_table() -> None:
+def test_the_table_has_a_head_a_row_for_every_group_and_a_sum() -> None:
     head, *rows, foot = str(describe(gated(), images())).splitlines()
     assert head.split() == ["width", "layers", "read", "by", "growth"]
     assert rows[0].split("  ")[-1] == "free" and rows[0].lstrip().startswith("4  stem, b, gate")
@@ -130,18 +123,14 @@ def test_long_lists_of_layers_are_cut() -> None:
     assert table.endswith("13 groups of units, 12 of them free to grow to any width")
 
 
-def test_layers_that_grow_together_in_one_group_alone() -> None:
-    """What describe calls free is what widen grows, and nothing else with it."""
-    model = randomise(gated())
+def test_what_is_called_free_grows_and_nothing_else_with_it() -> None:
+    model = look_trained(gated())
     for group in describe(model, images()).groups:
         if group.free:
             grown = widen(model, images(), {group.layers[-1]: 2.0})
-            assert equivalence(model, grown, images()).max_relative < 1e-10
-            wider = {
-                name
-                for name, m in grown.named_modules()
-                if hasattr(m, "weight") and len(m.weight) > len(model.get_parameter(f"{name}.weight"))
-            }
+            assert_same(model, grown, images())
+            layers = {name: m for name, m in grown.named_modules() if hasattr(m, "weight")}
+            wider = {n for n, m in layers.items() if len(m.weight) > len(model.get_parameter(f"{n}.weight"))}
             assert wider == set(group.layers)
 
 
@@ -151,5 +140,5 @@ def test_wrappers_are_looked_through(wrap: Callable) -> None:
 
 
 def test_a_forward_pass_that_fails_is_refused() -> None:
-    with pytest.raises(TransferError, match=r"The forward pass of Sequential on inputs \(2, 4\) fails"):
+    with pytest.raises(TransferError, match=r"Sequential on inputs \(2, 4\) fails"):
         describe(mlp(3, 4, 2), images(2, 4))

@@ -1,0 +1,195 @@
+"""deepen: deeper without a second constructor, exact to 1e-10 on inputs that it has not seen."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net, assert_same, chain, conv, images, mlp, state, unchanged
+from torch import Tensor, nn
+
+from net2net import Blend, TransferError, deepen, describe, equivalence, widen
+from net2net.testing import look_trained
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def blocks() -> nn.Module:
+    """Blocks as torchvision's: each a nn.Sequential, and a residual one that is a module of its own."""
+    parts = {"a": conv(4, 7), "n": nn.BatchNorm2d(7), "b": conv(7, 4)}
+    residual = Net(parts, lambda net, x: F.gelu(x + net.b(F.gelu(net.n(net.a(x))))))
+    first = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.SiLU())
+    last = nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(24, 6), nn.GELU(), nn.Linear(6, 5)
+    return nn.Sequential(first, residual, *last)
+
+
+def trained(seed: int = 0) -> nn.Module:
+    return look_trained(blocks(), seed=seed)
+
+
+def assert_deeper(model: nn.Module, inputs: Callable, after: list[str], **options) -> nn.Module:
+    """Deepen on inputs of `inputs`, compare on others, and return the copy. What was there before is unchanged."""
+    before = state(model)
+    grown = deepen(model, inputs(), after, **options)
+    assert unchanged(model, before) and type(grown) is type(model)
+    assert before.keys() < grown.state_dict().keys()
+    assert all(torch.equal(grown.state_dict()[name], tensor) for name, tensor in before.items()) or "depth" in options
+    assert_same(model, grown, inputs(), bar=1e-10)
+    return grown
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.ELU])
+@pytest.mark.parametrize("after", [["0"], ["1"], ["1.b"], ["4"], ["5"], ["0.0"], ["0", "1", "1.a", "4"]])
+def test_a_new_layer_computes_the_same_and_learns(activation: Callable[[], nn.Module], after: list[str]) -> None:
+    model = trained()
+    grown = assert_deeper(model, images, after, activation=activation)
+    new = {name for name, module in grown.named_modules() if isinstance(module, Blend)}
+    assert new == {f"{name}.deeper.1" for name in after}
+    grown(images()).square().sum().backward()
+    for name in new:
+        amount, weight = (grown.get_parameter(f"{name.removesuffix('.1')}.{each}") for each in ("1.amount", "0.weight"))
+        assert amount == 0 and amount.grad.any() and weight.grad.flatten(1).any(1).all()
+    torch.optim.SGD(grown.parameters(), lr=0.01).step()
+    assert equivalence(model, grown, images()).max_relative > 1e-6
+
+
+def test_a_deeper_network_is_copied() -> None:
+    model, x = trained(), images()
+    grown = deepen(model, x, ["0", "1", "4"], activation=nn.GELU)
+    nn.init.normal_(grown.get_parameter("1.deeper.0.weight"))
+    twin = copy.deepcopy(grown)
+    assert torch.equal(twin(x), grown(x)) and not torch.allclose(grown(x), model(x))
+    nn.init.normal_(twin.get_parameter("1.deeper.0.weight"))
+    assert not torch.allclose(twin(x), grown(x)), "the copy runs through a layer of its own"
+
+
+def test_the_state_of_a_deeper_network_goes_through_a_file(tmp_path) -> None:
+    model, x = trained(), images()
+    grown = deepen(model, x, ["0", "1", "4"], activation=nn.GELU)
+    nn.init.normal_(grown.get_parameter("1.deeper.0.weight"))
+    torch.save(grown.state_dict(), tmp_path / "state.pt")
+    other = deepen(trained(5), x, ["0", "1", "4"], activation=nn.GELU)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other(x), grown(x))
+    old = deepen(trained(5), x, ["1"])  # what was there before has its old names
+    old.load_state_dict(model.state_dict(), strict=False)
+    assert_same(model, old, x)
+
+
+@pytest.mark.parametrize("grow", [lambda m, x: widen(m, x, 1.5), lambda m, x: deepen(m, x, ["0"])])
+def test_a_grown_network_is_pickled_as_a_whole(grow: Callable, tmp_path) -> None:
+    model, x = mlp(3, 4, 2), images(6, 3)
+    torch.save(grow(model, x), tmp_path / "network.pt")
+    assert_same(model, torch.load(tmp_path / "network.pt", weights_only=False), x)
+
+
+@pytest.mark.parametrize("after", [["0.0"], ["1.a"], ["4"], ["1.b", "0.0"]])
+def test_dense_depth_is_exact_and_no_identity(after: list[str]) -> None:
+    three = Net({"a": conv(6, 5), "b": conv(5, 6), "c": conv(6, 6, 1)}, lambda net, x: net.c(net.b(net.a(x))))
+    last = nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(36, 6), nn.Linear(6, 5)
+    model = look_trained(nn.Sequential(nn.Sequential(conv(3, 4), conv(4, 6)), three, *last))
+
+    def make(units: int, dims: int) -> nn.Module:
+        return nn.Conv2d(units, units, 3, padding=1) if dims else nn.Linear(units, units)
+
+    grown = assert_deeper(model, images, after, depth="dense", make=make)
+    for name in after:
+        weight = grown.get_parameter(f"{name}.deeper.weight").detach()
+        taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+        assert (taps - torch.eye(len(taps))).abs().max() > 0.1
+        assert (taps != 0).all(), "every new unit reads every old one"
+
+
+def test_dense_depth_without_a_plain_path_is_an_identity() -> None:
+    """An activation between the two layers: no linear map undoes the rotation behind it."""
+    grown = assert_deeper(trained(), images, ["4"], depth="dense")
+    assert torch.equal(grown.get_parameter("4.deeper.0.weight"), torch.eye(6))
+
+
+def test_a_layer_of_ones_own() -> None:
+    def made(kernel: int, *behind: nn.Module) -> Callable[[int, int], nn.Module]:
+        return lambda units, dims: nn.Sequential(conv(units, units, kernel), nn.BatchNorm2d(units), *behind)
+
+    model, batches = look_trained(chain(4, 5)), images(24, 3, 6, 8)
+    grown = assert_deeper(model, images, ["norm0"], make=made(5, Blend(F.gelu)))
+    assert grown.norm0.deeper[0].kernel_size == (5, 5)
+    assert_deeper(model, images, ["norm0"], make=made(3, nn.ReLU()))  # the network rectifies behind it anyway
+    calibrated = deepen(model, images(), ["norm0"], make=made(3), calibrate=batches)
+    assert_same(model, calibrated, images())
+    passed = model.norm0(model.conv0(batches))
+    assert torch.allclose(calibrated.norm0.deeper[1].running_mean, passed.mean((0, 2, 3)))
+    with pytest.raises(TransferError, match="not idempotent"):
+        deepen(model, images(), ["norm0"], make=made(3, nn.Tanh()))
+    with pytest.raises(TransferError, match="not idempotent"):
+        deepen(model, images(), ["fc"], make=lambda units, dims: nn.Sequential(nn.Linear(units, units), nn.ReLU()))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "inputs", "shape"),
+    [
+        (nn.Conv1d(3, 4, 3), nn.Conv1d(4, 2, 3), (2, 3, 9), (4, 4, 3)),
+        (nn.Conv3d(3, 4, 2), nn.Conv3d(4, 2, 2), (2, 3, 4, 5, 6), (4, 4, 3, 3, 3)),
+        (nn.Linear(3, 4), nn.Linear(4, 2), (2, 7, 3), (4, 4)),
+    ],
+    ids=["one dimension", "three dimensions", "tokens"],
+)
+def test_a_new_layer_is_of_the_kind_before_it(first, last, inputs: tuple, shape: tuple) -> None:
+    model = look_trained(nn.Sequential(first, nn.Tanh(), last).double())
+    grown = assert_deeper(model, lambda: images(*inputs), ["0"])
+    assert grown.get_parameter("0.deeper.0.weight").shape == shape
+
+
+class Twice(nn.Sequential):
+    """A nn.Sequential with a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x).tanh()).tanh()
+
+
+def test_a_sequential_with_a_forward_pass_of_its_own_calls_the_new_layer() -> None:
+    model = nn.Sequential(Twice(nn.Linear(3, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
+    grown = assert_deeper(model, lambda: images(6, 3), ["0"])
+    grown(images(6, 3)).sum().backward()
+    assert grown.get_parameter("0.deeper.1.amount").grad is not None
+
+
+def test_a_new_layer_has_the_dtype_of_the_layer_before_it() -> None:
+    net = Net({"a": nn.Linear(3, 4).float(), "b": nn.Linear(4, 4)}, lambda net, x: net.b(net.a(x.float()).double()))
+    grown = assert_deeper(net, lambda: images(6, 3), ["b"])
+    assert grown.get_parameter("b.deeper.0.weight").dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_mode_of_the_model_is_that_of_the_new_layer(mode: bool) -> None:
+    assert deepen(trained().train(mode), images(), ["1"]).get_submodule("1.deeper").training is mode
+
+
+@pytest.mark.parametrize(("after", "message"), [(["9"], r"no module '9'"), (["0", "stem"], r"no module 'stem'")])
+def test_wrong_names_are_refused(after: list[str], message: str) -> None:
+    model = blocks()
+    before = state(model)
+    with pytest.raises(TransferError, match=message):
+        deepen(model, images(), after)
+    assert unchanged(model, before)
+
+
+def test_a_result_without_one_axis_of_units_is_refused() -> None:
+    pair = Net({"a": nn.Linear(3, 4)}, lambda net, x: (net.a(x), net.a(x)))
+    net = Net({"pair": pair, "fc": nn.Linear(4, 2)}, lambda net, x: net.fc(sum(net.pair(x))))
+    with pytest.raises(TransferError, match="pair is not one tensor with one axis of units"):
+        deepen(net, images(6, 3), ["pair"])
+
+
+def test_wider_again_deeper_again_in_any_order() -> None:
+    model, places = trained(), ["0", "1", "4"]
+    twice = widen(widen(model, images(), 1.5), images(), 1.5, split="uneven")
+    wide_then_deep = deepen(widen(model, images(), {"0.0": 7, "4": 1.5}), images(), places, activation=nn.SiLU)
+    deep_then_wide = widen(deepen(model, images(), places, activation=nn.SiLU), images(), 1.5)
+    deep_twice = deepen(deepen(model, images(), ["1"]), images(), ["1", "1.deeper"], activation=nn.Tanh)
+    all_again = widen(deepen(wide_then_deep, images(), ["1"]), images(), {"1.a": 2.0})
+    for grown in (twice, wide_then_deep, deep_then_wide, deep_twice, all_again):
+        assert_same(model, grown, images(), bar=1e-10)
+    widths = [len(deep_then_wide.get_parameter(f"{name}.weight")) for name in ("0.0", "0.deeper.0", "4", "4.deeper.0")]
+    assert widths == [6, 6, 9, 9]
+    assert describe(all_again, images()).groups
