@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net2net import Axis, Origin, Transfer, equivalence
-from net2net.fill import fill as filling
 from net2net.testing import look_trained
 
 BAR = 1e-12  # relative, in float64: rounding, and nothing else
@@ -196,8 +195,3 @@ def shift_index(axis: Axis) -> Axis:
 
 def randomise(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> nn.Module:
     return look_trained(model, images, seed)
-
-
-def without(monkeypatch, left_out: Callable[[Origin], bool]) -> None:
-    fill_new = filling.fill_new
-    monkeypatch.setattr(filling, "fill_new", lambda t, origin, *rest: left_out(origin) or fill_new(t, origin, *rest))
