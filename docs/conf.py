@@ -33,6 +33,12 @@ def resolve_links(_app: Sphinx, page: str, text: list[str]) -> None:
     text[0] = re.sub(r"(?<!!)\[([^\[\]]*)\]\(\.\./[^)]*\)", r"\1", inside)
 
 
+def keep_bars(_app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+    """Keep |x| in docstrings as it is: absolute values, no substitutions."""
+    lines[:] = [line.replace("|", "\\|") for line in lines]
+
+
 def setup(app: Sphinx) -> None:
-    """Register the hook above."""
+    """Register the hooks above."""
     app.connect("source-read", resolve_links)
+    app.connect("autodoc-process-docstring", keep_bars)
