@@ -1,201 +1,319 @@
-"""Speed and memory, with the bars that they have to meet: python scripts/bench.py [part ...]
+"""Measure speed, and print every number with the bar that it has to meet.
 
-startup   questions that need no torch
-training  the real loop against a bare forward/backward/step loop on one fixed batch
-loader    photographs from disk against torchvision's reference pipeline, and what the paper's network consumes
+    python scripts/bench.py [PART ...] [--photos FOLDER]
+
+startup   questions to train.py that need no torch
+training  the training loop against a bare loop of forward, backward and step on one batch
+loader    photographs from disk against torchvision's reference pipeline, and against what the paper's network consumes
 growth    `net2net.transfer` against loading the student's weights and one forward pass of each network
-memory    what `net2net.transfer` needs on top of the two networks
-map       finding the mapping alone, for a vision transformer of 632M parameters on the meta device
+runs      status, collect and figures on 10,000 simulated runs (minutes; only if it is named)
 
-What is compared runs in turn in one process, so that a noisy machine slows both; a ratio is the median over the rounds.
-The last three run on the CPU. `--rounds 8 --steps 150` sets how long it takes.
+What is compared runs in turn in one process, so that a busy machine slows both; a ratio is the median of the rounds.
+growth runs on the CPU.
 """
 
 import argparse
 import copy
-import ctypes
-import multiprocessing
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
-from torchvision import models
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, models, transforms
 
 import net2net
-from net2net.network import Inputs
-from net2net.plan.plan import make_plan
-from net2net.trace.tracer import trace
-from scripts.bench_training import print_loader, print_loop, print_startup
-from scripts.measure import seconds, verdict
+from experiments.config import ARMS, Config, Data, Schedule
+from experiments.data import Folder, Images, Splits, load
+from experiments.machine import choose_arithmetic, describe, pick_device
+from experiments.models import build
+from experiments.optimizers import make_optimizer
+from experiments.progress import Follower
+from experiments.run_log import COLUMNS
+from experiments.training import Job, train, train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTIONS = ("--help", "--cfg job", "experiment=wider_inception --help", "experiment=wider_inception --cfg job")
 
 Make = Callable[[], nn.Module]
-MB = 2**20
+Epoch = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+def verdict(value: float, bar: float, unit: str = "", at_least: bool = False) -> str:
+    """Write a value beside its bar, the largest allowed one, or with `at_least` the smallest."""
+    met = value >= bar if at_least else value <= bar
+    return f"{value:.2f}{unit}, bar {'at least ' * at_least}{bar:.2f}{unit}: {'met' if met else 'NOT MET'}"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long the work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def summarise(pairs: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
+    """Return the median of the first numbers, of the second numbers, and of the ratios second / first."""
+    first, second = (statistics.median(numbers) for numbers in zip(*pairs, strict=True))
+    return first, second, statistics.median(b / a for a, b in pairs)
+
+
+def print_startup() -> None:
+    """Print how long questions take that need no torch."""
+    for question in QUESTIONS:
+        ask = partial(
+            subprocess.run, [sys.executable, ROOT / "train.py", *question.split()], check=True, capture_output=True
+        )
+        print(f"train.py {question}: {verdict(statistics.median(seconds(ask) for _ in range(5)), 1.0, ' s')}")
+
+
+# -- the training loop --------------------------------------------------------------------------------------------
+
+
+class Alternate(Follower):
+    """A follower of the real loop that runs as many steps of the bare loop after every block of real steps."""
+
+    def __init__(self, bare: Callable[[], object], device: torch.device) -> None:
+        super().__init__(Console(quiet=True), "bench", total=1, first=0, batch_size=1)
+        self.bare, self.device = bare, device
+        self.block = 1 if device.type == "cpu" else 20  # waiting for a GPU after every step would slow both
+        self.pairs: list[tuple[float, float]] = []  # seconds of a block of the real and of the bare loop
+        self.started = 0.0
+
+    def advance(self, step: int, loss: float) -> None:
+        """Note the time of a block of real steps, then time as many bare ones."""
+        if step % self.block:
+            return
+        real = self.now() - self.started
+        started = self.now()
+        for _ in range(self.block):
+            self.bare()
+        self.started = self.now()
+        self.pairs.append((real, self.started - started))
+
+    def row(self, row: object) -> None:
+        """Ignore evaluations: one precedes the first step, the next one follows the last."""
+
+    def now(self) -> float:
+        """Return the time at which the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def make_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+    """Return a bare training step of the network on one batch, in the arithmetic of the machine."""
+    device = pick_device("auto")
+    arithmetic = choose_arithmetic(device, "auto", "auto", False)
+    network.to(device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
+    images = images.to(device).contiguous(memory_format=arithmetic.memory_format)
+    optimizer = make_optimizer(network, Schedule())
+    return lambda: train_step(network, optimizer, images, labels.to(device), device, arithmetic)
+
+
+def compare_loops(spec: Mapping[str, Any], batch_size: int, steps: int) -> list[tuple[float, float]]:
+    """Return the seconds of blocks of the real loop, and of a bare loop that repeats one batch."""
+    device = pick_device("auto")
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(count: int) -> Images:
+        pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=draw)
+        return Images(pixels, torch.arange(count) % 10, (0.5,) * 3, (0.25,) * 3, pad=4, flip=True)
+
+    few = noise(batch_size)
+    splits = Splits(noise(50_000), few, few, 10, (0.5,) * 3, (0.25,) * 3, "noise").to(device)
+    network = build(spec, 10, 3)
+    images, labels = next(splits.train.batches(batch_size, epoch=0, seed=0, augment=False))
+    alternate = Alternate(make_step(copy.deepcopy(network), images, labels), device)
+    config = Config(experiment="bench", schedule=Schedule(batch_size=batch_size, evaluate="1000ep"), data=Data())
+    arithmetic = choose_arithmetic(device, "auto", "auto", False)
+    with tempfile.TemporaryDirectory() as folder:
+        epochs = f"{steps * alternate.block}it"
+        train(network, Job(Path(folder), config, splits, device, arithmetic, 0.001, epochs, 1), alternate)
+    return alternate.pairs[3:]
+
+
+def print_training(steps: int) -> None:
+    """Compare the loops on the network that this machine trains, and on a small one, where the loop weighs more."""
+    device = pick_device("auto")
+    slim, batch_size = (0.125, 128) if device.type == "cpu" else (1.0, 256)
+    specs = {f"Inception x {slim}": {"name": "inception", "slim": slim}, "ResNet-8": {"name": "resnet", "blocks": 1}}
+    for name, spec in specs.items():
+        real, bare, ratio = summarise(compare_loops(spec, batch_size, steps))
+        print(f"{name} on 32 pixels, {describe(device)}: a step takes {real:.4f} s, a bare one {bare:.4f} s")
+        print(f"speed of the loop relative to the bare one {verdict(ratio, 0.97, at_least=True)}")
+
+
+# -- photographs from disk ----------------------------------------------------------------------------------------
+
+
+def torchvision_epoch(root: Path, files: int, size: int, batch_size: int, workers: int) -> Epoch:
+    """Return an epoch of torchvision's reference pipeline, whose workers live on between epochs, as ours do."""
+    steps = [
+        transforms.RandomResizedCrop(size),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    pictures = datasets.ImageFolder(str(root / "train"), transforms.Compose(steps))
+    chosen = Subset(pictures, range(0, len(pictures), max(1, len(pictures) // files))[:files])
+    options = {"shuffle": True, "drop_last": True, "num_workers": workers, "persistent_workers": workers > 0}
+    loader: DataLoader[Any] = DataLoader(chosen, batch_size, **options)
+    return lambda: loader
+
+
+def our_epoch(root: Path, files: int, size: int, batch_size: int, workers: int) -> Epoch:
+    """Return an epoch of as many pictures in our pipeline, a new one at every call."""
+    whole = load(Data(name="imagenet", root=str(root), size=size, workers=workers, holdout=0.01)).train
+    assert isinstance(whole, Folder)
+    chosen = range(0, len(whole), max(1, len(whole) // files))[:files]
+    part = replace(whole, files=whole.files[chosen], labels=whole.labels[list(chosen)])
+    epochs = itertools.count()
+    return lambda: part.batches(batch_size, epoch=next(epochs), seed=0)
+
+
+def print_loader(rounds: int, photos: str | None) -> None:
+    """Compare our pipeline with torchvision's, and with what the paper's network consumes."""
+    size, batch_size, files, workers = 224, 64, 1024, os.cpu_count() or 1
+    network = build({"name": "inception", "stem": size}, 1000, 3)
+    step = make_step(network, torch.randn(batch_size, 3, size, size), torch.arange(batch_size))
+    consumed = batch_size / min(
+        seconds(lambda: (step(), torch.zeros(1, device=pick_device("auto")).item())) for _ in range(4)
+    )
+    print(f"Inception on {size} pixels, {describe(pick_device('auto'))}: consumes {consumed:,.0f} images/s")
+    if photos is None:
+        print("loader: not measured without --photos FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG")
+        return
+    epochs = [make(Path(photos), files, size, batch_size, workers) for make in (torchvision_epoch, our_epoch)]
+
+    def speed(epoch: Epoch) -> float:
+        started = time.perf_counter()
+        return sum(len(labels) for _, labels in epoch()) / (time.perf_counter() - started)
+
+    theirs, ours, ratio = summarise([(speed(epochs[0]), speed(epochs[1])) for _ in range(1 + rounds)][1:])
+    print(f"{files} photographs, {workers} workers: torchvision {theirs:,.0f} images/s, ours {ours:,.0f} images/s")
+    print(f"ours relative to torchvision's {verdict(ratio, 1.0, at_least=True)}")
+    print(f"ours relative to what the network consumes {verdict(ours / consumed, 1.0, at_least=True)}")
 
 
 # -- growth -------------------------------------------------------------------------------------------------------
 
 
-def growth(make_teacher: Make, make_student: Make, images: Tensor, rounds: int) -> list[tuple[float, float]]:
-    """For every round the seconds of loading the student and one forward pass of each, and of a transfer."""
+def time_growth(make_teacher: Make, make_student: Make, images: Tensor, rounds: int) -> list[tuple[float, float]]:
+    """Return the seconds of loading the student with a forward pass of each network, and of a transfer."""
     teacher, student = make_teacher().eval(), make_student().eval()
     state = copy.deepcopy(student.state_dict())
 
     @torch.no_grad()
-    def plain() -> None:
+    def load_and_run() -> None:
         student.load_state_dict(state)
         teacher(images)
         student(images)
 
-    def grown() -> None:
-        net2net.transfer(teacher, student, images)
-
-    plain()
-    grown()
-    return [(seconds(plain), seconds(grown)) for _ in range(rounds)]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """MB: the two networks, the largest tensor of both, and what work needs on top of them while it runs.
-
-    `passes` is one forward pass of each network on the example and on the inputs that a transfer draws for its check,
-    `writing` the student's weights alone (`net2net.replay`), `transfer` all of it.
-    """
-
-    networks: float
-    largest: float
-    passes: float
-    writing: float
-    transfer: float
-
-    @property
-    def own(self) -> float:
-        """What a transfer needs beyond its forward passes, whose activations are the networks' and not its own."""
-        return max(self.writing, self.transfer - self.passes)
-
-
-def memory(make_teacher: Make, make_student: Make, size: int) -> Memory | None:
-    """Measured in a process of its own, on one image; None where the system does not tell (it takes Linux's /proc)."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(_memory, make_teacher, make_student, size).result()
-
-
-def _memory(make_teacher: Make, make_student: Make, size: int) -> Memory | None:
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    torch.set_num_threads(1)  # threads have buffers of their own
-    teacher, student = make_teacher().eval(), make_student().eval()
-    inputs = Inputs.of(torch.randn(1, 3, size, size))
-
-    @torch.no_grad()
-    def passes() -> None:
-        for each in (inputs, inputs.others()):
-            teacher(*each.args)
-            student(*each.args)
-
-    def grown() -> net2net.Transfer:
-        return net2net.transfer(teacher, student, inputs.args)
-
-    passes()
-    record = grown()  # the first run loads libraries
-    tensors = [t.nbytes for model in (teacher, student) for t in model.state_dict().values()]
-    return Memory(
-        sum(tensors) / MB,
-        max(tensors) / MB,
-        _peak(passes),
-        _peak(lambda: net2net.replay(record, teacher, student)),
-        _peak(grown),
-    )
-
-
-def _peak(work: Callable[[], object]) -> float:
-    """By how many MB the process grows, at most, while it works."""
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what is needed
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    before = _status("VmRSS")
-    work()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
-
-def transformer(width: int, heads: int, layers: int) -> models.VisionTransformer:
-    """A vision transformer on the meta device: it has shapes and no weights."""
-    with torch.device("meta"):
-        return models.VisionTransformer(224, 14, layers, heads, width, 4 * width)
-
-
-def mapped(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
-    """All that precedes the first weight: both networks traced, every unit given the one that it copies."""
-    inputs = Inputs.of(images)
-    make_plan(trace(teacher, inputs), trace(student, inputs), None, torch.Generator())
+    grow = partial(net2net.transfer, teacher, student, images)
+    return [(seconds(load_and_run), seconds(grow)) for _ in range(1 + rounds)][1:]
 
 
 def print_growth(rounds: int) -> None:
-    """resnet50 -> wide_resnet50_2, float32."""
-    measured = growth(models.resnet50, models.wide_resnet50_2, torch.randn(8, 3, 224, 224), rounds)
-    plain, grown = (statistics.median(values) for values in zip(*measured, strict=True))
+    """Time resnet50 -> wide_resnet50_2 in float32."""
+    pairs = time_growth(models.resnet50, models.wide_resnet50_2, torch.randn(8, 3, 224, 224), rounds)
+    plain, grown, ratio = summarise(pairs)
     print(f"resnet50 -> wide_resnet50_2, 8 images of 224 x 224, CPU, {torch.get_num_threads()} threads:")
-    print(f"load_state_dict and a forward pass of each {plain:.2f} s, transfer {grown:.2f} s")
-    print(f"ratio {verdict(statistics.median(b / a for a, b in measured), 3.0)} (median of {rounds})")
+    print(f"load_state_dict with a forward pass of each {plain:.2f} s, transfer {grown:.2f} s")
+    print(f"transfer relative to that {verdict(ratio, 3.0)}")
 
 
-def print_memory() -> None:
-    """The same pair, on one small image: the activations of larger ones would hide what is measured."""
-    size = 64
-    found = memory(models.resnet50, models.wide_resnet50_2, size)
-    if found is None:
-        print("memory: not measured, it takes Linux's /proc")
-        return
-    print(f"resnet50 -> wide_resnet50_2, one image of {size} x {size}: both networks {found.networks:.0f} MB")
-    print(
-        f"on top of them transfer {found.transfer:.0f} MB, its forward passes alone (activations) {found.passes:.0f} MB"
-    )
-    own = verdict(found.own, found.largest, " MB")
-    print(f"the rest, or writing the weights if that is more, {own} (the largest tensor)")
+# -- many runs ----------------------------------------------------------------------------------------------------
 
 
-def print_map() -> None:
-    """As large as ViT-L/14 -> ViT-H/14, in shape."""
-    teacher, student = transformer(1024, 16, 24), transformer(1280, 20, 32)
-    millions = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (teacher, student)]
-    spent = seconds(lambda: mapped(teacher, student, torch.randn(1, 3, 224, 224, device="meta")))
-    print(f"vision transformers of {millions[0]:.0f}M and {millions[1]:.0f}M parameters, on the meta device:")
-    print(f"the map alone {verdict(spent, 20.0, ' s')}")
+def simulate(folder: Path, runs: int, rows: int) -> int:
+    """Write about so many finished runs, with curves that rise, as train.py leaves them; return how many."""
+    rng = random.Random(0)
+    template = json.loads((ROOT / "results/curves/wider_inception/seed0/net2net.json").read_text())
+    stages, seeds = ("teacher", *ARMS[:4]), 400
+    for made in range(0, runs, len(stages)):
+        experiment, seed = divmod(made // len(stages), seeds)
+        for arm in stages:
+            own = {"arm": arm, "seed": seed, "experiment": f"simulated{experiment}"}
+            run = folder / own["experiment"] / f"seed{seed}" / arm
+            run.mkdir(parents=True)
+            text = draw_curve(rows, rng)
+            (run / "curve.csv").write_text(text)
+            own["config"] = template["config"] | {"seed": seed, "experiment": own["experiment"]}
+            own["curve_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            (run / "manifest.json").write_text(json.dumps(template | own, indent=1, sort_keys=True))
+    return -(-runs // len(stages)) * len(stages)
 
 
-def main() -> None:
-    """Print what is asked for, or all."""
+def draw_curve(rows: int, rng: random.Random) -> str:
+    """Draw a curve.csv that rises to a level of its own."""
+    lines = [",".join(COLUMNS)]
+    best, speed = rng.uniform(0.6, 0.9), rng.uniform(5, 20)
+    for index in range(rows):
+        accuracies = [best * (1 - math.exp(-index / speed)) + rng.uniform(0, 0.02) for _ in range(3)]
+        pairs = [(f"{2.3 * (1 - accuracy):.6g}", f"{accuracy:.6g}") for accuracy in accuracies]
+        if index == 0:
+            pairs[0] = ("", "")  # nothing has been trained yet
+        counts = [index * 176, index / 2, index * 22528, index * 11.5, index * 22528 * 6.3e7]
+        lines.append(",".join([*(f"{value:.6g}" for value in counts), *itertools.chain(*pairs)]))
+    return "\n".join(lines) + "\n"
+
+
+def print_runs(runs: int, rows: int) -> None:
+    """Time the scripts that read runs: status, collect (of new runs, and of the same again) and figures."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, results = Path(scratch, "runs"), Path(scratch, "results")
+        print(f"{simulate(source, runs, rows)} runs of {rows} rows", flush=True)
+        collect = ["collect.py", "--runs", source, "--results", results]
+        figures = ["figures.py", "--results", results]
+        for name, (script, *rest) in {
+            "status": ["status.py", source],
+            "collect": collect,
+            "collect again": collect,
+            "figures": figures,
+        }.items():
+            command = [sys.executable, ROOT / "scripts" / str(script), *rest]
+            spent = seconds(partial(subprocess.run, command, stdout=subprocess.DEVNULL, check=True))
+            print(f"{name:<14} {spent:6.1f} s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the parts that are asked for; by default all but `runs`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="the parts above; default: all")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--slim", type=float, default=None, help="width of the network; default: as the scale's")
-    parser.add_argument("--photos", help="folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG, for the loader")
-    options = parser.parse_args()
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure; default: all but runs")
+    parser.add_argument("--rounds", type=int, default=8, help="of loader and growth (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="of training (default: %(default)s)")
+    parser.add_argument("--photos", metavar="FOLDER", help="train/CLASS/*.JPEG and val/CLASS/*.JPEG for the loader")
+    parser.add_argument("--runs", type=int, default=10_000, help="to simulate (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=100, help="of each simulated curve (default: %(default)s)")
+    options = parser.parse_args(arguments)
     parts: dict[str, Callable[[], None]] = {
         "startup": print_startup,
-        "training": lambda: print_loop(options.steps, options.slim),
-        "loader": lambda: print_loader(options.rounds, options.photos),
-        "growth": lambda: print_growth(options.rounds),
-        "memory": print_memory,
-        "map": print_map,
+        "training": partial(print_training, options.steps),
+        "loader": partial(print_loader, options.rounds, options.photos),
+        "growth": partial(print_growth, options.rounds),
+        "runs": partial(print_runs, options.runs, options.rows),
     }
-    if unknown := set(options.what) - parts.keys():
-        parser.error(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(parts)}")
-    if options.photos and not (Path(options.photos) / "train").is_dir():
-        parser.error(f"{options.photos} holds no folder train: --photos takes a tree of train/CLASS/*.jpg")
-    for name in options.what or parts:
+    if unknown := [part for part in options.parts if part not in parts]:
+        parser.error(f"there is no part {unknown[0]}: there are {', '.join(parts)}")
+    if options.photos and not Path(options.photos, "train").is_dir():
+        parser.error(f"{options.photos} has no folder train: --photos takes a folder with train/CLASS/*.jpg")
+    for name in options.parts or [name for name in parts if name != "runs"]:
         parts[name]()
 
 

@@ -9,7 +9,6 @@ writes no page.
 
 import argparse
 import fnmatch
-import json
 import multiprocessing
 import resource
 import signal
@@ -34,7 +33,7 @@ from experiments.machine import describe
 from net2net import TransferError, equivalence, transfer, widen
 from net2net.equivalence import compare
 from net2net.testing import look_trained
-from scripts.zoo_networks import CASES, PIXELS, ZOO, Network, Pair, build, build_timm, choose, count_parameters, images
+from scripts.zoo_networks import CASES, PIXELS, ZOO, Network, Pair, build, build_timm, count_parameters, images
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EXACT = 1e-10  # the largest relative error that counts as rounding, in float64
@@ -300,13 +299,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", choices=list(CASES), default="zoo", help="which table to measure (default: zoo)")
     parser.add_argument("--only", metavar="GLOB", default="*", help="measure what matches, and write no page")
     parser.add_argument("--list", action="store_true", help="print what would be measured")
-    parser.add_argument("--choose", action="store_true", help="print the entries of timm.yaml for the installed timm")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # sums in a fixed order
-    if options.choose:
-        for network in choose(fnmatch.filter(timm.list_modules(), options.only)):
-            print("- " + json.dumps({key: value for key, value in vars(network).items() if value}), flush=True)
-        return 0
     cases = [case for case in CASES[options.page] if fnmatch.fnmatchcase(case.key, options.only)]
     if not cases:
         print(f"Nothing in {options.page}.yaml is called {options.only}: see --list.", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The networks that zoo.py grows: the tables zoo.yaml and timm.yaml, and how their entries are built."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -25,7 +25,6 @@ from torchvision.models.vision_transformer import VisionTransformer
 from net2net.testing import look_trained
 
 PIXELS = 64  # the side of the images that transformers of torchvision are built for
-SIZES = (64, 96, 128, 160, 192, 224)  # sides of images that `choose` tries
 
 
 @dataclass(frozen=True)
@@ -178,50 +177,3 @@ def maxvit(
     """Build a MaxViT for small images, which need small windows."""
     shape = (stem, 2, list(channels), list(layers))
     return MaxVit((PIXELS, PIXELS), *shape, 32, 0.2, mlp_ratio=mlp_ratio, expansion_ratio=expansion)
-
-
-# -- the choice of timm's networks --------------------------------------------------------------------------------
-
-
-def choose(modules: Sequence[str]) -> Iterator[Network]:
-    """Yield the network with the fewest parameters of every module, on images as small as it takes.
-
-    Of several such networks it takes the one with the shortest name. Options of a network of timm.yaml stay.
-    """
-    known = {network.model: network.options for network in CASES["timm"] if isinstance(network, Network)}
-    for module in modules:
-        with torch.device("meta"):
-            sizes = {name: count_parameters(timm.create_model(name)) for name in timm.list_models(module=module)}
-        name = min(sizes, key=lambda name: (sizes[name], len(name), name))
-        options = {key: value for key, value in known.get(name, {}).items() if key != "img_size"}
-        published = timm.get_pretrained_cfg(name)
-        assert published is not None
-        yield _choose_size(Network(module, name, published.input_size[-1], options))
-
-
-def _choose_size(published: Network) -> Network:
-    """Return the network on the smallest images on which every weight has almost as much effect as on large ones.
-
-    A stage of one position, for instance, has no use for its queries and keys: an error in them would not show.
-    """
-    module, model, _, options = published.module, published.model, published.pixels, published.options
-    large = _effects(Network(module, model, SIZES[-1], options)) or _effects(published)
-    for pixels in (size for size in SIZES if size < published.pixels):
-        for extra in ({}, {"img_size": pixels}):
-            network = Network(module, model, pixels, options | extra)
-            effects = _effects(network)
-            if effects and all(effects[name] >= 0.6 * share for name, share in large.items()):
-                return network
-    return published
-
-
-def _effects(network: Network) -> dict[str, float]:
-    """Return the share of units with an effect on the output, for every weight; {} if it takes no such images."""
-    try:
-        model = build_timm(network)
-        model(images(2, network.pixels, seed=2)).square().sum().backward()
-    except Exception:  # every network has its own way to say that an image is too small
-        return {}
-    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
-    used = {name: weight.grad.flatten(1).any(1) for name, weight in weights.items() if weight.grad is not None}
-    return {name: used[name].double().mean().item() if name in used else 0.0 for name in weights}

@@ -1,9 +1,10 @@
-"""The benchmark of growth, on networks that take no time."""
+"""The benchmarks, on networks and runs that take no time."""
 
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from loops import pictures
 from torch import nn
 
 from scripts import bench
@@ -14,40 +15,48 @@ def small() -> nn.Module:
 
 
 def large() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 1024, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 2))
+    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
 
 
-def test_every_round_times_both() -> None:
-    measured = bench.growth(small, large, torch.randn(2, 3, 8, 8), rounds=3)
-    assert len(measured) == 3 and all(plain > 0 and grown > 0 for plain, grown in measured)
+def test_every_round_of_growth_times_both() -> None:
+    pairs = bench.time_growth(small, large, torch.randn(2, 3, 8, 8), rounds=3)
+    assert len(pairs) == 3 and all(plain > 0 and grown > 0 for plain, grown in pairs)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_memory_is_that_of_a_process_of_its_own() -> None:
-    found = bench.memory(small, large, 8)
-    assert found is not None
-    student = sum(p.nbytes for p in large().parameters()) / bench.MB
-    assert student < found.networks < 1.1 * student
-    assert found.largest == pytest.approx(1024 * 27 * 4 / bench.MB)
-    assert all(0 <= peak < 50 for peak in (found.passes, found.writing, found.transfer))
+def test_every_step_of_the_loop_is_compared_with_a_bare_one() -> None:
+    pairs = bench.compare_loops({"name": "resnet", "blocks": 1, "width": 0.1}, batch_size=4, steps=8)
+    assert len(pairs) == 5 and all(real > 0 and bare > 0 for real, bare in pairs)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_a_peak_is_seen_though_it_is_over() -> None:
-    assert 60 < bench._peak(lambda: [torch.ones(64 * bench.MB // 4), None][1]) < 80
+def test_both_loaders_read_as_many_pictures(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    for make in (bench.torchvision_epoch, bench.our_epoch):
+        epoch = make(tmp_path, 32, 16, 8, 0)
+        for _ in range(2):
+            batches = [tuple(images.shape) for images, _ in epoch()]
+            assert batches == [(8, 3, 16, 16)] * 4
 
 
-def test_the_map_needs_no_weights() -> None:
-    bench.mapped(bench.transformer(16, 2, 1), bench.transformer(24, 3, 2), torch.randn(1, 3, 224, 224, device="meta"))
+def test_a_ratio_is_the_median_of_the_rounds() -> None:
+    assert bench.summarise([(1.0, 2.0), (2.0, 3.0), (10.0, 10.0)]) == (2.0, 3.0, 1.5)
 
 
 def test_a_bar_is_met_or_not() -> None:
     assert bench.verdict(2.5, 3.0) == "2.50, bar 3.00: met"
     assert bench.verdict(21.0, 20.0, " s") == "21.00 s, bar 20.00 s: NOT MET"
+    assert bench.verdict(0.9, 0.97, at_least=True) == "0.90, bar at least 0.97: NOT MET"
 
 
-def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["bench.py", "grwth"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["grwth"], "there is no part grwth: there are startup, training, loader, growth, runs"),
+        (["loader", "--photos", "/nowhere"], "/nowhere has no folder train: --photos takes a folder with train/CLASS"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        bench.main()
-    assert "there is no grwth: there are startup, training, loader, growth, memory, map" in capsys.readouterr().err
+        bench.main(arguments)
+    assert message in capsys.readouterr().err

@@ -13,7 +13,7 @@ from torchvision.models.regnet import BlockParams
 
 import net2net
 from net2net.testing import look_trained
-from scripts import zoo, zoo_networks
+from scripts import zoo
 from scripts.zoo_networks import CASES, ZOO, Network, Pair, build
 
 QUICK = "mobilenet_v3_small -> mobilenet_v3_small x2.0"
@@ -217,8 +217,3 @@ def test_the_list_and_a_name_that_is_not_on_it(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "vgg: vgg11\n"
     assert zoo.main(["--only", "alexnet*"]) == 1
     assert capsys.readouterr().err == "Nothing in zoo.yaml is called alexnet*: see --list.\n"
-
-
-def test_the_choice_takes_the_smallest_network_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo_networks, "SIZES", (64, 96))
-    assert list(zoo_networks.choose(["mambaout"])) == [Network("mambaout", "test_mambaout", 64)]

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import files, sweep
 from experiments.run_log import COLUMNS
-from scripts import bench_runs, status
+from scripts import bench, status
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,7 +149,7 @@ def test_many_runs_are_simulated_and_the_scripts_measured(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert bench_runs.main(["--runs", "20", "--rows", "5"]) == 0
+    bench.main(["runs", "--runs", "20", "--rows", "5"])
     out = capfd.readouterr().out.splitlines()
     assert out[0] == "20 runs of 5 rows"
     assert [line[:14].strip() for line in out[1:]] == ["status", "collect", "collect again", "figures"]
@@ -159,7 +159,7 @@ def test_many_runs_are_simulated_and_the_scripts_measured(
 def test_collecting_while_runs_go_on(tmp_path: Path) -> None:
     """Runs are written as train.py writes them, one after another, while they are collected again and again."""
     source, runs, results = tmp_path / "source", tmp_path / "runs", tmp_path / "results"
-    bench_runs.simulate(source, 60, 20)
+    bench.simulate(source, 60, 20)
     program = """
 import json, sys
 from pathlib import Path
