@@ -30,7 +30,7 @@ def student_runs(results: Results) -> DataFrame:
 
 def list_arms(results: Results) -> list[str]:
     """Return the arms of the students in reading order."""
-    return ordered(set(student_runs(results).index.get_level_values("arm")))
+    return [arm for arm in results.arms if arm != TEACHER]
 
 
 def case_manifests(results: Results) -> dict[str, dict[str, Any]]:
@@ -56,17 +56,14 @@ def summarise_cases(results: Results) -> DataFrame:
         holdout=("holdout", "mean"),
         flops=("flops", "mean"),
     )
-    total = groups["total_flops"].sum(min_count=1).where(groups["total_flops"].count() == table["n"])
+    total = groups["total_flops"].mean().where(groups["total_flops"].count() == table["n"])
     final = Series({key: statistics.estimate(list(runs["final"])) for key, runs in groups}, dtype=object)
-    table = table.assign(final=final.reindex(table.index), total_flops=total / table["n"])
-    cases, arms = list(dict.fromkeys(table.index.get_level_values("case"))), list_arms(results)
-    return table.reindex([(case, arm) for case in cases for arm in arms if (case, arm) in table.index])
+    return table.assign(final=final.reindex(table.index), total_flops=total)
 
 
 def holdout_by_case(results: Results, arm: str) -> DataFrame:
     """Return the holdout accuracy that the arm ends with: a row a seed, a column a case."""
-    runs = results.runs[results.runs.index.get_level_values("arm") == arm]
-    groups = runs["holdout"].groupby(level="case", sort=False)
+    groups = results.of_arm(arm).runs["holdout"].groupby(level="case", sort=False)
     return DataFrame({case: ends.droplevel(["experiment", "case", "arm"]) for case, ends in groups})
 
 
@@ -107,9 +104,10 @@ def varies_only_rates(results: Results) -> bool:
 
 def is_search(results: Results) -> bool:
     """Say whether the cases try several rates for each arm with each of several budgets."""
+    if not varies_only_rates(results):
+        return False
     table = tabulate_rates(results)
-    several = table.index.get_level_values("budget").nunique() > 1 and bool((table.count(axis=1) > 1).all())
-    return several and varies_only_rates(results)
+    return table.index.get_level_values("budget").nunique() > 1 and bool((table.count(axis=1) > 1).all())
 
 
 def tabulate_rates(results: Results) -> DataFrame:

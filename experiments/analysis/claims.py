@@ -24,31 +24,18 @@ from .statistics import Estimate, Reached
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what is measured, and for which values it holds (one of above, below and within).
-
-    Attributes:
-        claim: The claim in a sentence.
-        source: The section of the paper, or who makes the claim.
-        paper: What is printed there.
-        measure: One of MEASURES.
-        of: The operand that is measured.
-        against: The operand that it is compared with, for measures that compare two.
-        above: The claim holds above this value.
-        below: It holds below this value.
-        within: It holds for differences up to this value either way, or for ratios up to this factor either way.
-        headline: Whether readers will quote it, which takes more seeds.
-    """
+    """One claim: what is measured, and for which values it holds (one of above, below and within)."""
 
     claim: str
-    source: str
-    paper: str
-    measure: str
-    of: str
-    against: str = ""
+    source: str  # the section of the paper, or who makes the claim
+    paper: str  # what is printed there
+    measure: str  # one of MEASURES
+    of: str  # the operand that is measured
+    against: str = ""  # the operand that it is compared with, for measures that compare two
     above: float | None = None
     below: float | None = None
-    within: float | None = None
-    headline: bool = False
+    within: float | None = None  # a difference up to this value either way, or a ratio up to this factor either way
+    headline: bool = False  # readers will quote it, which takes more seeds
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -163,11 +150,10 @@ def find_operands(results: Results, text: str) -> list[Operand]:
     """Return what an operand names: one run of an arm, or the run of each case if it names none; [] if not run."""
     name, _, arm = text.partition(":")
     experiment, _, case = name.partition("/")
-    selected = results.select(experiment, case if case not in ("", "best") else None)
-    runs, curves = (one[one.index.get_level_values("arm") == arm] for one in (selected.runs, selected.curves))
-    evaluations = dict(iter(curves.groupby(level="case")))
+    selected = results.of_arm(arm).select(experiment, case if case not in ("", "best") else None)
+    evaluations = dict(iter(selected.curves.groupby(level="case")))
     found: list[Operand] = []
-    for key, group in runs.groupby(level="case"):
+    for key, group in selected.runs.groupby(level="case"):
         own, curve = (one.droplevel(["experiment", "case", "arm"]) for one in (group, evaluations[key]))
         differences = tuple(describe_differences(own["manifest"]))
         found.append(Operand(f"{experiment}/{key}".rstrip("/"), arm, own, curve, differences))
@@ -346,8 +332,7 @@ def tabulate_budgets(name: str, results: Results) -> tuple[list[str], list[list[
     budget. The last column reads the same run as a curve under one shared schedule: the share of the steps until
     net2net has the holdout accuracy that random_init ends with.
     """
-    run = set(results.runs.index.get_level_values("arm"))
-    arms = [arm for arm in ("net2net", "random_pad", "teacher_continued") if arm in run]
+    arms = [arm for arm in ("net2net", "random_pad", "teacher_continued") if arm in results.arms]
     heads = ["budget of `random_init`", *(f"`{arm}`" for arm in arms)]
     heads += ["`net2net`, teacher's included", "`net2net`, read as a curve"]
     lines: list[list[str]] = []

@@ -43,7 +43,8 @@ class Results:
             `holdout`: holdout accuracy at the last evaluation. `average`: its mean over training. `step`, `examples`,
             `flops`, `seconds`: what the run cost. `teacher_*`: what its teacher had cost, NaN where that is not known.
             `total_*`: the sum of both. `target`: the holdout accuracy to reach, NaN where there is none. `reached_*`:
-            the costs at which the run reaches it, NaN where it never does. `manifest`: the manifest, a dict.
+            the costs at which the run reaches it, NaN where it never does; `reached_total_*`: those with the teacher's.
+            `manifest`: the manifest, a dict.
     """
 
     curves: DataFrame
@@ -51,11 +52,25 @@ class Results:
 
     def select(self, experiment: str, case: str | None = None) -> "Results":
         """Return the results of one experiment, or of one of its cases."""
-        keep = [one.index.get_level_values("experiment") == experiment for one in (self.curves, self.runs)]
-        if case is not None:
-            cases = [one.index.get_level_values("case") == case for one in (self.curves, self.runs)]
-            keep = [mask & matches for mask, matches in zip(keep, cases, strict=True)]
-        return Results(self.curves[keep[0]], self.runs[keep[1]])
+        tables: list[DataFrame] = []
+        for table in (self.curves, self.runs):
+            keep = table.index.get_level_values("experiment") == experiment
+            tables.append(table[keep if case is None else keep & (table.index.get_level_values("case") == case)])
+        return Results(*tables)
+
+    def of_arm(self, arm: str) -> "Results":
+        """Return the results of one arm."""
+        return Results(*(table[table.index.get_level_values("arm") == arm] for table in (self.curves, self.runs)))
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms in reading order, the teacher first."""
+        return ordered(set(self.runs.index.get_level_values("arm")))
+
+    @property
+    def title(self) -> str:
+        """The name of the first experiment, with its case."""
+        return "/".join(part for part in self.runs.index[0][:2] if part)
 
     @property
     def experiments(self) -> dict[str, list[str]]:
@@ -210,7 +225,10 @@ def summarise_runs(curves: DataFrame, manifests: Series) -> DataFrame:
     labels = [_target_label(arm, targets[experiment, case]) for experiment, case, arm, _ in runs.index]
     target = runs["holdout"].reindex(_replace_arm(runs.index, labels)).to_numpy()
     runs["target"] = np.where(np.isnan(target) & (arms != TEACHER), teacher["holdout"], target)
-    runs = runs.join(find_first_reach(curves, runs["target"])[COSTS].add_prefix("reached_"))
+    reached = find_first_reach(curves, runs["target"])
+    for column in COSTS:
+        runs[f"reached_{column}"] = reached[column]
+        runs[f"reached_total_{column}"] = reached[column] + runs[f"teacher_{column}"]
     return runs.assign(manifest=manifests)
 
 
@@ -253,6 +271,26 @@ def find_first_reach(curves: DataFrame, targets: Series) -> DataFrame:
     return curves[above & followed].groupby(level=levels, sort=False).head(1)
 
 
+def find_target(results: Results) -> str:
+    """Return the arm whose final holdout accuracy is one experiment's target: the teacher if the target was not run."""
+    target = next(iter(find_targets(results.runs["manifest"]).values()))
+    return target if any(split_arm(arm)[1] == target for arm in results.arms) else TEACHER
+
+
+def summarise_arms(results: Results) -> DataFrame:
+    """Return one row an arm of one experiment, or of one case, in reading order.
+
+    Returns:
+        `n` seeds and, for each of start, final, target, reached_step, flops and total_flops, its mean, min, max and
+        count over the seeds that have it, as in `final_mean`.
+    """
+    groups = results.runs.groupby(level="arm", sort=False)
+    columns = ["start", "final", "target", "reached_step", "flops", "total_flops"]
+    table = groups[columns].agg(["mean", "min", "max", "count"])
+    table.columns = [f"{column}_{statistic}" for column, statistic in table.columns]
+    return table.assign(n=groups.size()).loc[results.arms]
+
+
 def _replace_arm(index: pd.Index, arms: list[str]) -> pd.MultiIndex:
     """Return the index with other arms in it."""
     keys = [(experiment, case, arm, seed) for (experiment, case, _, seed), arm in zip(index, arms, strict=True)]
@@ -293,7 +331,7 @@ def flops_unit(largest: float) -> tuple[float, str]:
     return next(((size, name) for size, name in UNITS if largest >= size), (1.0, "FLOP"))
 
 
-def largest_cost(runs: DataFrame) -> float:
-    """Return the largest mean training cost of an arm, with its teacher's where that is known, in FLOPs."""
+def cost_unit(runs: DataFrame) -> tuple[float, str]:
+    """Return the SI unit for the largest mean training cost of an arm, with its teacher's where that is known."""
     means = runs.groupby(level=["case", "arm"])[["flops", "total_flops"]].mean()
-    return float(means.max(axis=None))
+    return flops_unit(float(means.max(axis=None)))

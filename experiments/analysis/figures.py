@@ -15,7 +15,7 @@ from pandas import DataFrame
 from ..config import TEACHER, ordered, split_arm
 from ..files import write
 from .cases import is_frontier, is_search, list_arms, summarise_cases, tabulate_rates
-from .curves import INDEX, Results, flops_unit, largest_cost, load
+from .curves import INDEX, Results, cost_unit, flops_unit, load
 from .statistics import Estimate
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
@@ -74,10 +74,10 @@ def make_band(results: Results, arm: str, column: str) -> DataFrame:
         column: A column of the curve, in 0..1.
 
     Returns:
-        Indexed by step: mean, minimum (`low`) and maximum (`high`) of the column in per cent, and `flops`, the training
-        FLOPs from the teacher's start, NaN where the arm starts from a teacher that was not run.
+        Indexed by step: `mean`, `low` and `high` of the column in per cent, and `flops`, the training FLOPs from the
+        teacher's start, NaN where the arm starts from a teacher that was not run.
     """
-    curve = results.curves[results.curves.index.get_level_values("arm") == arm]
+    curve = results.of_arm(arm).curves
     spent = curve["flops"] + results.runs["teacher_flops"].reindex(curve.index)
     table = DataFrame({"step": curve["step"], "value": 100 * curve[column], "flops": spent})
     seeds = curve.index.get_level_values("seed").nunique()
@@ -171,8 +171,8 @@ def draw_panel(
     its own steps; with the name "" it is left out.
     """
     looks = choose_looks(arms)
-    run = set(results.runs.index.get_level_values("arm"))
-    largest = max((make_band(results, arm, "test_accuracy")["flops"].max() for arm in run), default=0.0)
+    run = results.arms
+    largest = max(make_band(results, arm, "test_accuracy")["flops"].max() for arm in run) if flops else 0.0
     size, unit = flops_unit(largest)
     drawn = [*arms, TEACHER] if flops or teacher else arms
     for place, arm in enumerate(arm for arm in drawn if arm in run):
@@ -184,10 +184,10 @@ def draw_panel(
         # The markers of each arm begin elsewhere, so that curves that coincide are still told apart.
         every = math.ceil(len(x) / MARKERS) or 1
         ax.plot(x, band["mean"], **looks[arm], markevery=(place % every, every), label=arm)
-        if results.runs.xs(arm, level="arm").shape[0] > 1:
+        if len(results.of_arm(arm).runs) > 1:
             ax.fill_between(x, band["low"], band["high"], color=looks[arm]["color"], alpha=0.15, linewidth=0)
     if TEACHER in run and teacher is None:
-        end = results.curves.groupby(level=INDEX).tail(1).xs(TEACHER, level="arm")[column].mean()
+        end = results.of_arm(TEACHER).curves.groupby(level=INDEX)[column].last().mean()
         ax.axhline(100 * end, **TEACHER_LINE, label="teacher at its end")
     ax.set_title(heading, loc="left")
     ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
@@ -201,8 +201,7 @@ def draw_runs(experiment_dir: Path) -> Path:
         ExperimentError: There is no finished arm.
     """
     results = load(experiment_dir)
-    name = "/".join(part for part in results.runs.index[0][:2] if part)
-    return draw(name, results, experiment_dir / "figure", formats=("png",))[0]
+    return draw(results.title, results, experiment_dir / "figure", formats=("png",))[0]
 
 
 def draw_cases(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
@@ -215,7 +214,7 @@ def draw_cases(name: str, results: Results, path: Path, formats: tuple[str, ...]
 def _draw_frontier(name: str, results: Results) -> Figure:
     """Draw the test accuracy that each arm ends with over its cost, on logarithmic axes: a point a budget."""
     lines = summarise_cases(results)
-    size, unit = flops_unit(largest_cost(results.runs))
+    size, unit = cost_unit(results.runs)
     figure = Figure(figsize=(WIDTH, 3.3))
     own, total = figure.subplots(1, 2, sharey=True)
     for ax, column, heading in (
@@ -303,7 +302,7 @@ def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> Non
         middles, errors = _bars(ends)
         look = LOOKS.get(split_arm(arm)[1], OTHER_LOOK)
         _draw_bars(ax, arm, middles, rows, xerr=errors, look=look, linestyle="none")
-    size, unit = flops_unit(largest_cost(results.runs))
+    size, unit = cost_unit(results.runs)
     spent = lines[["flops", "total_flops"]].max(axis=1).groupby(level="case").max() / size
     names = [f"{case}, {spent[case]:.3g} {unit} in all" if costs else case for case in cases]
     ax.set_yticks(list(heights.values()), names)

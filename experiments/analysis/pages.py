@@ -6,57 +6,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pandas import DataFrame, Series
+from pandas import Series
 from rich import box
 from rich.table import Table
 
 from ..config import ARMS, TEACHER, flatten, ordered, split_arm
-from . import cases
+from . import cases, curves
 from .claims import Finding, tabulate_budgets
-from .curves import (
-    COSTS,
-    PER_RUN,
-    Results,
-    describe_differences,
-    find_targets,
-    flops_unit,
-    largest_cost,
-    list_distinct,
-    load,
-    own_manifests,
-)
+from .curves import COSTS, PER_RUN, Results, cost_unit, list_distinct, own_manifests
 from .figures import PAPER
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS, Estimate
 
 COMMAND = "python scripts/figures.py"
-
-
-def summarise_arms(results: Results) -> DataFrame:
-    """Return one row an arm in reading order, over its seeds.
-
-    Args:
-        results: One experiment without cases, or one case.
-
-    Returns:
-        `n` seeds and, for each of start, final, target, reached_step, flops and total_flops (columns of
-        `Results.runs`), its mean, min, max and count over the seeds that have it, as in `final_mean`.
-    """
-    groups = results.runs.groupby(level="arm", sort=False)
-    columns = ["start", "final", "target", "reached_step", "flops", "total_flops"]
-    table = groups[columns].agg(["mean", "min", "max", "count"])
-    table.columns = [f"{column}_{statistic}" for column, statistic in table.columns]
-    return table.assign(n=groups.size()).loc[ordered(table.index)]
-
-
-def find_target(results: Results) -> str:
-    """Return the arm whose final holdout accuracy is the target: the configured one, or the teacher if it was not run.
-
-    Args:
-        results: One experiment without cases, or one case.
-    """
-    (target,) = find_targets(results.runs["manifest"]).values()
-    run = results.runs.index.get_level_values("arm")
-    return target if any(split_arm(arm)[1] == target for arm in run) else TEACHER
 
 
 def describe_agreement(manifests: Iterable[dict[str, Any]]) -> str:
@@ -92,11 +53,11 @@ def format_cost(mean: float, size: float, known: bool = True) -> str:
 
 def tabulate_arms(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the table of an experiment's arms: its heads, and a line of cells an arm."""
-    size, unit = flops_unit(largest_cost(results.runs))
+    size, unit = cost_unit(results.runs)
     heads = ["arm", "n", "test accuracy at step 0 (%)", "final test accuracy (%)", "target: holdout accuracy (%)"]
     heads += ["steps to target", f"{unit}, own", f"{unit}, with teacher's", "top-1 as teacher's at step 0"]
     lines: list[list[str]] = []
-    for arm, row in summarise_arms(results).iterrows():
+    for arm, row in curves.summarise_arms(results).iterrows():
         n = int(row["n"])
         target = format_percent(row, "target") if row["target_count"] else "–"
         own = format_cost(row["flops_mean"], size)
@@ -113,14 +74,13 @@ def make_terminal_table(experiment_dir: Path) -> Table:
     Raises:
         ExperimentError: There is no finished arm, or one cannot be read.
     """
-    results = load(experiment_dir)
+    results = curves.load(experiment_dir)
     heads, lines = tabulate_arms(results)
     unit = heads[6].partition(",")[0]
-    notes = [f"steps to target: until the holdout accuracy that {find_target(results)} ends with"]
+    notes = [f"steps to target: until the holdout accuracy that {curves.find_target(results)} ends with"]
     notes += ["total: with the teacher's, for arms that start from it"]
     notes += [f"{line[0]}, step 0, float64: top-1 as teacher's {line[-1]}" for line in lines if line[-1] != "–"]
-    name = "/".join(part for part in results.runs.index[0][:2] if part)
-    title, caption = f"{name}, test accuracy (%)", "\n".join(notes)
+    title, caption = f"{results.title}, test accuracy (%)", "\n".join(notes)
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", no_wrap=True)
     for head in ("n", "step 0", "final", "steps\nto target", f"{unit}\nown", f"{unit}\ntotal"):
@@ -135,27 +95,25 @@ def tabulate_costs(results: Results) -> tuple[list[str], list[list[str]]] | None
 
     The costs are means over the seeds that reach it, without and with all of the teacher's training.
     """
-    runs = results.runs[results.runs["target"].notna()]
-    reached = runs[runs["reached_step"].notna()]
-    if reached.empty:
+    groups = results.runs[results.runs["target"].notna()].groupby(level="arm", sort=False)
+    columns = [f"reached_{total}{column}" for total in ("", "total_") for column in COSTS]
+    means, counts = groups[columns].mean(), groups[columns].count()
+    reached = counts["reached_step"]
+    if not reached.any():
         return None
-    own = reached[[f"reached_{column}" for column in COSTS]].set_axis(COSTS, axis=1)
-    total = own + reached[[f"teacher_{column}" for column in COSTS]].set_axis(COSTS, axis=1)
-    counts = runs.groupby(level="arm", sort=False)["reached_step"].agg(["count", "size"])
-    means = [one.groupby(level="arm").mean() for one in (own, total)]
-    known = total["flops"].groupby(level="arm").count()  # a mean over some seeds would not compare with its neighbour
-    size, unit = flops_unit(max(one["flops"].max() for one in means))
-    formats = {"steps": "{:,.0f}", "images": "{:,.0f}", unit: "{:.3g}", "seconds": "{:,.0f}"}
+    size, unit = curves.flops_unit(means[[column for column in columns if column.endswith("flops")]].max(axis=None))
     lines: list[list[str]] = []
-    for arm in ordered(counts.index):
-        count, n = counts.loc[arm, "count"], counts.loc[arm, "size"]
-        cells: list[str] = []
-        for mean, all_known in zip(means, (count > 0, count > 0 and known.get(arm) == count), strict=True):
-            values = [mean.at[arm, column] / (size if column == "flops" else 1) if all_known else 0 for column in COSTS]
-            texts = [text.format(value) for text, value in zip(formats.values(), values, strict=True)]
-            cells += texts if all_known else ["–"] * len(COSTS)
-        lines.append([arm, f"{count} of {n}", *cells])
-    return ["arm", "reached by", *formats, *(f"{head}, with teacher's" for head in formats)], lines
+    for arm in ordered(means.index):
+        cells = [f"{reached[arm]} of {groups.size()[arm]}"]
+        for column in columns:
+            text = (
+                f"{means.at[arm, column] / size:.3g}" if column.endswith("flops") else f"{means.at[arm, column]:,.0f}"
+            )
+            # A mean over some of the seeds would not compare with its neighbours.
+            cells.append(text if counts.at[arm, column] == reached[arm] > 0 else "–")
+        lines.append([arm, *cells])
+    heads = ["steps", "images", unit, "seconds"]
+    return ["arm", "reached by", *heads, *(f"{head}, with teacher's" for head in heads)], lines
 
 
 def markdown_table(heads: list[str], lines: list[list[str]], code: bool = False) -> str:
@@ -259,7 +217,7 @@ def bullet_list(facts: Mapping[str, str]) -> str:
 def experiment_section(name: str, results: Results) -> str:
     """Return the part of results/README.md on an experiment without cases."""
     facts = collect_facts(results)
-    if differences := describe_differences(own_manifests(results.runs["manifest"])):
+    if differences := curves.describe_differences(own_manifests(results.runs["manifest"])):
         facts["Not all curves share"] = ", ".join(differences)
     number = PAPER[name][0] if name in PAPER else None
     parts = [
@@ -268,7 +226,7 @@ def experiment_section(name: str, results: Results) -> str:
         f"![Accuracy of each arm over training steps and over compute: {name}](figures/{name}.png)",
         f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
         *([f"![Figure {number} of the paper](figures/paper_figure_{number}.png)"] if number else []),
-        f"The target is the final holdout accuracy of `{find_target(results)}`.",
+        f"The target is the final holdout accuracy of `{curves.find_target(results)}`.",
         markdown_table(*tabulate_arms(results), code=True),
     ]
     if costs := tabulate_costs(results):
@@ -297,7 +255,7 @@ def cases_section(name: str, results: Results) -> str:
         parts.append(FRONTIER)
         parts.append(markdown_table(*tabulate_budgets(name, results)))
     table = cases.summarise_cases(results)
-    size, unit = flops_unit(largest_cost(results.runs))
+    size, unit = cost_unit(results.runs)
     heads = ["case", "arm", "n", "test accuracy at step 0 (%), lowest–highest"]
     heads += ["final test accuracy (%), 95 % interval", "final holdout accuracy (%)"]
     lines: list[list[str]] = []
@@ -374,7 +332,7 @@ def summary_block(results: Results, findings: list[Finding]) -> str:
     for name, found in results.experiments.items():
         if found != [""]:  # an experiment with cases has its table in results/README.md
             continue
-        table = summarise_arms(results.select(name))
+        table = curves.summarise_arms(results.select(name))
         arms = [(*split_arm(str(arm)), row) for arm, row in table.iterrows()]
         for student in sorted({owner for owner, _, _ in arms if owner is not None} or {None}, key=str):
             own = {arm: row for owner, arm, row in arms if owner in (student, None)}
@@ -401,7 +359,7 @@ def trials_block(folder: Path) -> str:
     """Return the table of rate trials, best first: one run each, made to choose the optimizer's defaults."""
     lines: list[tuple[float, list[str]]] = []
     for trial in sorted(folder.glob("*/curves/*")):
-        runs = load(trial).runs
+        runs = curves.load(trial).runs
         for (_, _, arm, seed), record, score in zip(runs.index, runs["manifest"], runs["holdout"], strict=True):
             schedule = record["config"]["schedule"]
             facts = [f"{schedule['optimizer']}, {schedule['lr']:g}", schedule["warmup"], f"`{arm}` of {trial.name}"]

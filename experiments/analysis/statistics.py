@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # Student's t; scipy.stats has it, too, but takes a second to import
 
 CLAIM_SEEDS = 3  # with fewer seeds there is no verdict
 HEADLINE_SEEDS = 5  # with fewer seeds there is none on a claim that a reader will quote
@@ -47,22 +47,16 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Estimate(mean, -math.inf, math.inf, tuple(values))
-    if min(values) == max(values):
-        return Estimate(mean, mean, mean, tuple(values))
-    # Relative to the first value, so that nearly equal values lose no digits.
-    interval = stats.ttest_1samp(np.subtract(values, values[0]), 0.0).confidence_interval(LEVEL)
-    return Estimate(mean, float(values[0] + interval.low), float(values[0] + interval.high), tuple(values))
+    half = stdtrit(len(values) - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return Estimate(mean, float(mean - half), float(mean + half), tuple(values))
 
 
 def verdict(found: Estimate, low: float, high: float, headline: bool = False) -> str:
     """Say whether the mean lies from `low` to `high`.
 
-    Where every seed gives only a bound, and all on one side, the bounds must lie there: a run that spent its whole
-    budget without reaching the target needs more than that.
-
-    Returns:
-        "holds" if all of the interval lies there, "fails" if none of it does, else "undecided". With fewer seeds than a
-        claim or a headline takes: "undecided".
+    It "holds" if all of the interval lies there and "fails" if none of it does. Else, and with fewer seeds than a claim
+    or a headline takes, it is "undecided". Where every seed gives only a bound, and all on one side, the bounds must
+    lie there: a run that spent its whole budget without reaching the target needs more than that.
     """
     if found.n < (HEADLINE_SEEDS if headline else CLAIM_SEEDS):
         return "undecided"
@@ -79,18 +73,16 @@ def verdict(found: Estimate, low: float, high: float, headline: bool = False) ->
 def seeds_needed(found: Estimate, low: float, high: float, headline: bool = False) -> int | None:
     """Return how many seeds would decide whether the mean lies from `low` to `high`.
 
-    They decide it with probability POWER, for two-sided intervals of LEVEL, if mean and deviation are as observed.
-
-    Returns:
-        None if nothing can be said: with a single seed, with seeds that never reached the target (a larger budget would
-        help, more seeds would not), or if it takes more than a thousand.
+    They decide it with probability POWER, for two-sided intervals of LEVEL, if mean and deviation are as observed. The
+    answer is None with a single seed, with seeds that never reached the target (a larger budget would help, more seeds
+    would not), and if it takes more than a thousand.
     """
     if found.n < 2 or found.sides:
         return None
     distance = min(abs(found.mean - end) for end in (low, high))
     deviation = float(np.std(found.values, ddof=1))
     for n in range(HEADLINE_SEEDS if headline else CLAIM_SEEDS, 1001):
-        quantiles = stats.t.ppf((1 + LEVEL) / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+        quantiles = stdtrit(n - 1, (1 + LEVEL) / 2) + stdtrit(n - 1, POWER)
         if quantiles * deviation / math.sqrt(n) <= distance:
             return n
     return None
@@ -100,11 +92,8 @@ def crossing(points: Sequence[tuple[float, float]], target: float) -> Reached:
     """Return the cost at which accuracy first reaches `target`.
 
     Between two costs it is interpolated in the logarithm of the cost. If the smallest cost reaches the target, less
-    might have done; if none reaches it, more than the largest is needed.
-
-    Args:
-        points: Pairs (cost, accuracy) in order of cost.
-        target: The accuracy to reach.
+    might have done; if none reaches it, more than the largest is needed. `points` are pairs (cost, accuracy) in order
+    of cost.
     """
     before: tuple[float, float] | None = None
     for cost, accuracy in points:

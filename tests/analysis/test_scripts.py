@@ -114,7 +114,7 @@ def make(*arms: tuple[str, list[float]], seed: int = 0) -> Results:
 
 
 def test_statistics_by_hand(runs: Path) -> None:
-    net2net = pages.summarise_arms(load(runs / "wider")).loc["net2net"]
+    net2net = curves.summarise_arms(load(runs / "wider")).loc["net2net"]
     assert net2net["n"] == 2
     for column, expected in {
         "start": (0.81, 0.80, 0.82),
@@ -232,7 +232,7 @@ def test_a_figure_of_one_arm_that_was_evaluated_once(tmp_path: Path) -> None:
 def test_what_is_not_finished_counts_for_nothing(runs: Path) -> None:
     put(runs, 2, "net2net", make_csv([0.1, 0.1], [0.1, 0.1], 1.0), complete=False)
     (runs / "wider" / "seed3" / "net2net").mkdir(parents=True)
-    assert pages.summarise_arms(load(runs / "wider")).loc["net2net", "n"] == 2
+    assert curves.summarise_arms(load(runs / "wider")).loc["net2net", "n"] == 2
     with pytest.raises(ExperimentError, match=r"no finished arm under .*nothing: run the experiment first\."):
         load(runs / "nothing")
 
