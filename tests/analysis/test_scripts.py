@@ -174,10 +174,9 @@ def test_each_student_runs_for_its_own_target() -> None:
     ]
 
 
-def test_units_of_flops() -> None:
-    assert curves.flops_unit(9.9e11) == (1e9, "GFLOP")
-    assert curves.flops_unit(1e12) == (1e12, "TFLOP")
-    assert curves.flops_unit(12) == (1.0, "FLOP")
+@pytest.mark.parametrize(("flops", "unit"), [(9.9e11, (1e9, "GFLOP")), (1e12, (1e12, "TFLOP")), (12, (1.0, "FLOP"))])
+def test_units_of_flops(flops: float, unit: tuple[float, str]) -> None:
+    assert curves.flops_unit(flops) == unit
 
 
 def test_the_band_is_the_range_over_seeds(runs: Path) -> None:

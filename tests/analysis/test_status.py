@@ -145,6 +145,7 @@ def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "There are no runs in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_many_runs_are_simulated_and_the_scripts_measured(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_many_runs_are_simulated_and_the_scripts_measured(
     assert all(float(line.split()[-2]) > 0 for line in out[1:])
 
 
+@pytest.mark.system
 def test_collecting_while_runs_go_on(tmp_path: Path) -> None:
     """Runs are written as train.py writes them, one after another, while they are collected again and again."""
     source, runs, results = tmp_path / "source", tmp_path / "runs", tmp_path / "results"
@@ -177,11 +179,11 @@ for manifest in sorted(source.rglob("manifest.json")):
     command = [sys.executable, "-c", program, str(source), str(runs)]
     runs.mkdir()
     writer = subprocess.Popen(command, cwd=ROOT)
-    collect = [sys.executable, ROOT / "scripts/collect.py", "--runs", runs, "--results", results]
+    collect = [sys.executable, "-m", "scripts.collect", "--runs", runs, "--results", results]
     said, going = [], True
     while going:
         going = writer.poll() is None  # once more after its end
-        done = subprocess.run(collect, capture_output=True, text=True)
+        done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.splitlines()[-1])
     assert writer.returncode == 0
