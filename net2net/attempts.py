@@ -17,30 +17,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to pair and fill.
+    """One way to pair and fill."""
 
-    Attributes:
-        rename: how layers are paired by name.
-        passing_all: see `plan.make_plan`.
-        in_pairs: see `plan.make_plan`.
-        absorb: whether layers take the numbers that they are multiplied by for their own.
-    """
-
-    rename: Rename
-    passing_all: bool = False
-    in_pairs: bool = False
-    absorb: bool = False
+    rename: Rename  # how layers are paired by name
+    passing_all: bool = False  # see `plan.make_plan`
+    in_pairs: bool = False  # see `plan.make_plan`
+    absorb: bool = False  # whether layers take the numbers that they are multiplied by for their own
 
 
 def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb: bool = False) -> list[Attempt]:
-    """List the ways to pair and fill, the likeliest first.
-
-    Args:
-        teacher: the network.
-        student: the network.
-        rename: how layers are paired. None tries the `candidates`.
-        absorb: whether to try all ways again, with layers that take the numbers they are multiplied by for their own.
-    """
+    """List the ways to pair and fill, the likeliest first; with `absorb` once more with numbers absorbed."""
     pairings = candidates(teacher, student) if rename is None else [rename]
     deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
     ways = [Attempt(None)]

@@ -1,89 +1,14 @@
 """One axis of a student tensor: which teacher entry each entry copies, which copies are first, and their shares."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..errors import TransferError
 from ..record import MEAN, NEW, ZERO, Axis
-from ..trace.facts import Layer, LayerKind
+from ..trace.facts import Layer
 from ..trace.graph import Trace
 from .plan import Plan
 from .sign_pairs import signs
-
-
-@dataclass(frozen=True)
-class UnitFacts:
-    """What the axes of all tensors have to know of units.
-
-    Attributes:
-        plan: of the growth.
-        copies: for every root of the teacher how many student units copy it.
-        apart: the student's roots as if contractions had joined nothing: queries and keys are told apart.
-        teacher_apart: the same for the teacher.
-        queries: the roots, in `apart`, of the left factors of contractions.
-        open: the roots of queries and keys, which may have more entries than their teacher's. Those are zero.
-        query_gains: root in `apart` -> the number that undoes another factor in front of a softmax.
-        reasons: units that move as a whole or not at all, and why.
-        padded_norms: the modules of norms that see padding.
-    """
-
-    plan: Plan
-    copies: Tensor
-    apart: Tensor
-    teacher_apart: Tensor
-    queries: Tensor
-    open: set[int]
-    query_gains: dict[int, float]
-    reasons: list[tuple[set[int], str]]
-    padded_norms: set[str]
-
-
-def gather_facts(plan: Plan) -> UnitFacts:
-    """Gather what the axes of all tensors have to know of units."""
-    roots, apart = plan.student_roots, plan.student_units.roots_without_contractions()
-    left = [contraction.left for contraction in plan.student.contractions]
-    queries = torch.unique(apart[torch.cat(left)]) if left else torch.empty(0, dtype=torch.long)
-    moving = [*plan.student_units.whole, *plan.student_units.pinned]
-    return UnitFacts(
-        plan,
-        _count_copies(plan),
-        apart,
-        plan.teacher_units.roots_without_contractions(),
-        queries,
-        {int(root) for labels in left for root in roots[labels].unique()},
-        _query_gains(plan, apart),
-        [(set(roots[labels].tolist()), why) for labels, why in moving],
-        {norm.tensors["weight"].rpartition(".")[0] for norm, _ in plan.padded.values() if norm.tensors},
-    )
-
-
-def _count_copies(plan: Plan) -> Tensor:
-    """Count the student units that copy each root of the teacher; what an identity hands on is no copy of its own."""
-    handed, own = [], []
-    for layer in plan.student.layers.values():
-        if layer.kind == LayerKind.MIX and layer.produces is not None:
-            (handed if layer.name in plan.roles.identity else own).append(plan.student_roots[layer.produces])
-    units = torch.unique(plan.student_roots)
-    if handed and own:
-        units = units[~torch.isin(units, torch.cat(handed)) | torch.isin(units, torch.cat(own))]
-    copied = plan.g[units]
-    return torch.bincount(copied[copied >= 0], minlength=len(plan.teacher_roots))
-
-
-def _query_gains(plan: Plan, apart: Tensor) -> dict[int, float]:
-    """Find the queries whose logits the student scales by another number, and the factor that undoes it."""
-    gains: dict[int, float] = {}
-    for key, (gain, _, units) in plan.student.softmax_gains.items():
-        other = plan.convert(key)
-        theirs = None if other is None else plan.teacher.softmax_gains.get(other)
-        if theirs is not None and theirs[0] != gain:
-            heads = set(plan.student_roots[units].tolist())
-            for contraction in plan.student.contractions:
-                if heads & set(plan.student_roots[contraction.left].tolist()):
-                    gains |= dict.fromkeys(apart[contraction.left].tolist(), theirs[0] / gain)
-    return gains
 
 
 def merged_groups(plan: Plan, theirs: str) -> tuple[int, int]:
@@ -103,43 +28,38 @@ def labels_of(trace: Trace, name: str, dim: int) -> Tensor | None:
 
 
 def unit_axis(
-    facts: UnitFacts, name: str, labels: tuple[Tensor, Tensor], dim: int, reads: bool
+    plan: Plan, name: str, labels: tuple[Tensor, Tensor], dim: int, reads: bool
 ) -> tuple[Axis, Tensor | None]:
     """Return one axis of a tensor that both networks have, and the factor of each of its entries.
 
-    Args:
-        facts: of the units.
-        name: the student's tensor.
-        labels: of the axis in the student, and in the teacher.
-        dim: the number of the axis.
-        reads: whether it reads units.
+    `labels` are those of the axis in the student, and in the teacher.
 
     Raises:
         TransferError: a unit of the teacher's is lost, or a unit that moves as a whole would be torn.
     """
-    plan, (units, source) = facts.plan, labels
+    units, source = labels
     roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
     inner = plan.student.parameters.inner.get(name)
     groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
     if inner is not None and dim == 1:
-        index = _match_inside(facts, name, units, source, groups)
+        index = _match_inside(plan, name, units, source, groups)
     else:
-        parts = _number_parts(roots, facts.apart[units]), _number_parts(theirs, facts.teacher_apart[source])
+        parts = _number_parts(roots, plan.apart[units]), _number_parts(theirs, plan.teacher_apart[source])
         index = match_entries(roots, plan.g[roots], theirs, parts)
         _check_complete(name, index, len(source), dim)
-        _check_closed(facts, name, roots, index)
+        _check_closed(plan, name, roots, index)
     if reads:
         layer = plan.student.layers.get(name)
-        kept = layer is not None and layer.after_norm in facts.padded_norms
+        kept = layer is not None and layer.after_norm in plan.padded_norms
         index = torch.where(index >= 0, index, torch.where((index <= ZERO) & kept, NEW, ZERO))
         index, means = _number_means(plan, index, roots, theirs)
         return reading_axis(plan, index, roots, groups, means), None
-    apart, rows = facts.apart[units], None
-    queries = torch.isin(apart, facts.queries)
+    apart, rows = plan.apart[units], None
+    queries = torch.isin(apart, plan.apart[plan.queries])
     index = torch.where(queries & (index == NEW), ZERO, index)
-    if facts.query_gains and bool(queries.any()):
-        rows = torch.tensor([facts.query_gains.get(label, 1.0) for label in apart.tolist()], dtype=torch.double)
-    share = 1.0 / facts.copies[plan.g[roots].clamp(min=0)].clamp(min=1).double()
+    if plan.query_gains and bool(queries.any()):
+        rows = torch.tensor([plan.query_gains.get(label, 1.0) for label in apart.tolist()], dtype=torch.double)
+    share = 1.0 / plan.copies[plan.g[roots].clamp(min=0)].clamp(min=1).double()
     index, means = _number_means(plan, index, roots, theirs)
     return make_axis(index, False, groups, share, means), rows
 
@@ -180,13 +100,8 @@ def match_entries(roots: Tensor, copied: Tensor, theirs: Tensor, parts: tuple[Te
     """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies.
 
     A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself. Both
-    networks lay them out in one order.
-
-    Args:
-        roots: each student entry's unit.
-        copied: the teacher unit that it copies.
-        theirs: each teacher entry's unit.
-        parts: for the entries of student and teacher a number (of queries, of keys); entries are counted within it.
+    networks lay them out in one order. `roots`, `copied` and `theirs` are the units of the student's entries, what
+    those copy, and the units of the teacher's entries. Entries are counted within `parts` (of queries, of keys).
     """
     many = int(max(part.max() for part in parts)) + 1
     ranks_of = [rank(side * many + part) for side, part in zip((roots, theirs), parts, strict=True)]
@@ -242,9 +157,8 @@ def _number_means(plan: Plan, index: Tensor, roots: Tensor, theirs: Tensor) -> t
     return index, tuple(means)
 
 
-def _match_inside(facts: UnitFacts, name: str, units: Tensor, source: Tensor, groups: int) -> Tensor:
+def _match_inside(plan: Plan, name: str, units: Tensor, source: Tensor, groups: int) -> Tensor:
     """Match the axis inside groups: for every student group the places in the teacher's group that it copies."""
-    plan = facts.plan
     other = plan.teacher.parameters.inner.get(plan.names[name] or "")
     if other is None:
         raise TransferError(f"{name} is in groups that its teacher's counterpart does not fit into.")
@@ -261,7 +175,7 @@ def _match_inside(facts: UnitFacts, name: str, units: Tensor, source: Tensor, gr
         index = match_entries(mine, copied, group, (torch.zeros_like(mine), torch.zeros_like(group)))
         last = int(owners[0]) == len(theirs) - 1
         _check_complete(name, index, theirs.shape[1] - (empty if last else 0), 1)
-        _check_closed(facts, name, mine, index)
+        _check_closed(plan, name, mine, index)
         rows.append(index)
     return torch.cat(rows)
 
@@ -275,19 +189,19 @@ def _check_complete(name: str, index: Tensor, entries: int, dim: int) -> None:
         )
 
 
-def _check_closed(facts: UnitFacts, name: str, roots: Tensor, index: Tensor) -> None:
+def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
     """Raise TransferError if a unit with several entries is not copied with all of them.
 
     Only queries and keys may have more entries than their teacher's, which are zero.
     """
-    lost = (index == NEW) & (facts.plan.g[roots] >= 0)
-    for root in roots[lost].tolist():
-        if root not in facts.open:
-            why = next((f", as {why}" for units, why in facts.reasons if root in units), "")
-            raise TransferError(
-                f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more "
-                f"than its teacher. They move as a whole{why}."
-            )
+    lost = roots[(index == NEW) & (plan.g[roots] >= 0)]
+    for root in lost[~torch.isin(lost, plan.student_roots[plan.queries])].tolist():
+        moving = [*plan.student_units.whole, *plan.student_units.pinned]
+        why = next((f", as {why}" for labels, why in moving if root in plan.student_roots[labels]), "")
+        raise TransferError(
+            f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more "
+            f"than its teacher. They move as a whole{why}."
+        )
 
 
 # -- axes of kernels ----------------------------------------------------------------------------------------------
@@ -296,14 +210,7 @@ def _check_closed(facts: UnitFacts, name: str, roots: Tensor, index: Tensor) -> 
 def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:
     """Return the axis of a larger kernel, with the teacher's taps where they look at the same places.
 
-    Args:
-        layer: the student's.
-        other: the teacher's.
-        sizes: the number of taps of either.
-        dim: the number of the axis among those of the kernel.
-
-    Returns:
-        The axis, or None if the kernel is the teacher's.
+    `sizes` are the numbers of taps in the student and in the teacher. None means that the kernel is the teacher's.
 
     Raises:
         TransferError: the kernel does not look at every place that the teacher's looks at.

@@ -27,61 +27,36 @@ Owners = dict[int, dict[Key, int]]
 
 @dataclass(frozen=True)
 class Ties:
-    """What the units of one network are tied to, in which a unit and its copy must agree.
+    """What the units of one network are tied to: a unit and its copy must agree in it."""
 
-    Attributes:
-        owners: unit -> relation (by the teacher's key; both networks have it) -> the larger unit it belongs to.
-        readers: for every unit a number that says which tensors of both networks it is an entry of.
-    """
-
-    owners: Owners
-    readers: Tensor
+    owners: Owners  # unit -> relation (by the teacher's key; both networks have it) -> the larger unit it belongs to
+    readers: Tensor  # for every unit a number that says which tensors of both networks it is an entry of
 
 
 @dataclass(frozen=True)
 class Family:
-    """Units that came into being together in both networks.
+    """Units that came into being together in both networks."""
 
-    Attributes:
-        name: what they are called in the student.
-        mine: the student's roots.
-        theirs: the teacher's roots.
-        level: how many units above them they belong to.
-        width: how many there are, together with those of other levels.
-    """
-
-    name: Key
-    mine: Tensor
-    theirs: Tensor
-    level: int
-    width: int
+    name: str  # where they are in the student
+    mine: Tensor  # the student's roots
+    theirs: Tensor  # the teacher's roots
+    level: int  # how many units above them they belong to
+    width: int  # how many there are, together with those of other levels
 
 
 @dataclass
 class UnitMap:
-    """g while it is being made.
-
-    Attributes:
-        networks: both traces.
-        ties: what the units of the student and of the teacher are tied to.
-        kinds: what norms ask of each unit's layer (see `norms.norm_kinds`).
-        rotated: for every unit whether it is on a rotated stream, where nothing is copied.
-        generator: draws the copies.
-        g: for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`.
-        patterns: of units that pass activations in pairs, a bit for the sign before each activation.
-        means: the teacher units that the code `MEAN - k` is the mean of.
-        narrowest: for every unit the width of the narrowest layer that it is in.
-    """
+    """g while it is being made."""
 
     networks: Networks
-    ties: tuple[Ties, Ties]
-    kinds: dict[int, set[str]]
-    rotated: Tensor
-    generator: torch.Generator
-    g: Tensor
-    patterns: Tensor
-    narrowest: Tensor
-    means: list[Tensor] = field(default_factory=list)
+    ties: tuple[Ties, Ties]  # of the units of the student and of the teacher
+    kinds: dict[int, set[str]]  # what norms ask of each unit's layer (see `norms.norm_kinds`)
+    rotated: Tensor  # for every unit whether it is on a rotated stream, where nothing is copied
+    generator: torch.Generator  # draws the copies
+    g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
+    patterns: Tensor  # of units that pass activations in pairs, a bit for the sign before each activation
+    narrowest: Tensor  # for every unit the width of the narrowest layer that it is in
+    means: list[Tensor] = field(default_factory=list)  # the teacher units that the code `MEAN - k` is the mean of
 
 
 def map_units(
@@ -96,13 +71,10 @@ def map_units(
     Args:
         networks: both traces.
         passing: the new layers that pass units through, and how many activations their units pass in pairs.
-        kinds: what norms ask of each unit's layer.
-        rotated: for every unit whether it is on a rotated stream.
-        generator: draws the copies.
+        kinds, rotated, generator: as of `UnitMap`.
 
     Raises:
-        TransferError: the student is smaller than its teacher somewhere, units would grow that an operation pins, or no
-            mapping serves everywhere.
+        TransferError: the student is smaller than its teacher, pinned units would grow, or no mapping serves all.
     """
     size = len(networks.student_roots)
     g, patterns = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long)
@@ -191,8 +163,8 @@ def _find_families(unit_map: UnitMap) -> list[Family]:
             theirs = networks.teacher_units.families[other]
             pairs[key] = (networks.student_roots[labels], networks.teacher_roots[theirs])
     found = []
-    for name, pair in pairs.items():
-        mine, theirs = pair
+    for key, pair in pairs.items():
+        (mine, theirs), name = pair, key.where or "the network"
         levels, teacher_levels = (
             torch.tensor([_level(unit, ties.owners) for unit in units.tolist()])
             for units, ties in zip(pair, unit_map.ties, strict=True)
@@ -256,7 +228,7 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
         missing = in_order(theirs[~torch.isin(theirs, unit_map.g[mine])])
         if len(free) < len(missing):
             raise TransferError(
-                f"The student joins units of {readable(family.name)} with units that the teacher keeps apart, "
+                f"The student joins units of {family.name} with units that the teacher keeps apart, "
                 "so no mapping of units serves both."
             )
         unit_map.g[free[: len(missing)]] = missing
@@ -329,17 +301,17 @@ def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
     free = g[mine[: len(first)]] == NEW
     g[mine[: len(first)][free]] = first[free]
     _draw(unit_map, mine, mine, distinct)
-    _check_copies(unit_map, mine, distinct, Key(layer.name))
+    _check_copies(unit_map, mine, distinct, layer.name)
 
 
 # -- checking -----------------------------------------------------------------------------------------------------
 
 
-def _check_copies(unit_map: UnitMap, mine: Tensor, theirs: Tensor, name: Key) -> None:
+def _check_copies(unit_map: UnitMap, mine: Tensor, theirs: Tensor, name: str) -> None:
     """Raise TransferError if one of the units copies a unit that is not one of `theirs`."""
     if not bool((torch.isin(unit_map.g[mine], theirs) | (unit_map.g[mine] < 0)).all()):
         raise TransferError(
-            f"Units of {readable(name)} meet units of another layer that copy another teacher unit; "
+            f"Units of {name} meet units of another layer that copy another teacher unit; "
             "the teacher joins these layers differently."
         )
 
@@ -354,7 +326,7 @@ def _check_family(unit_map: UnitMap, family: Family) -> None:
         for key, owner in ties.owners[unit].items():
             if key in theirs and copied >= 0 and int(unit_map.g[owner]) != theirs[key]:
                 raise TransferError(
-                    f"Units of {readable(family.name)} would be copied into another group or head than the one that "
+                    f"Units of {family.name} would be copied into another group or head than the one that "
                     "they belong to: no mapping of units serves all groupings of the student."
                 )
 
@@ -379,8 +351,3 @@ def _check_pins(networks: Networks) -> None:
             pinned = next((root for root in pair[side].tolist() if root in why), None)
             if mine > theirs and pinned is not None:
                 raise TransferError(f"{name} cannot grow from {theirs} to {mine} units: {why[pinned]}.")
-
-
-def readable(key: Key) -> str:
-    """Return a key as the reader of an error knows it."""
-    return key.where or "the network"

@@ -24,21 +24,13 @@ from .traces import Networks
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream of the student's that is rotated.
+    """A stream of the student's that is rotated."""
 
-    Attributes:
-        first: the norm that begins it, if one does.
-        begins: the teacher's weight of that norm.
-        norms: the teacher's other norms on it, by the names of the student's.
-        units: the student's roots of its channels.
-        theirs: the teacher's roots of its channels.
-    """
-
-    first: Norm | None
-    begins: str | None
-    norms: dict[str, Norm]
-    units: Tensor
-    theirs: Tensor
+    first: Norm | None  # the norm that begins it, if one does
+    begins: str | None  # the teacher's weight of that norm
+    norms: dict[str, Norm]  # the teacher's other norms on it, by the names of the student's
+    units: Tensor  # the student's roots of its channels
+    theirs: Tensor  # the teacher's roots of its channels
 
     def holds(self, roots: Tensor) -> bool:
         """Tell whether any of these roots is a channel of the stream."""
@@ -49,11 +41,7 @@ def find_streams(networks: Networks, passing: Collection[str]) -> list[Stream]:
     """Find the streams that have to be rotated and can be.
 
     They are those that layer norms read, that grow by no whole number, and that a norm begins or of which a norm sees
-    several positions.
-
-    Args:
-        networks: both traces.
-        passing: the new layers that pass units through.
+    several positions. None of the layers `passing`, which pass units through, may be on them.
     """
     found: list[Stream] = []
     roots, student = networks.student_roots, networks.student

@@ -25,13 +25,9 @@ class Unpaired(TransferError):
 def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, str | None]:
     """Return the teacher's name of every student tensor, None where the teacher has no such tensor.
 
-    Norms without tensors are among the keys, by the names of their modules.
-
-    Args:
-        student: its trace.
-        teacher: its trace.
-        rename: a function of the student's name, or a dict from student prefixes (whole dotted parts) to teacher
-            prefixes. The longest prefix that fits is used; one that maps to "" marks a layer that the teacher lacks.
+    Norms without tensors are among the keys, by the names of their modules. `rename` is a function of the student's
+    name, or a dict from student prefixes (whole dotted parts) to teacher prefixes. The longest prefix that fits is
+    used; one that maps to "" marks a layer that the teacher lacks.
 
     Raises:
         Unpaired: the student has no counterpart of one of the teacher's tensors.
@@ -96,9 +92,6 @@ def teacher_layer(layer: Layer, names: dict[str, str | None]) -> str:
         if (theirs := names[name]) is not None:
             return theirs if layer.kind in (LayerKind.MIX, LayerKind.SCALE) else theirs.rpartition(".")[0]
     return names.get(layer.name) or layer.name
-
-
-# -- numbered layers ----------------------------------------------------------------------------------------------
 
 
 def candidates(teacher: nn.Module, student: nn.Module) -> list[dict[str, str]]:

@@ -126,9 +126,7 @@ def densify(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
     A layer of the teacher becomes the product of two, with a random rotation of the units between them (Wei et al.,
     "Network Morphism", 2016). That needs a plain path between the two: no activation, no norm, no sum.
 
-    Args:
-        plan: of the growth.
-        origins: of all tensors of the student.
+    `origins` are those of all tensors of the student.
     """
     made, student = {}, plan.student
     for seed, name in enumerate(sorted(plan.roles.identity)):

@@ -1,6 +1,7 @@
 """The plan of a growth, decided before a single weight is written."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,27 +22,66 @@ from .traces import Networks
 
 @dataclass(frozen=True)
 class Plan(Networks):
-    """How a student is filled.
+    """How a student is filled."""
 
-    Attributes:
-        g: for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`.
-        means: the teacher units that the code `MEAN - k` is the mean of.
-        roles: what the layers become that the teacher lacks.
-        padded: norms that see padding, and the factor of their mean square.
-        eps: modules that must have another eps, and which.
-        sign_pairs: new layers whose units pass activations in pairs, and those activations.
-        patterns: of the units of those layers, a bit for the sign before each activation.
-        rotated: tensors on rotated streams, and which of their axes are rotated how.
-    """
+    g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
+    means: list[Tensor]  # the teacher units that the code `MEAN - k` is the mean of
+    roles: Roles  # what the layers become that the teacher lacks
+    padded: dict[Key, tuple[Norm, float]]  # norms that see padding, and the factor of their mean square
+    eps: dict[str, float]  # modules that must have another eps, and which
+    sign_pairs: dict[str, Bends]  # new layers whose units pass activations in pairs, and those activations
+    patterns: Tensor  # of the units of those layers, a bit for the sign before each activation
+    rotated: dict[str, tuple[Mixed, ...]]  # tensors on rotated streams, and which of their axes are rotated how
 
-    g: Tensor
-    means: list[Tensor]
-    roles: Roles
-    padded: dict[Key, tuple[Norm, float]]
-    eps: dict[str, float]
-    sign_pairs: dict[str, Bends]
-    patterns: Tensor
-    rotated: dict[str, tuple[Mixed, ...]]
+    @cached_property
+    def copies(self) -> Tensor:
+        """For every root of the teacher the number of student units that copy it.
+
+        The units that an identity hands on are no copies of its own.
+        """
+        handed, own = [], []
+        for layer in self.student.layers.values():
+            if layer.kind == LayerKind.MIX and layer.produces is not None:
+                (handed if layer.name in self.roles.identity else own).append(self.student_roots[layer.produces])
+        units = torch.unique(self.student_roots)
+        if handed and own:
+            units = units[~torch.isin(units, torch.cat(handed)) | torch.isin(units, torch.cat(own))]
+        copied = self.g[units]
+        return torch.bincount(copied[copied >= 0], minlength=len(self.teacher_roots))
+
+    @cached_property
+    def apart(self) -> Tensor:
+        """The student's roots as if contractions had joined nothing: queries and keys are told apart."""
+        return self.student_units.roots_without_contractions()
+
+    @cached_property
+    def teacher_apart(self) -> Tensor:
+        """The same for the teacher."""
+        return self.teacher_units.roots_without_contractions()
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """The labels of queries. They may have more entries than their teacher's, which are zero."""
+        return torch.cat([torch.empty(0, dtype=torch.long), *(c.left for c in self.student.contractions)])
+
+    @cached_property
+    def padded_norms(self) -> set[str]:
+        """The modules of norms that see padding."""
+        return {norm.tensors["weight"].rpartition(".")[0] for norm, _ in self.padded.values() if norm.tensors}
+
+    @cached_property
+    def query_gains(self) -> dict[int, float]:
+        """Root in `apart` -> the factor that undoes another number in front of a softmax than the teacher's."""
+        gains: dict[int, float] = {}
+        for key, (gain, _, units) in self.student.softmax_gains.items():
+            other = self.convert(key)
+            theirs = None if other is None else self.teacher.softmax_gains.get(other)
+            if theirs is not None and theirs[0] != gain:
+                heads = self.student_roots[units]
+                for contraction in self.student.contractions:
+                    if bool(torch.isin(self.student_roots[contraction.left], heads).any()):
+                        gains |= dict.fromkeys(self.apart[contraction.left].tolist(), theirs[0] / gain)
+        return gains
 
 
 def make_plan(

@@ -12,17 +12,11 @@ from .names import teacher_layer
 
 @dataclass(frozen=True)
 class Roles:
-    """The student's layers that the teacher lacks, by what they become.
+    """The student's layers that the teacher lacks, by what they become."""
 
-    Attributes:
-        identity: they pass their units through (paper, section 3.4).
-        silent: they end a branch that must add nothing to its stream.
-        fresh: what reads them does so with zero weights only.
-    """
-
-    identity: frozenset[str]
-    silent: frozenset[str]
-    fresh: frozenset[str]
+    identity: frozenset[str]  # they pass their units through (paper, section 3.4)
+    silent: frozenset[str]  # they end a branch that must add nothing to its stream
+    fresh: frozenset[str]  # what reads them does so with zero weights only
 
 
 @dataclass(frozen=True)
@@ -80,12 +74,7 @@ def assign_roles(
     new layer can hand on. Otherwise it is silent if it joins a stream that is carried already, and fresh if it does not
     (a new branch of a concatenation, the inside of a silent branch).
 
-    Args:
-        teacher: its trace.
-        student: its trace.
-        units: the student's units.
-        names: the teacher's name of every student tensor.
-        passing_all: make an identity of every new layer that joins no stream which the teacher's layers carry.
+    With `passing_all` every new layer is an identity that joins no stream which the teacher's layers carry.
     """
     new = _New(student, names)
     identity = _needed_identities(teacher, new)

@@ -17,15 +17,9 @@ from ..trace.facts import Layer, LayerKind
 
 
 def find_sign_pairs(layers: Iterable[Layer], passing: Collection[str], idle: Collection[str]) -> dict[str, Bends]:
-    """Find the activations that units of new layers must pass in pairs.
+    """Find the activations that units of the new layers `passing` must pass in pairs, up to what reads those layers.
 
-    Args:
-        layers: of the student.
-        passing: the new layers that hand their units on.
-        idle: the layers that add nothing, whose reading does not matter.
-
-    Returns:
-        For each layer of `passing` that needs pairs the activations up to the layer that reads it.
+    What the layers `idle` read does not matter: they add nothing.
 
     Raises:
         TransferError: there are none, or units are read both before an activation and behind it.
@@ -59,9 +53,7 @@ def slope_correction(passage: Passage, bends: Bends, silent: Collection[str]) ->
 def signs(patterns: Tensor, activation: int | None = None) -> Tensor:
     """Return the sign of every unit before one of the activations behind its layer, or the product over all of them.
 
-    Args:
-        patterns: for each unit a bit for each activation.
-        activation: the number of the activation. None means the product.
+    `patterns` holds a bit for each activation.
     """
     if activation is not None:
         return 1.0 - 2.0 * (patterns >> activation & 1).double()

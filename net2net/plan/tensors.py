@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TransferError, used_differently
@@ -9,8 +10,6 @@ from ..record import NEW, ZERO, Axis, Fill, How, Origin, Record
 from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.facts import Layer, LayerKind
 from .axes import (
-    UnitFacts,
-    gather_facts,
     kernel_axis,
     labels_of,
     make_axis,
@@ -35,23 +34,16 @@ class Options:
 
 
 def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor) -> Record:
-    """Return the record of a growth: the origin of every tensor of the student.
-
-    Args:
-        plan: of the growth.
-        student: the network.
-        options: how it is filled.
-        state: of the generator that shares are drawn from.
+    """Return the record of a growth: the origin of every tensor of the student, and the `state` that draws shares.
 
     Raises:
         TransferError: a tensor cannot grow in this way; the message says why.
     """
-    facts = gather_facts(plan)
     if options.split != "pad":  # random_pad promises no function
         _check_numbers(plan)
     new = new_origins(plan)
     origins = {
-        name: new_origin(facts, name, new) if plan.names[name] is None else shared_origin(facts, name)
+        name: new_origin(plan, name, new) if plan.names[name] is None else shared_origin(plan, name)
         for name in plan.student.parameters.tensors
     }
     _check_modules(plan, student)
@@ -60,8 +52,8 @@ def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor)
             raise TransferError(f"The norm {norm.module} would see padding, and has no weight to undo what it does.")
         for role, name in norm.tensors.items():
             origins[name] = _beside_padding(origins[name], role, factor)
-    for name in [name for name in origins if is_tied(facts, name)]:
-        origins |= untie(facts, name, origins)
+    for name in [name for name in origins if is_tied(plan, name)]:
+        origins |= untie(plan, name, origins)
     if options.depth == "dense":
         origins |= densify(plan, origins)
     theirs, mine = (
@@ -76,11 +68,11 @@ def _check_numbers(plan: Plan) -> None:
 
     Numbers in front of a softmax do not count: the queries undo them.
     """
-    queries = {int(r) for c in plan.student.contractions for r in plan.student_roots[c.left].unique()}
+    queries = plan.student_roots[plan.queries]
     for key, (numbers, units, call) in plan.student.fixed_gains.items():
         other = plan.convert(key)
         theirs = None if other is None else plan.teacher.fixed_gains.get(other)
-        if theirs is None or theirs[0] == numbers or queries & set(plan.student_roots[units].tolist()):
+        if theirs is None or theirs[0] == numbers or bool(torch.isin(plan.student_roots[units], queries).any()):
             continue
         here, there = (", ".join(f"{number:.4g}" for number in each) for each in (numbers, theirs[0]))
         raise TransferError(
@@ -111,12 +103,9 @@ def _beside_padding(origin: Origin, role: str, factor: float) -> Origin:
     return replace(origin, axes=axes, factor=origin.factor * (factor**0.5 if role == "weight" else 1.0))
 
 
-# -- tensors that both networks have ------------------------------------------------------------------------------
-
-
-def shared_origin(facts: UnitFacts, name: str) -> Origin:
+def shared_origin(plan: Plan, name: str) -> Origin:
     """Return the origin of a tensor that the teacher has, too."""
-    plan, theirs = facts.plan, facts.plan.names[name]
+    theirs = plan.names[name]
     assert theirs is not None
     student, teacher = plan.student.parameters, plan.teacher.parameters
     mine, other = student.tensors[name], teacher.tensors[theirs]
@@ -130,13 +119,13 @@ def shared_origin(facts: UnitFacts, name: str) -> Origin:
             if mine.shape != other.shape:
                 raise TransferError(f"{name} cannot grow: a layer reads it, and another adds it up.")
             return Origin(How.SHARED, theirs)
-        axis, rows = unit_axis(facts, name, (student.values[name], teacher.values[theirs]), 0, False)
+        axis, rows = unit_axis(plan, name, (student.values[name], teacher.values[theirs]), 0, False)
         return Origin(How.SHARED, theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=rotated)
     axes, rows = {}, None
     for dim in range(mine.dim()):
         units, source = labels_of(plan.student, name, dim), labels_of(plan.teacher, theirs, dim)
         if units is not None and source is not None:
-            axes[dim], scaled = unit_axis(facts, name, (units, source), dim, student.read_axis.get(name) == dim)
+            axes[dim], scaled = unit_axis(plan, name, (units, source), dim, student.read_axis.get(name) == dim)
             rows = scaled if dim == 0 else rows
         elif units is not None or source is not None:
             raise TransferError(
@@ -189,12 +178,8 @@ def _slope_factor(plan: Plan, layer: Layer) -> float:
     return slope_correction(layer.passage, bends, plan.roles.silent)
 
 
-# -- tensors that the teacher lacks -------------------------------------------------------------------------------
-
-
-def new_origin(facts: UnitFacts, name: str, new: dict[str, Origin]) -> Origin:
+def new_origin(plan: Plan, name: str, new: dict[str, Origin]) -> Origin:
     """Return the origin of a tensor that the teacher lacks; `new` are those of new layers that are not fresh."""
-    plan = facts.plan
     layer = plan.student.layers.get(name)
     if name in new:
         if layer is not None and layer.kind == LayerKind.MIX and name in plan.roles.identity:

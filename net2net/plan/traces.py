@@ -17,17 +17,11 @@ from .names import Rename, key_converter, teacher_names
 
 @dataclass(frozen=True)
 class Traces:
-    """What one forward pass of each network tells.
+    """What one forward pass of each network tells."""
 
-    Attributes:
-        inputs: of the passes.
-        plain: the traces of teacher and student as the networks are.
-        scaled: for each network the layers that the other multiplies by another number (see `differing_scales`).
-    """
-
-    inputs: Inputs
-    plain: tuple[Trace, Trace]
-    scaled: tuple[frozenset[str], frozenset[str]]
+    inputs: Inputs  # of the passes
+    plain: tuple[Trace, Trace]  # of teacher and student, as the networks are
+    scaled: tuple[frozenset[str], frozenset[str]]  # of each network the layers that the other multiplies otherwise
 
     @cached_property
     def absorbed(self) -> tuple[Trace, Trace]:
@@ -119,24 +113,16 @@ def _merged_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> 
 
 @dataclass(frozen=True)
 class Networks:
-    """Both traces, which the plan only reads, with the names and units that it works with.
-
-    Attributes:
-        teacher: its trace.
-        student: its trace.
-        names: the teacher's name of every student tensor; None where the teacher has no such tensor.
-        teacher_units: the plan's own copy, in which units are united further.
-        student_units: the same for the student.
-        teacher_roots: the root of every label of the teacher's, which stands for the unit.
-        student_roots: the same for the student.
-    """
+    """Both traces, which the plan only reads, with the names and units that it works with."""
 
     teacher: Trace
     student: Trace
-    names: dict[str, str | None]
-    teacher_units: Units
+    names: dict[
+        str, str | None
+    ]  # the teacher's name of every student tensor; None where the teacher has no such tensor
+    teacher_units: Units  # the plan's own copies, in which it unites units further
     student_units: Units
-    teacher_roots: Tensor
+    teacher_roots: Tensor  # the root of every label, which stands for the unit
     student_roots: Tensor
 
     @cached_property
