@@ -117,9 +117,7 @@ class Networks:
 
     teacher: Trace
     student: Trace
-    names: dict[
-        str, str | None
-    ]  # the teacher's name of every student tensor; None where the teacher has no such tensor
+    names: dict[str, str | None]  # the teacher's name of every student tensor; None where it has no such tensor
     teacher_units: Units  # the plan's own copies, in which it unites units further
     student_units: Units
     teacher_roots: Tensor  # the root of every label, which stands for the unit
