@@ -79,15 +79,15 @@ def assign_roles(
     new = _New(student, names)
     identity = _needed_identities(teacher, new)
     if passing_all:
-        kept = _units_of((layer for layer in new.readers if layer.produces is not None), units)
+        kept = _units_of(new.readers, units)
         identity |= {name for name in new.mixers if not kept & new.produced(name, units)}
     # A norm is an identity if it lies on the way of units that a reader needs, not if it sees a silent branch alone.
     for reader in [*new.readers, *(new.layers[name] for name in identity)]:
         for name in reader.norms_since & new.layers.keys():
             if new.layers[name].sources - (new.mixers - identity):
                 identity.add(name)
-    carrying = (layer for layer in student.layers.values() if layer.kind == LayerKind.MIX)
-    carried = _units_of((x for x in carrying if x.name not in new.layers or x.name in identity), units)
+    mixers = [layer for layer in student.layers.values() if layer.kind == LayerKind.MIX]
+    carried = _units_of((x for x in mixers if x.name not in new.layers or x.name in identity), units)
     silent = {_branch_end(new, name) for name in new.mixers - identity if carried & new.produced(name, units)}
     return Roles(frozenset(identity), frozenset(silent), frozenset(new.layers.keys() - identity - silent))
 

@@ -12,7 +12,7 @@ from ..trace.facts import Key, Norm
 from ..trace.graph import SeenAs, Trace
 from ..trace.tracer import trace
 from ..trace.units import Units
-from .names import Rename, key_converter, teacher_names
+from .names import Rename, Unpaired, key_converter, teacher_names
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[froz
     )
     try:
         names = teacher_names(traces[1], traces[0], rename)
-    except TransferError:  # the attempts find other names; renumbered layers are not scaled
+    except Unpaired:  # the attempts find other names; renumbered layers are not scaled
         names = {name: name for name in mine}
     differing = {name: other for name in mine if (other := names.get(name)) in theirs and mine[name] != theirs[other]}
     return frozenset(other for other in differing.values() if other), frozenset(differing)
