@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from net2net import Axis, Origin, Transfer, equivalence
-from net2net.testing import look_trained
 
 BAR = 1e-12  # relative, in float64: rounding, and nothing else
 
@@ -191,7 +190,3 @@ def drop_shares(axis: Axis) -> Axis:
 def shift_index(axis: Axis) -> Axis:
     """The axis that reads copies, with every entry taken from the teacher's entry of its neighbour."""
     return replace(axis, index=axis.index.roll(1)) if axis.reads and axis.copies else axis
-
-
-def randomise(model: nn.Module, seed: int = 0, images: Tensor | None = None) -> nn.Module:
-    return look_trained(model, images, seed)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from networks import Net, chain, randomise, state, unchanged
+from networks import Net, chain, modes, state, unchanged
 from torch import Tensor, nn
 
 from net2net import Equivalence, TransferError, equivalence
+from net2net.testing import look_trained
 
 
 def fixed(value) -> Net:
@@ -106,7 +107,7 @@ def test_networks_inputs_and_random_state_are_left_as_they_were(mode: str) -> No
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = randomise(chain(3))
+            self.inner = look_trained(chain(3))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(torch.dropout(x.mul_(2), 0.5, self.training))
@@ -114,12 +115,12 @@ def test_networks_inputs_and_random_state_are_left_as_they_were(mode: str) -> No
     teacher, student = Noisy(), Noisy()
     student.load_state_dict(teacher.state_dict())
     teacher.train(), teacher.inner.norm0.eval(), student.eval()
-    modes = [m.training for net in (teacher, student) for m in net.modules()]
+    was = modes(teacher, student)
     before, x, random = state(teacher), torch.randn(4, 3, 6, 8), torch.get_rng_state()
     copy = x.clone()
     assert equivalence(teacher, student, x, mode=mode).max_relative == 0  # the same draws for both
     assert unchanged(teacher, before) and unchanged(student, before)
-    assert modes == [m.training for net in (teacher, student) for m in net.modules()]
+    assert modes(teacher, student) == was
     assert torch.equal(x, copy) and torch.equal(random, torch.get_rng_state())
 
 

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from networks import chain, mlp, randomise, state, unchanged
-from torch import Tensor, nn
+from networks import assert_same, chain, images, mlp, modes, state, unchanged
+from torch import nn
 
 from experiments.models import build
 from net2net import Transfer, TransferError, equivalence, random_pad, transfer
+from net2net.testing import look_trained
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def images() -> Tensor:
-    return torch.randn(3, 3, 6, 8)
 
 
 def small(**changes: float) -> nn.Module:
@@ -31,7 +28,7 @@ PAIRS = {
 def test_every_entry_is_the_teachers_or_the_students_own(name: str) -> None:
     """Entry by entry: the corner of the first copies is the teacher's, all else is as the constructor drew it."""
     make_teacher, make_student = PAIRS[name]
-    teacher, student = randomise(make_teacher(), 1), randomise(make_student(), 2)
+    teacher, student = look_trained(make_teacher(), seed=1), look_trained(make_student(), seed=2)
     before, theirs = state(student), state(teacher)
     record = random_pad(teacher, student, images())
     corners = 0
@@ -56,22 +53,22 @@ def test_every_entry_is_the_teachers_or_the_students_own(name: str) -> None:
 def test_it_is_not_the_method() -> None:
     """Fault 11: a "random" baseline that was the identity. It must not preserve, wider or deeper."""
     for make_teacher, make_student in PAIRS.values():
-        teacher, student = randomise(make_teacher(), 1), randomise(make_student(), 2)
+        teacher, student = look_trained(make_teacher(), seed=1), look_trained(make_student(), seed=2)
         random_pad(teacher, student, images())
         assert equivalence(teacher, student, images()).max_relative > 1e-3
         transfer(teacher, student, images())
-        assert equivalence(teacher, student, images()).max_relative <= 1e-12
+        assert_same(teacher, student, images())
 
 
 def test_with_nothing_to_pad_it_is_a_copy() -> None:
-    teacher, student = randomise(chain(3, 4), 1), randomise(chain(3, 4), 2)
+    teacher, student = look_trained(chain(3, 4), seed=1), look_trained(chain(3, 4), seed=2)
     random_pad(teacher, student, images())
     assert unchanged(student, state(teacher))
 
 
 def test_the_units_that_are_kept_are_those_of_the_method() -> None:
     """Both arms start from the same map, so that they differ by what is written and by nothing else."""
-    teacher, padded, grown = randomise(chain(3, 4), 1), chain(8, 13), chain(8, 13)
+    teacher, padded, grown = look_trained(chain(3, 4), seed=1), chain(8, 13), chain(8, 13)
     generators = [torch.Generator().manual_seed(7) for _ in range(2)]
     pad = random_pad(teacher, padded, images(), generator=generators[0])
     grow = transfer(teacher, grown, images(), generator=generators[1])
@@ -92,13 +89,12 @@ def test_new_weights_have_the_students_scale() -> None:
 
 
 def test_teacher_modes_and_random_state_are_untouched() -> None:
-    teacher, student = randomise(chain(3, 4), 1), chain(8, 9, new=1)
+    teacher, student = look_trained(chain(3, 4), seed=1), chain(8, 9, new=1)
     teacher.norm0.train(), student.train()
-    before, modes = state(teacher), [m.training for net in (teacher, student) for m in net.modules()]
-    x, random = images(), torch.get_rng_state()
+    before, was, x, random = state(teacher), modes(teacher, student), images(), torch.get_rng_state()
     record = random_pad(teacher, student, x)
     assert unchanged(teacher, before) and torch.equal(random, torch.get_rng_state())
-    assert modes == [m.training for net in (teacher, student) for m in net.modules()]
+    assert modes(teacher, student) == was
     assert isinstance(record, Transfer) and record.measured is None and record.split == "pad"
     assert "tensors from the teacher" in str(record)
 

@@ -8,25 +8,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, chain, conv, mlp, randomise, state, unchanged
+from networks import BAR, Net, chain, conv, images, mlp, state, unchanged
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models
 
 from net2net import TransferError, describe, equivalence, transfer, widen
-
-BAR = 1e-12
-
+from net2net.testing import look_trained
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def images(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (4, 3, 6, 8)))
-
-
 def pair() -> tuple[nn.Module, nn.Module]:
-    return randomise(chain(4, 5), 1), randomise(chain(13, 11), 2)
+    return look_trained(chain(4, 5), seed=1), look_trained(chain(13, 11), seed=2)
 
 
 # -- dtypes -------------------------------------------------------------------------------------------------------
@@ -326,7 +320,7 @@ class Branched(nn.Module):
 
 @pytest.mark.parametrize("split", ["equal", "uneven"])
 def test_an_auxiliary_head_is_grown_though_eval_mode_does_not_reach_it(split: str) -> None:
-    teacher, student = randomise(Branched(4, 3), 1), randomise(Branched(9, 7), 2)
+    teacher, student = look_trained(Branched(4, 3), seed=1), look_trained(Branched(9, 7), seed=2)
     before = state(teacher)
     transfer(teacher, student, images(), split=split)
     assert unchanged(teacher, before)
@@ -339,7 +333,7 @@ def test_an_auxiliary_head_is_grown_though_eval_mode_does_not_reach_it(split: st
 
 
 def test_a_broken_auxiliary_head_shows_in_training_mode_alone() -> None:
-    teacher, student = randomise(Branched(4, 3), 1), randomise(Branched(9, 7), 2)
+    teacher, student = look_trained(Branched(4, 3), seed=1), look_trained(Branched(9, 7), seed=2)
     transfer(teacher, student, images())
     with torch.no_grad():
         student.aux[0].bias += 1.0
@@ -353,7 +347,7 @@ def test_googlenets_heads() -> None:
     def make() -> nn.Module:
         return models.GoogLeNet(num_classes=3, aux_logits=True, init_weights=False)
 
-    teacher = randomise(make(), 1, images(2, 3, 64, 64))
+    teacher = look_trained(make(), images(2, 3, 64, 64), 1)
     for module in teacher.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
