@@ -103,8 +103,8 @@ def _say(run: Run, text: str) -> None:
 def _show_results(run: Run, stages: Stages, may_be_empty: bool) -> Path | None:
     """Print the table and return the figure's path; with `may_be_empty`, return None if no arm is complete."""
     with files.hold(run.experiment, lambda owner: None):  # or a job that read fewer curves might draw last
-        complete = [name for name in stages if is_complete(run.folder / name, run.settings(*stages[name]))]
-        if complete in ([], [TEACHER]) and may_be_empty:
+        names = [name for name in stages if name != TEACHER]
+        if may_be_empty and not any(is_complete(run.folder / name, run.settings(*stages[name])) for name in names):
             return None
         run.console.print(pages.make_terminal_table(run.experiment))
         return figures.draw_runs(run.experiment)

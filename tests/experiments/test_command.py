@@ -190,7 +190,7 @@ def test_cfg_job_shows_the_configuration(train_py: Main, capsys: pytest.CaptureF
     assert "slim: 0.03" in out and "net2net: 0.1" in out
 
 
-def test_of_several_runs_one_may_fail_and_the_others_go_on(
+def test_of_several_runs_one_may_fail_and_the_others_continue(
     train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fast = ["arms=[random_init]", "target=random_init", "schedule.epochs=2it", "schedule.evaluate=2it"]
@@ -214,7 +214,7 @@ def test_a_run_says_what_it_does_and_leaves_one_folder(
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_an_interruption_says_how_to_go_on(
+def test_an_interruption_says_how_to_continue(
     train_py: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(config: object) -> None:

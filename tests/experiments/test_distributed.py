@@ -94,7 +94,7 @@ def test_with_batch_norm_it_is_another(ranked: tuple[Path, list[dict[str, Any]]]
 
 
 @pytest.mark.system
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_go_on(
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_continue(
     ranked: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     folder, found = ranked
@@ -151,7 +151,7 @@ def test_of_a_wrong_command_one_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("RANK", str(rank))
         command = [sys.executable, str(ROOT / "train.py"), "experiment=quickstart", "seeed=1"]
         done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.count("there is no setting 'seeed'") == lines
+        assert done.returncode == 1 and done.stderr.count("(did you mean 'seed'?)") == lines
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:

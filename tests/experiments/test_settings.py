@@ -11,7 +11,7 @@ import torture
 from conftest import TINY, composed
 from rich.console import Console
 
-from experiments import arms, checkpoint, stage
+from experiments import arms, stage
 from experiments.config import TEACHER, Config
 from experiments.data import load
 from experiments.experiment import run_experiment
@@ -85,22 +85,6 @@ def test_what_a_grown_teacher_depends_on(composed: Tiny) -> None:
         assert run_of(composed(*base, change)).teacher == teacher
     settings = run_of(composed(*base[:-1])).settings(TEACHER, None)  # without a first network
     assert not {"first", "rate", "growth"} & settings.keys() and "first_epochs" not in settings["schedule"]
-
-
-def test_the_rate_of_a_teacher_that_does_not_anneal_is_still_there_when_it_is_handed_over(
-    train_py: Main, tmp_path: Path
-) -> None:
-    rates: dict[str, dict[str, float]] = {}
-    for decay in ("constant", "linear"):
-        runs = tmp_path / decay
-        assert train_py(*SHORT, f"runs={runs}", f"schedule.teacher_decay={decay}", "arms=[net2net]") == 0
-        folder = runs / "quickstart/seed0"
-        rates[decay] = {
-            name: checkpoint.load(folder / name)["optimizer"]["param_groups"][0]["lr"] for name in (TEACHER, "net2net")
-        }
-    assert rates["constant"][TEACHER] == pytest.approx(0.01)
-    assert rates["linear"][TEACHER] == pytest.approx(0.01 / 8)
-    assert rates["constant"]["net2net"] == rates["linear"]["net2net"] == pytest.approx(0.1 * 0.01 / 6)
 
 
 def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny: Tiny) -> None:

@@ -83,7 +83,7 @@ def test_a_launcher_that_requeues_finds_the_checkpoint_complete(job: Job, launch
     assert signal.getsignal(number) is requeue
 
 
-def test_a_launcher_that_only_takes_note_lets_the_run_go_on(job: Job, launcher: Any, tmp_path: Path) -> None:
+def test_a_launcher_that_only_takes_note_lets_the_run_continue(job: Job, launcher: Any, tmp_path: Path) -> None:
     whole = network()
     rows = train(whole, replace(job, folder=tmp_path / "whole"), Quiet())
     noted: list[int] = []

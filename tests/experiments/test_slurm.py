@@ -1,4 +1,4 @@
-"""A sweep on a real Slurm: jobs that are preempted or requeued go on where they were, and the curves are the same.
+"""A sweep on a real Slurm: jobs that are preempted or requeued continue where they were, and the curves are the same.
 
 Needs a Slurm that answers (a cluster's, or the one-node Slurm that NET2NET_SLURM/up starts and NET2NET_SLURM/down
 stops; by default ../shared/slurm). Skips, and says why, where there is neither.
@@ -84,7 +84,7 @@ def wait(what: str, happened: Callable[[], object], driver: subprocess.Popen[str
     pytest.fail(f"{what}: not within {seconds} s")
 
 
-def test_a_preempted_and_a_requeued_job_go_on_where_they_were(
+def test_a_preempted_and_a_requeued_job_continue_where_they_were(
     slurm: Environment, pictures: Path, tmp_path: Path
 ) -> None:
     name = f"net2net-test-{os.getpid()}"
