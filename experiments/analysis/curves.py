@@ -7,7 +7,7 @@ folder is: `net2net`, or `wider_net2net` where an experiment has several student
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ PER_RUN = {
     *("inception.slim", "inception.stem"),
     "first",  # in a teacher's settings: the hash of the network that it is grown from, which contains the seed
 }
+Rows = list[dict[str, float]]
+Run = tuple[str, int, dict[str, Any], Rows]  # arm, seed, manifest, rows of the curve
 UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
@@ -159,7 +161,7 @@ def load_all(directory: Path) -> Results:
     found = find_experiments(directory)
     if not found:
         raise ExperimentError(f"There are no curves under {directory}: run python scripts/collect.py first.")
-    return make_results(entry for name, path in found.items() for entry in _read_folder(path, name))
+    return make_results((name, *run) for name, path in found.items() for run in _read_folder(path))
 
 
 def load(directory: Path) -> Results:
@@ -168,32 +170,32 @@ def load(directory: Path) -> Results:
     Raises:
         ExperimentError: There are none, or one cannot be read.
     """
-    entries = list(_read_folder(directory))
-    return make_results((entry[3]["experiment"], *entry[1:]) for entry in entries)
+    runs = _read_folder(directory)
+    # The manifest of the teacher names the experiment that trained it first.
+    name = next((manifest for arm, _, manifest, _ in runs if arm != TEACHER), runs[0][2])["experiment"]
+    return make_results((name, *run) for run in runs)
 
 
-Entry = tuple[str, str, int, dict[str, Any], list[dict[str, float]]]  # name, arm, seed, manifest, rows of the curve
-
-
-def _read_folder(directory: Path, name: str = "") -> Iterator[Entry]:
-    files = sorted(find_arms(directory), key=lambda entry: entry[0])
+def _read_folder(directory: Path) -> list[Run]:
+    """Return the finished runs in an experiment's folder, arms in reading order."""
+    files = find_arms(directory)
     arms = ordered({arm for _, arm, _, _ in files})
-    empty = True
-    for seed, arm, curve, manifest in sorted(files, key=lambda entry: (arms.index(entry[1]), entry[0])):
+    runs: list[Run] = []
+    for seed, arm, curve, manifest in sorted(files, key=lambda file: (arms.index(file[1]), file[0])):
         complete = read_complete(curve, manifest)
         if complete is not None:
-            empty = False
-            yield name, arm, seed, complete[1], parse_curve(complete[0], curve)
-    if empty:
+            runs.append((arm, seed, complete[1], parse_curve(complete[0], curve)))
+    if not runs:
         raise ExperimentError(f"There is no finished arm under {directory}: run the experiment first.")
+    return runs
 
 
-def make_results(entries: Iterable[Entry]) -> Results:
-    """Return the tables of runs that are given as (experiment or experiment/case, arm, seed, manifest, rows)."""
+def make_results(runs: Iterable[tuple[str, str, int, dict[str, Any], Rows]]) -> Results:
+    """Return the tables of runs, given as (experiment or experiment/case, arm, seed, manifest, rows of the curve)."""
     rows: list[dict[str, Any]] = []
     keys: list[tuple[Any, ...]] = []
     manifests: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, arm, seed, manifest, curve in entries:
+    for name, arm, seed, manifest, curve in runs:
         experiment, _, case = name.partition("/")
         key = (experiment, case, arm, seed)
         manifests[key] = manifest
