@@ -46,11 +46,6 @@ def format_steps(row: Series) -> str:
     return f"{row['reached_step_mean']:.0f}" + ("" if reached == n else f" ({reached} of {n})")
 
 
-def format_cost(mean: float, size: float, known: bool = True) -> str:
-    """Return a mean cost in units of `size`, or `–` if it is not known of every seed."""
-    return f"{mean / size:.3g}" if known else "–"
-
-
 def tabulate_arms(results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the table of an experiment's arms: its heads, and a line of cells an arm."""
     size, unit = cost_unit(results.runs)
@@ -60,8 +55,8 @@ def tabulate_arms(results: Results) -> tuple[list[str], list[list[str]]]:
     for arm, row in curves.summarise_arms(results).iterrows():
         n = int(row["n"])
         target = format_percent(row, "target") if row["target_count"] else "–"
-        own = format_cost(row["flops_mean"], size)
-        total = format_cost(row["total_flops_mean"], size, known=row["total_flops_count"] == n)
+        own = f"{row['flops_mean'] / size:.3g}"
+        total = f"{row['total_flops_mean'] / size:.3g}" if row["total_flops_count"] == n else "–"
         agreement = describe_agreement(results.runs["manifest"].xs(arm, level="arm")) or "–"
         accuracies = [format_percent(row, "start"), format_percent(row, "final"), target]
         lines.append([str(arm), str(n), *accuracies, format_steps(row), own, total, agreement])
@@ -209,9 +204,11 @@ def collect_facts(results: Results) -> dict[str, str]:
     }
 
 
-def bullet_list(facts: Mapping[str, str]) -> str:
-    """Return facts as a Markdown list."""
-    return "\n".join(f"- **{fact}:** {text}" for fact, text in facts.items())
+def _section_head(name: str, facts: Mapping[str, str], caption: str) -> str:
+    """Return the head of an experiment's section: its facts as a list, its figure and links to its files."""
+    bullets = "\n".join(f"- **{fact}:** {text}" for fact, text in facts.items())
+    links = f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})"
+    return f"## {name}\n\n{bullets}\n\n![{caption}: {name}](figures/{name}.png)\n\n{links}"
 
 
 def experiment_section(name: str, results: Results) -> str:
@@ -221,10 +218,7 @@ def experiment_section(name: str, results: Results) -> str:
         facts["Not all curves share"] = ", ".join(differences)
     number = PAPER[name][0] if name in PAPER else None
     parts = [
-        f"## {name}",
-        bullet_list(facts),
-        f"![Accuracy of each arm over training steps and over compute: {name}](figures/{name}.png)",
-        f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
+        _section_head(name, facts, "Accuracy of each arm over training steps and over compute"),
         *([f"![Figure {number} of the paper](figures/paper_figure_{number}.png)"] if number else []),
         f"The target is the final holdout accuracy of `{curves.find_target(results)}`.",
         markdown_table(*tabulate_arms(results), code=True),
@@ -242,12 +236,8 @@ def cases_section(name: str, results: Results) -> str:
     """Return the part of results/README.md on an experiment with cases."""
     frontier, search = cases.is_frontier(results), cases.is_search(results)
     kind = "against training budget" if frontier else "against initial rate" if search else "of each case"
-    parts = [
-        f"## {name}",
-        bullet_list(collect_facts(results) | ({} if search else {"Cases": describe_cases(results)})),
-        f"![Accuracy {kind}: {name}](figures/{name}.png)",
-        f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})",
-    ]
+    facts = collect_facts(results) | ({} if search else {"Cases": describe_cases(results)})
+    parts = [_section_head(name, facts, f"Accuracy {kind}")]
     if search:
         parts.append("Final holdout accuracy (%) at each multiple of `schedule.lr`, the best of each line in bold.")
         return "\n\n".join([*parts, markdown_table(*_tabulate_search(results))])
@@ -260,9 +250,8 @@ def cases_section(name: str, results: Results) -> str:
     heads += ["final test accuracy (%), 95 % interval", "final holdout accuracy (%)"]
     lines: list[list[str]] = []
     for (case, arm), row in table.iterrows():
-        start = format_percent(row, "start")
-        holdout, own = f"{100 * row['holdout']:.2f}", format_cost(row["flops"], size)
-        total = format_cost(row["total_flops"], size, known=row["total_flops"] == row["total_flops"])
+        start, holdout = format_percent(row, "start"), f"{100 * row['holdout']:.2f}"
+        own, total = (f"{row[column] / size:.3g}".replace("nan", "–") for column in ("flops", "total_flops"))
         lines.append(
             [f"`{case}`", f"`{arm}`", str(row["n"]), start, format_interval(row["final"]), holdout, own, total]
         )

@@ -93,7 +93,9 @@ def runs(tmp_path: Path) -> Path:
     """The finished runs of one experiment, `wider`: two seeds of every arm."""
     for arm, seeds in CURVES.items():
         for seed, (holdout, test, flops) in enumerate(seeds):
-            put(tmp_path / "runs", seed, arm, make_csv(holdout, test, flops))
+            # The teacher's manifest names the experiment that trained it first.
+            trained_by = "another" if arm == "teacher" else "wider"
+            put(tmp_path / "runs", seed, arm, make_csv(holdout, test, flops), experiment=trained_by)
     return tmp_path / "runs"
 
 
