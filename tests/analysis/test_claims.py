@@ -261,33 +261,21 @@ def test_average_accuracy_is_an_area() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
-        (
-            "{claim: c, source: s, paper: p, measure: finel, of: 'e:a', above: 0}",
-            "no measure 'finel' (did you mean 'final'?)",
-        ),
-        ("{claim: c, source: s, paper: p, measure: final, of: 'e:a', over: 0}", "A claim has no 'over'"),
-        ("{claim: c, source: s, paper: p, measure: final, of: 'e:a'}", "by one of above, below and within"),
-        ("{claim: c, source: s, measure: final, of: 'e:a', above: 0}", "paper"),
-        ("{claim: c, source: s, paper: p, measure: final, of: 'e:a', above: 0}", "name the other one with against"),
-        (
-            "{claim: c, source: s, paper: p, measure: accuracy, of: 'e:a', against: 'e:b', above: 0}",
-            "is of one run: leave against out",
-        ),
-        (
-            "{claim: c, source: s, paper: p, measure: steps, of: 'e:a', against: 'e:b', above: 0}",
-            "0 is no end of steps: ratios are above 0",
-        ),
-        (
-            "{claim: c, source: s, paper: p, measure: budget, of: 'e:a', against: 'e:b', within: 0.9}",
-            "0.9 is no end of budget: ratios are above 0, and within is at least 1",
-        ),
+        ("paper: p, measure: finel, above: 0", "no measure 'finel' (did you mean 'final'?)"),
+        ("paper: p, measure: final, over: 0", "A claim has no 'over'"),
+        ("paper: p, measure: final", "by one of above, below and within"),
+        ("measure: final, above: 0", "paper"),
+        ("paper: p, measure: final, above: 0", "name the other one with against"),
+        ("paper: p, measure: accuracy, against: 'e:b', above: 0", "is of one run: leave against out"),
+        ("paper: p, measure: steps, against: 'e:b', above: 0", "0 is no end of steps: ratios are above 0"),
+        ("paper: p, measure: budget, against: 'e:b', within: 0.9", "0.9 is no end of budget: ratios are above 0, and"),
     ],
 )
-def test_a_malformed_claim_is_named(tmp_path: Path, entry: str, said: str) -> None:
-    (tmp_path / "claims.yaml").write_text(f"- {entry}\n")
-    with pytest.raises(ExperimentError, match=f"the claim 'c': .*{re.escape(said)}"):
+def test_a_malformed_claim_is_named(tmp_path: Path, entry: str, message: str) -> None:
+    (tmp_path / "claims.yaml").write_text(f"- {{claim: c, source: s, of: 'e:a', {entry}}}\n")
+    with pytest.raises(ExperimentError, match=f"the claim 'c': .*{re.escape(message)}"):
         read_claims(tmp_path / "claims.yaml")
 
 
