@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_leaves
 
+from net2net.testing import look_trained
+
 Two = tuple[int, int]  # the teacher's and the student's
 Make = Callable[[int], nn.Module]
 
@@ -868,7 +870,7 @@ def _pair(
             program = Program(stem, dict(zip(names, parts, strict=True)), [head(i) for head in heads], *ends)
             if words and hasattr(program.heads[0], "narrow"):
                 program.heads[0].out.weight = program.stem.weight
-            return randomise(program.double())
+            return trained(program.double(), seed)
 
     def draw(rows: int, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
@@ -884,19 +886,12 @@ def _pair(
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> nn.Module:
-    """No tensor is constant, as those of fresh norms and biases are, and signals keep their size. In eval mode."""
+def trained(model: nn.Module, seed: int) -> nn.Module:
+    """The network as if trained: no tensor is constant, and signals keep their size. In eval mode."""
     for parameter in model.parameters():
-        if bool((parameter == parameter.flatten()[0]).all()):
-            parameter += 0.4 * torch.randn_like(parameter)
-        elif parameter.dim() > 1:
+        if parameter.dim() > 1:
             parameter *= 1.7
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.3)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-    return model.eval()
+    return look_trained(model, seed=seed)
 
 
 def run(model: nn.Module, inputs: Any, gradients: bool = False) -> list[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import BAR, Net, chain, conv, images, mlp, state, unchanged
+from networks import BAR, Net, assert_same, chain, conv, images, mlp, modes, state, unchanged
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models
@@ -33,7 +33,7 @@ def pair() -> tuple[nn.Module, nn.Module]:
 def test_a_dtype_is_as_exact_as_its_rounding(dtype: torch.dtype, bar: float, split: str) -> None:
     teacher, student = (model.to(dtype) for model in pair())
     transfer(teacher, student, images().to(dtype), split=split)
-    assert equivalence(teacher, student, images().to(dtype)).max_relative <= bar
+    assert_same(teacher, student, images().to(dtype), bar=bar)
     assert {t.dtype for t in student.state_dict().values() if t.is_floating_point()} == {dtype}
 
 
@@ -58,7 +58,7 @@ def test_teacher_and_student_of_different_dtypes(dtypes: tuple[torch.dtype, torc
     teacher, student = map(cast, pair(), dtypes)
     transfer(teacher, student, images())
     bar = max(torch.finfo(dtype).eps for dtype in dtypes) * 4
-    assert equivalence(teacher, student, images()).max_relative <= bar
+    assert_same(teacher, student, images(), bar=bar)
 
 
 def test_layers_of_different_dtypes() -> None:
@@ -69,7 +69,7 @@ def test_layers_of_different_dtypes() -> None:
     teacher, student = make(4), make(8)
     transfer(teacher, student, images(6, 3))
     assert [p.dtype for p in student.parameters()][::2] == [torch.bfloat16, torch.float32, torch.float64]
-    assert equivalence(teacher, student, images(6, 3)).max_relative <= 1e-6  # copies alone are exact in bfloat16
+    assert_same(teacher, student, images(6, 3), bar=1e-6)  # copies alone are exact in bfloat16
     grown = widen(teacher, images(6, 3), 1.5)
     assert [p.dtype for p in grown.parameters()][::2] == [torch.bfloat16, torch.float32, torch.float64]
 
@@ -84,7 +84,7 @@ def test_complex_numbers() -> None:
 
     teacher, student = make(4), make(9)
     transfer(teacher, student, images(6, 3))
-    assert equivalence(teacher, student, images(6, 3)).max_relative <= BAR
+    assert_same(teacher, student, images(6, 3))
 
 
 # -- what is left as it is ----------------------------------------------------------------------------------------
@@ -99,11 +99,11 @@ def test_flags_tags_modes_hooks_and_memory_of_the_student_are_kept() -> None:
     student.norm1.momentum, calls = 0.3, []
     student.conv1.register_forward_hook(lambda *_: calls.append(1))
     before = {name: (id(p), p.data_ptr(), p.stride(), p.requires_grad) for name, p in student.named_parameters()}
-    modes, theirs = [m.training for m in student.modules()], state(teacher)
+    was, theirs = modes(student), state(teacher)
     transfer(teacher, student, images())
     assert before == {n: (id(p), p.data_ptr(), p.stride(), p.requires_grad) for n, p in student.named_parameters()}
     assert student.conv1.weight.no_weight_decay and student.norm1.momentum == 0.3 and calls
-    assert [m.training for m in student.modules()] == modes and unchanged(teacher, theirs)
+    assert modes(student) == was and unchanged(teacher, theirs)
     assert all(p.grad is None for p in (*teacher.parameters(), *student.parameters()))
     assert not student.conv0._forward_hooks and len(student.conv1._forward_hooks) == 1
 
@@ -117,15 +117,15 @@ def test_parameters_that_are_views_of_one_buffer_stay_views() -> None:
         parameter.data, start = place, start + parameter.numel()
     transfer(teacher, student, images())
     assert torch.equal(flat, torch.cat([p.detach().flatten() for p in student.parameters()])) and flat.any()
-    assert equivalence(teacher, student, images()).max_relative <= BAR
+    assert_same(teacher, student, images())
 
 
 def test_frozen_layers_and_counters_of_the_teacher() -> None:
     teacher, student = pair()
     teacher.requires_grad_(False)
-    teacher.norm0.num_batches_tracked.fill_(5)
+    teacher.norm0.num_batches_tracked.fill_(2**24 + 1)  # beyond what single precision holds
     transfer(teacher, student, images())
-    assert student.norm0.num_batches_tracked == 5 and all(p.requires_grad for p in student.parameters())
+    assert student.norm0.num_batches_tracked == 2**24 + 1 and all(p.requires_grad for p in student.parameters())
 
 
 def test_it_works_without_gradients_and_within_them() -> None:
@@ -133,7 +133,7 @@ def test_it_works_without_gradients_and_within_them() -> None:
         with context:
             teacher, student = pair()
             transfer(teacher, student, images())
-            assert equivalence(teacher, student, images()).max_relative <= BAR
+            assert_same(teacher, student, images())
 
 
 # -- wrappers -----------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_a_wrapper_is_looked_through(name: str) -> None:
         outer = wrap(teacher) if which != 1 else teacher, wrap(student) if which else student
         record = transfer(*outer, images())
         assert "conv0.weight" in record.origins
-        assert equivalence(*outer, images()).max_relative <= BAR
+        assert_same(*outer, images())
     assert str(describe(wrap(teacher), images())) == str(describe(teacher, images()))
     assert not any(
         name.startswith(("module", "_orig_mod")) for name in widen(wrap(teacher), images(), 1.5).state_dict()
@@ -199,19 +199,12 @@ def test_networks_without_plain_parameters_are_refused(make: Callable, message: 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "match",
-    [
-        "",
-        pytest.param("quantised"),
-    ],
-)
-def test_a_quantised_network_is_refused(match: str) -> None:
+def test_a_quantised_network_is_refused() -> None:
     def make(n: int) -> nn.Module:
         plain = nn.Sequential(nn.Linear(3, n), nn.ReLU(), nn.Linear(n, 2)).float()
         return torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
 
-    with pytest.raises(TransferError, match=match):
+    with pytest.raises(TransferError, match="quantised"):
         transfer(make(4), make(6), images(6, 3).float())
 
 
@@ -279,7 +272,7 @@ def ids(*shape: int) -> Tensor:
 def test_inputs_and_outputs_of_any_kind(inputs: Callable, give: Callable) -> None:
     teacher, student = two_inputs(4, give), two_inputs(9, give)
     transfer(teacher, student, inputs())
-    assert equivalence(teacher, student, inputs()).max_relative <= BAR
+    assert_same(teacher, student, inputs())
     assert {g.state for g in describe(teacher, inputs()).groups if set(g.layers) & {"b", "c"}} == {
         "pinned: it is the network's output"
     }
@@ -324,12 +317,10 @@ def test_an_auxiliary_head_is_grown_though_eval_mode_does_not_reach_it(split: st
     before = state(teacher)
     transfer(teacher, student, images(), split=split)
     assert unchanged(teacher, before)
-    for mode in ("eval", "train"):
-        assert equivalence(teacher, student, images(), mode=mode).max_relative <= BAR
+    assert_same(teacher, student, images(), ("eval", "train"))
     grown = widen(teacher, images(), {"aux.0": 2.0, "a": 1.5}, split=split)
     assert grown.aux[0].weight.shape == (6, 6, 1, 1)
-    for mode in ("eval", "train"):
-        assert equivalence(teacher, grown, images(), mode=mode).max_relative <= BAR
+    assert_same(teacher, grown, images(), ("eval", "train"))
 
 
 def test_a_broken_auxiliary_head_shows_in_training_mode_alone() -> None:
@@ -341,6 +332,7 @@ def test_a_broken_auxiliary_head_shows_in_training_mode_alone() -> None:
     assert eval_mode <= BAR and train > 1e-3
 
 
+@pytest.mark.slow
 def test_googlenets_heads() -> None:
     """At a size at which both of its heads are reached."""
 
@@ -353,8 +345,7 @@ def test_googlenets_heads() -> None:
             module.p = 0.0
     grown = widen(teacher, images(2, 3, 64, 64), {"aux?.fc1": 1030, "inception4a.branch2.0.conv": 100})
     assert grown.aux1.fc1.weight.shape[0] == 1030 and grown.inception4a.branch2[0].conv.weight.shape[0] == 100
-    for mode in ("eval", "train"):
-        assert equivalence(teacher, grown, images(2, 3, 64, 64), mode=mode).max_relative <= 1e-10
+    assert_same(teacher, grown, images(2, 3, 64, 64), ("eval", "train"), bar=1e-10)
 
 
 def test_unused_parameters_of_one_shape_are_copied() -> None:
