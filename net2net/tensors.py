@@ -9,7 +9,7 @@ from .network import in_mode
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name; a weight that a parametrisation computes stands for what it is made of."""
+    """Return every parameter and buffer by name, with weights that parametrisations compute in place of their parts."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, module, weight in parametrised(model):
         prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
@@ -19,13 +19,13 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def computed(module: nn.Module, weight: str) -> Tensor:
-    """A parametrised weight as in eval mode: in training a spectral norm changes its buffers whenever it is read."""
+    """Return a parametrised weight as in eval mode: in training a spectral norm changes its buffers when it is read."""
     with in_mode(module.parametrizations[weight], training=False):  # type: ignore[index]
         return getattr(module, weight).detach()
 
 
 def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Every module with a parametrised weight: its name, itself, the name of the weight."""
+    """Return, for every parametrised weight, the name of its module, the module, and the name of the weight."""
     return [
         (name, module, weight)
         for name, module in model.named_modules()
@@ -35,20 +35,28 @@ def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def refuse_spectral_norm(module: nn.Module, weight: str, name: str) -> None:
-    """Raise TransferError if the parametrised weight, which `name` is the name of and which grows, has one."""
+    """Raise TransferError if the parametrised weight `name`, which grows, has a spectral norm."""
     if any(isinstance(part, _SpectralNorm) for part in module.parametrizations[weight]):  # type: ignore[index, union-attr]
         raise TransferError(
-            f"{name} has a spectral norm, which divides by the largest singular value: that of copies is another one."
+            f"{name} has a spectral norm, which divides by the largest singular value, and copies change that: remove "
+            "the norm (torch.nn.utils.parametrize.remove_parametrizations) before the network grows."
         )
 
 
 def merge_groups(weight: Tensor, groups: int, times: int, between: float = 0.0) -> Tensor:
-    """The weight of the same convolution with `times` of its `groups` as one: `between` them stand zeros."""
+    """Return the weight of a convolution in which `times` groups in turn become one.
+
+    Args:
+        weight: of a convolution, (units, units read in each group, kernel).
+        groups: how many groups it has.
+        times: how many of them one group of the result replaces.
+        between: the weights with which the units of one old group read those of another.
+    """
     if times == 1:
         return weight
     rows, inside = weight.shape[:2]
-    made = weight.new_full((rows, inside * times, *weight.shape[2:]), between)
+    merged = weight.new_full((rows, inside * times, *weight.shape[2:]), between)
     for row in range(rows):
         start = row // (rows // groups) % times * inside
-        made[row, start : start + inside] = weight[row]
-    return made
+        merged[row, start : start + inside] = weight[row]
+    return merged

@@ -94,7 +94,7 @@ def _split_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> f
     keys |= {
         key
         for key in related - theirs.units.relations.keys()
-        if key is not None and replace(key, part="") in theirs.units.met
+        if key is not None and replace(key, part="") in theirs.units.meetings
     }
     return frozenset(found | {key for key in keys if key is not None})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ def largest_change(
     return None if same or place is None else (float(numbers[place]), float(values[place]))
 
 
+@lru_cache(256)
 def _sample(where: tuple[float, float]) -> Tensor:
     """Return small and large numbers in a range, with its finite ends."""
     ends = [end for end in where if math.isfinite(end)]

@@ -75,10 +75,10 @@ class Labels:
         linear: whether it is a plain sum of what layers produced, so that one of its units can hold the mean of others.
         after_norm: the norm that it comes from directly. Units that this norm saw as its mean, or as zero, are zero.
         first_norm: the one norm across units that it begins with, if it is a plain sum since.
-        passage: the activations and gates that it has met.
-        padded_by: how much it has just been padded, before and behind, the last axis first.
-        range: between which numbers it lies.
-        chain: the activations that it has met, one directly behind the other, since the last layer.
+        passage: the activations and gates since a layer produced it.
+        padded_by: the padding that was just added, before and after, the last axis first.
+        range: the numbers that it can be.
+        chain: the activations since the last layer, each directly behind the one before.
         result_of: the layer whose result it is, untouched.
     """
 

@@ -12,7 +12,7 @@ class Parameters:
     """The parameters and buffers of one network, and the units of their axes as far as the pass has come.
 
     Attributes:
-        tensors: name -> tensor. A weight that a parametrisation computes stands for what it is made of.
+        tensors: name -> tensor. A weight that a parametrisation computes replaces the tensors it is computed from.
         originals: the same before any tensor was replaced by one with its groups merged.
         buffers: the names of those that are buffers.
         first_names: every name, those of tied tensors too -> the name that the tensor goes by.
@@ -126,7 +126,7 @@ class Parameters:
             name: of the tensor.
             dim: the axis.
             units: the units it reads. None makes fresh ones: the axis produces them.
-            taken: the entries of the axis that are meant (None: all).
+            taken: the entries of the axis that the call uses (None: all).
         """
         tensor = self.tensors[name]
         axes = self.axes.setdefault(name, [None] * tensor.dim())
@@ -154,16 +154,17 @@ class Parameters:
         return known
 
     def complete(self) -> None:
-        """Let elements that the pass did not use be units of those that it did use.
+        """Let elements that the pass did not use have the units of those that it used.
 
-        These are positions beyond the example's length, or the rows of other classes. They are pinned where that cannot
-        be told, because the used ones differ along an axis that is used in part.
+        Such elements are positions beyond the example's length, or rows of other classes. They are pinned where the
+        used elements differ along an axis that is used in part, and so do not show the units of the others.
         """
         for name, reached in self._reached.items():
             if not reached.all() and len(self.values[name]) == len(reached):
                 self._complete(name, reached)
 
     def _complete(self, name: str, reached: Tensor) -> None:
+        """Do this for one tensor, of which the pass reached some elements (flat)."""
         shape = self.tensors[name].shape
         box, labels = reached.reshape(shape), self.values[name].reshape(shape)
         used = [box.movedim(dim, 0).reshape(shape[dim], -1).any(1).nonzero().flatten() for dim in range(len(shape))]

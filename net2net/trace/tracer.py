@@ -52,6 +52,7 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
 
 
 def _has_unreached_parameters(result: Trace) -> bool:
+    """Tell whether the pass has met no call with some parameter."""
     reached = result.parameters.used() | {t for layer in result.layers.values() for t in layer.tensors.values()}
     names = [name for name, _ in result.model.named_parameters() if name in result.parameters.tensors]
     return any(name not in reached for name in names)
@@ -77,7 +78,7 @@ class _Mode(TorchFunctionMode):
     def __init__(self, result: Trace) -> None:
         super().__init__()
         self.trace = result
-        self.modules = [""]  # those that the pass is inside of, the innermost last
+        self.modules = [""]  # the modules that are running, the innermost last
 
     def leave(self, name: str, out: Any) -> None:
         self.modules.pop()
@@ -93,9 +94,9 @@ class _Mode(TorchFunctionMode):
             with self:
                 rewritten = rewrite(*args, **kwargs)
             if rewritten is not NotImplemented:
-                for mine, theirs in zip(tensors_in(out), tensors_in(rewritten), strict=False):
-                    if (labels := self.trace.labels(theirs)) is not None:
-                        self.trace.label(mine, labels)
+                for result, same in zip(tensors_in(out), tensors_in(rewritten), strict=False):
+                    if (labels := self.trace.labels(same)) is not None:
+                        self.trace.label(result, labels)
                 return out
         if not args:  # the rules find the first argument by its position
             args = tuple(kwargs.pop(key) for key in ("input", "tensors", "self") if key in kwargs)
@@ -105,7 +106,7 @@ class _Mode(TorchFunctionMode):
 
 @contextmanager
 def _module_names(model: nn.Module, mode: _Mode) -> Iterator[None]:
-    """Tell `mode` which module the pass is inside of, while the block runs."""
+    """Tell `mode` which modules are running, while the block runs."""
     hooks = []
     for name, module in model.named_modules():
         # Before the user's own, which may raise: what leaves a module has entered it.

@@ -18,12 +18,12 @@ from .facts import Call, Key
 
 
 class Units:
-    """The units of one network, as far as its forward pass has told them apart.
+    """The units of one network, as far as its forward pass has shown them.
 
     Attributes:
-        families: labels that came into being together, by a key that both networks share.
+        families: key that both networks share -> labels that were made together.
         relations: key -> labels, and beside them labels of the units that they belong to.
-        met: the key of everything that met elementwise.
+        meetings: the keys of all elementwise calls in which units met.
         whole: labels that move as a whole only, and why.
         pinned: labels that may not be copied at all, and why.
     """
@@ -33,15 +33,15 @@ class Units:
         self.as_grouped = as_grouped
         self.families: dict[Key, Tensor] = {}
         self.relations: dict[Key, tuple[Tensor, Tensor]] = {}
-        self.met: set[Key] = set()
+        self.meetings: set[Key] = set()
         self.whole: list[tuple[Tensor, str]] = []
         self.pinned: list[tuple[Tensor, str]] = []
         self._count = 0
         self._calls: Counter[tuple[str, str]] = Counter()
         self._root = torch.empty(0, dtype=torch.long)  # label -> smallest label of its unit
         self._pending: list[Tensor] = []  # 2 x k: labels that are one unit, not yet in `_root`
-        self._without_contractions: list[Tensor] = []  # 2 x k: every union that no contraction made
-        self._ends: list[int] = []  # where the ranges of labels that came into being together end
+        self._without_contractions: list[Tensor] = []  # 2 x k: the unions that are not those of contractions
+        self._ends: list[int] = []  # where the ranges of labels that were made together end
         self._distinct: list[bool] = []  # for each such range, whether its labels are units of one layer
 
     def copy(self) -> "Units":
@@ -100,7 +100,7 @@ class Units:
         return self.find(torch.arange(self._count))
 
     def roots_without_contractions(self) -> Tensor:
-        """Return the roots as if contractions had joined nothing: queries and keys are told apart."""
+        """Return the roots as if contractions had joined nothing: queries and keys stay apart."""
         found = self._without_contractions
         edges = torch.cat(found, dim=1) if found else torch.empty(2, 0, dtype=torch.long)
         return _join(torch.arange(self._count), edges)
@@ -112,7 +112,7 @@ class Units:
         channels, a head's weights over its values), each belongs to what it meets instead.
         """
         shape, key = a.shape, self.key(call.name, call.module)
-        self.met.add(key)
+        self.meetings.add(key)
         a, b = torch.broadcast_tensors(self.drop_repeats(a), self.drop_repeats(b))
         mine, theirs = self.find(a), self.find(b)
         if torch.equal(mine, theirs):

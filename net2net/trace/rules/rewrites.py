@@ -32,10 +32,10 @@ def attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
+    *_: Any,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **__: Any,
 ) -> Tensor:
     """Softmax of queries by keys, times values. Masks hide positions and say nothing of units."""
     if enable_gqa:
