@@ -47,7 +47,7 @@ class Average(torch.autograd.Function):
         return torch.from_numpy(x.numpy().mean((2, 3)))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, *gradients: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -78,7 +78,9 @@ class Net(nn.Module):
 def grow(between: Callable[[Tensor], Tensor], reads: int | None = None) -> float:
     """Widen a network of four channels to seven, and measure by how much it differs."""
     teacher, student = Net(4, between, reads), Net(7, between, reads)
-    return net2net.transfer(teacher, student, X).measured.max_abs
+    measured = net2net.transfer(teacher, student, X).measured
+    assert measured is not None
+    return measured.max_abs
 
 
 def keep_channels(trace: Trace, call: Call) -> None:
@@ -146,7 +148,7 @@ def test_functions_inside_an_autograd_function_are_followed() -> None:
             return x * x
 
         @staticmethod
-        def backward(ctx, gradient: Tensor) -> Tensor:
+        def backward(ctx, *gradients: Tensor) -> Tensor:
             raise NotImplementedError
 
     assert grow(lambda x: Square.apply(x).mean((2, 3))) < 1e-14
