@@ -17,7 +17,8 @@ class TransferError(Exception):
         >>> try:
         ...     net2net.transfer(teacher, student, images)
         ... except net2net.TransferError as error:
-        ...     print(*error.reasons, sep="\\n")
+        ...     for reason in error.reasons:
+        ...         print(reason)
     """
 
     def __init__(self, message: str, reasons: Iterable[str] = ()) -> None:

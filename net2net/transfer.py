@@ -51,8 +51,7 @@ class Transfer(Record):
         return gradients(self, theirs, self._networks()[1])
 
     def optimizer_state(self, old: Optimizer, new: Optimizer) -> None:
-        """Carry the state of the teacher's optimizer `old` into the student's optimizer `new`, in place (see
-        `net2net.optimizer.optimizer_state`)."""
+        """Carry the state of the teacher's optimizer into the student's (see `net2net.optimizer.optimizer_state`)."""
         optimizer_state(self, old, new, *self._networks())
 
     def _networks(self) -> tuple[nn.Module, nn.Module]:
@@ -84,7 +83,7 @@ def load_record(path: str | Path) -> Transfer:
     return Transfer(**vars(read_record(path)))
 
 
-def transfer(
+def transfer(  # noqa: PLR0913 (each keyword is a choice of its own)
     teacher: nn.Module,
     student: nn.Module,
     example: Example,
@@ -167,7 +166,11 @@ def random_pad(
     Everything else is as the student's constructor drew it, new layers included. The function is another one.
 
     Args:
-        teacher, student, example, generator, rename: as of `transfer`.
+        teacher: the trained network.
+        student: a wider, deeper network on the same inputs.
+        example: an input of both, as of `transfer`.
+        generator: draws the units to copy, as of `transfer`.
+        rename: student names to teacher names, as of `transfer`.
 
     Returns:
         The record; its split is "pad".

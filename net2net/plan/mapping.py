@@ -71,7 +71,9 @@ def map_units(
     Args:
         networks: both traces.
         passing: the new layers that pass units through, and how many activations their units pass in pairs.
-        kinds, rotated, generator: as of `UnitMap`.
+        kinds: what norms ask of each unit's layer.
+        rotated: for every unit whether it is on a rotated stream.
+        generator: draws the copies.
 
     Raises:
         TransferError: the student is smaller than its teacher, pinned units would grow, or no mapping serves all.

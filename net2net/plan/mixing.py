@@ -8,7 +8,7 @@ another isometry (`fill.isometry`).
 """
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,11 @@ from ..trace.facts import NO_NORM, Layer, LayerKind, Norm, NormKind
 from ..trace.graph import Trace
 from ..trace.units import in_order
 from .traces import Networks
+
+TensorNames = tuple[str | None, str | None]  # of the weight and the bias of a norm
+
+_FIRST_NORM = {"weight": Matrix.FIRST, "bias": Matrix.STREAM}  # the norm that begins a stream
+_OTHER_NORM = {"weight": Matrix.OTHER, "bias": Matrix.BIAS}
 
 
 @dataclass(frozen=True)
@@ -134,45 +139,39 @@ def find_rotated_axes(networks: Networks, streams: list[Stream]) -> dict[str, tu
     """
     found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
     for stream in streams:
-        for name, axis in _rotated_axes(networks, stream):
-            found[name] += (axis,)
+        for layer in networks.student.layers.values():
+            for name, dim, how, norm in _rotations(networks, stream, layer):
+                if (other := networks.names[name]) is not None:
+                    mine = networks.student_roots[_labels(networks.student, name, dim)]
+                    theirs = networks.teacher_roots[_labels(networks.teacher, other, dim)]
+                    rows, columns = _channels(mine, stream.units, name), _channels(theirs, stream.theirs, name)
+                    widths = len(stream.theirs), len(stream.units)
+                    found[name] += (Mixed(dim, how, stream.begins, widths, norm, rows, columns),)
     return dict(found)
 
 
-def _rotated_axes(networks: Networks, stream: Stream) -> list[tuple[str, Mixed]]:
-    """List the axes that one stream rotates, of all tensors that the teacher has, too."""
-    student, roots = networks.student, networks.student_roots
+def _rotations(networks: Networks, stream: Stream, layer: Layer) -> Iterator[tuple[str, int, Matrix, TensorNames]]:
+    """List the axes of a layer that a stream rotates, by which matrix, and the norm that the matrix takes in."""
+    roots, read_axis = networks.student_roots, networks.student.parameters.read_axis
     first = "" if stream.first is None else stream.first.name
-    before = student.layers[first].sources if first else frozenset()
-    made: list[tuple[str, Mixed]] = []
-
-    def add(name: str, dim: int, how: Matrix, norm: tuple[str | None, str | None] = (None, None)) -> None:
-        if (other := networks.names[name]) is not None:
-            rows = _channels(roots[_labels(student, name, dim)], stream.units, name)
-            columns = _channels(networks.teacher_roots[_labels(networks.teacher, other, dim)], stream.theirs, name)
-            widths = len(stream.theirs), len(stream.units)
-            made.append((name, Mixed(dim, how, stream.begins, widths, norm, rows, columns)))
-
-    for layer in student.layers.values():
-        if layer.kind == LayerKind.NORM and layer.name in {first, *stream.norms}:
-            begins = {"weight": Matrix.FIRST, "bias": Matrix.STREAM}
-            for role, name in layer.tensors.items():
-                add(name, 0, (begins if layer.name == first else _NORM_MATRICES)[role])
-        if layer.kind != LayerKind.MIX:
-            continue
-        if layer.produces is not None and stream.holds(roots[layer.produces[:1]]):
-            for role, name in layer.tensors.items():
-                dim = 0 if role == "bias" else 1 - student.parameters.read_axis[name]
-                add(name, dim, Matrix.BEFORE if layer.name in before else Matrix.STREAM)
-        if layer.reads is not None and stream.holds(roots[layer.reads[:1]]):
-            norm = stream.norms.get(layer.first_norm or "")
-            tensors = (None, None) if norm is None else (norm.tensors.get("weight"), norm.tensors.get("bias"))
-            how = Matrix.STREAM if norm is None else Matrix.BEHIND
-            add(layer.name, student.parameters.read_axis[layer.name], how, tensors)
-    return made
-
-
-_NORM_MATRICES = {"weight": Matrix.OTHER, "bias": Matrix.BIAS}
+    if layer.kind == LayerKind.NORM and layer.name in {first, *stream.norms}:
+        matrices = _FIRST_NORM if layer.name == first else _OTHER_NORM
+        for role, name in layer.tensors.items():
+            yield name, 0, matrices[role], (None, None)
+    if layer.kind != LayerKind.MIX:
+        return
+    if layer.produces is not None and stream.holds(roots[layer.produces[:1]]):
+        before = bool(first) and layer.name in networks.student.layers[first].sources
+        for role, name in layer.tensors.items():
+            dim = 0 if role == "bias" else 1 - read_axis[name]
+            yield name, dim, Matrix.BEFORE if before else Matrix.STREAM, (None, None)
+    if layer.reads is not None and stream.holds(roots[layer.reads[:1]]):
+        norm = stream.norms.get(layer.first_norm or "")
+        if norm is None:
+            yield layer.name, read_axis[layer.name], Matrix.STREAM, (None, None)
+        else:
+            affine = norm.tensors.get("weight"), norm.tensors.get("bias")
+            yield layer.name, read_axis[layer.name], Matrix.BEHIND, affine
 
 
 def _labels(trace: Trace, name: str, dim: int) -> Tensor:
