@@ -132,7 +132,7 @@ def transfer(  # noqa: PLR0913 (each keyword is a choice of its own)
     generator = generator or torch.Generator().manual_seed(0)
     teacher, student = unwrap(teacher), unwrap(student)
     traces = trace_both(teacher, student, Inputs.of(example), rename)
-    attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled[0]))
+    attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled_layers[0]))
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
     def grow(attempt: Attempt) -> Record:

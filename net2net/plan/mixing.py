@@ -131,7 +131,7 @@ def _is_linear(networks: Networks, stream: Stream, layer: Layer, behind: dict[st
     return layer.first_norm == layer.after_norm and norm.units.shape[1] in (len(stream.units), len(layer.reads))
 
 
-def find_rotated_axes(networks: Networks, streams: list[Stream]) -> dict[str, tuple[Mixed, ...]]:
+def find_rotations(networks: Networks, streams: list[Stream]) -> dict[str, tuple[Mixed, ...]]:
     """Find the axes that streams rotate: for each tensor the one that reads a stream, and the one that produces one.
 
     Raises:
@@ -140,7 +140,7 @@ def find_rotated_axes(networks: Networks, streams: list[Stream]) -> dict[str, tu
     found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
     for stream in streams:
         for layer in networks.student.layers.values():
-            for name, dim, how, norm in _rotations(networks, stream, layer):
+            for name, dim, how, norm in _list_rotations(networks, stream, layer):
                 if (other := networks.names[name]) is not None:
                     mine = networks.student_roots[_labels(networks.student, name, dim)]
                     theirs = networks.teacher_roots[_labels(networks.teacher, other, dim)]
@@ -150,7 +150,7 @@ def find_rotated_axes(networks: Networks, streams: list[Stream]) -> dict[str, tu
     return dict(found)
 
 
-def _rotations(networks: Networks, stream: Stream, layer: Layer) -> Iterator[tuple[str, int, Matrix, TensorNames]]:
+def _list_rotations(networks: Networks, stream: Stream, layer: Layer) -> Iterator[tuple[str, int, Matrix, TensorNames]]:
     """List the axes of a layer that a stream rotates, by which matrix, and the norm that the matrix takes in."""
     roots, read_axis = networks.student_roots, networks.student.parameters.read_axis
     first = "" if stream.first is None else stream.first.name

@@ -36,7 +36,7 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
         TransferError: a norm sees some units more often than others, or units that it cannot undo.
     """
     networks = unit_map.networks
-    padded, eps = {}, {}
+    padding_factors, eps = {}, {}
     for layer in networks.student.layers.values():
         if "eps" not in layer.options:
             continue
@@ -54,10 +54,10 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
         if len(factors) > 1:
             raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
         if (factor := factors.pop()) != 1.0:
-            padded[norm.key] = (norm, factor)
+            padding_factors[norm.key] = (norm, factor)
         if norm.eps != other.eps * factor:
             eps[norm.module] = other.eps * factor
-    return padded, eps
+    return padding_factors, eps
 
 
 def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float:

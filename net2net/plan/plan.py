@@ -12,7 +12,7 @@ from ..trace.facts import Key, LayerKind, Norm
 from ..trace.graph import Trace
 from ..trace.groups import close
 from .mapping import map_units
-from .mixing import find_rotated_axes, find_streams
+from .mixing import find_rotations, find_streams
 from .names import Rename, key_converter, teacher_names
 from .norms import adjust_norms, norm_kinds
 from .roles import Roles, assign_roles, unite_passed
@@ -27,11 +27,11 @@ class Plan(Networks):
     g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
     means: list[Tensor]  # the teacher units that the code `MEAN - k` is the mean of
     roles: Roles  # what the layers become that the teacher lacks
-    padded: dict[Key, tuple[Norm, float]]  # norms that see padding, and the factor of their mean square
+    padding_factors: dict[Key, tuple[Norm, float]]  # norms that see padding, and the factor of their mean square
     eps: dict[str, float]  # modules that must have another eps, and which
     sign_pairs: dict[str, Bends]  # new layers whose units pass activations in pairs, and those activations
     patterns: Tensor  # of the units of those layers, a bit for the sign before each activation
-    rotated: dict[str, tuple[Mixed, ...]]  # tensors on rotated streams, and which of their axes are rotated how
+    rotations: dict[str, tuple[Mixed, ...]]  # tensors on rotated streams, and which of their axes are rotated how
 
     @cached_property
     def copies(self) -> Tensor:
@@ -67,7 +67,7 @@ class Plan(Networks):
     @cached_property
     def padded_norms(self) -> set[str]:
         """The modules of norms that see padding."""
-        return {norm.tensors["weight"].rpartition(".")[0] for norm, _ in self.padded.values() if norm.tensors}
+        return {norm.tensors["weight"].rpartition(".")[0] for norm, _ in self.padding_factors.values() if norm.tensors}
 
     @cached_property
     def query_gains(self) -> dict[int, float]:
@@ -129,15 +129,15 @@ def make_plan(
         if layer.name in roles.identity and layer.kind == LayerKind.MIX
     ]
     unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator)
-    padded, eps = adjust_norms(unit_map)
+    padding_factors, eps = adjust_norms(unit_map)
     return Plan(
         *known,
         g=unit_map.g,
         means=unit_map.means,
         roles=roles,
-        padded=padded,
+        padding_factors=padding_factors,
         eps=eps,
         sign_pairs=sign_pairs,
         patterns=unit_map.patterns,
-        rotated=find_rotated_axes(networks, streams),
+        rotations=find_rotations(networks, streams),
     )

@@ -47,7 +47,7 @@ def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor)
         for name in plan.student.parameters.tensors
     }
     _check_modules(plan, student)
-    for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.padded.values()}.values():
+    for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.padding_factors.values()}.values():
         if "weight" not in norm.tensors:
             raise TransferError(f"The norm {norm.module} would see padding, and has no weight to undo what it does.")
         for role, name in norm.tensors.items():
@@ -113,14 +113,14 @@ def shared_origin(plan: Plan, name: str) -> Origin:
         raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
     if (name in student.values) != (theirs in teacher.values):
         raise used_differently(name)
-    factor, rotated = _factor(plan, name, theirs), plan.rotated.get(name, ())
+    factor, rotations = _factor(plan, name, theirs), plan.rotations.get(name, ())
     if name in student.values:
         if name in student.axes or theirs in teacher.axes:
             if mine.shape != other.shape:
                 raise TransferError(f"{name} cannot grow: a layer reads it, and another adds it up.")
             return Origin(How.SHARED, theirs)
         axis, rows = unit_axis(plan, name, (student.values[name], teacher.values[theirs]), 0, False)
-        return Origin(How.SHARED, theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=rotated)
+        return Origin(How.SHARED, theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=rotations)
     axes, rows = {}, None
     for dim in range(mine.dim()):
         units, source = labels_of(plan.student, name, dim), labels_of(plan.teacher, theirs, dim)
@@ -135,7 +135,7 @@ def shared_origin(plan: Plan, name: str) -> Origin:
         elif (axis := _other_axis(plan, name, theirs, dim)) is not None:
             axes[dim] = axis
     merged = merged_groups(plan, theirs)
-    return Origin(How.SHARED, theirs, axes, factor=factor, rows=rows, merged=merged, mixed=rotated)
+    return Origin(How.SHARED, theirs, axes, factor=factor, rows=rows, merged=merged, mixed=rotations)
 
 
 def _other_axis(plan: Plan, name: str, theirs: str, dim: int) -> Axis | None:

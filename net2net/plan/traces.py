@@ -21,14 +21,14 @@ class Traces:
 
     inputs: Inputs  # of the passes
     plain: tuple[Trace, Trace]  # of teacher and student, as the networks are
-    scaled: tuple[frozenset[str], frozenset[str]]  # of each network the layers that the other multiplies otherwise
+    scaled_layers: tuple[frozenset[str], frozenset[str]]  # those that the other network multiplies otherwise
 
     @cached_property
     def absorbed(self) -> tuple[Trace, Trace]:
         """The traces in which the layers `scaled` take those numbers for their own."""
         theirs, mine = (
-            trace(each.model, self.inputs, SeenAs(scale_absorbed=scaled))
-            for each, scaled in zip(self.plain, self.scaled, strict=True)
+            trace(each.model, self.inputs, SeenAs(scale_absorbed=layers))
+            for each, layers in zip(self.plain, self.scaled_layers, strict=True)
         )
         return theirs, mine
 
