@@ -30,7 +30,7 @@ from .config import (
 )
 from .data import complete_batches, load
 from .distributed import join
-from .machine import describe, explain_lack_of_memory, pick_device
+from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_device
 from .optimizers import make_optimizer
 from .run import Run
 from .stage import is_complete, is_teacher_trained, obtain_teacher, run_stage, teacher_optimizer_state
@@ -92,6 +92,8 @@ def _prepare(config: Config, console: Console) -> Run:
     ranks = join()
     console = console if ranks.rank == 0 else Console(quiet=True)
     device = ranks.on_all(lambda: pick_device(config.device))
+    if device.type == "cpu":  # batches are in the memory of the host
+        keep_freed_memory()
     ranks.on_first(lambda: files.writable(Path(config.runs), "choose another with runs=FOLDER"))
     return Run(config, ranks.first_then_others(lambda: load(config.data)).to(device), device, console, ranks)
 

@@ -1,8 +1,9 @@
 """The device of a run, the arithmetic of its training steps, and what happens when its memory runs out."""
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from .config import ExperimentError
 
 CPUINFO = Path("/proc/cpuinfo")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # options of glibc's mallopt, as malloc.h numbers them
 
 
 def pick_device(name: str) -> torch.device:
@@ -112,6 +114,18 @@ def describe(device: torch.device) -> str:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that is freed, for the rest of the process; elsewhere nothing happens.
+
+    By itself glibc returns large blocks to the kernel, which clears their pages for the next batch. Without this a
+    training step of ResNet-8 on 128 images is 5 to 15 % slower; evaluation in batches of 128 is 2 to 9 % slower.
+    """
+    with suppress(OSError, TypeError, AttributeError):  # no C library of that kind; TypeError is that of Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_MAX, 0)  # take large blocks from the heap, too
+        mallopt(_TRIM_THRESHOLD, -1)  # never shrink the heap
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Full disks and memories, images that vanish, clocks that jump: nothing done is lost, and no curve is wrong."""
 
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -142,6 +143,32 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(error: Exception) -> No
     with pytest.raises(type(error)) as raised, explain_lack_of_memory():
         raise error
     assert raised.value is error and not isinstance(error, ExperimentError)
+
+
+FAULTS = """
+import resource, sys, torch
+from experiments.machine import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):  # 64 MiB, more than glibc ever keeps by itself; an aligned block finds its place in a few rounds
+    torch.ones(2**24)
+before = faults()
+for _ in range(10):
+    torch.ones(2**24)
+print(faults() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_freed_memory sets an option of glibc")
+def test_freed_memory_is_not_cleared_again() -> None:
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "returned")
+    )
+    assert kept < 100
+    assert returned > 1000  # measured: 0, and 160,000, or 5,400 with huge pages
 
 
 @pytest.mark.slow
