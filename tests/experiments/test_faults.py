@@ -15,6 +15,7 @@ import torch
 import torture
 from loops import pictures
 
+import experiments.experiment  # noqa: F401 (before functions of the training loop are replaced)
 from experiments import checkpoint, command, training
 from experiments.config import ExperimentError
 from experiments.machine import explain_lack_of_memory
@@ -179,7 +180,7 @@ def test_without_memory_or_with_a_clock_that_jumps_the_curve_is_the_same(
     with monkeypatch.context() as patch:
         interrupt(patch, "train_step", 6, fail_in_python)
         assert command.main(ALONE) == 1
-    assert "The memory is not enough (" in error_of(capsys)
+    assert "The memory is not enough (MemoryError)" in error_of(capsys)
     assert checkpoint.load(here / ARM)["step"] == 4
     draw = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: draw.uniform(0, 4e9))
