@@ -69,90 +69,75 @@ def table(*shape: int) -> Callable[[int], nn.Parameter]:
     return lambda w: nn.Parameter(torch.randn(*shape, w))
 
 
-# name -> (network by width, an example, other inputs)
-EXACT_ON_OTHERS = {
-    "positions beyond the example's": (
-        words(lambda net, x, i: x + net.pos[:, : i.shape[1]], pos=table(1, 16)),
-        (WORDS,),
-        (LONGER,),
-    ),
-    "the root of the width before positions are added": (
-        words(positioned, pos=table(1, 16), l=lambda w: nn.Linear(w, w), n=nn.LayerNorm),
-        (WORDS,),
-        (LONGER,),
-    ),
-    "branches scaled by the width": (
-        rows(
-            lambda net, x: x.tanh() + net.l(x) * net.l.in_features**-0.5 + net.m(x) / net.l.in_features,
-            l=lambda w: nn.Linear(w, w),
-            m=lambda w: nn.Linear(w, w),
-        ),
-        (ROWS,),
-        (9 * ROWS,),
-    ),
-    "rows of other classes": (
-        rows(lambda net, x, y: (x + net.c[y]).tanh(), c=table(10)),
-        (ROWS, CLASSES),
-        (ROWS, CLASSES + 4),
-    ),
-    "scales and shifts of other domains": (
-        rows(lambda net, x, y: (x * net.s[y, 0] + net.s[y, 1]).tanh(), s=table(5, 2)),
-        (ROWS, torch.tensor([1] * 6)),
-        (ROWS, torch.tensor([4] * 6)),
-    ),
-    "a comparison": (rows(lambda net, x: x * (x > 0)), (ROWS,), (-9 * ROWS,)),
-    "where": (rows(lambda net, x: torch.where(x > 0, x, 0.1 * x)), (ROWS,), (-9 * ROWS,)),
-    "a mask from a buffer": (masked, (TOKENS,), (torch.randn(3, 8, 6, dtype=torch.double),)),
-    "the maximum of two": (rows(lambda net, x: torch.max(x, -x)), (ROWS,), (9 * ROWS,)),
-    "the largest unit": (rows(lambda net, x: x * x.amax(1, keepdim=True)), (ROWS,), (9 * ROWS,)),
-    "a check of all units": (
-        rows(lambda net, x: x if bool((x < 1e9).all()) else -x),
-        (ROWS,),
-        (9 * ROWS,),
-    ),
-    "constants that are the same for all units": (
-        rows(lambda net, x: torch.maximum(x, torch.zeros_like(x)) + torch.full((len(x), net.a.out_features), 0.3)),
-        (ROWS,),
-        (9 * ROWS,),
-    ),
-    "another dtype and back": (rows(lambda net, x: x.type(torch.float32).type(torch.float64)), (ROWS,), (ROWS + 1,)),
-    "einsum without a sum": (rows(lambda net, x: torch.einsum("bc,c->bc", x, net.g), g=table()), (ROWS,), (9 * ROWS,)),
-    "an outer product by einsum": (
-        rows(lambda net, x: x * torch.einsum("i,j->ij", torch.arange(6.0), torch.ones(1))),
-        (ROWS,),
-        (9 * ROWS,),
-    ),
-    "one filter for all channels": (blurred, (MAPS,), (9 * MAPS,)),
+def squared(w: int) -> nn.Linear:
+    return nn.Linear(w, w)
+
+
+def scale_by_width(net: Net, x: Tensor) -> Tensor:
+    return x.tanh() + net.l(x) * net.l.in_features**-0.5 + net.m(x) / net.l.in_features
+
+
+def add_constants(net: Net, x: Tensor) -> Tensor:
+    return torch.maximum(x, torch.zeros_like(x)) + torch.full((len(x), net.a.out_features), 0.3)
+
+
+def with_loss(w: int) -> Net:
+    return Net(
+        {"a": nn.Linear(5, w), "o": nn.Linear(w, 3)},
+        lambda net, x, y: (net.o(net.a(x)), F.cross_entropy(net.o(net.a(x)), y)),
+    )
+
+
+# name -> network by width; an example and other inputs are ROWS and 9 * ROWS, or what INPUTS says
+CODE = {
+    "positions beyond the example's": words(lambda net, x, i: x + net.pos[:, : i.shape[1]], pos=table(1, 16)),
+    "the root of the width before positions are added": words(positioned, pos=table(1, 16), l=squared, n=nn.LayerNorm),
+    "branches scaled by the width": rows(scale_by_width, l=squared, m=squared),
+    "rows of other classes": rows(lambda net, x, y: (x + net.c[y]).tanh(), c=table(10)),
+    "scales and shifts of other domains": rows(lambda net, x, y: (x * net.s[y, 0] + net.s[y, 1]).tanh(), s=table(5, 2)),
+    "a comparison": rows(lambda net, x: x * (x > 0)),
+    "where": rows(lambda net, x: torch.where(x > 0, x, 0.1 * x)),
+    "a mask from a buffer": masked,
+    "the maximum of two": rows(lambda net, x: torch.max(x, -x)),
+    "the largest unit": rows(lambda net, x: x * x.amax(1, keepdim=True)),
+    "a check of all units": rows(lambda net, x: x if bool((x < 1e9).all()) else -x),
+    "constants that are the same for all units": rows(add_constants),
+    "another dtype and back": rows(lambda net, x: x.type(torch.float32).type(torch.float64)),
+    "einsum without a sum": rows(lambda net, x: torch.einsum("bc,c->bc", x, net.g), g=table()),
+    "an outer product by einsum": rows(lambda net, x: x * torch.einsum("i,j->ij", torch.arange(6.0), torch.ones(1))),
+    "one filter for all channels": blurred,
+    "a sparse graph": rows(lambda net, x, graph: graph @ x),
+    "the loss beside it": with_loss,
+}
+INPUTS = {
+    "positions beyond the example's": ((WORDS,), (LONGER,)),
+    "the root of the width before positions are added": ((WORDS,), (LONGER,)),
+    "rows of other classes": ((ROWS, CLASSES), (ROWS, CLASSES + 4)),
+    "scales and shifts of other domains": ((ROWS, torch.tensor([1] * 6)), (ROWS, torch.tensor([4] * 6))),
+    "a comparison": ((ROWS,), (-9 * ROWS,)),
+    "where": ((ROWS,), (-9 * ROWS,)),
+    "a mask from a buffer": ((TOKENS,), (torch.randn(3, 8, 6, dtype=torch.double),)),
+    "another dtype and back": ((ROWS,), (ROWS + 1,)),
+    "one filter for all channels": ((MAPS,), (9 * MAPS,)),
     "a sparse graph": (
-        rows(lambda net, x, graph: graph @ x),
         (ROWS, torch.eye(6, dtype=torch.double).to_sparse()),
         (ROWS, torch.rand(6, 6, dtype=torch.double).round().to_sparse()),
     ),
-    "the loss beside it": (
-        lambda w: Net(
-            {"a": nn.Linear(5, w), "o": nn.Linear(w, 3)},
-            lambda net, x, y: (net.o(net.a(x)), F.cross_entropy(net.o(net.a(x)), y)),
-        ),
-        (ROWS, CLASSES % 3),
-        (9 * ROWS, CLASSES % 2),
-    ),
+    "the loss beside it": ((ROWS, CLASSES % 3), (9 * ROWS, CLASSES % 2)),
 }
-
-
 WHOLE = ("a mask from a buffer", "the root of the width before positions are added")  # heads; what a norm sees
 
 
 @pytest.mark.parametrize("width", [8, 7])
-@pytest.mark.parametrize("name", EXACT_ON_OTHERS)
+@pytest.mark.parametrize("name", CODE)
 def test_is_exact_on_inputs_unlike_the_example(name: str, width: int) -> None:
-    make, example, others = EXACT_ON_OTHERS[name]
-    teacher, student = make(4).eval(), make(width).eval()
+    example, others = INPUTS.get(name, ((ROWS,), (9 * ROWS,)))
+    teacher, student = CODE[name](4).eval(), CODE[name](width).eval()
     transfer(teacher, student, example)
     for inputs in (example, others):
         assert_same(teacher, student, inputs)
     if name not in WHOLE:
-        grown = widen(teacher, example, 2.0)
-        assert_same(teacher, grown, others)
+        assert_same(teacher, widen(teacher, example, 2.0), others)
 
 
 class Block(nn.Module):
@@ -203,7 +188,7 @@ def test_a_language_model_written_by_hand(width: int, heads: int, depth: int) ->
 
 
 def test_positions_keep_their_number_and_count_no_copies() -> None:
-    model = EXACT_ON_OTHERS["positions beyond the example's"][0](4)
+    model = CODE["positions beyond the example's"](4)
     grown = widen(model, WORDS, 2.0)
     assert grown.pos.shape == (1, 16, 8)
     for net in (model, grown):
@@ -367,7 +352,7 @@ def test_a_number_that_nothing_behind_can_undo_is_told() -> None:
     def how(net: Net, x: Tensor) -> Tensor:
         return x.tanh() + 1e-6 * net.l(F.gelu(x + net.a.out_features**-0.5 * net.m(x.tanh())))
 
-    make = rows(how, l=lambda w: nn.Linear(w, w), m=lambda w: nn.Linear(w, w))
+    make = rows(how, l=squared, m=squared)
     teacher, student = make(4).float(), make(8).float()
     transfer(teacher, student, ROWS.float())  # into the weights of m
     assert equivalence(teacher.double(), student.double(), ROWS).max_relative < 1e-6
@@ -376,7 +361,7 @@ def test_a_number_that_nothing_behind_can_undo_is_told() -> None:
         y = net.m(x.tanh())
         return x.tanh() + 1e-6 * net.l(F.gelu(x + net.a.out_features**-0.5 * y) + y)
 
-    make = rows(twice, l=lambda w: nn.Linear(w, w), m=lambda w: nn.Linear(w, w))
+    make = rows(twice, l=squared, m=squared)
     with pytest.raises(TransferError, match=r"add in the network.* 0\.3536 here and.* 0\.5"):
         transfer(make(4).float(), make(8).float(), ROWS.float())
 
@@ -396,7 +381,7 @@ def test_dropping_branches_keeps_a_stream_linear() -> None:
             branch = branch * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.8) / 0.8
         return net.n(x + branch)
 
-    make = rows(how, l=lambda w: nn.Linear(w, w), n=nn.LayerNorm)
+    make = rows(how, l=squared, n=nn.LayerNorm)
     teacher, student = make(4).eval(), make(7).eval()
     transfer(teacher, student, ROWS)
     assert_same(teacher, student, 9 * ROWS)
