@@ -32,7 +32,6 @@ from networks import (
 )
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision import models
 from torchvision.models.shufflenetv2 import ShuffleNetV2
 
 from net2net import Transfer, TransferError, deepen, equivalence, random_pad, replay, transfer
@@ -129,16 +128,6 @@ def test_growth_again_and_again_wider_then_deeper() -> None:
     assert_same(networks[0], networks[-1], images())
 
 
-@pytest.mark.parametrize("make", [lambda w: models.MobileNetV2(10, w), lambda w: models.MNASNet(w, 10)])
-@pytest.mark.slow
-def test_a_torchvision_network_by_its_width(make: Callable[[float], nn.Module]) -> None:
-    """Inverted residuals: depthwise filters on the inner units, a stream that two networks join alike."""
-    teacher, student, x = make(0.5), make(1.0), images(4, 3, 32, 48)
-    look_trained(teacher, x, 1)
-    transfer(teacher, student, x[:1], split="uneven")
-    assert_same(teacher, student, x)
-
-
 # -- deeper --------------------------------------------------------------------------------------------------------
 
 
@@ -223,20 +212,6 @@ def test_a_fresh_batch_norm_is_exact_too() -> None:
     teacher, student = chain(3), chain(3, new=1)
     transfer(teacher, student, images())
     assert_same(teacher, student, images())
-
-
-@pytest.mark.parametrize("name", ["efficientnet_b0", "googlenet"])
-@pytest.mark.slow
-def test_torchvision(name: str) -> None:
-    """EfficientNet: SiLU, gates and depthwise filters, all new blocks silent. GoogLeNet: into itself."""
-    x = images(2, 3, 64, 64)
-    if name == "googlenet":
-        teacher, student = (models.googlenet(num_classes=10, aux_logits=False, init_weights=False) for _ in range(2))
-    else:
-        teacher, student = models.efficientnet_b0(num_classes=10), models.efficientnet_b1(num_classes=10)
-    look_trained(teacher, x, 1)
-    transfer(teacher, student, x[:1])
-    assert_same(teacher, student, x)
 
 
 @pytest.mark.parametrize("width", [8, 16], ids=["as wide", "twice as wide"])

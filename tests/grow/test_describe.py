@@ -1,7 +1,5 @@
 """The table of unit groups says what moves together, how wide it is, and what holds it."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,11 +132,6 @@ def test_what_is_called_free_grows_and_nothing_else_with_it() -> None:
             layers = {name: m for name, m in grown.named_modules() if hasattr(m, "weight")}
             wider = {n for n, m in layers.items() if len(m.weight) > len(model.get_parameter(f"{n}.weight"))}
             assert wider == set(group.layers)
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
-def test_wrappers_are_looked_through(wrap: Callable) -> None:
-    assert str(describe(wrap(gated()), images())) == str(describe(gated(), images()))
 
 
 def test_a_forward_pass_that_fails_is_refused() -> None:

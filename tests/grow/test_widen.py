@@ -226,13 +226,6 @@ def test_a_model_may_be_its_own_class_with_state_of_its_own() -> None:
     assert calls == [1] and grown.note == "kept"
 
 
-def test_a_wrapped_model_gives_a_plain_one() -> None:
-    model = look_trained(chain(4, 5))
-    grown = widen(nn.DataParallel(model), images(), 1.5)
-    assert isinstance(grown, Net)
-    assert_same(model, grown, images())
-
-
 def test_noise_changes_the_function_and_a_generator_decides_the_copies() -> None:
     model, example = look_trained(chain(4, 5)), images()
     assert equivalence(model, widen(model, example, 1.5, noise=0.1), example).max_relative > 1e-4

@@ -65,15 +65,6 @@ def test_vgg_grows_wider_and_deeper_at_once(norm: bool) -> None:
     assert_same(teacher, student, photos())
 
 
-def test_vgg_grows_step_by_step() -> None:
-    teacher = first = vgg("A", True)
-    for name in "BDE":
-        student = vgg(name, True, seed=ord(name))
-        transfer(teacher, student, photos(), split="uneven")
-        teacher = student
-    assert_same(first, teacher, photos())
-
-
 @pytest.mark.slow
 def test_torchvisions_own() -> None:
     """vgg11_bn -> vgg13_bn at full width, but for the two large layers of the classifier."""

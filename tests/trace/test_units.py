@@ -257,19 +257,6 @@ def test_a_new_layer_on_the_trunk_is_an_identity_and_a_new_branch_is_silent(widt
     assert not student.branches[2].weight.any()
 
 
-def test_several_inputs_and_a_dict_of_outputs() -> None:
-    def how(net: Net, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-        hidden = torch.relu(net.left(a)) * torch.sigmoid(net.right(b))
-        return {"logits": net.out(hidden), "size": hidden.amax(1)}
-
-    teacher, student = (
-        Net({"left": nn.Linear(3, n), "right": nn.Linear(2, n), "out": nn.Linear(n, 4)}, how) for n in (5, 8)
-    )
-    example = images(4, 3), images(4, 2)
-    transfer(teacher, student, example)
-    assert_same(teacher, student, example)
-
-
 def windows(heads: int) -> Net:
     """Two attentions whose values pass through filters of their own by windows of heads, the same for both."""
 
