@@ -18,7 +18,7 @@ class Follower:
         total: int,
         first: int,
         batch_size: int,
-        log: Callable[[Row], None] | None = None,
+        log: Callable[[Row], object] | None = None,
     ) -> None:
         columns = (
             TextColumn("{task.description:<22}"),

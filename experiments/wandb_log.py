@@ -44,7 +44,7 @@ def describe(config: Config) -> str:
 @contextmanager
 def mirror(
     config: Config, name: str, manifest: Mapping[str, Any], console: Console, last_step: int = -1
-) -> Iterator[Callable[[Mapping[str, float]], None]]:
+) -> Iterator[Callable[[Mapping[str, float]], object]]:
     """Yield a function that mirrors the rows of a stage's curve while the block runs.
 
     Runs are grouped by experiment, with the arm as job type. A stage that continues after an interruption continues
