@@ -63,13 +63,7 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
 def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
     """Measure the difference of two results: tensors, or nested containers of tensors.
 
-    Args:
-        theirs: the teacher's.
-        mine: the student's.
-        mode: how the networks ran.
-
-    Raises:
-        TransferError: the results differ in shape, or are empty.
+    Raises TransferError if they differ in shape, or are empty.
     """
     pairs = list(zip(tensors_in(theirs), tensors_in(mine), strict=False))
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
@@ -100,20 +94,10 @@ def _precise(value: Tensor) -> Tensor:
 def assert_equivalent(
     teacher: nn.Module, student: nn.Module, inputs: Inputs, output: object, identities: Collection[str]
 ) -> Equivalence:
-    """Measure the difference of a filled student and its teacher, on the example and on other inputs that are drawn.
+    """Measure the difference of a filled student and its teacher on the example, whose result is `output`.
 
-    Args:
-        teacher: the network, unwrapped.
-        student: the filled network, unwrapped.
-        inputs: the example.
-        output: the teacher's output on it.
-        identities: the new layers that pass units through, for the message.
-
-    Returns:
-        The difference on the example.
-
-    Raises:
-        TransferError: rounding cannot explain a difference.
+    Raises TransferError if rounding cannot explain it, or that on other inputs, which are drawn. The message names
+    `identities`, the new layers that pass units through.
     """
     tensors = [t for model in (teacher, student) for t in (*model.parameters(), *model.buffers())]
     tolerance = rounding_tolerance({t.dtype for t in tensors if t.is_floating_point()})
@@ -134,9 +118,8 @@ def _compare_on_others(
 ) -> tuple[Equivalence, float] | None:
     """Measure the difference on inputs that are drawn: units that are dead on the example may be alive on those.
 
-    Returns:
-        The difference, and the difference that rounding may make there: far from its data a deep network can amplify
-        rounding without bound. None if the teacher takes no such inputs.
+    Returns it with the difference that rounding may make there: far from its data a deep network can amplify rounding
+    without bound. None if the teacher takes no such inputs.
     """
     for others in (inputs.draw_like(), inputs.draw_like(numbers=None)):
         try:

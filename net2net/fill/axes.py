@@ -32,20 +32,10 @@ def share_out(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, s
 
 
 def shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | None, split: str) -> Tensor:
-    """Return the part of the teacher's outgoing weight that each copy takes.
+    """Return the part of the teacher's outgoing weight that each copy takes; it broadcasts against `value`.
 
-    Uneven shares differ from one reading unit to the next: a factor common to all readers of a copy would only scale
-    its gradient, which RMSProp and Adam undo.
-
-    Args:
-        axis: the axis of the student's tensor that reads.
-        value: the gathered tensor.
-        dim: the number of the axis.
-        generator: draws uneven shares.
-        split: equal, uneven or paired.
-
-    Returns:
-        Numbers that broadcast against `value`; those of the copies of one entry add up to one.
+    The parts of the copies of one entry add up to one. Uneven ones differ from one reading unit to the next: a factor
+    common to all readers of a copy would only scale its gradient, which RMSProp and Adam undo.
     """
     if split != "uneven" or not axis.copies or axis.signed:
         return entrywise(axis, value, dim, axis.share).to(value)

@@ -18,8 +18,7 @@ from .new_layers import fill_new
 def restore_scale(student: nn.Module, record: Record) -> None:
     """Let every new batch norm that passes units through undo its normalisation: scale sqrt(var + eps), shift mean.
 
-    This is exact in eval mode whatever the statistics are, and in train mode as far as they are the batch's own
-    (paper, section 3.4).
+    This is exact in eval mode whatever the statistics are; in train mode as far as they are the batch's own (section 3.4).
     """
     tensors = dict(student.named_parameters()) | dict(student.named_buffers())
     for name, origin in record.origins.items():
@@ -33,18 +32,10 @@ def calibrate(
     norms: Mapping[str, bool],
     batches: Tensor | dict[str, Any] | Iterable[Example],
 ) -> None:
-    """Measure the statistics of new batch norms, then restore the scale of those that pass units through.
+    """Measure the statistics of new batch norms on one or several `batches`, averaged over them (paper, section 3.4).
 
-    The paper (section 3.4) needs these forward passes to undo the normalisation of a new layer.
-
-    Args:
-        student: the filled student.
-        record: the record that it was filled by.
-        norms: the names of its new batch norms, and whether each passes its units through.
-        batches: one batch of inputs, or several, over which the statistics are averaged.
-
-    Raises:
-        TransferError: a batch norm is no module, or a forward pass fails.
+    `norms` tells of each new batch norm, by name, whether it passes its units through; those that do get their scale
+    restored. Raises TransferError if a batch norm is no module, or a forward pass fails.
     """
     passes_on = {student.get_submodule(name): passes for name, passes in norms.items()}
     for norm in passes_on:
@@ -61,8 +52,7 @@ def calibrate(
 def _measure(passes_on: dict[nn.Module, bool]) -> Iterator[None]:
     """While the block runs, these batch norms, and no others, average the statistics of the batches.
 
-    A norm that passes its units through hands on its input instead, so that the layers behind it see the teacher's
-    values.
+    A norm that passes its units through hands on its input, so that the layers behind it see the teacher's values.
     """
     hooks, momentum = [], {}
 

@@ -1,12 +1,14 @@
 """Carry out a record: fill every student tensor from the teacher's."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import TransferError
-from ..record import How, Record
+from ..record import NEW, How, Origin, Record
 from ..tensors import computed, merge_groups, named_tensors, parametrised
-from .gather import gather, gather_first
+from .gather import gather
 from .isometry import mix, mixing_matrix
 from .new_layers import fill_new
 
@@ -15,17 +17,10 @@ SPLITS = ("equal", "uneven", "paired")
 
 @torch.no_grad()
 def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
-    """Fill the student in place as the record says.
+    """Fill the student in place as the record says; for `random_pad` only the teacher's own entries are written.
 
-    Args:
-        teacher: the network to read.
-        student: the network to write.
-        record: where every tensor comes from. If its split is "pad", only the teacher's own entries are written, whole
-            (`random_pad`).
-
-    Raises:
-        TransferError: a rotated stream has no solution (then nothing is written), or a parametrisation cannot hold its
-            weight.
+    Raises TransferError if a rotated stream has no solution (then nothing is written), or a parametrisation cannot hold
+    its weight.
     """
     generator = torch.Generator()
     generator.set_state(record.state)
@@ -39,11 +34,8 @@ def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
         if origin.how == How.SHARED:
             assert origin.teacher is not None
             source = merge_groups(theirs[origin.teacher], *origin.merged)
-            if pad:
-                target.copy_(gather_first(source, target, origin))
-            else:
-                source, origin = mix(source, origin, matrices[name])
-                target.copy_(gather(source, target, origin, generator, record.split))
+            source, origin = (source, _first_copies(origin)) if pad else mix(source, origin, matrices[name])
+            target.copy_(gather(source, target, origin, generator, record.split))
         elif not pad:
             fill_new(target, origin, mine, generator, record.split)
     if not pad:
@@ -52,14 +44,20 @@ def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
     _set_parametrised(student, mine)
 
 
+def _first_copies(origin: Origin) -> Origin:
+    """Return where the first copy of every teacher's entry goes, whole; all else stays the student's own."""
+    axes = {
+        dim: replace(axis, index=torch.where(axis.first, axis.index, NEW), reads=False, means=())
+        for dim, axis in origin.axes.items()
+    }
+    return Origin(How.SHARED, origin.teacher, axes, origin.flat)
+
+
 @torch.no_grad()
 def add_noise(student: nn.Module, record: Record, generator: torch.Generator) -> None:
     """Add Gaussian noise to the incoming weights of every copy but the first, in place (paper, section 3.3).
 
-    Args:
-        student: the filled network.
-        record: its record; the standard deviation is `record.noise` times the tensor's own.
-        generator: draws the noise, on the CPU.
+    Its standard deviation is `record.noise` times the tensor's own.
     """
     tensors = named_tensors(student)
     for name, origin in record.origins.items():

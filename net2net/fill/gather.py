@@ -10,17 +10,8 @@ from .axes import entrywise, multiply, rotate, scale_rows, share_out
 def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
     """Gather a teacher's tensor along every axis of units, and divide it along those that read.
 
-    Args:
-        source: the teacher's tensor.
-        target: the student's tensor. Where it can be, the result is made in it: memory may not hold another copy of a
-            large network's largest tensor.
-        origin: where its entries come from.
-        generator: draws uneven shares and noise in pairs.
-        split: equal, uneven or paired.
-
-    Returns:
-        The values, in the shape and type of `target`. Entries without a teacher's are zero, a mean, or the student's
-        own.
+    Entries without a teacher's are zero, a mean, or those of `target`. Where it can be, the result is made in `target`:
+    memory may not hold another copy of a large network's largest tensor.
     """
     shape = target.shape
     if origin.flat:
@@ -51,18 +42,6 @@ def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Gene
     if zero is not None:
         value, own = multiply(value, ~zero, source), None if own is None else own & ~zero
     value = value.to(target.dtype)
-    return (value if own is None else torch.where(own, target, value)).reshape(shape)
-
-
-def gather_first(source: Tensor, target: Tensor, origin: Origin) -> Tensor:
-    """Return the teacher's entries, once and whole, among the student's own (`random_pad`)."""
-    shape = target.shape
-    if origin.flat:
-        source, target = source.reshape(-1), target.reshape(-1)
-    value, own = source.to(target), None
-    for dim, axis in origin.axes.items():
-        value = _take(value, axis, dim)
-        own = _join(own, axis, value, dim, ~axis.first)
     return (value if own is None else torch.where(own, target, value)).reshape(shape)
 
 

@@ -23,15 +23,9 @@ STARTS, STEPS, EXACT = 3, 60, 1e-12
 
 
 def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor, Origin]:
-    """Multiply the rotated axes of a teacher's tensor by their matrices.
+    """Multiply the rotated axes of a teacher's tensor by their matrices, in double precision.
 
-    Args:
-        source: the teacher's tensor.
-        origin: of the student's tensor.
-        matrices: one for each of `origin.mixed`, from `mixing_matrix`.
-
-    Returns:
-        The product, in double precision, and the origin of the student's tensor with its other axes only.
+    Returns the product, and the student's origin with the axes that are left to gather.
     """
     if not origin.mixed:
         return source, origin
@@ -44,15 +38,9 @@ def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor,
 
 
 def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
-    """Return the matrix that a rotated axis is multiplied by.
+    """Return the matrix (student's entries, teacher's entries) that a rotated axis is multiplied by, float64.
 
-    Args:
-        mixed: the axis.
-        theirs: all tensors of the teacher by name.
-
-    Returns:
-        (student's entries, teacher's entries), float64. For a norm's weights, and for biases of all norms but the
-        first, it is the new values themselves: (student's entries).
+    For a norm's weight, and for the bias of any norm but the first, return the new values (student's entries) instead.
     """
     channels, wider = mixed.widths
     positions = len(mixed.columns) // channels
@@ -83,21 +71,11 @@ def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
 
 
 def find_isometries(weight: Tensor, wider: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find Q, A and the new weights of a norm, for a stream that it begins.
+    """Find Q (wider, channels), A (wider, channels) and new weights (wider), float64, for the weight of a norm.
 
-    Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). There is a
-    solution for most weights if `wider` is larger by three at least, and shares a divisor with the number of channels
-    if that is large. The same weights give the same solution.
-
-    Args:
-        weight: of the norm: (channels).
-        wider: the channels of the student's stream.
-
-    Returns:
-        Q (wider, channels), A (wider, channels) and the new weights (wider), float64.
-
-    Raises:
-        TransferError: none is found.
+    Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). The same
+    weights give the same solution. Raises TransferError if none is found; most weights have one if `wider` is larger by
+    three at least, and shares a divisor with the number of channels if that is large.
     """
     return _find_isometries(tuple(weight.detach().double().tolist()), wider)
 

@@ -27,8 +27,7 @@ Sizes = dict[str, dict[int, set[int]]]  # module name -> width -> what that widt
 
 
 def split_groups(traced: Trace, description: Description) -> list[list[Tensor]]:
-    """Split the units of every group into parts that grow by themselves: the units that the same layers read, of one
-    group or head."""
+    """Split every group into parts that grow by themselves: the units of one group or head that the same layers read."""
     roots = traced.units.roots()
     marks: dict[int, set[tuple[str, int]]] = defaultdict(set)
     for key, (children, parents) in traced.units.relations.items():
@@ -49,16 +48,7 @@ def split_groups(traced: Trace, description: Description) -> list[list[Tensor]]:
 
 
 def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int, float]) -> Tensor:
-    """Return by how many units each unit is replaced, on average over those of its part.
-
-    Args:
-        traced: the trace.
-        parts: the parts of every group, from `split_groups`.
-        factors: by what factor groups grow, by their number.
-
-    Returns:
-        float64, one number for each label.
-    """
+    """Return by how many units each label is replaced, on average over its part, if groups grow by these factors."""
     count = torch.ones(len(traced.units.roots()), dtype=torch.double)
     for k, factor in factors.items():
         for units in parts[k]:
@@ -71,16 +61,10 @@ def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int,
 
 
 def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
-    """Return a copy of a network with room for new units. Tensors that grow hold random values.
+    """Return a copy of a network with room for `count` units in the place of each. Tensors that grow are random.
 
-    Args:
-        model: the network.
-        traced: its trace.
-        count: by how many units each is replaced.
-        trial: the copy only has to show whether it runs: tensors that grow hold zeros, and the others are the model's.
-
-    Raises:
-        TransferError: nothing grows, the network cannot be copied, or a parametrisation takes no other width.
+    In a `trial`, which only shows whether the copy runs, they are zeros, and the other tensors are the model's own. Raises
+    TransferError if nothing grows, the network cannot be copied, or a parametrisation takes no other width.
     """
     roots = traced.units.roots()
     shapes = {name: _grown_shape(traced, roots, name, count) for name in traced.parameters.tensors}
@@ -105,10 +89,7 @@ def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = Fals
 
 
 def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
-    """Return a copy of a network without its record. `share` keeps the very parameters.
-
-    Attributes of parameters stay on, though copying drops them.
-    """
+    """Return a copy without the record, with the attributes of parameters, or with the very parameters (`share`)."""
     shared = {id(tensor): tensor for tensor in model.parameters()} if share else {}
     try:
         copied = copy.deepcopy(model, dict(shared))
@@ -202,40 +183,21 @@ def _replace(stores: Stores, value: Tensor) -> None:
 
 # -- numbers that follow ------------------------------------------------------------------------------------------
 
-_WITH_WEIGHTS = (
-    nn.Linear,
-    _ConvNd,
-    _NormBase,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.Embedding,
-    nn.PReLU,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+_SIZES = {  # by the class of the module: attribute -> the axis of the weight whose size it is
+    nn.Linear: {"out_features": 0, "in_features": 1},
+    nn.GroupNorm: {"num_channels": 0},
+    nn.Embedding: {"embedding_dim": 1},
+    nn.PReLU: {"num_parameters": 0},
+}
+_WITH_WEIGHTS = (*_SIZES, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.RNNBase, nn.RNNCellBase)
 
 
 def _set_attributes(module: nn.Module, before: nn.Module) -> None:
     """Let the sizes that one of torch's modules holds follow its tensors; `before` is the module that was copied."""
     weight, old = getattr(module, "weight", None), getattr(before, "weight", None)
-    shape = weight.shape if isinstance(weight, Tensor) else None
-    if isinstance(module, nn.Linear) and shape is not None:
-        module.out_features, module.in_features = shape
-    elif isinstance(module, _ConvNd) and shape is not None and isinstance(old, Tensor):
-        _set_channels(module, shape, old.shape)
-    elif isinstance(module, _NormBase):
+    if isinstance(module, _NormBase):
         held = [t for t in (weight, module.running_mean) if isinstance(t, Tensor)]
-        if held:
-            module.num_features = len(held[0])
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and shape is not None:
-        module.normalized_shape = tuple(shape)
-    elif isinstance(module, nn.GroupNorm) and shape is not None:
-        module.num_channels = shape[0]
-    elif isinstance(module, nn.Embedding) and shape is not None:
-        module.embedding_dim = shape[1]
-    elif isinstance(module, nn.PReLU) and shape is not None:
-        module.num_parameters = shape[0]
+        module.num_features = len(held[0]) if held else module.num_features
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         first = "_l0" if isinstance(module, nn.RNNBase) else ""
         now, were = (getattr(m, f"weight_ih{first}") for m in (module, before))
@@ -243,6 +205,14 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
         module.hidden_size = len(now) * module.hidden_size // len(were)  # an LSTM has four rows a unit
         if isinstance(module, nn.LSTM) and module.proj_size:
             module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
+    elif isinstance(weight, Tensor) and isinstance(old, Tensor):
+        if isinstance(module, _ConvNd):
+            _set_channels(module, weight.shape, old.shape)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.normalized_shape = tuple(weight.shape)
+        for kind, axes in _SIZES.items():
+            for name, axis in axes.items() if isinstance(module, kind) else ():
+                setattr(module, name, weight.shape[axis])
 
 
 def _set_channels(module: _ConvNd, shape: torch.Size, old: torch.Size) -> None:
@@ -257,17 +227,10 @@ def _set_channels(module: _ConvNd, shape: torch.Size, old: torch.Size) -> None:
 
 
 def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
-    """Let whole numbers that modules hold follow the widths inside these modules that they are equal to.
+    """Let whole numbers that modules hold follow the widths inside these modules that they are equal to, in place.
 
-    A number follows only where all widths of its value become the same.
-
-    Args:
-        copied: the network with room, changed in place.
-        traced: the trace of the network before.
-        count: by how many units each is replaced.
-
-    Returns:
-        What changed: of torch's own modules by class, of the user's by class, attribute and value.
+    A number follows only where all widths of its value become the same. Returns what changed: of torch's own modules by
+    class, of the user's by class, attribute and value.
     """
     changes: Changes = defaultdict(list)
     sizes = _changed_sizes(copied, traced, count)
@@ -319,13 +282,7 @@ def _follow(number: int, sizes: Mapping[int, set[int]]) -> int:
 def put_idle_back(copied: nn.Module, inputs: Inputs, changes: Changes) -> bool:
     """Put back the numbers without which the network runs as well: they only happened to be equal to a width.
 
-    Args:
-        copied: the network, changed in place.
-        inputs: the example.
-        changes: from `follow_widths`.
-
-    Returns:
-        Whether any were.
+    Returns whether any were.
     """
     any_idle = False
     for alike in changes.values():

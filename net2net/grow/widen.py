@@ -99,23 +99,10 @@ def widen(
 def _make_runnable(
     model: nn.Module, inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, follow_all: bool = False
 ) -> tuple[nn.Module, bool]:
-    """Return a copy of the network with room for new units that runs.
+    """Return a copy with room for new units that runs, and whether numbers were put back that it does not need to run.
 
-    The whole numbers that its modules hold follow the widths only if it does not run otherwise.
-
-    Args:
-        model: the network.
-        inputs: the example.
-        traced: its trace.
-        count: by how many units each is replaced.
-        trial: share what does not grow with the network, and let all numbers follow.
-        follow_all: let all numbers follow, not only those without which the copy does not run.
-
-    Returns:
-        The copy, and whether numbers were put back without which it runs as well.
-
-    Raises:
-        TransferError: it does not run even so.
+    The whole numbers that modules hold follow the widths only where it does not run otherwise; with `follow_all`, and in a
+    `trial`, all do. Raises TransferError if it does not run even so.
     """
     copied = make_room(model, traced, count, trial)
     try:
@@ -168,17 +155,9 @@ def _requested_factors(description: Description, widths: Mapping[str, float | in
 
 
 def _grow_most(grow: Callable[[Factors], nn.Module], factors: Factors) -> tuple[Factors, nn.Module]:
-    """Grow all groups that can grow together, found by halving.
+    """Grow all groups that can grow together, found by halving; return them and the network grown by them.
 
-    Args:
-        grow: returns the grown network, or raises TransferError.
-        factors: the groups to grow.
-
-    Returns:
-        The groups that grow, and the network grown by them.
-
-    Raises:
-        TransferError: no group grows; it is the first reason.
+    `grow` returns the grown network, or raises TransferError. If no group grows, the first reason is raised.
     """
     held: Factors = {}
     best: list[nn.Module] = []
