@@ -25,14 +25,7 @@ from .transfer import transfer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: those of the command; None takes the process's own.
-
-    Returns:
-        The exit status: 0, or 1 with one sentence on stderr.
-    """
+    """Run the command line and return the exit status: 0, or 1 with one sentence on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m net2net", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

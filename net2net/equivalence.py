@@ -13,21 +13,13 @@ from .network import Example, Inputs, run, tensors_in, unwrap
 
 @dataclass(frozen=True)
 class Equivalence:
-    """The difference of two networks on some inputs.
+    """The difference of two networks on some inputs."""
 
-    Attributes:
-        max_abs: the largest |teacher - student| over all outputs.
-        max_relative: the same over the teacher's largest |output|.
-        agree: how many rows have the same largest entry (top-1).
-        examples: how many rows there are.
-        mode: how the networks ran, "eval" or "train".
-    """
-
-    max_abs: float
-    max_relative: float
-    agree: int
-    examples: int
-    mode: str
+    max_abs: float  # the largest |teacher - student| over all outputs
+    max_relative: float  # the same over the teacher's largest |output|
+    agree: int  # how many rows have the same largest entry (top-1)
+    examples: int  # how many rows there are
+    mode: str  # how the networks ran: "eval" or "train"
 
     def __str__(self) -> str:
         return (
@@ -50,8 +42,9 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
         TransferError: the outputs differ in shape, a forward pass fails, or the mode is neither.
 
     Example:
-        >>> equivalence(teacher, student, images).max_relative < 1e-5
-        True
+        >>> model = nn.Linear(3, 4)
+        >>> print(net2net.equivalence(model, model, torch.randn(5, 3)))
+        max |difference| 0.00e+00, relative 0.00e+00, same top-1 on 5 of 5 (eval mode)
     """
     if mode not in ("eval", "train"):
         raise TransferError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
@@ -61,10 +54,7 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
 
 
 def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
-    """Measure the difference of two results: tensors, or nested containers of tensors.
-
-    Raises TransferError if they differ in shape, or are empty.
-    """
+    """Measure the difference of two results: tensors, or nested containers of tensors."""
     pairs = list(zip(tensors_in(theirs), tensors_in(mine), strict=False))
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]

@@ -36,8 +36,8 @@ def gradients(record: Record, theirs: Mapping[str, Tensor], student: nn.Module) 
         student: the grown network.
 
     Returns:
-        Gradients by name, each in the shape of its parameter. They are NaN where they do not follow from the teacher's:
-        in new entries, padding, rotated streams, and the outer taps of larger kernels. New layers are left out.
+        Gradients by name, each in the shape of its parameter, without new layers. They are NaN where they do not follow
+        from the teacher's: in new entries, padding, rotated streams, and the outer taps of larger kernels.
 
     Example:
         >>> teacher, student = nn.Linear(3, 4), nn.Linear(3, 4)
@@ -79,7 +79,7 @@ def _carry(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor
 
 
 def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module) -> None:
-    """Carry the state of the teacher's optimizer into the student's, in place, so that training goes on smoothly.
+    """Carry the state of the teacher's optimizer into the student's, in place.
 
     Afterwards `new` has the parameter groups of `old`, with their learning rates, decay and whatever else they hold.
     The student's parameters stand in the teacher's places, and new layers in the first group. Every parameter that the
@@ -87,10 +87,10 @@ def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.
 
     Args:
         record: of the growth.
-        old: trained the teacher: SGD, Adam, AdamW, NAdam, RMSprop or Adagrad.
-        new: will train the student; of the same class.
-        teacher: the network whose parameters `old` holds.
-        student: the network whose parameters `new` holds.
+        old: trained the parameters of `teacher`: SGD, Adam, AdamW, NAdam, RMSprop or Adagrad.
+        new: will train those of `student`; of the same class.
+        teacher: the network that was grown.
+        student: the grown network.
 
     Raises:
         TransferError: the optimizers are of different classes or hold the parameters of other networks, or the state
@@ -99,8 +99,6 @@ def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.
     Example:
         >>> teacher, student = nn.Linear(3, 4), nn.Linear(3, 4)
         >>> old, new = torch.optim.Adam(teacher.parameters()), torch.optim.Adam(student.parameters())
-        >>> teacher(torch.ones(2, 3)).sum().backward()
-        >>> old.step()
         >>> net2net.transfer(teacher, student, torch.randn(2, 3)).optimizer_state(old, new)
     """
     if type(old) is not type(new):

@@ -1,7 +1,7 @@
 """The record of a growth: where every entry of every student tensor comes from.
 
-The plan writes a record, and `fill` carries it out without looking at anything else. A record is data: it can be saved
-as JSON, read in any language, and replayed on the same two networks.
+The plan writes a record, and `fill` carries it out without looking at anything else. It is data: it can be saved as
+JSON, read in any language, and replayed on the same two networks.
 """
 
 import base64
@@ -60,25 +60,16 @@ class Matrix(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's axis.
+    """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's axis."""
 
-    Attributes:
-        index: teacher entries, int64; a negative one is `NEW`, `ZERO` or `MEAN - k`. If it is longer than the axis, it
-            holds one row for each group.
-        first: bool, as long as `index`: entries that are not a copy of an earlier entry.
-        reads: whether the axis reads units, so that copies of an entry divide its value among themselves.
-        share: float64, as long as `index`: the part of the teacher's weight (if the axis reads) or of its gradient (if
-            it does not) that each entry takes. A negative share belongs to the second unit of a sign pair.
-        groups: copies divide a value among those of their own group.
-        means: for each code `MEAN - k` the teacher entries to average.
-    """
-
-    index: Tensor
-    first: Tensor
-    reads: bool
+    index: Tensor  # teacher entries; a negative one is NEW, ZERO or MEAN - k; in groups it may have a row a group
+    first: Tensor  # marks the entries that are not a copy of an earlier one
+    reads: bool  # whether the axis reads units, so that copies divide a weight among themselves
+    # The part of the teacher's weight (if it reads) or gradient (if not) that each entry takes, float64. A negative
+    # share belongs to the second unit of a sign pair.
     share: Tensor
-    groups: int = 1
-    means: tuple[Tensor, ...] = ()
+    groups: int = 1  # copies divide a weight among those of their own group
+    means: tuple[Tensor, ...] = ()  # for each code MEAN - k the teacher entries to average
 
     @property
     def copies(self) -> int:
@@ -93,58 +84,33 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mixed:
-    """One axis of a student tensor that is a matrix times the teacher's axis, for streams whose channels are rotated.
-
-    Attributes:
-        dim: the axis.
-        how: which matrix.
-        begins: the teacher's weight of the norm that begins the stream, or None.
-        widths: the channels of the stream in the teacher and in the student.
-        norm: the teacher's weight and bias of the norm in front of the axis, if `how` is `behind`.
-        rows: the channel of each entry of the student's axis, one position after the other.
-        columns: the same for the teacher's axis.
-    """
+    """One axis of a student tensor that is a matrix times the teacher's, on a stream whose channels are rotated."""
 
     dim: int
     how: Matrix
-    begins: str | None
-    widths: tuple[int, int]
-    norm: tuple[str | None, str | None]
-    rows: Tensor
-    columns: Tensor
+    begins: str | None  # the teacher's weight of the norm that begins the stream
+    widths: tuple[int, int]  # the channels of the stream in the teacher and in the student
+    norm: tuple[str | None, str | None]  # the teacher's weight and bias of the norm in front of an axis that reads
+    rows: Tensor  # the channel of each entry of the student's axis, one position after the other
+    columns: Tensor  # the same for the teacher's axis
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where one student tensor comes from.
-
-    Attributes:
-        how: shared, identity, silent or fresh.
-        teacher: the name of the teacher's tensor, if it is shared.
-        axes: the axes that carry units, or kernel taps, by their number.
-        flat: `axes[0]` counts all elements of the tensor in one row.
-        fill: what it holds if the teacher lacks it.
-        of: for the fills `mean` and `deviation` the name of the statistic, and the norm's eps.
-        factor: multiplies the whole tensor.
-        rows: multiplies each entry of the first axis, float64.
-        turn: the seed of a random rotation of the units between this layer and the next.
-        tied: the tensor is an embedding that a layer reads, too, or takes the shares of one.
-        merged: (groups, times): `times` of the `groups` of the teacher's convolution become one, with zeros between.
-        mixed: axes that are a matrix times the teacher's; `axes` does not count for them.
-    """
+    """Where one student tensor comes from."""
 
     how: How
-    teacher: str | None = None
-    axes: dict[int, Axis] = field(default_factory=dict)
-    flat: bool = False
-    fill: Fill = Fill.OWN
-    of: tuple[str, float] = ("", 0.0)
-    factor: float = 1.0
-    rows: Tensor | None = None
-    turn: int | None = None
-    tied: bool = False
-    merged: tuple[int, int] = (1, 1)
-    mixed: tuple[Mixed, ...] = ()
+    teacher: str | None = None  # the name of the teacher's tensor, if it is shared
+    axes: dict[int, Axis] = field(default_factory=dict)  # those that carry units, or kernel taps
+    flat: bool = False  # axes[0] counts all elements of the tensor in one row
+    fill: Fill = Fill.OWN  # what it holds if the teacher lacks it
+    of: tuple[str, float] = ("", 0.0)  # for the fills MEAN and DEVIATION the name of the statistic, and the norm's eps
+    factor: float = 1.0  # multiplies the whole tensor
+    rows: Tensor | None = None  # multiplies each entry of the first axis, float64
+    turn: int | None = None  # the seed of a random rotation of the units between this layer and the next
+    tied: bool = False  # it is an embedding that a layer reads, too, or takes the shares of one
+    merged: tuple[int, int] = (1, 1)  # (groups, times): `times` groups of the teacher's make one, with zeros between
+    mixed: tuple[Mixed, ...] = ()  # axes that are a matrix times the teacher's, whatever `axes` says of them
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -152,25 +118,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """Where every tensor of a student comes from, and how far the student is from its teacher.
+    """Where every tensor of a student comes from, and how far the student is from its teacher."""
 
-    Attributes:
-        origins: the origin of every parameter and buffer of the student by name.
-        split: how copies divide a weight: equal, uneven or paired as in `transfer`; "pad" for `random_pad`.
-        noise: the noise of `transfer`.
-        eps: the new eps of norms that see padding, by module.
-        state: the state of the generator that shares are drawn from.
-        shapes: the shapes of all tensors of the teacher and of the student.
-        measured: the difference of the two networks on the example, before noise; None for `random_pad`.
-    """
-
-    origins: dict[str, Origin]
-    split: str
-    noise: float
-    eps: dict[str, float] = field(default_factory=dict)
+    origins: dict[str, Origin]  # of every parameter and buffer of the student by name
+    split: str  # how copies divide a weight: equal, uneven or paired; "pad" for `random_pad`
+    noise: float  # as of `transfer`
+    eps: dict[str, float] = field(default_factory=dict)  # the new eps of norms that see padding, by module
+    # The state of the generator that shares are drawn from.
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    shapes: tuple[Shapes, Shapes] = field(default_factory=lambda: ({}, {}))
-    measured: Equivalence | None = None
+    shapes: tuple[Shapes, Shapes] = field(default_factory=lambda: ({}, {}))  # all tensors of the teacher, the student
+    measured: Equivalence | None = None  # the difference on the example, before noise; None for `random_pad`
 
     def __str__(self) -> str:
         origins = self.origins.values()

@@ -18,7 +18,7 @@ from .new_layers import fill_new
 def restore_scale(student: nn.Module, record: Record) -> None:
     """Let every new batch norm that passes units through undo its normalisation: scale sqrt(var + eps), shift mean.
 
-    This is exact in eval mode whatever the statistics are; in train mode as far as they are the batch's own (section 3.4).
+    This is exact in eval mode whatever the statistics are; in train mode as far as they are the batch's (section 3.4).
     """
     tensors = dict(student.named_parameters()) | dict(student.named_buffers())
     for name, origin in record.origins.items():

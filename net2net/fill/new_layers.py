@@ -16,7 +16,7 @@ def fill_new(
     generator: torch.Generator | None = None,
     split: str = "equal",
 ) -> None:
-    """Fill a tensor that the teacher lacks, in place; `tensors` are all of the student's, for the statistics of norms."""
+    """Fill a tensor that the teacher lacks, in place; `tensors` are all of the student's (statistics of its norms)."""
     if origin.fill == Fill.ZERO:
         target.zero_()
     elif origin.fill == Fill.ONE:
@@ -38,7 +38,7 @@ def fill_new(
 def pass_through(origin: Origin, target: Tensor) -> Tensor:
     """Return the weight of a layer that hands on its units, before shares, in the shape and type of `target`.
 
-    It is one at the centre tap where the unit read is the unit produced. Units that the teacher lacks are read with zero.
+    It is one at the centre tap where the unit read is the unit produced; units that the teacher lacks are read with 0.
     """
     produced, read = origin.axes[0].index, origin.axes[1]
     rows = read.index.reshape(read.groups, -1).repeat_interleave(len(produced) // read.groups, 0)

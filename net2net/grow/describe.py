@@ -15,27 +15,16 @@ from ..trace.tracer import trace
 
 @dataclass(frozen=True)
 class Group:
-    """Units that only grow together.
+    """Units that only grow together."""
 
-    Attributes:
-        layers: the modules that produce them.
-        carriers: the modules that have one entry for each of them (norms, depthwise convolutions).
-        readers: the modules that read them.
-        width: the number of units of the widest layer.
-        pinned: why they cannot grow, or None.
-        whole: why they grow in whole pieces only (heads, shuffled halves), or None.
-        norms: the norms across units that see them: these want a multiple of the width, or means as padding.
-        units: the labels of the units in the trace.
-    """
-
-    layers: tuple[str, ...]
-    carriers: tuple[str, ...]
-    readers: tuple[str, ...]
-    width: int
-    pinned: str | None
-    whole: str | None
-    norms: tuple[str, ...]
-    units: Tensor
+    layers: tuple[str, ...]  # the modules that produce them
+    carriers: tuple[str, ...]  # the modules that have one entry for each of them (norms, depthwise convolutions)
+    readers: tuple[str, ...]  # the modules that read them
+    width: int  # the number of units of the widest layer
+    pinned: str | None  # why they cannot grow
+    whole: str | None  # why they grow in whole pieces only (heads, shuffled halves)
+    norms: tuple[str, ...]  # the norms across units that see them: these want a multiple of the width, or padding
+    units: Tensor  # their labels in the trace
 
     @property
     def free(self) -> bool:

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.graph import Trace
 from .describe import Description
 
-Stores = list[tuple[dict[str, Any], str]]  # the dicts of modules that hold a tensor, and its key there
 Changes = dict[Hashable, list[tuple[nn.Module, str, Any, Any]]]  # module, attribute, value before and after
 Sizes = dict[str, dict[int, set[int]]]  # module name -> width -> what that width becomes in the module
 
@@ -27,7 +26,7 @@ Sizes = dict[str, dict[int, set[int]]]  # module name -> width -> what that widt
 
 
 def split_groups(traced: Trace, description: Description) -> list[list[Tensor]]:
-    """Split every group into parts that grow by themselves: the units of one group or head that the same layers read."""
+    """Split every group into parts that grow by themselves: units of one group or head that the same layers read."""
     roots = traced.units.roots()
     marks: dict[int, set[tuple[str, int]]] = defaultdict(set)
     for key, (children, parents) in traced.units.relations.items():
@@ -63,7 +62,7 @@ def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int,
 def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
     """Return a copy of a network with room for `count` units in the place of each. Tensors that grow are random.
 
-    In a `trial`, which only shows whether the copy runs, they are zeros, and the other tensors are the model's own. Raises
+    In a `trial`, which only shows whether the copy runs, they are 0, and the other tensors are the model's own. Raises
     TransferError if nothing grows, the network cannot be copied, or a parametrisation takes no other width.
     """
     roots = traced.units.roots()
@@ -73,7 +72,7 @@ def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = Fals
     copied = copy_network(model, share=trial and not traced.parameters.stand_ins)  # a parametrisation is set in place
     stand_ins = {f"{name}.{weight}".lstrip("."): (module, weight) for name, module, weight in parametrised(copied)}
     generator = torch.Generator().manual_seed(0)
-    stores = _find_stores(copied)
+    held = dict(copied.named_parameters()) | dict(copied.named_buffers())
     for name, shape in shapes.items():
         old = traced.parameters.tensors[name]
         if shape == old.shape:
@@ -82,27 +81,26 @@ def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = Fals
         if name in stand_ins:
             _set_parametrised(*stand_ins[name], value, name)
         else:
-            _replace(stores[name], value)
+            held[name].data = value  # tied weights stay tied
     for name, module in copied.named_modules():
         _set_attributes(module, model.get_submodule(name))
     return copied
 
 
 def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
-    """Return a copy without the record, with the attributes of parameters, or with the very parameters (`share`)."""
-    shared = {id(tensor): tensor for tensor in model.parameters()} if share else {}
+    """Return a copy without the record, with the attributes of parameters; `share` leaves the values where they are."""
+    shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()} if share else {}
     try:
-        copied = copy.deepcopy(model, dict(shared))
+        copied = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError) as error:
         raise TransferError(
             f"{type(model).__name__} cannot be copied: {error}. Make the larger one yourself, and use net2net.transfer."
         ) from error
     for place in [place for place, held in vars(copied).items() if isinstance(held, Record)]:
         del copied.__dict__[place]
-    if not share:
-        theirs = dict(model.named_parameters())
-        for name, parameter in copied.named_parameters():
-            _copy_attributes(theirs[name], parameter)
+    theirs = dict(model.named_parameters())
+    for name, parameter in copied.named_parameters():
+        vars(parameter).update(vars(theirs[name]))
     return copied
 
 
@@ -112,12 +110,6 @@ def attach_record(grown: nn.Module, record: Record) -> None:
     while hasattr(grown, place):
         place += "_"
     setattr(grown, place, record)
-
-
-def _copy_attributes(old: Tensor, new: Tensor) -> None:
-    """Put the attributes that users have set on one tensor on another."""
-    for name, value in vars(old).items():
-        setattr(new, name, value)
 
 
 def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
@@ -158,27 +150,6 @@ def _draw(old: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
     drawn = (drawn * scale.to(drawn) if not old.is_meta else drawn).to(old)
     channels_last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
     return drawn.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _find_stores(model: nn.Module) -> dict[str, Stores]:
-    """Return where modules hold each tensor, by its first name; a tied tensor is held in several places."""
-    found: dict[int, tuple[str, Stores]] = {}
-    for prefix, module in model.named_modules():
-        for store in (cast(dict[str, Any], module._parameters), cast(dict[str, Any], module._buffers)):
-            for key, held in store.items():
-                if held is not None:
-                    found.setdefault(id(held), (f"{prefix}.{key}".lstrip("."), []))[1].append((store, key))
-    return dict(found.values())
-
-
-def _replace(stores: Stores, value: Tensor) -> None:
-    """Put a tensor of a new shape wherever the old one is, so that tied weights stay tied."""
-    store, key = stores[0]
-    old = store[key]
-    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    _copy_attributes(old, new)
-    for store, key in stores:
-        store[key] = new
 
 
 # -- numbers that follow ------------------------------------------------------------------------------------------

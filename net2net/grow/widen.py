@@ -39,11 +39,10 @@ def widen(
         model: the network, which is left as it was.
         example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
         widths: layers by name (`*` stands for anything) to a factor (a float) or a number of units (an int), as
-            `{"layer2.*": 1.5, "fc1": 96}`. Or one factor for every width that is free: those that turn out not to grow
-            are left as they are.
-        generator: as of `transfer`.
-        split: as of `transfer`.
-        noise: as of `transfer`.
+            `{"layer2.*": 1.5, "fc1": 96}`. Or one factor for every width that is free and turns out to grow.
+        generator: as of `transfer`; so are `split` and `noise`.
+        split: how the copies of a unit divide its outgoing weight.
+        noise: changes the function a little.
 
     Returns:
         The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own).
@@ -53,8 +52,7 @@ def widen(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> wider = net2net.widen(model, torch.randn(5, 3), {"0": 6})
-        >>> wider[0]
+        >>> net2net.widen(model, torch.randn(5, 3), {"0": 6})[0]
         Linear(in_features=3, out_features=6, bias=True)
     """
     model, inputs = unwrap(model), Inputs.of(example)
@@ -99,10 +97,10 @@ def widen(
 def _make_runnable(
     model: nn.Module, inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, follow_all: bool = False
 ) -> tuple[nn.Module, bool]:
-    """Return a copy with room for new units that runs, and whether numbers were put back that it does not need to run.
+    """Return a copy with room for new units that runs, and whether numbers were put back that may stay as they are.
 
-    The whole numbers that modules hold follow the widths only where it does not run otherwise; with `follow_all`, and in a
-    `trial`, all do. Raises TransferError if it does not run even so.
+    The whole numbers that modules hold follow the widths only where it does not run otherwise. With `follow_all`, and
+    in a `trial`, all do. Raises TransferError if it does not run even so.
     """
     copied = make_room(model, traced, count, trial)
     try:
