@@ -13,13 +13,21 @@ from .network import Example, Inputs, run, tensors_in, unwrap
 
 @dataclass(frozen=True)
 class Equivalence:
-    """The difference of two networks on some inputs."""
+    """The difference of two networks on some inputs.
 
-    max_abs: float  # the largest |teacher - student| over all outputs
-    max_relative: float  # the same over the teacher's largest |output|
-    agree: int  # how many rows have the same largest entry (top-1)
-    examples: int  # how many rows there are
-    mode: str  # how the networks ran: "eval" or "train"
+    Attributes:
+        max_abs: the largest |teacher - student| over all outputs.
+        max_relative: the same over the teacher's largest |output|.
+        agree: how many rows have the same largest entry (top-1).
+        examples: how many rows there are.
+        mode: how the networks ran, "eval" or "train".
+    """
+
+    max_abs: float
+    max_relative: float
+    agree: int
+    examples: int
+    mode: str
 
     def __str__(self) -> str:
         return (
@@ -42,9 +50,8 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
         TransferError: the outputs differ in shape, a forward pass fails, or the mode is neither.
 
     Example:
-        >>> model = nn.Linear(3, 4)
-        >>> print(net2net.equivalence(model, model, torch.randn(5, 3)))
-        max |difference| 0.00e+00, relative 0.00e+00, same top-1 on 5 of 5 (eval mode)
+        >>> equivalence(teacher, student, images).max_relative < 1e-5
+        True
     """
     if mode not in ("eval", "train"):
         raise TransferError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
@@ -54,7 +61,16 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
 
 
 def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
-    """Measure the difference of two results: tensors, or nested containers of tensors."""
+    """Measure the difference of two results: tensors, or nested containers of tensors.
+
+    Args:
+        theirs: the teacher's.
+        mine: the student's.
+        mode: how the networks ran.
+
+    Raises:
+        TransferError: the results differ in shape, or are empty.
+    """
     pairs = list(zip(tensors_in(theirs), tensors_in(mine), strict=False))
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
@@ -84,10 +100,20 @@ def _precise(value: Tensor) -> Tensor:
 def assert_equivalent(
     teacher: nn.Module, student: nn.Module, inputs: Inputs, output: object, identities: Collection[str]
 ) -> Equivalence:
-    """Measure the difference of a filled student and its teacher on the example, whose result is `output`.
+    """Measure the difference of a filled student and its teacher, on the example and on other inputs that are drawn.
 
-    Raises TransferError if rounding cannot explain it, or that on other inputs, which are drawn. The message names
-    `identities`, the new layers that pass units through.
+    Args:
+        teacher: the network, unwrapped.
+        student: the filled network, unwrapped.
+        inputs: the example.
+        output: the teacher's output on it.
+        identities: the new layers that pass units through, for the message.
+
+    Returns:
+        The difference on the example.
+
+    Raises:
+        TransferError: rounding cannot explain a difference.
     """
     tensors = [t for model in (teacher, student) for t in (*model.parameters(), *model.buffers())]
     tolerance = rounding_tolerance({t.dtype for t in tensors if t.is_floating_point()})
@@ -108,8 +134,9 @@ def _compare_on_others(
 ) -> tuple[Equivalence, float] | None:
     """Measure the difference on inputs that are drawn: units that are dead on the example may be alive on those.
 
-    Returns it with the difference that rounding may make there: far from its data a deep network can amplify rounding
-    without bound. None if the teacher takes no such inputs.
+    Returns:
+        The difference, and the difference that rounding may make there: far from its data a deep network can amplify
+        rounding without bound. None if the teacher takes no such inputs.
     """
     for others in (inputs.draw_like(), inputs.draw_like(numbers=None)):
         try:
