@@ -1,0 +1,1 @@
+"""Write the student's weights as the record of a growth says."""

@@ -1,0 +1,1 @@
+"""Make larger copies of a network: describe, widen, deepen."""

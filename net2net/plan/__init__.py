@@ -1,0 +1,1 @@
+"""Decide which teacher unit each student unit copies, before a single weight is written."""

@@ -1,0 +1,1 @@
+"""Learn, in one forward pass, which axis of which tensor carries which units."""
