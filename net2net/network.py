@@ -90,7 +90,9 @@ class Inputs:
 
         Args:
             seed: of the generator.
-            numbers: the batch gets as many rows as make about this many numbers, two at least. None keeps its size.
+            numbers: the batch gets as many rows as make about this many numbers. Maps (batch x channels x positions)
+                get one row at least, other tensors two: a sequence may come with its length first, and one position
+                would leave attention nothing to choose from. None keeps the size of the batch.
         """
         generator = torch.Generator().manual_seed(seed)
         sizes = {x.shape[0] for x in self.tensors if x.dim()}
@@ -98,7 +100,8 @@ class Inputs:
         rows = None
         if numbers is not None and len(sizes) == 1:
             (size,) = sizes
-            rows = max(2, min(numbers * size // max(total, 1), 64 * size))
+            least = 1 if all(x.dim() > 3 for x in self.tensors) else 2
+            rows = max(least, min(numbers * size // max(total, 1), 64 * size))
         return self.map(lambda x: _draw_like(x, rows, generator))
 
 
