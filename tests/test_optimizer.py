@@ -10,6 +10,7 @@ from networks import BAR, Net, attention, chain, change_axes, conv, images, mlp,
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torchvision.ops import SqueezeExcitation
 
 from net2net import Blend, Transfer, TransferError, load_record, save_record, transfer
 from net2net.testing import look_trained
@@ -186,6 +187,29 @@ def test_the_state_is_that_of_a_student_that_had_been_there_all_the_time(kind: s
     ]
     gradients(student, images(), torch.randn(4, 5))
     new.step()
+
+
+def gated(width: int, gate: bool) -> Net:
+    """A new gate, a half of every unit, which the layer behind it reads doubly."""
+    parts = {"a": conv(3, width, bias=True), "gate": SqueezeExcitation(width, 2) if gate else nn.Identity()}
+    return Net(parts | {"b": conv(width, 4)}, lambda net, x: net.b(net.gate(F.relu(net.a(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", [*CASES, "a new gate"])
+def test_the_moments_are_those_of_the_predicted_gradient(name: str) -> None:
+    """After one step of Adam they are the gradient and its square, times numbers."""
+    make, larger, inputs = (CASES | {"a new gate": (lambda: gated(4, False), lambda: gated(7, True), images)})[name]
+    teacher, student = look_trained(make(), seed=1), look_trained(larger(), seed=2)
+    record, x = transfer(teacher, student, inputs()), inputs()
+    old, new = (Adam(model.parameters(), betas=(0.5, 0.75)) for model in (teacher, student))
+    theirs = gradients(teacher, x, torch.ones_like(teacher(x)))
+    old.step()
+    record.optimizer_state(old, new)
+    mine = dict(student.named_parameters())
+    for key, gradient in record.gradients(theirs).items():
+        moments, known = new.state[mine[key]], gradient.nan_to_num()
+        assert torch.allclose(moments["exp_avg"], known / 2, rtol=1e-12, atol=0), key
+        assert torch.allclose(moments["exp_avg_sq"], known.square() / 4, rtol=1e-12, atol=0), key
 
 
 def test_new_entries_and_new_layers_start_at_zero() -> None:
