@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-import torch.nn.functional as F
+import torch
 from networks import Net, assert_same, change, grouped, images, state, unchanged
 from torch import nn
 
@@ -39,17 +39,37 @@ def test_groups_in_fewer_larger_ones_are_exact(name: str, transposed: bool, spli
     assert_same(teacher, student, images())
 
 
-def test_one_grouped_convolution_behind_another() -> None:
-    def make(groups: int, n: int, inner: int) -> Net:
-        parts = {"stem": conv1(3, n), "a": conv1(n, inner, groups), "b": conv1(inner, n, groups), "fc": nn.Linear(n, 5)}
-        return look_trained(Net(parts, lambda net, x: net.fc(F.silu(net.b(net.a(net.stem(x).relu()))).mean((2, 3)))))
+def row(width: int, outputs: tuple[int, ...], groups: tuple[int, ...], last: nn.Module | None = None) -> Net:
+    """`width` channels, then grouped convolutions to these outputs, SiLU behind each, and a norm in groups."""
+    widths = [width, *outputs]
+    layers = [nn.Conv2d(3, width, 1), nn.ReLU()]
+    for k, g in enumerate(groups):
+        layers += [nn.Conv2d(widths[k], widths[k + 1], 1, groups=g), nn.SiLU()]
+    body = nn.Sequential(*layers, last or nn.Identity())
+    return look_trained(
+        Net({"body": body, "fc": nn.Linear(widths[-1], 5)}, lambda net, x: net.fc(net.body(x).mean((2, 3))))
+    )
 
-    def conv1(inputs: int, outputs: int, groups: int = 1) -> nn.Conv2d:
-        return nn.Conv2d(inputs, outputs, 1, groups=groups)
 
-    teacher, student = make(3, 6, 12), make(2, 8, 18)
-    transfer(teacher, student, images())
-    assert_same(teacher, student, images())
+# Groups that coincide are one group, and a smaller group lies inside a larger one, whichever is drawn first.
+BEHIND = {
+    "packed together": (lambda: row(6, (12, 6), (3, 3)), lambda: row(8, (18, 8), (2, 2))),
+    "more of them together": (lambda: row(6, (12, 6), (3, 3)), lambda: row(21, (35, 21), (7, 7))),
+    "smaller behind larger": (lambda: row(8, (8, 8), (2, 4)), lambda: row(24, (24, 24), (4, 8))),
+    "larger behind smaller": (lambda: row(8, (8, 8), (4, 2)), lambda: row(30, (30, 30), (10, 5))),
+    "a norm over two of them": (
+        lambda: row(8, (8,), (4,), nn.GroupNorm(2, 8)),
+        lambda: row(16, (16,), (8,), nn.GroupNorm(4, 16)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_one_grouped_layer_behind_another_takes_its_groups_along(name: str) -> None:
+    teacher, student = (make() for make in BEHIND[name])
+    for seed in range(4):
+        transfer(teacher, student, images(), generator=torch.Generator().manual_seed(seed))
+        assert_same(teacher, student, images())
 
 
 @KINDS
