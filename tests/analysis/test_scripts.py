@@ -1,19 +1,17 @@
 """From runs to results: the tables' numbers, the figures' bytes, and what is refused. All curves here are made up."""
 
-import copy
-import csv
-import hashlib
 import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated
 from rich.console import Console
+from simulated import make_curve
 
 from experiments.analysis import curves, figures, pages
 from experiments.analysis.curves import Results, load, make_results
@@ -24,28 +22,14 @@ from scripts import figures as script
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def make_csv(holdout: Sequence[float], test: Sequence[float], flops: float) -> bytes:
-    """A curve.csv with a point every ten steps, which ends with `flops`."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    last = len(test) - 1
-    for i, (h, t) in enumerate(zip(holdout, test, strict=True)):
-        training = ["", ""] if i == 0 else [1 - t, t]
-        writer.writerow([10 * i, i / 2, 1280 * i, float(i), flops * i / last, *training, 1 - h, h, 1 - t, t])
-    return out.getvalue().encode()
-
-
-# Two seeds: (holdout accuracy, test accuracy, final FLOPs). random_init ends with a holdout accuracy of 0.85 and
+# Two seeds: (test accuracy, holdout accuracy, final FLOPs). random_init ends with a holdout accuracy of 0.85 and
 # 0.88, which net2net reaches at steps 10 (exactly) and 20, random_pad in seed 1 alone and the low rate never.
 CURVES: dict[str, list[tuple[list[float], list[float], float]]] = {
-    "teacher": [([0.10, 0.50, 0.78], [0.12, 0.52, 0.80], 1e12), ([0.10, 0.50, 0.79], [0.10, 0.50, 0.82], 1.2e12)],
-    "net2net": [([0.78, 0.85, 0.90], [0.80, 0.86, 0.91], 3e12), ([0.79, 0.86, 0.89], [0.82, 0.88, 0.93], 3e12)],
-    "random_pad": [([0.30, 0.60, 0.84], [0.31, 0.6, 0.85], 3e12), ([0.30, 0.60, 0.88], [0.31, 0.6, 0.87], 3e12)],
-    "random_init": [([0.10, 0.50, 0.85], [0.12, 0.55, 0.86], 3e12), ([0.10, 0.60, 0.88], [0.12, 0.55, 0.88], 3e12)],
-    "teacher_continued": [([0.78, 0.80], [0.80, 0.82], 1e12), ([0.79, 0.81], [0.82, 0.84], 1e12)],
+    "teacher": [([0.12, 0.52, 0.80], [0.10, 0.50, 0.78], 1e12), ([0.10, 0.50, 0.82], [0.10, 0.50, 0.79], 1.2e12)],
+    "net2net": [([0.80, 0.86, 0.91], [0.78, 0.85, 0.90], 3e12), ([0.82, 0.88, 0.93], [0.79, 0.86, 0.89], 3e12)],
+    "random_pad": [([0.31, 0.6, 0.85], [0.30, 0.60, 0.84], 3e12), ([0.31, 0.6, 0.87], [0.30, 0.60, 0.88], 3e12)],
+    "random_init": [([0.12, 0.55, 0.86], [0.10, 0.50, 0.85], 3e12), ([0.12, 0.55, 0.88], [0.10, 0.60, 0.88], 3e12)],
+    "teacher_continued": [([0.80, 0.82], [0.78, 0.80], 1e12), ([0.82, 0.84], [0.79, 0.81], 1e12)],
     "random_init_low_lr": [([0.1, 0.3, 0.4], [0.1, 0.3, 0.4], 3e12), ([0.1, 0.3, 0.4], [0.1, 0.3, 0.4], 3e12)],
 }
 COMMAND = "/opt/env/bin/python /home/x/train.py experiment=wider 'data.root=/home/some body/cifar10'"
@@ -65,37 +49,24 @@ CONFIG = {
 }
 
 
-def make_manifest(arm: str, seed: int, curve: bytes = b"", **changes: Any) -> dict[str, Any]:
-    """A finished arm's manifest."""
-    step0 = {"agree": 999 + seed, "of": 1000, "max_relative_error": 1e-14 * (seed + 1)}
-    record: dict[str, Any] = {
-        **{"experiment": "wider", "arm": arm, "student": None, "seed": seed, "teacher": "teacher"},
-        **{"config": copy.deepcopy(CONFIG) | {"seed": seed}, "settings": {"seed": seed}, "command": COMMAND},
-        **{"data": "CIFAR-10, 50,000 train / 10,000 test", "commit": "0123456789abcdef", "dirty": False},
-        **{"versions": {"torch": "2.14.1", "python": "3.11.2"}, "device": "cuda", "hardware": "One GPU"},
-        **{"precision": "bfloat16", "complete": True, "step0": step0 if arm.endswith("net2net") else None},
-        "curve_sha256": hashlib.sha256(curve).hexdigest(),
-    }
-    return record | changes
+def make_manifest(arm: str, seed: int, **changes: Any) -> dict[str, Any]:
+    return simulated.make_manifest(arm, seed, CONFIG, **({"command": COMMAND} | changes))
 
 
-def put(runs: Path, seed: int, arm: str, curve: bytes, **changes: Any) -> Path:
-    """Write one arm of a run of `wider`, finished unless `changes` say otherwise; return its folder."""
+def put(runs: Path, seed: int, arm: str, rows: list[dict[str, float]], **changes: Any) -> None:
+    """Write one arm of a run of `wider`, finished unless `changes` say otherwise."""
     folder = runs / "wider" / f"seed{seed}" / arm
-    folder.mkdir(parents=True)
-    (folder / "curve.csv").write_bytes(curve)
-    (folder / "manifest.json").write_text(json.dumps(make_manifest(arm, seed, curve, **changes)))
-    return folder
+    simulated.write_run(folder / "curve.csv", folder / "manifest.json", rows, make_manifest(arm, seed, **changes))
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """The finished runs of one experiment, `wider`: two seeds of every arm."""
     for arm, seeds in CURVES.items():
-        for seed, (holdout, test, flops) in enumerate(seeds):
+        for seed, (test, holdout, flops) in enumerate(seeds):
             # The teacher's manifest names the experiment that trained it first.
             trained_by = "another" if arm == "teacher" else "wider"
-            put(tmp_path / "runs", seed, arm, make_csv(holdout, test, flops), experiment=trained_by)
+            put(tmp_path / "runs", seed, arm, make_curve(test, holdout, flops), experiment=trained_by)
     return tmp_path / "runs"
 
 
@@ -103,16 +74,17 @@ def runs(tmp_path: Path) -> Path:
 def results(runs: Path) -> Path:
     """The same, collected."""
     folder = runs.parent / "results"
-    assert collect.main(["--runs", str(runs), "--results", str(folder)]) == 0
+    assert run_collect(folder) == 0
     return folder
+
+
+def run_collect(results: Path, *arguments: str) -> int:
+    return collect.main(["--runs", str(results.parent / "runs"), "--results", str(results), *arguments])
 
 
 def make(*arms: tuple[str, list[float]], seed: int = 0) -> Results:
     """Results of one seed, whose holdout and test accuracies are the same."""
-    return make_results(
-        ("both", arm, seed, make_manifest(arm, seed), parse_curve(make_csv(values, values, 1.0), arm))
-        for arm, values in arms
-    )
+    return make_results(("both", arm, seed, make_manifest(arm, seed), make_curve(values)) for arm, values in arms)
 
 
 def test_statistics_by_hand(runs: Path) -> None:
@@ -185,10 +157,10 @@ def test_the_band_is_the_range_over_seeds(runs: Path) -> None:
     results = load(runs / "wider")
     band = figures.make_band(results, "net2net", "test_accuracy")
     assert list(band.index) == [0, 10, 20]
-    assert list(band["flops"]) == pytest.approx([1.1e12, 2.6e12, 4.1e12])
-    assert list(band["mean"]) == pytest.approx([81, 87, 92])
-    assert list(band["low"]) == pytest.approx([80, 86, 91])
-    assert list(band["high"]) == pytest.approx([82, 88, 93])
+    expected = {"flops": [1.1e12, 2.6e12, 4.1e12], "mean": [81, 87, 92], "low": [80, 86, 91], "high": [82, 88, 93]}
+    assert {column: list(band[column]) for column in expected} == {
+        column: pytest.approx(values) for column, values in expected.items()
+    }
     # Nothing was trained before step 0, so there is no training accuracy.
     assert list(figures.make_band(results, "net2net", "train_accuracy").index) == [10, 20]
 
@@ -201,12 +173,8 @@ def test_the_band_keeps_to_steps_that_all_seeds_evaluated() -> None:
 
 
 def test_arms_look_different_and_students_have_colours_of_their_own() -> None:
-    arms = ["wider_net2net", "wider_random_init", "deeper_net2net", "deeper_random_init", "teacher_continued"]
-    looks = figures.choose_looks(arms)
-    assert len({str(look) for look in looks.values()}) == len(arms)
-    assert looks["wider_net2net"]["color"] == looks["wider_random_init"]["color"]
-    assert looks["wider_net2net"]["color"] != looks["deeper_net2net"]["color"]
-    assert looks["wider_net2net"]["linestyle"] == looks["deeper_net2net"]["linestyle"]
+    looks = figures.choose_looks(["wider_net2net", "wider_random_init", "deeper_net2net"])
+    assert looks["wider_net2net"]["color"] == looks["wider_random_init"]["color"] != looks["deeper_net2net"]["color"]
     alone = figures.choose_looks(["net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"])
     for property in ("color", "linestyle", "marker"):
         assert len({str(look[property]) for look in alone.values()}) == 5
@@ -216,7 +184,6 @@ def test_a_figure_and_a_table_straight_after_a_run(runs: Path) -> None:
     path = figures.draw_runs(runs / "wider")
     assert path == runs / "wider" / "figure.png"
     assert path.read_bytes().startswith(PNG)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["figure.png", "seed0", "seed1"]
     out = io.StringIO()
     Console(file=out, width=80).print(pages.make_terminal_table(runs / "wider"))
     line = next(line for line in out.getvalue().splitlines() if line.strip().startswith("net2net "))
@@ -231,7 +198,7 @@ def test_a_figure_of_one_arm_that_was_evaluated_once(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finished_counts_for_nothing(runs: Path) -> None:
-    put(runs, 2, "net2net", make_csv([0.1, 0.1], [0.1, 0.1], 1.0), complete=False)
+    put(runs, 2, "net2net", make_curve([0.1, 0.1]), complete=False)
     (runs / "wider" / "seed3" / "net2net").mkdir(parents=True)
     assert curves.summarise_arms(load(runs / "wider")).loc["net2net", "n"] == 2
     with pytest.raises(ExperimentError, match=r"no finished arm under .*nothing: run the experiment first\."):
@@ -241,20 +208,20 @@ def test_what_is_not_finished_counts_for_nothing(runs: Path) -> None:
 def test_collecting_copies_curves_skips_what_is_unfinished_and_deletes_nothing(
     runs: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(runs, 2, "net2net", b"", complete=False)
+    put(runs, 2, "net2net", [], complete=False)
     for file in (runs / "wider/seed1/net2net").iterdir():
         file.unlink()
-    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 0
+    assert run_collect(results, "wider") == 0
     out = capsys.readouterr().out
     assert "wider/seed0/net2net: 3 points, final test accuracy 91.00 % (unchanged)\n" in out
     assert "wider/seed2/net2net: skipped, unfinished\n" in out
     assert out.endswith("11 collected, 2 skipped, 0 refused\n")
-    source = runs / "wider" / "seed1" / "random_pad" / "curve.csv"
-    assert (results / "curves" / "wider" / "seed1" / "random_pad.csv").read_bytes() == source.read_bytes()
-    assert not (results / "curves" / "wider" / "seed2").exists()
-    assert (results / "curves" / "wider" / "seed1" / "net2net.csv").exists()
-    names = {path.name for path in results.rglob("*") if path.is_file()}
-    assert names == {f"{arm}.{suffix}" for arm in CURVES for suffix in ("csv", "json")}
+    source, collected = runs / "wider/seed1/random_pad/curve.csv", results / "curves/wider/seed1/random_pad.csv"
+    assert collected.read_bytes() == source.read_bytes()
+    files = {
+        f"curves/wider/seed{seed}/{arm}.{suffix}" for seed in (0, 1) for arm in CURVES for suffix in ("csv", "json")
+    }
+    assert {path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file()} == files
 
 
 def test_collecting_puts_no_curve_in_the_place_of_one_made_otherwise(
@@ -265,12 +232,12 @@ def test_collecting_puts_no_curve_in_the_place_of_one_made_otherwise(
     record["config"]["schedule"]["epochs"] = "3it"
     manifest.write_text(json.dumps(record))
     capsys.readouterr()
-    assert collect.main(["--runs", str(runs), "--results", str(results), "wider"]) == 1
+    assert run_collect(results, "wider") == 1
     out, err = capsys.readouterr()
     assert "11 collected, 0 skipped, 1 refused" in out
     assert "wider/seed0/net2net: refused." in err and "made with other settings (schedule.epochs)" in err
     assert collected.read_text() == kept
-    assert collect.main(["--runs", str(runs), "--results", str(results), "wider", "--replace"]) == 0
+    assert run_collect(results, "wider", "--replace") == 0
     assert json.loads(collected.read_text())["config"]["schedule"]["epochs"] == "3it"
 
 
@@ -281,32 +248,23 @@ def test_collecting_refuses_a_curve_that_was_changed_and_takes_the_others(
     curve.write_bytes(curve.read_bytes().replace(b"0.93", b"0.99"))
     (runs / "wider" / "seed0" / "net2net" / "manifest.json").write_text("{")
     results = runs.parent / "results"
-    assert collect.main(["--runs", str(runs), "--results", str(results)]) == 1
+    assert run_collect(results) == 1
     out, err = capsys.readouterr()
-    assert "wider/seed1/net2net: refused. " in err
-    assert f"The curve {curve} does not match curve_sha256 in its manifest" in err
+    assert f"wider/seed1/net2net: refused. The curve {curve} does not match curve_sha256 in its manifest" in err
     assert "seed0/net2net/manifest.json is not a JSON object: remove its arm and run it again." in err
     assert out.endswith("10 collected, 0 skipped, 2 refused\n")
     assert not list(results.rglob("net2net.*"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--runs", "nowhere"], "There is no folder nowhere: run an experiment first, or give its place with --runs."),
-        (["deeper"], "There is no experiment deeper in runs: name one of those there (wider)."),
-    ],
-)
 def test_collecting_what_is_not_there(
-    runs: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(runs.parent)
-    assert collect.main(arguments) == 1
-    assert capsys.readouterr().err == message + "\n"
+    assert collect.main(["--runs", "nowhere"]) == collect.main(["deeper"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "There is no folder nowhere: run an experiment first, or give its place with --runs.",
+        "There is no experiment deeper in runs: name one of those there (wider).",
+    ]
 
 
 def test_no_machine_path_is_collected(runs: Path, results: Path) -> None:
@@ -338,7 +296,6 @@ def test_folders_are_removed_from_absolute_paths_alone(value: Any, expected: Any
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("python train.py experiment=wider seed=0,1", "python train.py experiment=wider seed=0,1"),
         ("python train.py 'arms=[net2net,random_init]'", "python train.py 'arms=[net2net,random_init]'"),
         ("python train.py data.root=/data/a=b/digits [/x/y]", "python train.py data.root=digits '[y]'"),
         ("/usr/bin/python train.py runs=/tmp/a/runs", "python train.py runs=runs"),
@@ -353,18 +310,15 @@ def test_figures_and_tables(results: Path) -> None:
     readme = results.parent / "README.md"
     readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
     assert script.main(["--results", str(results)]) == 0
-    first = {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()}
-    assert first[results / "figures" / "wider.png"].startswith(PNG)
-    assert b"Software" not in first[results / "figures" / "wider.png"]
-    assert b"<svg" in first[results / "figures" / "wider.svg"]
-    assert not re.search(b"dc:date|Matplotlib v", first[results / "figures" / "wider.svg"])
-
-    page = first[results / "README.md"].decode()
+    drawn = [results / f"figures/wider.{suffix}" for suffix in ("png", "svg")]
+    first, page, block = [path.read_bytes() for path in drawn], (results / "README.md").read_text(), readme.read_text()
+    assert first[0].startswith(PNG) and b"<svg" in first[1]
+    assert not re.search(b"Software|dc:date|Matplotlib v", b"".join(first))
+    figures.draw("wider", load(results / "curves/wider"), results / "figures/wider")
+    assert [path.read_bytes() for path in drawn] == first
     for fact in (
-        "<!-- Generated by `python scripts/figures.py`",
         "- **Claim:** Figure 5: net2net learns faster\n",
         "- **Command:** `python train.py experiment=wider data.root=cifar10`\n",
-        "- **Data:** CIFAR-10, 50,000 train / 10,000 test, 32 × 32 pixels, 10 % of the training images held out",
         "- **Seeds:** 2 (0, 1)\n",
         "- **Hardware:** cuda: One GPU, bfloat16\n",
         "- **Versions:** python 3.11.2, torch 2.14.1\n",
@@ -373,22 +327,15 @@ def test_figures_and_tables(results: Path) -> None:
         "| 1999 of 2000 (error 2.0e-14) |\n",
         "| `random_pad` | 2 | 31.00 | 86.00 (85.00–87.00) | 86.50 (85.00–88.00) | 20 (1 of 2) | 3 | 4.1 | – |\n",
         "| `random_init_low_lr` | 2 | 10.00 | 40.00 | 86.50 (85.00–88.00) | never | 3 | 3 | – |\n",
-        "](figures/wider.png)",
     ):
         assert fact in page
     assert "Not all curves share" not in page
-
-    block = first[readme].decode()
-    assert block.startswith("before\n<!-- results:begin -->\nFinal test accuracy")
-    assert block.endswith("\n<!-- results:end -->\nafter\n")
+    assert block.startswith("before\n<!-- results:begin -->\n") and block.endswith("\n<!-- results:end -->\nafter\n")
     assert "old" not in block
     assert (
         "| [wider](results/README.md#wider) | 2 | 81.00 (80.00–82.00) | 92.00 (91.00–93.00) | 86.00 (85.00–87.00) "
         "| 87.00 (86.00–88.00) | 83.00 (82.00–84.00) | 40.00 | 15 / 20 |"
     ) in block
-
-    assert script.main(["--results", str(results)]) == 0
-    assert {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()} == first
 
 
 def test_curves_of_other_settings_are_named() -> None:
@@ -416,47 +363,37 @@ def test_a_result_that_was_edited_or_is_missing_is_refused(results: Path, capsys
     assert not (results / "README.md").exists()
     empty = results / "empty"
     assert script.main(["--results", str(empty)]) == 1
-    expected = f"There are no curves under {empty / 'curves'}: run python scripts/collect.py first.\n"
-    assert capsys.readouterr().err == expected
+    assert capsys.readouterr().err.startswith(f"There are no curves under {empty / 'curves'}: ")
 
 
 @pytest.mark.parametrize(
-    "page", ["<!-- results:begin -->", "<!-- results:end --> <!-- results:begin -->", "<!-- results:end -->"]
+    "page", ["<!-- results:begin -->", "<!-- results:end --> <!-- results:begin -->", "<!-- results:end -->", "none"]
 )
-def test_markers_that_are_no_pair_are_refused(tmp_path: Path, page: str) -> None:
+def test_markers_that_are_no_pair_are_refused_and_a_page_without_any_is_left_alone(tmp_path: Path, page: str) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(page)
-    with pytest.raises(ExperimentError, match=r"The results markers in .*README\.md are no pair: write <!-- results"):
-        script.fill_block(readme, "results", "text")
-    assert readme.read_text() == page
-
-
-def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("page")
-    assert not script.fill_block(tmp_path / "README.md", "results", "text")
-    assert not script.fill_block(tmp_path / "OTHER.md", "results", "text")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("README.md", "page")]
+    if page == "none":
+        assert not script.fill_block(readme, "results", "text")
+        assert not script.fill_block(tmp_path / "OTHER.md", "results", "text")
+    else:
+        with pytest.raises(ExperimentError, match=r"The results markers in .*README\.md are no pair"):
+            script.fill_block(readme, "results", "text")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("README.md", page)]
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"step,epoch\n0,0\n", r"The curve some\.csv has no column examples: run its arm again\."),
-        (make_csv([0.1, 0.2], [0.1, 0.2], 1.0).replace(b"0.2", b"high"), r"cell that is no number \(.*'high'\)"),
-        (",".join(COLUMNS).encode(), r"The curve some\.csv has no rows: run its arm again\."),
+        ("step,epoch\n0,0\n", "has no column examples"),
+        (",".join(COLUMNS) + "\nhigh\n", r"has a cell that is no number \(.*'high'\)"),
+        (",".join(COLUMNS), "has no rows"),
     ],
 )
-def test_a_curve_that_cannot_be_read(data: bytes, message: str) -> None:
-    with pytest.raises(ExperimentError, match=message):
-        parse_curve(data, "some.csv")
+def test_a_curve_that_cannot_be_read(data: str, message: str) -> None:
+    with pytest.raises(ExperimentError, match=rf"The curve some\.csv {message}.*: run its arm again\."):
+        parse_curve(data.encode(), "some.csv")
 
 
 def test_scripts_and_the_analysis_need_no_torch() -> None:
     program = "import sys; from scripts import claims, collect, figures, status\nsys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
-
-
-def test_the_style_needs_no_fonts_of_the_machine() -> None:
-    style = figures.STYLE.read_text()
-    assert re.search(r"^font\.family: DejaVu Sans$", style, re.MULTILINE)  # comes with matplotlib
-    assert re.search(r"^svg\.hashsalt: \S+$", style, re.MULTILINE)  # without it no two SVGs are equal
