@@ -1,9 +1,10 @@
 """Every committed curve is what its manifest says, and the check finds whatever is not."""
 
+import functools
 import json
+import operator
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ needs_history = pytest.mark.skipif(HISTORY is None, reason="a shallow clone or n
 
 PLACE = "curves/wider_inception/seed0/net2net"
 TEACHER = "curves/wider_inception/seed0/teacher"
-Change = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture
@@ -38,11 +38,14 @@ def copy(place: str, target: Path) -> None:
         shutil.copy(ROOT / f"results/{place}{suffix}", f"{target}{suffix}")
 
 
-def edit(results: Path, change: Change) -> None:
-    """The manifest with a change."""
-    path = results / f"{PLACE}.json"
+def edit(place: Path, changes: dict[str, Any]) -> None:
+    """Change what the manifest of a curve has at `processes.0.to`, for instance; a value with a + is appended."""
+    path = place.with_suffix(".json")
     record = json.loads(path.read_text())
-    change(record)
+    for name, value in changes.items():
+        *parents, last = [int(part) if part.isdigit() else part for part in name.split(".")]
+        owner = functools.reduce(operator.getitem, parents, record)
+        owner[last] = owner[last] + value[1:] if str(value).startswith("+") else value
     path.write_text(json.dumps(record))
 
 
@@ -52,63 +55,36 @@ def test_the_committed_curves_verify() -> None:
     assert list(verify.find_faults(ROOT / "results", HISTORY)) == []
 
 
-CHANGES: dict[str, tuple[Change, str]] = {
-    "dirty": (lambda record: record.update(dirty=True), "made with uncommitted changes at "),
-    "commit": (lambda record: record.update(commit="0" * 40), "its commit 0000000000 is not in the history"),
-    "process": (
-        lambda record: record["processes"][0].update(commit="f" * 40),
-        "its commit ffffffffff is not in the history",
-    ),
-    "no processes": (
-        lambda record: record.update(processes=[]),
-        "its processes made the steps [], its curve ends at 1404",
-    ),
-    "half of the processes": (
-        lambda record: record["processes"][0].update(to=700),
-        "its processes made the steps [(0, 700)], its curve ends at 1404",
-    ),
-    "rate": (
-        lambda record: record["settings"].update(rate=1.0),
-        "rate is 0.1 by its configuration, 1.0 in its settings",
-    ),
-    "network": (
-        lambda record: record["settings"]["network"].update(width=2.0),
-        "network.width is 1.0 by its configuration, 2.0 in its settings",
-    ),
-    "teacher": (lambda record: record["settings"].update(teacher="0" * 16), "it started from another teacher than"),
-    "student": (lambda record: record.update(student=None), "its manifest is of net2net of seed 0"),
-    "arm": (lambda record: record.update(arm="net"), "its manifest is of net of wider of seed 0"),
-    "arms": (
-        lambda record: record["config"].update(arms=["random_init"]),
-        "its manifest is of net2net of wider of seed 0",
-    ),
-    "config": (
-        lambda record: record["config"]["schedule"].update(lr=0.002),
-        "schedule.lr is 0.002 by its configuration, 0.001 in its settings",
-    ),
-    "command": (
-        lambda record: record.update(command=record["command"] + " schedule.epochs=9ep"),
-        "schedule.epochs is 9ep in its command, 4ep in its configuration",
-    ),
-    "seeds of a sweep": (
-        lambda record: record.update(command=record["command"] + " seed=2,1"),
-        "seed is 2,1 in its command, 0 in its configuration",
-    ),
-    "experiment": (lambda record: record.update(experiment="another"), "its manifest is of the experiment another"),
-    "seed": (lambda record: record.update(seed=3), "its manifest is of net2net of wider of seed 3"),
-    "unfinished": (lambda record: record.update(complete=False), "says that the run was not finished"),
-    "checksum": (lambda record: record.update(curve_sha256="0" * 64), "does not match curve_sha256"),
-}
+# Places in the manifest, what to put there, and the fault that is found.
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"dirty": True}, "made with uncommitted changes at "),
+    ({"commit": "0" * 40}, "its commit 0000000000 is not in the history"),
+    ({"processes.0.commit": "f" * 40}, "its commit ffffffffff is not in the history"),
+    ({"processes": []}, "its processes made the steps [], its curve ends at 1404"),
+    ({"processes.0.to": 700}, "its processes made the steps [(0, 700)], its curve ends at 1404"),
+    ({"settings.rate": 1.0}, "rate is 0.1 by its configuration, 1.0 in its settings"),
+    ({"settings.network.width": 2.0}, "network.width is 1.0 by its configuration, 2.0 in its settings"),
+    ({"settings.teacher": "0" * 16}, "it started from another teacher than"),
+    ({"student": None}, "its manifest is of net2net of seed 0"),
+    ({"arm": "net"}, "its manifest is of net of wider of seed 0"),
+    ({"config.arms": ["random_init"]}, "its manifest is of net2net of wider of seed 0"),
+    ({"config.schedule.lr": 0.002}, "schedule.lr is 0.002 by its configuration, 0.001 in its settings"),
+    ({"command": "+ schedule.epochs=9ep"}, "schedule.epochs is 9ep in its command, 4ep in its configuration"),
+    ({"command": "+ seed=2,1"}, "seed is 2,1 in its command, 0 in its configuration"),
+    ({"experiment": "another"}, "its manifest is of the experiment another"),
+    ({"seed": 3}, "its manifest is of net2net of wider of seed 3"),
+    ({"complete": False}, "says that the run was not finished"),
+    ({"curve_sha256": "0" * 64}, "does not match curve_sha256"),
+]
 
 
 @needs_history
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_manifest_is_found(copied: Path, change: str) -> None:
-    assert list(verify.find_faults(copied, HISTORY)) == []
-    edit(copied, CHANGES[change][0])
+@pytest.mark.parametrize(("changes", "expected"), CHANGES, ids=[expected for _, expected in CHANGES])
+def test_a_changed_manifest_is_found(copied: Path, changes: dict[str, Any], expected: str) -> None:
+    edit(copied / PLACE, changes)
     found = list(verify.find_faults(copied, HISTORY))
     assert all(fault.startswith(f"{PLACE}: ") for fault in found)
-    assert any(CHANGES[change][1] in fault for fault in found)
+    assert any(expected in fault for fault in found)
 
 
 def test_curves_in_the_place_of_others_are_found(copied: Path) -> None:
@@ -139,10 +115,8 @@ def test_seeds_of_other_settings_are_found(copied: Path) -> None:
     for arm in ("net2net", "teacher"):
         copy(f"curves/wider_inception/seed1/{arm}", copied / f"curves/wider_inception/seed1/{arm}")
     assert list(verify.find_faults(copied, HISTORY)) == []
-    path = copied / "curves/wider_inception/seed1/net2net.json"
-    record = json.loads(path.read_text())
-    record["config"]["schedule"]["momentum"] = record["settings"]["schedule"]["momentum"] = 0.5
-    path.write_text(json.dumps(record))
+    changes = {"config.schedule.momentum": 0.5, "settings.schedule.momentum": 0.5}
+    edit(copied / "curves/wider_inception/seed1/net2net", changes)
     assert f"{PLACE}: its seeds differ in `schedule.momentum` (0.9, 0.5)" in list(verify.find_faults(copied, HISTORY))
 
 
@@ -169,12 +143,12 @@ def test_a_shallow_clone_says_what_it_cannot_check(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verify, "read_history", lambda: None)
-    edit(copied, lambda record: record.update(commit="0" * 40, command=record["command"] + " seed=2,0,1"))
+    edit(copied / PLACE, {"commit": "0" * 40, "command": "+ seed=2,0,1"})
     assert verify.main(["--results", str(copied)]) == 0
     assert "This clone is shallow: commits are not checked." in capsys.readouterr().out
 
 
 @needs_history
 def test_history_is_that_of_this_checkout() -> None:
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    assert HISTORY is not None and head.stdout.strip() in HISTORY
+    head = subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip()
+    assert HISTORY is not None and head in HISTORY
