@@ -1,4 +1,4 @@
-"""The arms: ways to fill one student. They share network, loop, schedule and data order; only the weights differ."""
+"""The arms: net2net, random_pad, random_init and controls. They fill one student; only its weights differ."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Several ways to pair and fill two networks: the likeliest first. A refusal is undone, and every reason is kept."""
+"""Try several ways to pair the layers of two networks, the likeliest first; every reason for a refusal is kept."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

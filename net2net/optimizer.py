@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .fill.axes import entrywise
 from .fill.gather import gather
+from .fill.shares import entrywise
 from .network import unwrap
 from .record import NEW, How, Origin, Record
 from .tensors import merge_groups, named_tensors

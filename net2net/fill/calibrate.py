@@ -1,4 +1,4 @@
-"""Measure the statistics of new batch norms, and let those that pass units through undo their own normalisation."""
+"""Measure the statistics of new batch norms on data, and let an identity's batch norm undo what it does."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import TransferError
 from ..network import Example, Inputs, run
 from ..record import Fill, Record
-from .new_layers import fill_new
+from .identity import fill_new
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..record import MEAN, NEW, ZERO, Axis, Origin
-from .axes import entrywise, multiply, rotate, scale_rows, share_out
+from .shares import entrywise, multiply, rotate, scale_rows, share_out
 
 
 def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:

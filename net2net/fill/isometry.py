@@ -1,4 +1,4 @@
-"""Rotate the channels of a stream into a width that is no multiple of the teacher's, so that layer norms see the same.
+"""Rotate residual channels into a width that is no multiple of the teacher's, so that layer norms give the same.
 
 Find two isometries and new norm weights with diag(w') A = Q diag(w). A is for what the norm that begins the stream
 sees, Q for the stream itself, w are the norm's weights and w' the new ones. Layer norms subtract the mean, so it stays

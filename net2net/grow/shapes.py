@@ -1,4 +1,4 @@
-"""Room for new units in a copy of a network: the shapes of its tensors, and the numbers of its modules that follow."""
+"""Make room for new units: the shapes of a copy's tensors, and the sizes that its modules keep as numbers."""
 
 import copy
 import warnings

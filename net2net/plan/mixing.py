@@ -1,4 +1,4 @@
-"""Streams whose channels must be rotated, where copies and means do not serve the layer norms that read them.
+"""Residual channels that must be rotated, because neither copies nor means keep what their layer norms compute.
 
 A wider stream can hold the teacher's channels and, beside them, their mean, which a layer norm does not see. But a norm
 with weights that begins the stream turns the mean into a constant, and a norm over several positions at once sees how

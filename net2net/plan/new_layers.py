@@ -1,4 +1,4 @@
-"""Layers that the teacher lacks: whether they can pass units through, and what their tensors hold."""
+"""Whether new layers can be identities or add zero, and which kind of values each of their tensors gets."""
 
 from dataclasses import replace
 

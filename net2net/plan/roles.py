@@ -1,4 +1,4 @@
-"""What each layer that the teacher lacks becomes: an identity, the end of a silent branch, or fresh."""
+"""What each layer that the teacher lacks becomes: an identity, a branch that adds zero, or one with fresh weights."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""New layers behind SiLU, GELU and their like: a unit and its negative pass together.
+"""New layers before SiLU, GELU and their like: two units, x and -x, carry one unit through the activation.
 
 An activation that is not idempotent lets no single unit through. Where f(x) - f(-x) = slope * x for every x (SiLU,
 GELU, hard swish, softplus, ReLU, leaky ReLU), two units do: a new layer of twice the width produces a unit and its

@@ -1,4 +1,4 @@
-"""The two traces made comparable: the same groups, the same heads, the same numbers in front of units."""
+"""Make the traces of two networks comparable: the same groups, the same heads, the same constant factors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

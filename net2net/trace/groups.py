@@ -1,4 +1,4 @@
-"""Units that belong to larger units: channels to their groups, values to their heads, heads to what holds them."""
+"""Units that belong to larger units: channels to groups, the entries of an attention head to the head."""
 
 from collections import defaultdict
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""Labels that are one unit: a union-find over integer tensors.
+"""Which labels are the same unit: a union-find over integer tensors.
 
 A label is an integer without meaning. Two labels that meet in an elementwise operation are one unit from then on. Units
 may also belong to a larger unit (a channel to its group, a value to its head): a copy of the smaller one then stays

@@ -1,4 +1,4 @@
-"""Values along the axes of a tensor: the shares of copies, noise in pairs, factors, rotations."""
+"""Divide the outgoing weights of a unit among its copies: equally, unevenly, or with noise that cancels."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Fill the tensors of layers that the teacher lacks (paper, section 3.4)."""
+"""Fill layers that the teacher lacks: as identities, with zeros, or as batch norms that undo themselves (section 3.4)."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..record import Fill, Origin
-from .axes import rotate, scale_rows, shares
+from .shares import rotate, scale_rows, shares
 
 
 def fill_new(
