@@ -1,4 +1,4 @@
-"""Fill layers that the teacher lacks: as identities, with zeros, or as batch norms that undo themselves (section 3.4)."""
+"""Fill layers that the teacher lacks: as identities, with zeros, or as norms that undo themselves (section 3.4)."""
 
 from collections.abc import Mapping
 
