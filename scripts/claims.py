@@ -18,11 +18,7 @@ from experiments.config import ExperimentError
 
 
 def print_rates(experiment: str, results: Results) -> None:
-    """Print a line for each budget and arm, and the best rates of each budget.
-
-    Raises:
-        ExperimentError: The experiment has no cases, or they differ in more than rates and budgets.
-    """
+    """Print a line for each budget and arm, and the best rates of each budget."""
     if results.experiments.get(experiment, [""]) == [""]:
         raise ExperimentError(f"There are no curves of cases of {experiment}: run and collect them first.")
     selected = results.select(experiment)

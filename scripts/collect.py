@@ -23,11 +23,6 @@ from experiments.run_log import parse_curve
 _PATH = re.compile(r"(?<![\w.~/-])/(?!/)[^\s'\"`,;:=()\[\]{}]+")
 
 
-def last_component(path: str) -> str:
-    """Return `cifar10` for `/data/cifar10/`."""
-    return Path(path).name or path
-
-
 def remove_folders(value: Any) -> Any:
     """Return `value` with every absolute path in it, at any depth, replaced by the path's last component.
 
@@ -41,44 +36,27 @@ def remove_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.startswith("/"):  # the whole setting is a path, blanks included
-        return last_component(value)
-    return _PATH.sub(lambda match: last_component(match[0]), value)
-
-
-def remove_folders_from_command(command: str) -> str:
-    """Return a command line with the folders removed from each word, and from what follows a word's first `=`."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # it has no shell quoting: a blank in a path looks like one between words
-        return _PATH.sub(lambda match: last_component(match[0]), command)
-    short: list[str] = []
-    for word in words:
-        setting = word if word.startswith("/") or "=" not in word else word.split("=", 1)[1]
-        short.append(word.removesuffix(setting) + remove_folders(setting))
-    return shlex.join(short)
+        return Path(value).name or value
+    return _PATH.sub(lambda match: Path(match[0]).name, value)
 
 
 def make_portable(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest without machine paths and otherwise unchanged."""
-    command = manifest.get("command")
-    result = remove_folders(manifest)
-    return result | {"command": remove_folders_from_command(command)} if isinstance(command, str) else result
+    try:
+        words = shlex.split(manifest.get("command", ""))
+    except ValueError:  # it has no shell quoting: a blank in a path looks like one between words
+        return remove_folders(manifest)
+    short: list[str] = []
+    for word in words:
+        setting = word if word.startswith("/") or "=" not in word else word.split("=", 1)[1]
+        short.append(word.removesuffix(setting) + remove_folders(setting))
+    return remove_folders(manifest) | ({"command": shlex.join(short)} if words else {})
 
 
 def copy(curve: Path, manifest: Path, target: Path, replace: bool = False) -> str | None:
-    """Copy an arm's files to `target` + .csv and .json, and return a phrase on the curve.
+    """Copy an arm's files to `target` + .csv and .json, and return a phrase on the curve; None if it is unfinished.
 
-    Args:
-        curve: The curve.csv.
-        manifest: Its manifest.
-        target: Where the copies go, without the suffix.
-        replace: Whether a curve that was made with other settings may be replaced.
-
-    Returns:
-        None, and nothing is written, if the arm is unfinished.
-
-    Raises:
-        ExperimentError: The curve does not match its manifest, or there is a curve that was made with other settings.
+    A curve that does not match its manifest, or that would replace one made with other settings, is an ExperimentError.
     """
     complete = read_complete(curve, manifest)
     if complete is None:
@@ -101,20 +79,15 @@ def copy(curve: Path, manifest: Path, target: Path, replace: bool = False) -> st
 
 
 def select_experiments(runs: Path, names: list[str]) -> dict[str, Path]:
-    """Return the folders of the named experiments with all their cases, or of all experiments if none is named.
-
-    Raises:
-        ExperimentError: There are no runs, or one of the experiments is not there.
-    """
+    """Return the folders of the named experiments with all their cases, or of all experiments if none is named."""
     if not runs.is_dir():
         raise ExperimentError(f"There is no folder {runs}: run an experiment first, or give its place with --runs.")
     found = find_experiments(runs)
     for name in names:
-        if name not in found and not any(other.startswith(f"{name}/") for other in found):
+        if not any(name in (other, other.partition("/")[0]) for other in found):
             known = ", ".join(found) or "none"
             raise ExperimentError(f"There is no experiment {name} in {runs}: name one of those there ({known}).")
-    wanted = {*names, *(name.partition("/")[0] for name in found if not names)}
-    return {name: path for name, path in found.items() if {name, name.partition("/")[0]} & wanted}
+    return {name: path for name, path in found.items() if not names or {name, name.partition("/")[0]} & {*names}}
 
 
 def main(arguments: list[str] | None = None) -> int:

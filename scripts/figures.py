@@ -18,11 +18,7 @@ from experiments.files import write
 
 
 def fill_block(page: Path, name: str, text: str) -> bool:
-    """Put `text` between the markers `name` of a page; return False if there is no such page or block.
-
-    Raises:
-        ExperimentError: The markers are not one pair in order.
-    """
+    """Put `text` between the markers `name` of a page; return False if there is no such page or block."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     old = page.read_text(encoding="utf-8") if page.is_file() else ""
     if begin not in old and end not in old:

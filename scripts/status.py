@@ -54,7 +54,11 @@ class Stage:
 
 def read_stage(curve: Path, manifest: Path) -> Stage:
     """Return the state of one arm, according to its files."""
-    record, row = _read_manifest(manifest), _read_last_row(curve)
+    try:
+        record: Any = json.loads(_read_text(manifest))
+    except ValueError:
+        record = {}
+    record, row = record if isinstance(record, dict) else {}, _read_last_row(curve)
     accuracy = float(row["test_accuracy"]) if row else None
     if record.get("complete") is True:
         return Stage("done", accuracy=accuracy)
@@ -95,14 +99,6 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(_read_text(path) or "{}")
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _read_last_row(curve: Path) -> dict[str, str]:
     """Return the last row of the curve, {} if it has none."""
     lines = _read_text(curve).splitlines()
@@ -113,15 +109,13 @@ def _estimate_left(
     record: dict[str, Any], row: dict[str, str], share: float, curve: Path, manifest: Path
 ) -> float | None:
     """Return the seconds to the end at this process's pace, evaluations included; None before it has evaluated."""
-    if not row or not share:
-        return None
     first = int((record.get("processes") or [{}])[-1].get("from", 0))
-    steps = int(row["step"])
+    steps = int(row.get("step", 0))
     try:
         evaluated, started = curve.stat().st_mtime, manifest.stat().st_mtime
     except OSError:
         return None
-    if steps <= first or evaluated <= started:
+    if not share or steps <= first or evaluated <= started:
         return None
     remaining = steps * (1 - share) / share
     return max(0.0, remaining * (evaluated - started) / (steps - first) - (time.time() - evaluated))
@@ -136,18 +130,6 @@ def read_stages(experiment: Path) -> dict[str, dict[int, Stage]]:
         for arm in arms if seed.isdigit() else ():
             found.setdefault(arm, {}).setdefault(int(seed), Stage("waiting"))
     return {arm: found[arm] for arm in ordered(found)}
-
-
-def find_places(runs: Path) -> list[Path]:
-    """Return the folders of experiments and their cases that have begun or are planned."""
-    places = [path.parent for folder in ("*/", "*/*/") for name in ("seed*", PLAN) for path in runs.glob(folder + name)]
-    return sorted(set(places))
-
-
-def describe_states(arms: dict[str, dict[int, Stage]]) -> str:
-    """Say how many runs of an experiment are in which state."""
-    states = Counter(stage.state for stages in arms.values() for stage in stages.values())
-    return ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
 
 
 def make_tables(arms: dict[str, dict[int, Stage]], width: int) -> list[Table]:
@@ -186,20 +168,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"))
     runs: Path = parser.parse_args(arguments).runs
     console = Console(highlight=False)
-    found = {path.relative_to(runs).as_posix(): read_stages(path) for path in find_places(runs)}
+    # The folders of experiments and their cases that have begun or are planned.
+    places = {path.parent for folder in ("*/", "*/*/") for name in ("seed*", PLAN) for path in runs.glob(folder + name)}
+    found = {path.relative_to(runs).as_posix(): read_stages(path) for path in sorted(places)}
     if not found:
         print(f"There are no runs in {runs}: start some, or name their folder.", file=sys.stderr)
         return 1
     for name, arms in found.items():
-        console.print(f"{name}: {describe_states(arms)}", soft_wrap=True)
+        states = Counter(stage.state for stages in arms.values() for stage in stages.values())
+        counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
+        console.print(f"{name}: {counts}", soft_wrap=True)
         for table in make_tables(arms, console.width):
             console.print(table)
     stages = [stage for arms in found.values() for row in arms.values() for stage in row.values()]
     failures = list(dict.fromkeys(stage.failure for stage in stages if stage.failure))
     for failure in failures[:MOST_LINES]:
         console.print(f"failed    {failure}", markup=False, soft_wrap=True)
-    if len(failures) > MOST_LINES:
-        console.print(f"          and {len(failures) - MOST_LINES} more")
+    if more := len(failures[MOST_LINES:]):
+        console.print(f"          and {more} more")
     console.print("done: final test accuracy (%)   else: epochs, test accuracy (%), time left")
     return 0
 

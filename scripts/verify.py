@@ -30,21 +30,15 @@ Records = dict[tuple[int, str], dict[str, Any]]  # seed and arm -> manifest
 
 
 def read_history() -> set[str] | None:
-    """Return every commit in the history of this checkout, or None if the clone is shallow.
-
-    Raises:
-        ExperimentError: There is no checkout.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    """Return every commit in the history of this checkout, or None if the clone is shallow."""
     try:
-        shallow = git("rev-parse", "--is-shallow-repository") == "true"
-        return None if shallow else set(git("rev-list", "HEAD").split())
+        shallow, commits = (
+            subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.split()
+            for words in (["rev-parse", "--is-shallow-repository"], ["rev-list", "HEAD"])
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise ExperimentError("git gives no history: run this in a checkout.") from error
+    return None if shallow == ["true"] else set(commits)
 
 
 def find_folders(results: Path) -> dict[str, Path]:
@@ -116,21 +110,15 @@ def check_folder(folder: Path, records: Records) -> Iterator[tuple[int, str, str
                 yield seed, arm, "it started from another teacher than the one beside it"
 
 
-def list_commits(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the processes that made the curve and the network it is grown from, one for each commit."""
-    every = [record, *record.get("processes", []), *record.get("grown_from", {}).get("processes", [])]
-    return list({(one.get("commit"), one.get("dirty")): one for one in every}.values())
-
-
 def check_commits(record: dict[str, Any], history: set[str]) -> Iterator[str]:
-    """Yield what is wrong with the commits that made a curve."""
-    for process in list_commits(record):
-        commit = str(process.get("commit"))[:10]
-        if process.get("dirty") is not False:
-            how = "made with" if process.get("dirty") else "nobody knows whether there were"
-            yield f"{how} uncommitted changes at {commit}"
-        if process.get("commit") not in history:
-            yield f"its commit {commit} is not in the history"
+    """Yield what is wrong with the commits that made a curve, or the network that it is grown from."""
+    processes = [record, *record.get("processes", []), *record.get("grown_from", {}).get("processes", [])]
+    for commit, dirty in dict.fromkeys((process.get("commit"), process.get("dirty")) for process in processes):
+        if dirty is not False:
+            how = "made with" if dirty else "nobody knows whether there were"
+            yield f"{how} uncommitted changes at {str(commit)[:10]}"
+        if commit not in history:
+            yield f"its commit {str(commit)[:10]} is not in the history"
 
 
 def find_faults(results: Path, history: set[str] | None) -> Iterator[str]:
@@ -143,8 +131,9 @@ def find_faults(results: Path, history: set[str] | None) -> Iterator[str]:
             if record:
                 records[seed, arm] = record
         yield from (f"{place}/seed{seed}/{arm}: {fault}" for seed, arm, fault in check_folder(folder, records))
-        for (seed, arm), record in records.items() if history is not None else ():
-            yield from (f"{place}/seed{seed}/{arm}: {fault}" for fault in check_commits(record, history or set()))
+        if history is not None:
+            for (seed, arm), record in records.items():
+                yield from (f"{place}/seed{seed}/{arm}: {fault}" for fault in check_commits(record, history))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,11 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if history is None:
         print("This clone is shallow: commits are not checked. Run git fetch --unshallow first.")
-    faults = 0
-    for fault in find_faults(results, history):
-        faults += 1
-        print(fault, file=sys.stderr)
-    print(f"{checked} curves checked, {faults} faults")
+    faults = list(find_faults(results, history))
+    print(*faults, sep="\n", end="\n" if faults else "", file=sys.stderr)
+    print(f"{checked} curves checked, {len(faults)} faults")
     return 1 if faults else 0
 
 

@@ -40,12 +40,9 @@ def case_manifests(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def summarise_cases(results: Results) -> DataFrame:
-    """Return one row for each arm of each case, over its seeds.
+    """Return one row for each case and arm, over its seeds: `n` seeds and means of the columns of `Results.runs`.
 
-    Returns:
-        Indexed by case and arm: `n` seeds, `start_mean`, `start_min`, `start_max` of the test accuracy before
-        training, `final` (an Estimate) of that at the end, `holdout` of the holdout accuracy at the end, `flops` of
-        training and `total_flops` with the teacher's. Accuracies are in 0..1.
+    `start` has its mean, min and max, as in `start_min`; `final` is an Estimate.
     """
     groups = student_runs(results).groupby(level=["case", "arm"], sort=False)
     table = groups.agg(
@@ -77,16 +74,11 @@ def choose_cases(holdout: DataFrame) -> dict[int, str]:
     """Choose for each seed the case that is best on average over the other seeds; a single seed chooses for itself.
 
     A case that is chosen by a network's accuracy and then measured on the same network is flattered by its luck.
-
-    Args:
-        holdout: Holdout accuracies, a row a seed and a column a case. Seeds that lack a case are left out.
+    `holdout` has a row a seed and a column a case. Seeds that lack a case are left out.
     """
     common = holdout.dropna().sort_index()
-    chosen: dict[int, str] = {}
-    for seed in common.index:
-        others = common.drop(seed) if len(common) > 1 else common
-        chosen[int(seed)] = str(others.sum().idxmax())
-    return chosen
+    others = {seed: common.drop(seed) if len(common) > 1 else common for seed in common.index}
+    return {int(seed): str(holdouts.sum().idxmax()) for seed, holdouts in others.items()}
 
 
 def is_frontier(results: Results) -> bool:
@@ -111,11 +103,9 @@ def is_search(results: Results) -> bool:
 
 
 def tabulate_rates(results: Results) -> DataFrame:
-    """Return what each arm ends with at each initial rate, with each budget.
+    """Return the holdout accuracy at the end: a row for each budget and arm, a column for each multiple of schedule.lr.
 
-    Returns:
-        Mean holdout accuracies in 0..1: a row for each budget and arm, a column for each rate in ascending order, a
-        multiple of schedule.lr. The means are over the seeds that all rates of the row have; NaN where there are none.
+    It is the mean over the seeds that all rates of the row have, NaN where there are none.
     """
     runs = student_runs(results).reset_index()
     configs = [manifest["config"] for manifest in runs["manifest"]]

@@ -6,7 +6,7 @@ ends best on the holdout images of the other seeds; it is then measured on the t
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,14 @@ class Finding:
 
 
 def read_claims(path: Path) -> list[Claim]:
-    """Return the claims in a file.
-
-    Raises:
-        ExperimentError: A claim is malformed; the message names it.
-    """
+    """Return the claims in a file; ExperimentError, which names the claim, if one is malformed."""
     known = [field.name for field in fields(Claim)]
     claims: list[Claim] = []
     entries: Any = OmegaConf.to_container(OmegaConf.load(path))
     for entry in entries:
         try:
-            for key in entry:
-                if key not in known:
-                    raise ExperimentError(f"A claim has no {key!r}{nearest(key, known)}.")
+            if unknown := [key for key in entry if key not in known]:
+                raise ExperimentError(f"A claim has no {unknown[0]!r}{nearest(unknown[0], known)}.")
             claims.append(Claim(**entry))
         except (ExperimentError, TypeError) as error:
             raise ExperimentError(f"{path}, the claim {entry.get('claim', entry)!r}: {error}") from error
@@ -125,16 +120,13 @@ def judge(claim: Claim, results: Results) -> Finding:
     return Finding(claim, outcome, format_estimate(found, claim.measure) + chosen, used)
 
 
-def _list_differences(used: Iterable[Operand]) -> list[str]:
+def _list_differences(used: tuple[Operand, ...]) -> list[str]:
     """Return the settings in which runs differ that should be alike: the seeds of an arm, the arms of one case."""
-    cases: dict[str, list[dict[str, Any]]] = {}
-    found: list[str] = []
-    for one in used:
-        found += one.differences
-        if one.arm != TEACHER and not one.best:  # a teacher has settings of its own, and `best` mixes several cases
-            cases.setdefault(one.name, []).extend(one.runs["manifest"])
-    for manifests in cases.values():
-        found += describe_differences(manifests)
+    found = [text for one in used for text in one.differences]
+    # A teacher has settings of its own, and `best` mixes several cases.
+    arms = [one for one in used if one.arm != TEACHER and not one.best]
+    for name in dict.fromkeys(one.name for one in arms):
+        found += describe_differences(record for one in arms if one.name == name for record in one.runs["manifest"])
     return list(dict.fromkeys(found))
 
 
@@ -184,23 +176,18 @@ def _single(side: list[Operand]) -> Operand:
     return side[0]
 
 
-def _difference(left: Series, right: Series) -> Estimate | None:
-    """Return the difference in percentage points, paired by seed; None without a seed that both have."""
-    found = (left - right).dropna().sort_index()
-    return statistics.estimate(list(100 * found)) if len(found) else None
+def _compare(column: str, other: str) -> Callable[[list[Operand], list[Operand]], Estimate | None]:
+    """Return a measure: `column` of one operand less `other` of the other one, in points, paired by seed."""
 
+    def take(of: list[Operand], against: list[Operand]) -> Estimate | None:
+        found = (_single(of).runs[column] - _single(against).runs[other]).dropna().sort_index()
+        return statistics.estimate(list(100 * found)) if len(found) else None
 
-def _compare_with_final(column: str) -> Callable[[list[Operand], list[Operand]], Estimate | None]:
-    """Return a measure: `column` of one operand less the final test accuracy of the other."""
-    return lambda of, against: _difference(_single(of).runs[column], _single(against).runs["final"])
+    return take
 
 
 def _measure_accuracy(of: list[Operand]) -> Estimate | None:
     return statistics.estimate(list(100 * _single(of).runs["final"]))
-
-
-def _measure_average(of: list[Operand], against: list[Operand]) -> Estimate | None:
-    return _difference(_single(of).runs["average"], _single(against).runs["average"])
 
 
 def _measure_mismatch(of: list[Operand]) -> Estimate | None:
@@ -215,7 +202,7 @@ def _measure_steps(of: list[Operand], against: list[Operand]) -> Estimate | None
         raise ExperimentError("The target of steps is that of one run, the best case is of several: name a case.")
     targets = mine.runs["target"].dropna()
     own, other = (_find_steps(one, targets) for one in (mine, theirs))
-    costs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+    costs = [(own[seed], other[seed]) for seed in sorted(own.keys() & other)]
     return _ratio(costs, {"never within the run": [one.side == 1 for one, _ in costs]})
 
 
@@ -236,8 +223,7 @@ def _find_steps(operand: Operand, targets: Series) -> dict[int, Reached]:
 def _measure_budget(of: list[Operand], against: list[Operand], cost: str = "flops") -> Estimate | None:
     """Compare the budget with which `of` ends as well as `against`, with the budget that `against` had.
 
-    `of` anneals its rate over each of its budgets. Only seeds that were run with all of them count, because between
-    fewer budgets a crossing is interpolated elsewhere.
+    Only seeds that were run with all budgets count, because between fewer a crossing is interpolated elsewhere.
     """
     goal = _single(against).runs.sort_index()
     tried = pd.concat([one.runs for one in of])
@@ -280,16 +266,13 @@ class Measure:
     ratio: bool = False
 
 
+OVER = "over the final one of the other"
 MEASURES = {
     "accuracy": Measure(_measure_accuracy, "% test accuracy", pair=False),
-    "final": Measure(_compare_with_final("final"), "points of final test accuracy"),
-    "start": Measure(
-        _compare_with_final("start"), "points of test accuracy at step 0, over the final one of the other"
-    ),
-    "lowest": Measure(
-        _compare_with_final("lowest"), "points of test accuracy at its lowest, over the final one of the other"
-    ),
-    "average": Measure(_measure_average, "points of holdout accuracy, on average over training"),
+    "final": Measure(_compare("final", "final"), "points of final test accuracy"),
+    "start": Measure(_compare("start", "final"), f"points of test accuracy at step 0, {OVER}"),
+    "lowest": Measure(_compare("lowest", "final"), f"points of test accuracy at its lowest, {OVER}"),
+    "average": Measure(_compare("average", "average"), "points of holdout accuracy, on average over training"),
     "mismatch": Measure(_measure_mismatch, "% of the test images are classified otherwise", pair=False),
     "steps": Measure(_measure_steps, "× the steps to the target", ratio=True),
     "budget": Measure(_measure_budget, "× the budget", ratio=True),
@@ -308,9 +291,9 @@ def format_estimate(found: Estimate, measure: str, unit: bool = True) -> str:
     ends = {(True, True): f" ({low} to {high})", (True, False): f" (from {low})", (False, True): f" (up to {high})"}
     open_ = {-1, 1} & set(found.sides)
     bound = "about " if len(open_) == 2 else "≤ " if -1 in open_ else "≥ " if 1 in open_ else ""
-    words = f" {kind.unit}" if unit else ""
     note = f" ({found.note})" if found.note else ""
-    return f"{bound}{mean}{words}{ends.get((low is not None, high is not None), '')}, n = {found.n}{note}"
+    interval = ends.get((low is not None, high is not None), "")
+    return f"{bound}{mean}{f' {kind.unit}' if unit else ''}{interval}, n = {found.n}{note}"
 
 
 def _what_would_decide(found: Estimate, low: float, high: float, headline: bool) -> str:
@@ -328,9 +311,7 @@ def _what_would_decide(found: Estimate, low: float, high: float, headline: bool)
 def tabulate_budgets(name: str, results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the table of a frontier, an experiment whose cases are budgets: its heads, and its lines of cells.
 
-    For each budget of random_init it says which share of it each arm needs to end as well, annealed over its own
-    budget. The last column reads the same run as a curve under one shared schedule: the share of the steps until
-    net2net has the holdout accuracy that random_init ends with.
+    It says which share of each budget of random_init every arm needs; FRONTIER in pages.py explains the columns.
     """
     arms = [arm for arm in ("net2net", "random_pad", "teacher_continued") if arm in results.arms]
     heads = ["budget of `random_init`", *(f"`{arm}`" for arm in arms)]

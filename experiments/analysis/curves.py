@@ -7,7 +7,7 @@ folder is: `net2net`, or `wider_net2net` where an experiment has several student
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,18 +79,13 @@ class Results:
         """The cases of each experiment, [""] for one without cases. A case with only a teacher is no result."""
         students = self.runs[self.runs.index.get_level_values("arm") != TEACHER]
         pairs = students.index.droplevel(["arm", "seed"]).unique()
-        found: dict[str, list[str]] = {}
-        for experiment, case in pairs:
-            found.setdefault(experiment, []).append(case)
-        return found
+        return {experiment: [case for other, case in pairs if other == experiment] for experiment, _ in pairs}
 
 
 def find_arms(directory: Path) -> list[tuple[int, str, Path, Path]]:
     """Return (seed, arm, curve, manifest) of each arm in an experiment's folder, finished or not, in reading order.
 
-    Args:
-        directory: The experiment's folder. It may have the layout of `runs`, seed<k>/<arm>/curve.csv, or that of
-            `results/curves`, seed<k>/<arm>.csv.
+    The folder has the layout of `runs`, seed<k>/<arm>/curve.csv, or that of `results/curves`, seed<k>/<arm>.csv.
     """
     found: list[tuple[int, str, Path, Path]] = []
     for folder in directory.glob("seed*"):
@@ -111,12 +106,12 @@ def find_experiments(directory: Path) -> dict[str, Path]:
     folders = [folder for pattern in ("*/seed*", "*/*/seed*") for folder in directory.glob(pattern) if folder.is_dir()]
     found = {folder.parent for folder in folders if re.fullmatch(r"seed\d+", folder.name)}
     names = {path.relative_to(directory).as_posix(): path for path in found}
-    order = {name: list(read_config(name).get("cases") or {}) for name in {name.partition("/")[0] for name in names}}
+    order: list[str] = []
+    for experiment in {name.partition("/")[0] for name in names}:
+        order += [f"{experiment}/{case}" for case in read_config(experiment).get("cases") or {}]
 
     def place(name: str) -> tuple[str, int, str]:
-        experiment, _, case = name.partition("/")
-        cases = order[experiment]
-        return experiment, cases.index(case) if case in cases else len(cases), case
+        return name.partition("/")[0], order.index(name) if name in order else len(order), name
 
     return {name: names[name] for name in sorted(names, key=place)}
 
@@ -131,8 +126,7 @@ def read_config(experiment: str) -> dict[str, Any]:
 def read_complete(curve: Path, manifest: Path) -> tuple[bytes, dict[str, Any]] | None:
     """Return the bytes of a finished arm's curve and its manifest, or None while the arm is unfinished.
 
-    Raises:
-        ExperimentError: The manifest is not a JSON object, or the curve is not the one that it was written for.
+    A manifest that is no JSON object, or that was written for another curve, is an ExperimentError.
     """
     try:
         record = json.loads(manifest.read_bytes())
@@ -153,11 +147,7 @@ def read_complete(curve: Path, manifest: Path) -> tuple[bytes, dict[str, Any]] |
 
 
 def load_all(directory: Path) -> Results:
-    """Return all finished runs below `runs` or `results/curves`.
-
-    Raises:
-        ExperimentError: There are none, or one cannot be read.
-    """
+    """Return all finished runs below `runs` or `results/curves`; ExperimentError if there are none."""
     found = find_experiments(directory)
     if not found:
         raise ExperimentError(f"There are no curves under {directory}: run python scripts/collect.py first.")
@@ -165,11 +155,7 @@ def load_all(directory: Path) -> Results:
 
 
 def load(directory: Path) -> Results:
-    """Return the finished runs of one experiment, or of one case, given its folder.
-
-    Raises:
-        ExperimentError: There are none, or one cannot be read.
-    """
+    """Return the finished runs in the folder of an experiment, or of a case; ExperimentError if there are none."""
     runs = _read_folder(directory)
     # The manifest of the teacher names the experiment that trained it first.
     name = next((manifest for arm, _, manifest, _ in runs if arm != TEACHER), runs[0][2])["experiment"]
@@ -192,18 +178,12 @@ def _read_folder(directory: Path) -> list[Run]:
 
 def make_results(runs: Iterable[tuple[str, str, int, dict[str, Any], Rows]]) -> Results:
     """Return the tables of runs, given as (experiment or experiment/case, arm, seed, manifest, rows of the curve)."""
-    rows: list[dict[str, Any]] = []
-    keys: list[tuple[Any, ...]] = []
-    manifests: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, arm, seed, manifest, curve in runs:
-        experiment, _, case = name.partition("/")
-        key = (experiment, case, arm, seed)
-        manifests[key] = manifest
-        keys += [key] * len(curve)
-        rows += curve
+    found = {(*name.partition("/")[::2], *key): (manifest, curve) for name, *key, manifest, curve in runs}
+    keys = [key for key, (_, curve) in found.items() for _ in curve]
+    rows = [row for _, curve in found.values() for row in curve]
     curves = DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=INDEX))
-    index = pd.MultiIndex.from_tuples(manifests, names=INDEX)
-    return Results(curves, summarise_runs(curves, Series(list(manifests.values()), index)))
+    index = pd.MultiIndex.from_tuples(found, names=INDEX)
+    return Results(curves, summarise_runs(curves, Series([manifest for manifest, _ in found.values()], index)))
 
 
 def summarise_runs(curves: DataFrame, manifests: Series) -> DataFrame:
@@ -224,7 +204,9 @@ def summarise_runs(curves: DataFrame, manifests: Series) -> DataFrame:
         before = np.where(starts_fresh, 0.0, teacher[column])
         runs[f"teacher_{column}"], runs[f"total_{column}"] = before, runs[column] + before
     targets = find_targets(manifests)
-    labels = [_target_label(arm, targets[experiment, case]) for experiment, case, arm, _ in runs.index]
+    labels = [  # the target arm of the same student
+        arm.removesuffix(split_arm(arm)[1]) + targets[experiment, case] for experiment, case, arm, _ in runs.index
+    ]
     target = runs["holdout"].reindex(_replace_arm(runs.index, labels)).to_numpy()
     runs["target"] = np.where(np.isnan(target) & (arms != TEACHER), teacher["holdout"], target)
     reached = find_first_reach(curves, runs["target"])
@@ -258,14 +240,10 @@ def own_manifests(manifests: Series) -> list[dict[str, Any]]:
 
 
 def find_first_reach(curves: DataFrame, targets: Series) -> DataFrame:
-    """Return, for each run that reaches its target, the first evaluation at which it does.
+    """Return, for each run that reaches its target, the first evaluation at which it does; NaN is never reached.
 
     A run reaches its target where its holdout accuracy, and that of the next evaluation, is at least the target. One
     evaluation alone may be above it by chance. The last evaluation has no next one.
-
-    Args:
-        curves: One row an evaluation.
-        targets: The holdout accuracy to reach, indexed by run as `curves` is. NaN is never reached.
     """
     levels = list(curves.index.names)
     above = curves["holdout_accuracy"] >= targets.reindex(curves.index)
@@ -280,11 +258,9 @@ def find_target(results: Results) -> str:
 
 
 def summarise_arms(results: Results) -> DataFrame:
-    """Return one row an arm of one experiment, or of one case, in reading order.
+    """Return one row an arm of one experiment, or of one case, in reading order: `n` seeds, `final_mean` and so on.
 
-    Returns:
-        `n` seeds and, for each of start, final, target, reached_step, flops and total_flops, its mean, min, max and
-        count over the seeds that have it, as in `final_mean`.
+    Each column has its mean, min and max over the seeds that have it, and their count.
     """
     groups = results.runs.groupby(level="arm", sort=False)
     columns = ["start", "final", "target", "reached_step", "flops", "total_flops"]
@@ -299,11 +275,6 @@ def _replace_arm(index: pd.Index, arms: list[str]) -> pd.MultiIndex:
     return pd.MultiIndex.from_tuples(keys, names=INDEX)
 
 
-def _target_label(arm: str, target: str) -> str:
-    student, _ = split_arm(arm)
-    return target if student is None else f"{student}_{target}"
-
-
 def list_distinct(values: Iterable[Any]) -> list[str]:
     """Return the distinct values as text, in order of appearance."""
     return list(dict.fromkeys(str(value) for value in values))
@@ -312,7 +283,11 @@ def list_distinct(values: Iterable[Any]) -> list[str]:
 def find_differences(manifests: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     """Return the distinct values of each setting that should be the same in all of these manifests and is not."""
     # The precision "auto" means another precision on another device.
-    settings = [flatten(_deciding_settings(one)) | {"precision": one.get("precision")} for one in manifests]
+    settings = [
+        # A teacher's configuration is that of whichever case happened to train it.
+        flatten(one["settings" if one.get("arm") == TEACHER else "config"]) | {"precision": one.get("precision")}
+        for one in manifests
+    ]
     keys = dict.fromkeys(key for one in settings for key in one if key not in PER_RUN)
     found = {key: list_distinct(one.get(key) for one in settings) for key in keys}
     return {key: values for key, values in found.items() if len(values) > 1}
@@ -321,11 +296,6 @@ def find_differences(manifests: Iterable[dict[str, Any]]) -> dict[str, list[str]
 def describe_differences(manifests: Iterable[dict[str, Any]]) -> list[str]:
     """Return a phrase like `schedule.lr (0.01, 0.02)` for each setting that differs between these manifests."""
     return [f"`{key}` ({', '.join(values)})" for key, values in find_differences(manifests).items()]
-
-
-def _deciding_settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what determined the run. A teacher's configuration is that of whichever case happened to train it."""
-    return manifest["settings"] if manifest.get("arm") == TEACHER else manifest["config"]
 
 
 def flops_unit(largest: float) -> tuple[float, str]:

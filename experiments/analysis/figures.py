@@ -47,6 +47,7 @@ PAPER = {  # experiment -> the figure of the paper that shows it, and the arms t
     "design_space": (6, ("net2net",)),
 }
 MARKERS = 7  # a curve carries about this many
+BARS = "bars are 95 % intervals"
 
 
 def choose_looks(arms: list[str]) -> dict[str, dict[str, Any]]:
@@ -56,26 +57,19 @@ def choose_looks(arms: list[str]) -> dict[str, dict[str, Any]]:
     for arm in arms:
         student, kind = split_arm(arm)
         colour, line, marker = LOOKS.get(kind, OTHER_LOOK)
+        place = 0 if student is None else students.index(student)
         if len(students) > 1 and student is not None:
-            colour = STUDENT_COLOURS[students.index(student) % len(STUDENT_COLOURS)]
+            colour = STUDENT_COLOURS[place % len(STUDENT_COLOURS)]
         # The markers of every second student are hollow, for pages without colour.
-        hollow = student is not None and students.index(student) % 2 == 1
-        face = "white" if hollow else colour
+        face = "white" if place % 2 else colour
         result[arm] = {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": face}
     return result
 
 
 def make_band(results: Results, arm: str, column: str) -> DataFrame:
-    """Return an arm's curve over its seeds, at the steps that all of them evaluated and have a value for.
+    """Return mean, low and high of an arm's curve in per cent, at the steps that all seeds have a value for.
 
-    Args:
-        results: One experiment, or one case.
-        arm: The arm's folder.
-        column: A column of the curve, in 0..1.
-
-    Returns:
-        Indexed by step: `mean`, `low` and `high` of the column in per cent, and `flops`, the training FLOPs from the
-        teacher's start, NaN where the arm starts from a teacher that was not run.
+    `flops` are those from the teacher's start, NaN where the arm starts from a teacher that was not run.
     """
     curve = results.of_arm(arm).curves
     spent = curve["flops"] + results.runs["teacher_flops"].reindex(curve.index)
@@ -88,7 +82,7 @@ def make_band(results: Results, arm: str, column: str) -> DataFrame:
 
 
 def late_limits(results: Results) -> tuple[float, float]:
-    """Return the ends of an axis on which the second halves of the test curves fit, in per cent.
+    """Return the ends of an axis, in per cent, for the second halves of the test curves.
 
     An arm that ends more than 15 points below the best would press the others together and is left out.
     """
@@ -105,55 +99,45 @@ def late_limits(results: Results) -> tuple[float, float]:
     return float(values.min() - margin), float(values.max() + margin)
 
 
+@matplotlib.rc_context(fname=STYLE)
 def draw(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Draw one experiment: test and training accuracy over steps, their end enlarged, and test accuracy over compute.
 
-    The same curves give the same bytes with the same matplotlib.
-
-    Args:
-        name: The figure's title.
-        results: One experiment, or one case.
-        path: Where the figure is written, without the suffix.
-        formats: The suffixes to write.
-
-    Returns:
-        The paths that were written.
+    The same curves give the same bytes. A file is written to `path` with each of the formats as suffix.
     """
     arms = list_arms(results)
-    with matplotlib.rc_context(fname=STYLE):
-        figure = Figure(figsize=(WIDTH, 4.75 + 0.19 * math.ceil((len(arms) + 2) / 3)))
-        over_steps, training, enlarged, over_flops = figure.subplots(2, 2).flat
-        draw_panel(over_steps, results, arms, "test_accuracy", "(a) test")
-        draw_panel(training, results, arms, "train_accuracy", "(b) training")
-        draw_panel(enlarged, results, arms, "test_accuracy", "(c) test, enlarged")
-        enlarged.set_ylim(late_limits(results))
-        draw_panel(over_flops, results, arms, "test_accuracy", "(d) test, by compute", flops=True)
-        for ax in (over_steps, enlarged):
-            ax.set_ylabel("accuracy (%)")
-        seeds = results.runs.groupby(level="arm").size()
-        _finish(figure, f"{name}: {describe_seeds(seeds)}", over_flops, columns=3)
-        return save(figure, path, formats)
+    figure = Figure(figsize=(WIDTH, 4.75 + 0.19 * math.ceil((len(arms) + 2) / 3)))
+    over_steps, training, enlarged, over_flops = figure.subplots(2, 2).flat
+    draw_panel(over_steps, results, arms, "test_accuracy", "(a) test")
+    draw_panel(training, results, arms, "train_accuracy", "(b) training")
+    draw_panel(enlarged, results, arms, "test_accuracy", "(c) test, enlarged")
+    enlarged.set_ylim(late_limits(results))
+    draw_panel(over_flops, results, arms, "test_accuracy", "(d) test, by compute", flops=True)
+    for ax in (over_steps, enlarged):
+        ax.set_ylabel("accuracy (%)")
+    seeds = results.runs.groupby(level="arm").size()
+    _finish(figure, f"{name}: {describe_seeds(seeds)}", over_flops, columns=3)
+    return save(figure, path, formats)
 
 
+@matplotlib.rc_context(fname=STYLE)
 def draw_paper(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Draw an experiment as the paper's figure of it: training and validation accuracy over training steps.
+    """Draw an experiment as the paper's figure of it, with its arms alone; the validation images are our test images.
 
-    It shows only the arms of that figure and, where no student was trained from scratch, the teacher's own curve, as
-    figure 6 does. The validation images are our test images.
+    Where no student was trained from scratch it shows the teacher's own curve, as figure 6 does.
     """
     number, raced = PAPER[name]
     arms = [arm for arm in list_arms(results) if split_arm(arm)[1] in raced]
     teacher = "" if "random_init" in raced else "the original, from scratch"
-    with matplotlib.rc_context(fname=STYLE):
-        figure = Figure(figsize=(WIDTH, 3.1))
-        training, validation = figure.subplots(1, 2)
-        draw_panel(training, results, arms, "train_accuracy", "(a) training", teacher=teacher)
-        draw_panel(validation, results, arms, "test_accuracy", "(b) validation", teacher=teacher)
-        training.set_ylabel("accuracy (%)")
-        seeds = results.runs.groupby(level="arm").size()[arms]
-        title = f"Figure {number} of the paper, from {name}\n{describe_seeds(seeds)}"
-        _finish(figure, title, validation, columns=3)
-        return save(figure, path, formats)
+    figure = Figure(figsize=(WIDTH, 3.1))
+    training, validation = figure.subplots(1, 2)
+    draw_panel(training, results, arms, "train_accuracy", "(a) training", teacher=teacher)
+    draw_panel(validation, results, arms, "test_accuracy", "(b) validation", teacher=teacher)
+    training.set_ylabel("accuracy (%)")
+    seeds = results.runs.groupby(level="arm").size()[arms]
+    title = f"Figure {number} of the paper, from {name}\n{describe_seeds(seeds)}"
+    _finish(figure, title, validation, columns=3)
+    return save(figure, path, formats)
 
 
 def draw_panel(
@@ -181,9 +165,7 @@ def draw_panel(
         if arm == TEACHER:
             ax.plot(x, band["mean"], **{**TEACHER_LINE, "linestyle": "-"}, label=teacher or TEACHER)
             continue
-        # The markers of each arm begin elsewhere, so that curves that coincide are still told apart.
-        every = math.ceil(len(x) / MARKERS) or 1
-        ax.plot(x, band["mean"], **looks[arm], markevery=(place % every, every), label=arm)
+        ax.plot(x, band["mean"], **looks[arm], markevery=_place_markers(place, len(x)), label=arm)
         if len(results.of_arm(arm).runs) > 1:
             ax.fill_between(x, band["low"], band["high"], color=looks[arm]["color"], alpha=0.15, linewidth=0)
     if TEACHER in run and teacher is None:
@@ -194,21 +176,23 @@ def draw_panel(
     ax.set_xlim(left=0)
 
 
-def draw_runs(experiment_dir: Path) -> Path:
-    """Draw the finished arms under `runs/<experiment>` into its `figure.png` and return that path.
+def _place_markers(place: int, points: int) -> tuple[int, int]:
+    """Begin the markers of each curve elsewhere, so that curves that coincide are still told apart."""
+    every = math.ceil(points / MARKERS) or 1
+    return place % every, every
 
-    Raises:
-        ExperimentError: There is no finished arm.
-    """
+
+def draw_runs(experiment_dir: Path) -> Path:
+    """Draw the finished arms under `runs/<experiment>` into its `figure.png` and return that path."""
     results = load(experiment_dir)
     return draw(results.title, results, experiment_dir / "figure", formats=("png",))[0]
 
 
+@matplotlib.rc_context(fname=STYLE)
 def draw_cases(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Draw an experiment with cases: a frontier over budgets, a search of rates, or the end of every case."""
     draw = _draw_frontier if is_frontier(results) else _draw_search if is_search(results) else _draw_ends
-    with matplotlib.rc_context(fname=STYLE):
-        return save(draw(name, results), path, formats)
+    return save(draw(name, results), path, formats)
 
 
 def _draw_frontier(name: str, results: Results) -> Figure:
@@ -217,22 +201,19 @@ def _draw_frontier(name: str, results: Results) -> Figure:
     size, unit = cost_unit(results.runs)
     figure = Figure(figsize=(WIDTH, 3.3))
     own, total = figure.subplots(1, 2, sharey=True)
-    for ax, column, heading in (
-        (own, "flops", "(a) by the arm's own compute"),
-        (total, "total_flops", "(b) with the teacher's"),
-    ):
+    headings = "(a) by the arm's own compute", "(b) with the teacher's"
+    for ax, column, heading in zip((own, total), ("flops", "total_flops"), headings, strict=True):
         for arm in list_arms(results):
             arm_lines = lines.xs(arm, level="arm")
-            look = LOOKS.get(split_arm(arm)[1], OTHER_LOOK)
             heights, errors = _bars(arm_lines["final"])
-            _draw_bars(ax, arm, arm_lines[column] / size, heights, yerr=errors, look=look, linestyle=look[1])
+            _draw_bars(ax, arm, arm_lines[column] / size, heights, lines=True, yerr=errors)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         ax.set_xlabel(f"training compute ({unit})")
         ax.set_title(heading, loc="left")
     own.set_ylabel("final test accuracy (%)")
     title = f"{name}: budgets of {', '.join(results.experiments[name])}"
-    _finish(figure, _add_seeds(title, lines), own, columns=4)
+    _finish(figure, f"{title}\n{describe_seeds(lines['n'], BARS)}", own, columns=4)
     return figure
 
 
@@ -273,7 +254,7 @@ def _draw_ends(name: str, results: Results) -> Figure:
     else:
         right = figure.subplots()
     _draw_rows(right, results, lines, costs=not few)
-    _finish(figure, _add_seeds(name, lines), right, columns=4)
+    _finish(figure, f"{name}\n{describe_seeds(lines['n'], BARS)}", right, columns=4)
     return figure
 
 
@@ -281,10 +262,13 @@ def _draw_learning(ax: Axes, name: str, results: Results) -> None:
     """Draw the test accuracy of net2net over steps: a line a case."""
     for place, (case, (colour, line, marker)) in enumerate(zip(results.experiments[name], CASE_LOOKS, strict=False)):
         mean = make_band(results.select(name, case), "net2net", "test_accuracy")["mean"]
-        every = math.ceil(len(mean) / MARKERS) or 1
-        face, marked = "white" if place % 2 else colour, (place % every, every)
-        look = {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": face, "markevery": marked}
-        ax.plot(mean.index, mean, **look, label=case)
+        look = {
+            "color": colour,
+            "linestyle": line,
+            "marker": marker,
+            "markerfacecolor": "white" if place % 2 else colour,
+        }
+        ax.plot(mean.index, mean, **look, markevery=_place_markers(place, len(mean)), label=case)
     ax.set_xlabel("training steps")
     ax.set_ylabel("test accuracy (%)")
     ax.legend(fontsize=7.5)
@@ -300,8 +284,7 @@ def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> Non
         # Arms of a case stand one above the other, so that equal ones do not hide each other.
         rows = [heights[case] + 0.13 * ((len(rivals[case]) - 1) / 2 - rivals[case].index(arm)) for case in ends.index]
         middles, errors = _bars(ends)
-        look = LOOKS.get(split_arm(arm)[1], OTHER_LOOK)
-        _draw_bars(ax, arm, middles, rows, xerr=errors, look=look, linestyle="none")
+        _draw_bars(ax, arm, middles, rows, lines=False, xerr=errors)
     size, unit = cost_unit(results.runs)
     spent = lines[["flops", "total_flops"]].max(axis=1).groupby(level="case").max() / size
     names = [f"{case}, {spent[case]:.3g} {unit} in all" if costs else case for case in cases]
@@ -317,12 +300,10 @@ def _bars(found: Iterable[Estimate]) -> tuple[list[float], list[list[float]]]:
     return [100 * one.mean for one in found], lengths
 
 
-def _draw_bars(ax: Axes, arm: str, x: Any, y: Any, look: tuple[str, Any, str], **options: Any) -> None:
-    ax.errorbar(x, y, color=look[0], marker=look[2], capsize=2, elinewidth=0.8, label=arm, **options)
-
-
-def _add_seeds(title: str, lines: DataFrame) -> str:
-    return f"{title}\n{describe_seeds(lines['n'], 'bars are 95 % intervals')}"
+def _draw_bars(ax: Axes, arm: str, x: Any, y: Any, lines: bool, **errors: Any) -> None:
+    colour, line, marker = LOOKS.get(split_arm(arm)[1], OTHER_LOOK)
+    look = {"color": colour, "linestyle": line if lines else "none", "marker": marker}
+    ax.errorbar(x, y, **look, capsize=2, elinewidth=0.8, label=arm, **errors)
 
 
 def _finish(figure: Figure, title: str, ax: Axes, columns: int) -> None:

@@ -15,7 +15,7 @@ from . import cases, curves
 from .claims import Finding, tabulate_budgets
 from .curves import COSTS, PER_RUN, Results, cost_unit, list_distinct, own_manifests
 from .figures import PAPER
-from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS, Estimate
+from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS
 
 COMMAND = "python scripts/figures.py"
 
@@ -39,10 +39,8 @@ def format_percent(row: Series, name: str) -> str:
 def format_steps(row: Series) -> str:
     """Return the mean steps to the target, and over how many seeds if not all; `never`; `–` without a target."""
     reached, n = int(row["reached_step_count"]), int(row["n"])
-    if not row["target_count"]:
-        return "–"
-    if reached == 0:
-        return "never"
+    if not row["target_count"] or not reached:
+        return "never" if row["target_count"] else "–"
     return f"{row['reached_step_mean']:.0f}" + ("" if reached == n else f" ({reached} of {n})")
 
 
@@ -64,11 +62,7 @@ def tabulate_arms(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def make_terminal_table(experiment_dir: Path) -> Table:
-    """Return the table of the finished arms under `runs/<experiment>`, for 80 columns.
-
-    Raises:
-        ExperimentError: There is no finished arm, or one cannot be read.
-    """
+    """Return the table of the finished arms under `runs/<experiment>`, for 80 columns."""
     results = curves.load(experiment_dir)
     heads, lines = tabulate_arms(results)
     unit = heads[6].partition(",")[0]
@@ -86,10 +80,7 @@ def make_terminal_table(experiment_dir: Path) -> Table:
 
 
 def tabulate_costs(results: Results) -> tuple[list[str], list[list[str]]] | None:
-    """Return the table of what each arm needs to reach the target; None if no arm reaches it.
-
-    The costs are means over the seeds that reach it, without and with all of the teacher's training.
-    """
+    """Return the table of what each arm needs to reach the target, over the seeds that do; None if none does."""
     groups = results.runs[results.runs["target"].notna()].groupby(level="arm", sort=False)
     columns = [f"reached_{total}{column}" for total in ("", "total_") for column in COSTS]
     means, counts = groups[columns].mean(), groups[columns].count()
@@ -101,9 +92,8 @@ def tabulate_costs(results: Results) -> tuple[list[str], list[list[str]]] | None
     for arm in ordered(means.index):
         cells = [f"{reached[arm]} of {groups.size()[arm]}"]
         for column in columns:
-            text = (
-                f"{means.at[arm, column] / size:.3g}" if column.endswith("flops") else f"{means.at[arm, column]:,.0f}"
-            )
+            mean = means.at[arm, column]
+            text = f"{mean / size:.3g}" if column.endswith("flops") else f"{mean:,.0f}"
             # A mean over some of the seeds would not compare with its neighbours.
             cells.append(text if counts.at[arm, column] == reached[arm] > 0 else "–")
         lines.append([arm, *cells])
@@ -121,11 +111,11 @@ def markdown_table(heads: list[str], lines: list[list[str]], code: bool = False)
 def describe_data(manifest: dict[str, Any]) -> str:
     """Say what the images are and what is done to them."""
     data = manifest["config"]["data"]
-    parts = [manifest["data"], f"{data['size']} × {data['size']} pixels"]
-    parts.append(f"{100 * data['holdout']:g} % of the training images held out to make choices")
-    parts.append(f"random crop after {data['pad']} pixels of padding" if data["pad"] else "no random crop")
-    parts.append("random flip" if data["flip"] else "no flip")
-    return ", ".join(parts)
+    crop = f"random crop after {data['pad']} pixels of padding" if data["pad"] else "no random crop"
+    return (
+        f"{manifest['data']}, {data['size']} × {data['size']} pixels, {100 * data['holdout']:g} % of the training "
+        f"images held out to make choices, {crop}, {'random flip' if data['flip'] else 'no flip'}"
+    )
 
 
 def describe_schedule(configs: list[dict[str, Any]]) -> str:
@@ -157,10 +147,8 @@ def describe_cases(results: Results) -> str:
 
 def format_commands(commands: Iterable[str]) -> str:
     """Return the distinct commands as code; those that differ only in seed or case become one sweep."""
-    found = list_distinct(commands)
-    for key in ("seed", "case"):
-        found = _join_sweeps(found, key)
-    return "<br>".join(f"`{command}`" for command in found)
+    by_seed = _join_sweeps(list_distinct(commands), "seed")
+    return "<br>".join(f"`{command}`" for command in _join_sweeps(by_seed, "case"))
 
 
 def _join_sweeps(commands: list[str], key: str) -> list[str]:
@@ -224,11 +212,7 @@ def experiment_section(name: str, results: Results) -> str:
         markdown_table(*tabulate_arms(results), code=True),
     ]
     if costs := tabulate_costs(results):
-        parts.append(
-            "This is what each arm needed to reach the target, on average over the seeds that did. The machines had "
-            "other work, too: compare FLOPs, and seconds hardly."
-        )
-        parts.append(markdown_table(*costs, code=True))
+        parts += [COSTS_TO_TARGET, markdown_table(*costs, code=True)]
     return "\n\n".join(parts)
 
 
@@ -242,24 +226,26 @@ def cases_section(name: str, results: Results) -> str:
         parts.append("Final holdout accuracy (%) at each multiple of `schedule.lr`, the best of each line in bold.")
         return "\n\n".join([*parts, markdown_table(*_tabulate_search(results))])
     if frontier:
-        parts.append(FRONTIER)
-        parts.append(markdown_table(*tabulate_budgets(name, results)))
-    table = cases.summarise_cases(results)
-    size, unit = cost_unit(results.runs)
-    heads = ["case", "arm", "n", "test accuracy at step 0 (%), lowest–highest"]
-    heads += ["final test accuracy (%), 95 % interval", "final holdout accuracy (%)"]
-    lines: list[list[str]] = []
-    for (case, arm), row in table.iterrows():
-        start, holdout = format_percent(row, "start"), f"{100 * row['holdout']:.2f}"
-        own, total = (f"{row[column] / size:.3g}".replace("nan", "–") for column in ("flops", "total_flops"))
-        lines.append(
-            [f"`{case}`", f"`{arm}`", str(row["n"]), start, format_interval(row["final"]), holdout, own, total]
-        )
-    parts.append(markdown_table([*heads, f"{unit}, own", f"{unit}, with teacher's"], lines))
+        parts += [FRONTIER, markdown_table(*tabulate_budgets(name, results))]
+    parts.append(markdown_table(*_tabulate_cases(results)))
     best = [f"`{arm}` `{case}` ({100 * accuracy:.2f} %)" for arm, (case, accuracy) in cases.best_cases(results).items()]
     if best and not frontier:
         parts.append(f"Best by holdout accuracy: {', '.join(best)}.")
     return "\n\n".join(parts)
+
+
+def _tabulate_cases(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Return the table of how every arm of every case starts and ends, and what it costs."""
+    size, unit = cost_unit(results.runs)
+    heads = ["case", "arm", "n", "test accuracy at step 0 (%), lowest–highest"]
+    heads += ["final test accuracy (%), 95 % interval", "final holdout accuracy (%)"]
+    lines: list[list[str]] = []
+    for (case, arm), row in cases.summarise_cases(results).iterrows():
+        mean, low, high = (f"{100 * getattr(row['final'], name):.2f}" for name in ("mean", "low", "high"))
+        ends = [mean if row["n"] == 1 else f"{mean} ({low} to {high})", f"{100 * row['holdout']:.2f}"]
+        costs = [f"{row[column] / size:.3g}".replace("nan", "–") for column in ("flops", "total_flops")]
+        lines.append([f"`{case}`", f"`{arm}`", str(row["n"]), format_percent(row, "start"), *ends, *costs])
+    return [*heads, f"{unit}, own", f"{unit}, with teacher's"], lines
 
 
 def _tabulate_search(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -274,16 +260,10 @@ def _tabulate_search(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["budget", "arm", *(f"{rate:g} ×" for rate in table.columns)], lines
 
 
-def format_interval(found: Estimate) -> str:
-    """Return `61.20 (60.80 to 61.60)`, in per cent; the mean alone of one seed."""
-    mean, low, high = (f"{100 * value:.2f}" for value in (found.mean, found.low, found.high))
-    return mean if found.n == 1 else f"{mean} ({low} to {high})"
-
-
 def claim_line(finding: Finding) -> list[str]:
     """Return the cells of one claim in the table of claims."""
     claim = finding.claim
-    names = list(dict.fromkeys(text.partition(":")[0].partition("/")[0] for text in (claim.of, claim.against) if text))
+    names = list_distinct(text.partition(":")[0].partition("/")[0] for text in (claim.of, claim.against) if text)
     configs = ", ".join(f"[{name}](../configs/experiment/{name}.yaml)" for name in names)
     commands = [record["command"] for one in finding.operands for record in one.runs["manifest"]]
     commands = commands or [f"python train.py experiment={name}" for name in names]
@@ -294,12 +274,9 @@ def claim_line(finding: Finding) -> list[str]:
 def count_verdicts(findings: Iterable[Finding]) -> str:
     """Return `3 hold, 1 fails, 4 undecided, 20 not run`."""
     counts = Counter(finding.verdict.partition(" (")[0] for finding in findings)
-    plural = {"holds": "hold", "fails": "fail"}
-    return ", ".join(
-        f"{counts[word]} {word if counts[word] == 1 else plural.get(word, word)}"
-        for word in ("holds", "fails", "undecided", "not run")
-        if counts[word]
-    )
+    plurals = {"holds": "hold", "fails": "fail", "undecided": "undecided", "not run": "not run"}
+    words = {one: one if counts[one] == 1 else many for one, many in plurals.items()}
+    return ", ".join(f"{counts[one]} {word}" for one, word in words.items() if counts[one])
 
 
 def results_page(results: Results, findings: list[Finding]) -> str:
@@ -382,6 +359,9 @@ of several cases is chosen for each seed by the holdout accuracy of the other se
 wrong by chance: a claim that holds narrowly, alone among its kind, is weak evidence. Seeds differ in the networks'
 first weights and in the order and crops of the images. The split of the images is always the same. In the commands
 `data.root` is the name of the folder that had the images; without `data` and `data.root` CIFAR-10 is downloaded."""
+
+COSTS_TO_TARGET = """This is what each arm needed to reach the target, on average over the seeds that did. The \
+machines had other work, too: compare FLOPs, and seconds hardly."""
 
 FRONTIER = """The first table says which share of the FLOPs of `random_init` an arm needs to end as well as it does: the
 geometric mean over seeds, its 95 % interval, and n. Between the budgets that were run it is interpolated. ≤ and ≥ stand

@@ -52,11 +52,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def verdict(found: Estimate, low: float, high: float, headline: bool = False) -> str:
-    """Say whether the mean lies from `low` to `high`.
+    """Say whether the mean lies from `low` to `high`: it "holds" if all of the interval does, "fails" if none does.
 
-    It "holds" if all of the interval lies there and "fails" if none of it does. Else, and with fewer seeds than a claim
-    or a headline takes, it is "undecided". Where every seed gives only a bound, and all on one side, the bounds must
-    lie there: a run that spent its whole budget without reaching the target needs more than that.
+    Else, and with fewer seeds than a claim or a headline takes, it is "undecided". Where every seed gives only a bound,
+    all on one side, the bounds must lie there: a run that never reached the target needs more than its whole budget.
     """
     if found.n < (HEADLINE_SEEDS if headline else CLAIM_SEEDS):
         return "undecided"
@@ -71,11 +70,10 @@ def verdict(found: Estimate, low: float, high: float, headline: bool = False) ->
 
 
 def seeds_needed(found: Estimate, low: float, high: float, headline: bool = False) -> int | None:
-    """Return how many seeds would decide whether the mean lies from `low` to `high`.
+    """Return how many seeds decide, with probability POWER, whether the mean lies from `low` to `high`.
 
-    They decide it with probability POWER, for two-sided intervals of LEVEL, if mean and deviation are as observed. The
-    answer is None with a single seed, with seeds that never reached the target (a larger budget would help, more seeds
-    would not), and if it takes more than a thousand.
+    It is None with a single seed, with seeds that never reached the target (only a larger budget would help), and if it
+    takes more than a thousand.
     """
     if found.n < 2 or found.sides:
         return None
@@ -89,11 +87,10 @@ def seeds_needed(found: Estimate, low: float, high: float, headline: bool = Fals
 
 
 def crossing(points: Sequence[tuple[float, float]], target: float) -> Reached:
-    """Return the cost at which accuracy first reaches `target`.
+    """Return the cost at which accuracy first reaches `target`, from pairs (cost, accuracy) in order of cost.
 
-    Between two costs it is interpolated in the logarithm of the cost. If the smallest cost reaches the target, less
-    might have done; if none reaches it, more than the largest is needed. `points` are pairs (cost, accuracy) in order
-    of cost.
+    It is interpolated in the logarithm of the cost. If the smallest cost reaches the target, less might have done; if
+    none reaches it, more than the largest is needed.
     """
     before: tuple[float, float] | None = None
     for cost, accuracy in points:
