@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--replace", action="store_true", help="replace curves that were made with other settings")
     parser.add_argument("experiment", nargs="*", help="all experiments if none is named")
     options = parser.parse_args(arguments)
-    collected = skipped = refused = 0
+    counts = Counter({"collected": 0, "skipped": 0, "refused": 0})
     try:
         folders = select_experiments(options.runs, options.experiment)
     except ExperimentError as error:
@@ -110,13 +111,13 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 copied = copy(curve, manifest, options.results / "curves" / name, options.replace)
             except ExperimentError as error:
-                refused += 1
+                counts["refused"] += 1
                 print(f"{name}: refused. {error}", file=sys.stderr)
-                continue
-            collected, skipped = collected + (copied is not None), skipped + (copied is None)
-            print(f"{name}: {copied or 'skipped, unfinished'}")
-    print(f"{collected} collected, {skipped} skipped, {refused} refused")
-    return 1 if refused else 0
+            else:
+                counts["collected" if copied else "skipped"] += 1
+                print(f"{name}: {copied or 'skipped, unfinished'}")
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    return 1 if counts["refused"] else 0
 
 
 if __name__ == "__main__":

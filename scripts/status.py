@@ -19,7 +19,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.analysis.curves import find_arms
 from experiments.config import ordered
@@ -156,10 +156,7 @@ def make_tables(arms: dict[str, dict[int, Stage]], width: int) -> list[Table]:
 
 
 def _make_table(heads: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for head in heads:
-        table.add_column(head, no_wrap=True)
-    return table
+    return Table(*(Column(head, no_wrap=True) for head in heads), box=box.SIMPLE, padding=(0, 1, 0, 0))
 
 
 def main(arguments: list[str] | None = None) -> int:

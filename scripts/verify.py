@@ -43,10 +43,9 @@ def read_history() -> set[str] | None:
 
 def find_folders(results: Path) -> dict[str, Path]:
     """Return every folder with seeds in it, named as the messages name it."""
-    found = {f"curves/{name}": path for name, path in find_experiments(results / "curves").items()}
-    for trial in sorted(results.glob("trials/*/curves")):
-        found |= {f"trials/{trial.parent.name}/{name}": path for name, path in find_experiments(trial).items()}
-    return found
+    parents = {"curves": results / "curves"}
+    parents |= {f"trials/{trial.parent.name}": trial for trial in sorted(results.glob("trials/*/curves"))}
+    return {f"{kind}/{name}": path for kind, at in parents.items() for name, path in find_experiments(at).items()}
 
 
 def check_files(place: str, seed: int, arm: str, curve: Path, manifest: Path) -> tuple[list[str], dict[str, Any]]:

@@ -60,10 +60,15 @@ def choose_looks(arms: list[str]) -> dict[str, dict[str, Any]]:
         place = 0 if student is None else students.index(student)
         if len(students) > 1 and student is not None:
             colour = STUDENT_COLOURS[place % len(STUDENT_COLOURS)]
-        # The markers of every second student are hollow, for pages without colour.
-        face = "white" if place % 2 else colour
-        result[arm] = {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": face}
+        result[arm] = _style((colour, line, marker), place)
     return result
+
+
+def _style(look: tuple[str, Any, str], place: int = 0) -> dict[str, Any]:
+    """Return the properties of a line; the markers of every second one are hollow, for pages without colour."""
+    colour, line, marker = look
+    face = "white" if place % 2 else colour
+    return {"color": colour, "linestyle": line, "marker": marker, "markerfacecolor": face}
 
 
 def make_band(results: Results, arm: str, column: str) -> DataFrame:
@@ -226,9 +231,9 @@ def _draw_search(name: str, results: Results) -> Figure:
     axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False)
     budgets = table.index.get_level_values("budget").unique()
     for ax, arm in zip(axes.flat, arms, strict=False):
-        for (colour, line, marker), budget in zip(itertools.cycle(CASE_LOOKS), budgets, strict=False):
+        for look, budget in zip(itertools.cycle(CASE_LOOKS), budgets, strict=False):
             found = table.loc[(budget, arm)].dropna() if (budget, arm) in table.index else table.iloc[0, :0]
-            ax.plot(found.index, 100 * found, color=colour, linestyle=line, marker=marker, label=budget)
+            ax.plot(found.index, 100 * found, **_style(look), label=budget)
         ax.set_title(arm, loc="left")
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -260,15 +265,9 @@ def _draw_ends(name: str, results: Results) -> Figure:
 
 def _draw_learning(ax: Axes, name: str, results: Results) -> None:
     """Draw the test accuracy of net2net over steps: a line a case."""
-    for place, (case, (colour, line, marker)) in enumerate(zip(results.experiments[name], CASE_LOOKS, strict=False)):
+    for place, (case, look) in enumerate(zip(results.experiments[name], CASE_LOOKS, strict=False)):
         mean = make_band(results.select(name, case), "net2net", "test_accuracy")["mean"]
-        look = {
-            "color": colour,
-            "linestyle": line,
-            "marker": marker,
-            "markerfacecolor": "white" if place % 2 else colour,
-        }
-        ax.plot(mean.index, mean, **look, markevery=_place_markers(place, len(mean)), label=case)
+        ax.plot(mean.index, mean, **_style(look, place), markevery=_place_markers(place, len(mean)), label=case)
     ax.set_xlabel("training steps")
     ax.set_ylabel("test accuracy (%)")
     ax.legend(fontsize=7.5)
@@ -301,8 +300,7 @@ def _bars(found: Iterable[Estimate]) -> tuple[list[float], list[list[float]]]:
 
 
 def _draw_bars(ax: Axes, arm: str, x: Any, y: Any, lines: bool, **errors: Any) -> None:
-    colour, line, marker = LOOKS.get(split_arm(arm)[1], OTHER_LOOK)
-    look = {"color": colour, "linestyle": line if lines else "none", "marker": marker}
+    look = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | ({} if lines else {"linestyle": "none"})
     ax.errorbar(x, y, **look, capsize=2, elinewidth=0.8, label=arm, **errors)
 
 

@@ -106,19 +106,11 @@ def test_what_was_not_run_is_not_judged() -> None:
     assert judge(made, "mismatch", "e:net2net", below=50).verdict.startswith("undecided")
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "target", "step"),
-    [
-        ([0.1, 0.7, 0.6, 0.7, 0.8], 0.7, [30]),
-        ([0.1, 0.7], 0.7, [10]),  # the last evaluation has no next one
-        ([0.1, 0.7, 0.6, 0.7, 0.8], 0.9, []),
-    ],
-)
-def test_one_evaluation_above_the_target_alone_is_not_enough(
-    accuracies: list[float], target: float, step: list[int]
-) -> None:
-    table = DataFrame(make_curve(accuracies)).set_index(Series([0] * len(accuracies), name="seed"))
-    assert list(curves.find_first_reach(table, Series({0: target}))["step"]) == step
+def test_one_evaluation_above_the_target_alone_is_not_enough() -> None:
+    seeds = [make_curve([0.1, 0.7, 0.6, 0.7, 0.8]), make_curve([0.1, 0.7]), make_curve([0.1, 0.6, 0.6])]
+    table = DataFrame([row | {"seed": seed} for seed, rows in enumerate(seeds) for row in rows]).set_index("seed")
+    reached = curves.find_first_reach(table, Series(0.7, range(3)))["step"]
+    assert dict(reached) == {0: 30, 1: 10}  # the last evaluation has no next one
 
 
 def test_runs_of_different_settings_are_not_judged_together() -> None:
@@ -217,8 +209,8 @@ def test_the_best_case_is_not_known_until_all_were_run() -> None:
 
 
 def test_average_accuracy_is_an_area() -> None:
-    rows = make_curve([0.0, 0.4, 0.4]) + make_curve([0.0, 0.4, 0.4], at=[0, 10, 50])
-    table = DataFrame(rows).set_index(Series([0, 0, 0, 1, 1, 1], name="seed"))
+    seeds = make_curve([0.0, 0.4, 0.4]), make_curve([0.0, 0.4, 0.4], at=[0, 10, 50])
+    table = DataFrame([row | {"seed": seed} for seed, rows in enumerate(seeds) for row in rows]).set_index("seed")
     assert list(curves.average_over_training(table)) == pytest.approx([0.3, (0.2 * 10 + 0.4 * 40) / 50])
 
 

@@ -49,14 +49,10 @@ def test_the_seeds_that_it_would_take_are_the_seeds_that_it_takes() -> None:
     assert verdict(observed, 0, math.inf) == "undecided"
     n = seeds_needed(observed, 0, math.inf)
     assert n is not None and n > 4
-    power = [
-        np.mean(
-            [verdict(estimate(values), 0, math.inf) == "holds" for values in rng.normal(1, 1.633, (200, k)).tolist()]
-        )
-        for k in (n, n // 2)
-    ]
-    assert power[0] == pytest.approx(0.8, abs=0.09)
-    assert power[1] < 0.65
+    enough, half = (rng.normal(1, 1.633, (200, seeds)).tolist() for seeds in (n, n // 2))
+    power = np.mean([verdict(estimate(values), 0, math.inf) == "holds" for values in enough])
+    assert power == pytest.approx(0.8, abs=0.09)
+    assert np.mean([verdict(estimate(values), 0, math.inf) == "holds" for values in half]) < 0.65
     assert seeds_needed(estimate([1.0, 1.1]), 0, math.inf, headline=True) == 5
     assert seeds_needed(estimate([1.0]), 0, math.inf) is None
     assert seeds_needed(estimate([1.0, -1.0, 0.001]), 0, math.inf) is None  # thousands

@@ -14,6 +14,7 @@ from experiments import files, sweep
 from experiments.run_log import COLUMNS, write_curve
 from scripts import bench, status
 
+Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
 
 
@@ -92,7 +93,7 @@ def test_what_is_half_there_is_no_error(tmp_path: Path) -> None:
         assert look(tmp_path).state in ("waiting", "stopped")
 
 
-def test_the_table_of_arms_by_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_arms_by_seeds(tmp_path: Path, capsys: Capture) -> None:
     experiment = tmp_path / "quickstart"
     begin(experiment / "seed0/net2net", 4, complete=True)
     begin(experiment / "seed0/random_init", 1)
@@ -110,7 +111,7 @@ def test_the_table_of_arms_by_seeds(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert ["sweep/case:", "1", "done"] in lines
 
 
-def test_many_seeds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_seeds_are_counted(tmp_path: Path, capsys: Capture) -> None:
     for seed in range(40):
         begin(tmp_path / f"quickstart/seed{seed}/net2net", 4, complete=seed % 2 == 0)
     assert status.main([str(tmp_path)]) == 0
@@ -120,7 +121,7 @@ def test_many_seeds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_the_status_of_real_runs_changes_nothing(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_status_of_real_runs_changes_nothing(finished: Path, capsys: Capture) -> None:
     runs = finished.parents[1]
     before = {path: path.lstat().st_mtime_ns for path in runs.rglob("*")}
     assert status.main([str(runs)]) == 0
@@ -128,7 +129,7 @@ def test_the_status_of_real_runs_changes_nothing(finished: Path, capsys: pytest.
     assert before == {path: path.lstat().st_mtime_ns for path in runs.rglob("*")}
 
 
-def test_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_runs(tmp_path: Path, capsys: Capture) -> None:
     assert status.main([str(tmp_path)]) == 1
     assert "There are no runs in" in capsys.readouterr().err
 

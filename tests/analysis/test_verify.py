@@ -19,6 +19,7 @@ except verify.ExperimentError:
     HISTORY = None
 needs_history = pytest.mark.skipif(HISTORY is None, reason="a shallow clone or no checkout: there is no history")
 
+Capture = pytest.CaptureFixture[str]
 PLACE = "curves/wider_inception/seed0/net2net"
 TEACHER = "curves/wider_inception/seed0/teacher"
 
@@ -88,14 +89,15 @@ def test_a_changed_manifest_is_found(copied: Path, changes: dict[str, Any], expe
 
 
 def test_curves_in_the_place_of_others_are_found(copied: Path) -> None:
-    copy("curves/wider_inception/seed1/net2net", copied / PLACE)
-    (fault,) = verify.check_files("curves/wider_inception", 0, "net2net", *files(copied / PLACE))[0]
-    assert fault == "its manifest is of net2net of wider of seed 1"
-    folder = copied / "curves/design_space"
-    for arm, student in (("wider_net2net", "deeper_net2net"), ("deeper_net2net", "wider_net2net")):
-        copy(f"curves/design_space/seed0/{student}", folder / f"seed0/{arm}")
-        (fault,) = verify.check_files("curves/design_space", 0, arm, *files(folder / f"seed0/{arm}"))[0]
-        assert fault == f"its manifest is of net2net of {student.removesuffix('_net2net')} of seed 0"
+    (copied / f"{PLACE}.csv").unlink()
+    for source, experiment, arm, whose in (
+        ("wider_inception/seed1/net2net", "wider_inception", "net2net", "wider of seed 1"),
+        ("design_space/seed0/deeper_net2net", "design_space", "wider_net2net", "deeper of seed 0"),
+        ("design_space/seed0/wider_net2net", "design_space", "deeper_net2net", "wider of seed 0"),
+    ):
+        place = f"curves/{experiment}/seed0/{arm}"
+        copy(f"curves/{source}", copied / place)
+        assert f"{place}: its manifest is of net2net of {whose}" in list(verify.find_faults(copied, None))
 
 
 @needs_history
@@ -120,13 +122,8 @@ def test_seeds_of_other_settings_are_found(copied: Path) -> None:
     assert f"{PLACE}: its seeds differ in `schedule.momentum` (0.9, 0.5)" in list(verify.find_faults(copied, HISTORY))
 
 
-def files(place: Path) -> tuple[Path, Path]:
-    """Curve and manifest."""
-    return place.with_suffix(".csv"), place.with_suffix(".json")
-
-
 @needs_history
-def test_a_changed_curve_is_found_and_ends_with_1(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_curve_is_found_and_ends_with_1(copied: Path, capsys: Capture) -> None:
     assert verify.main(["--results", str(copied)]) == 0
     assert capsys.readouterr().out == "2 curves checked, 0 faults\n"
     curve = copied / f"{PLACE}.csv"
@@ -139,9 +136,7 @@ def test_a_changed_curve_is_found_and_ends_with_1(copied: Path, capsys: pytest.C
     assert verify.main(["--results", str(copied / "nothing")]) == 1
 
 
-def test_a_shallow_clone_says_what_it_cannot_check(
-    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shallow_clone_is_told(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(verify, "read_history", lambda: None)
     edit(copied / PLACE, {"commit": "0" * 40, "command": "+ seed=2,0,1"})
     assert verify.main(["--results", str(copied)]) == 0
