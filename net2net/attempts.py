@@ -38,11 +38,7 @@ def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb
 
 
 def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt], generator: torch.Generator) -> Result:
-    """Return `grow(attempt)` for the first attempt that is not refused; each begins from the same random state.
-
-    Raises:
-        TransferError: every attempt is refused; its `reasons` are those of all attempts, the likeliest first.
-    """
+    """Return `grow(attempt)` for the first attempt that is not refused; each begins from the same random state."""
     state, refusals = generator.get_state(), []
     for attempt in attempts:
         try:
@@ -59,11 +55,8 @@ def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt]
 
 
 def _order(refusals: list[TransferError], attempts: list[Attempt]) -> list[TransferError]:
-    """Order refusals by how likely they tell what is wrong.
-
-    Where layers are renumbered, equal names tell little: of the first way to fill, the last pairing is the likeliest.
-    That a layer has no counterpart by name tells least.
-    """
+    """Order refusals by how likely they tell what is wrong; that a layer has no counterpart by name tells least."""
+    # Where layers are renumbered, equal names tell little: of the first way to fill, the last pairing is the likeliest.
     pairings = sum(replace(attempt, rename=None) == replace(attempts[0], rename=None) for attempt in attempts)
     likely = [*reversed(refusals[:pairings]), *refusals[pairings:]]
     paired = [error for error in likely if not isinstance(error, Unpaired)]
@@ -72,11 +65,8 @@ def _order(refusals: list[TransferError], attempts: list[Attempt]) -> list[Trans
 
 @contextmanager
 def restore_on_refusal(student: nn.Module, record: Record) -> Iterator[None]:
-    """Put the student back as it was if the block, which fills it by `record`, raises TransferError.
-
-    The next attempt finds the student's own values, and a refusal that is raised later can promise that the student is
-    as it was. The copy is in main memory: an accelerator may have no room for it.
-    """
+    """Put the student back as it was if the block, which fills it by `record`, raises TransferError."""
+    # The copy is in main memory: an accelerator may have no room for it.
     tensors = [*student.parameters(), *student.buffers()]
     held = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     eps = [(module, module.eps) for module in map(student.get_submodule, record.eps)]

@@ -30,13 +30,7 @@ def labels_of(trace: Trace, name: str, dim: int) -> Tensor | None:
 def unit_axis(
     plan: Plan, name: str, labels: tuple[Tensor, Tensor], dim: int, reads: bool
 ) -> tuple[Axis, Tensor | None]:
-    """Return one axis of a tensor that both networks have, and the factor of each of its entries.
-
-    `labels` are those of the axis in the student, and in the teacher.
-
-    Raises:
-        TransferError: a unit of the teacher's is lost, or a unit that moves as a whole would be torn.
-    """
+    """Return one axis of a tensor that both networks have, of these labels (mine, theirs), and each entry's factor."""
     units, source = labels
     roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
     inner = plan.student.parameters.inner.get(name)
@@ -97,12 +91,9 @@ def passed_entries(plan: Plan, units: Tensor) -> Tensor:
 
 
 def match_entries(roots: Tensor, copied: Tensor, theirs: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
-    """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies.
-
-    A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself. Both
-    networks lay them out in one order. `roots`, `copied` and `theirs` are the units of the student's entries, what
-    those copy, and the units of the teacher's entries. Entries are counted within `parts` (of queries, of keys).
-    """
+    """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies."""
+    # A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself. Both
+    # networks lay them out in one order. Entries are counted within `parts` (of queries, of keys).
     many = int(max(part.max() for part in parts)) + 1
     ranks_of = [rank(side * many + part) for side, part in zip((roots, theirs), parts, strict=True)]
     ranks = int(torch.cat(ranks_of).max()) + 1
@@ -139,10 +130,8 @@ def rank(values: Tensor) -> Tensor:
 
 
 def _number_means(plan: Plan, index: Tensor, roots: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the index with a code for every mean, and the teacher's entries that each code is the mean of.
-
-    The k-th entry of a unit holds the mean of the k-th entries of the units that it is the mean of.
-    """
+    """Return the index with a code for every mean, and the teacher's entries that each code is the mean of."""
+    # The k-th entry of a unit holds the mean of the k-th entries of the units that it is the mean of.
     if not bool((index <= MEAN).any()):
         return index, ()
     ranks, source_ranks = rank(roots), rank(theirs)
@@ -190,10 +179,8 @@ def _check_complete(name: str, index: Tensor, entries: int, dim: int) -> None:
 
 
 def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
-    """Raise TransferError if a unit with several entries is not copied with all of them.
-
-    Only queries and keys may have more entries than their teacher's, which are zero.
-    """
+    """Raise TransferError if a unit with several entries is not copied with all of them."""
+    # Only queries and keys may have more entries than their teacher's, which are zero.
     lost = roots[(index == NEW) & (plan.g[roots] >= 0)]
     for root in lost[~torch.isin(lost, plan.student_roots[plan.queries])].tolist():
         moving = [*plan.student_units.whole, *plan.student_units.pinned]
@@ -208,13 +195,7 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
 
 
 def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:
-    """Return the axis of a larger kernel, with the teacher's taps where they look at the same places.
-
-    `sizes` are the numbers of taps in the student and in the teacher. None means that the kernel is the teacher's.
-
-    Raises:
-        TransferError: the kernel does not look at every place that the teacher's looks at.
-    """
+    """Return the axis of a kernel of other `sizes` (mine, theirs), with the teacher's taps at the same places."""
     options = [
         {
             what: value[dim] if isinstance(value := each.options.get(what, 1), (tuple, list)) else value

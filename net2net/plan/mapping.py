@@ -66,18 +66,8 @@ def map_units(
     rotated: Tensor,
     generator: torch.Generator,
 ) -> UnitMap:
-    """Decide which teacher unit every student unit copies.
-
-    Args:
-        networks: both traces.
-        passing: the new layers that pass units through, and how many activations their units pass in pairs.
-        kinds: what norms ask of each unit's layer.
-        rotated: for every unit whether it is on a rotated stream.
-        generator: draws the copies.
-
-    Raises:
-        TransferError: the student is smaller than its teacher, pinned units would grow, or no mapping serves all.
-    """
+    """Decide which teacher unit every student unit copies."""
+    # `passing`: the new layers that pass units through, and how many activations their units pass in pairs.
     size = len(networks.student_roots)
     g, patterns = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long)
     unit_map = UnitMap(
@@ -242,19 +232,13 @@ def _leave(unit_map: UnitMap, units: Tensor, width: int) -> None:
 
 
 def _copy(unit_map: UnitMap, family: Family) -> None:
-    """Draw g(j) uniformly from the n units, with replacement, for the others.
-
-    Units that a narrower layer shares (a part of a concatenation that meets this layer) are left to that layer.
-    """
+    """Draw g(j) for the others uniformly from the n units, with replacement; a narrower layer keeps its units."""
     for mine, theirs in _split_by_ties(unit_map, family):
         _draw(unit_map, mine[unit_map.narrowest[mine] == family.width], mine, theirs)
 
 
 def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> None:
-    """Give each free unit one of the teacher's: drawn, or in equal numbers or padding if a norm asks for it.
-
-    `among` are all units of the layer, among which numbers are to be equal.
-    """
+    """Give each free unit one of the teacher's: drawn, or equally often `among` all or padding if a norm asks."""
     g = unit_map.g
     free, theirs = in_order(units[(g[units] == NEW) & ~unit_map.rotated[units]]), in_order(theirs)
     if not len(free) or not len(theirs):
@@ -275,10 +259,8 @@ def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> No
 
 
 def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
-    """Let a new layer produce the units that it reads, in the same order, and then copies of them.
-
-    Before `activations` that units pass in pairs, it produces every unit with every pattern of signs.
-    """
+    """Let a new layer produce the units that it reads, in the same order, and then copies of them."""
+    # Before `activations` that units pass in pairs, it produces every unit with every pattern of signs.
     if layer.reads is None:
         raise TransferError(f"The new layer {layer.name} would have to pass on what is not followed unit by unit.")
     assert layer.produces is not None
@@ -335,10 +317,7 @@ def _check_family(unit_map: UnitMap, family: Family) -> None:
 
 def _check_pins(networks: Networks) -> None:
     """Raise TransferError if a layer grows whose units are pinned in one of the networks."""
-    sides = (
-        (networks.student_units, networks.student_roots, 0),
-        (networks.teacher_units, networks.teacher_roots, 1),
-    )
+    sides = ((networks.student_units, networks.student_roots, 0), (networks.teacher_units, networks.teacher_roots, 1))
     for units, roots, side in sides:
         why: dict[int, str] = {}
         for labels, reason in units.pinned:

@@ -43,11 +43,8 @@ class Stream:
 
 
 def find_streams(networks: Networks, passing: Collection[str]) -> list[Stream]:
-    """Find the streams that have to be rotated and can be.
-
-    They are those that layer norms read, that grow by no whole number, and that a norm begins or of which a norm sees
-    several positions. None of the layers `passing`, which pass units through, may be on them.
-    """
+    """Find the streams that have to be rotated, and can be: none of the layers `passing` units through is on them."""
+    # Layer norms read them, they grow by no whole number, and a norm begins them or sees several of their positions.
     found: list[Stream] = []
     roots, student = networks.student_roots, networks.student
     for norm in student.norms:
@@ -72,10 +69,8 @@ def find_streams(networks: Networks, passing: Collection[str]) -> list[Stream]:
 
 
 def _can_rotate(networks: Networks, stream: Stream, behind: dict[str, Norm], passing: Collection[str]) -> bool:
-    """Tell whether everything on the stream is linear in it, or a layer norm over all of it.
-
-    `behind` are the student's norms on the stream but for the one that begins it.
-    """
+    """Tell whether everything on the stream is linear in it, or a layer norm over all of it."""
+    # `behind` are the student's norms on the stream but for the one that begins it.
     trace, roots = networks.student, networks.student_roots
     every = behind if stream.first is None else behind | {stream.first.name: stream.first}
 
@@ -132,11 +127,7 @@ def _is_linear(networks: Networks, stream: Stream, layer: Layer, behind: dict[st
 
 
 def find_rotations(networks: Networks, streams: list[Stream]) -> dict[str, tuple[Mixed, ...]]:
-    """Find the axes that streams rotate: for each tensor the one that reads a stream, and the one that produces one.
-
-    Raises:
-        TransferError: the teacher uses one of the tensors differently.
-    """
+    """Find the axes that streams rotate: for each tensor the one that reads a stream, and the one that produces one."""
     found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
     for stream in streams:
         for layer in networks.student.layers.values():

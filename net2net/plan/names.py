@@ -23,15 +23,8 @@ class Unpaired(TransferError):
 
 
 def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, str | None]:
-    """Return the teacher's name of every student tensor, None where the teacher has no such tensor.
-
-    Norms without tensors are among the keys, by the names of their modules. `rename` is a function of the student's
-    name, or a dict from student prefixes (whole dotted parts) to teacher prefixes. The longest prefix that fits is
-    used; one that maps to "" marks a layer that the teacher lacks.
-
-    Raises:
-        Unpaired: the student has no counterpart of one of the teacher's tensors.
-    """
+    """Return the teacher's name of every student tensor (and norm without tensors), None where it has none."""
+    # `rename` is a function, or a dict of prefixes (whole dotted parts) of which the longest that fits is used.
     convert = rename if callable(rename) else _prefix_converter(rename or {})
     names = {name: convert(name) for name in student.parameters.tensors}
     found = {name: teacher.parameters.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
@@ -95,13 +88,10 @@ def teacher_layer(layer: Layer, names: dict[str, str | None]) -> str:
 
 
 def candidates(teacher: nn.Module, student: nn.Module) -> list[dict[str, str]]:
-    """List the ways to pair the student's layers with the teacher's, as prefixes to rename.
-
-    The first way leaves all names as they are. The others align containers of numbered layers (`nn.Sequential`,
-    `nn.ModuleList`) that have grown, in order: every layer of the teacher has a counterpart of its own type, at least
-    as large, either the earliest or the closest in size. The student's other layers are new (they map to ""). Only the
-    forward pass shows which way is right.
-    """
+    """List the ways to pair the student's layers with the teacher's, as prefixes to rename; "" marks new layers."""
+    # The first way leaves all names as they are. The others align containers of numbered layers that have grown, in
+    # order: every layer of the teacher has a counterpart of its own type, at least as large, either the earliest or the
+    # closest in size. Only the forward pass shows which way is right.
     found: list[dict[str, str]] = [{}]
     for closest in (False, True):
         names: dict[str, str] = {}

@@ -21,11 +21,7 @@ _NEUTRAL = {
 
 
 def check_identities(plan: Plan) -> None:
-    """Check that every layer which must pass its units through can (paper, section 3.4).
-
-    Raises:
-        TransferError: one cannot; the message names it and says why.
-    """
+    """Raise TransferError if a layer which must pass its units through cannot (paper, section 3.4)."""
     for name in plan.roles.identity:
         layer = plan.student.layers[name]
         if layer.kind == LayerKind.NORM:
@@ -97,10 +93,7 @@ def _keeps_size(layer: Layer, kernel: tuple[int, ...]) -> bool:
 
 
 def new_origins(plan: Plan) -> dict[str, Origin]:
-    """Return the origins of the tensors of identities and silent layers (paper, section 3.4).
-
-    The weights of identities that mix units are not in it: they need the units.
-    """
+    """Return the origins of the tensors of identities and silent layers, but for weights that mix units."""
     made = {}
     for name in plan.roles.silent:
         for role, tensor in plan.student.layers[name].tensors.items():
@@ -121,13 +114,9 @@ def new_origins(plan: Plan) -> dict[str, Origin]:
 
 
 def densify(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
-    """Return the origins of identities that may be dense instead, and of the layers that read them.
-
-    A layer of the teacher becomes the product of two, with a random rotation of the units between them (Wei et al.,
-    "Network Morphism", 2016). That needs a plain path between the two: no activation, no norm, no sum.
-
-    `origins` are those of all tensors of the student.
-    """
+    """Return the origins of identities that may be dense instead, and of the layers that read them."""
+    # A layer of the teacher becomes the product of two, with a random rotation of the units between them (Wei et al.,
+    # "Network Morphism", 2016). That needs a plain path between the two: no activation, no norm, no sum.
     made, student = {}, plan.student
     for seed, name in enumerate(sorted(plan.roles.identity)):
         layer = student.layers[name]

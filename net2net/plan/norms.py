@@ -14,10 +14,7 @@ from .traces import Networks
 
 
 def norm_kinds(networks: Networks) -> dict[int, set[str]]:
-    """Find for every unit of the student what norms across units ask of its layer.
-
-    The teacher must have the norms, too. They ask for equally many copies (`EVEN`), or allow padding of their kind.
-    """
+    """Find what norms of both networks ask of each unit's layer: equal copies (`EVEN`), or padding of their kind."""
     kinds: dict[int, set[str]] = defaultdict(set)
     for norm in networks.student.norms:
         if norm.kind != NormKind.EXTREME and networks.teacher_norm(norm) is not None:
@@ -27,14 +24,7 @@ def norm_kinds(networks: Networks) -> dict[int, set[str]]:
 
 
 def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict[str, float]]:
-    """Check what every norm across units sees, and find how padding changes it.
-
-    Returns:
-        For norms that see padding the factor of their mean square, and for modules whose eps must change the new eps.
-
-    Raises:
-        TransferError: a norm sees some units more often than others, or units that it cannot undo.
-    """
+    """Check what norms see; return the factors of mean squares where they see padding, and new eps by module."""
     networks = unit_map.networks
     padding_factors, eps = {}, {}
     for layer in networks.student.layers.values():
@@ -61,10 +51,7 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
 
 
 def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float:
-    """Return the ratio of the mean squares that a norm sees in the student and in the teacher.
-
-    `copied` are the teacher's units, or codes, of one of its groups.
-    """
+    """Return the ratio of the mean squares, student to teacher, that a norm sees in a group that copies `copied`."""
     for theirs in unit_map.networks.teacher_roots[other.units]:
         wanted, times = torch.unique(theirs, return_counts=True)
         if int(torch.isin(copied, wanted).sum()) == 0:

@@ -35,10 +35,7 @@ class Plan(Networks):
 
     @cached_property
     def copies(self) -> Tensor:
-        """For every root of the teacher the number of student units that copy it.
-
-        The units that an identity hands on are no copies of its own.
-        """
+        """For every teacher root how many student units copy it, but for those that an identity hands on."""
         handed, own = [], []
         for layer in self.student.layers.values():
             if layer.kind == LayerKind.MIX and layer.produces is not None:
@@ -92,21 +89,10 @@ def make_plan(
     passing_all: bool = False,
     in_pairs: bool = False,
 ) -> Plan:
-    """Decide which teacher unit every student unit copies and what each new layer becomes (paper, section 3).
-
-    Args:
-        teacher: its trace.
-        student: its trace, comparable with the teacher's.
-        rename: how layers are paired (see `teacher_names`).
-        generator: draws the units to copy.
-        passing_all: every new layer passes its units on that does not join a stream which is carried already. That is
-            right for a block that works on a part of a stream, and shuffles it with the rest.
-        in_pairs: units pass activations behind new layers in pairs of opposite signs, where there is room for them.
-
-    Raises:
-        TransferError: the student is smaller than its teacher, units would have to grow that an operation pins, or no
-            mapping of units serves everywhere; the message names the layer, and by how much or why.
-    """
+    """Decide which teacher unit every student unit copies and what each new layer becomes (paper, section 3)."""
+    # `passing_all`: every new layer passes its units on that joins no stream which is carried already. That is right
+    # for a block that works on a part of a stream, and shuffles it with the rest. `in_pairs`: units pass activations
+    # behind new layers in pairs of opposite signs, where there is room for them.
     names = teacher_names(student, teacher, rename)
     units, teacher_units = student.units.copy(), teacher.units.copy()
     roles = assign_roles(teacher, student, units, names, passing_all)

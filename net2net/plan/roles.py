@@ -68,14 +68,10 @@ class _New:
 def assign_roles(
     teacher: Trace, student: Trace, units: Units, names: dict[str, str | None], passing_all: bool
 ) -> Roles:
-    """Decide what each layer that only the student has becomes.
-
-    A layer is an identity if a reader that the teacher has too lacks, in the student, the output of a layer which the
-    new layer can hand on. Otherwise it is silent if it joins a stream that is carried already, and fresh if it does not
-    (a new branch of a concatenation, the inside of a silent branch).
-
-    With `passing_all` every new layer is an identity that joins no stream which the teacher's layers carry.
-    """
+    """Decide what each layer that only the student has becomes."""
+    # A layer is an identity if a reader that the teacher has too lacks, in the student, the output of a layer which the
+    # new layer can hand on. Otherwise it is silent if it joins a stream that is carried already, and fresh if it does
+    # not (a new branch of a concatenation, the inside of a silent branch).
     new = _New(student, names)
     identity = _needed_identities(teacher, new)
     if passing_all:
@@ -125,10 +121,7 @@ def _needed_identities(teacher: Trace, new: _New) -> set[str]:
 
 
 def unite_passed(student: Trace, units: Units, identity: Collection[str], in_pairs: Collection[str]) -> None:
-    """Unite each unit that a new layer reads with the one that it passes on, if it is as wide as what it reads.
-
-    Layers `in_pairs`, which pass a unit as two of opposite signs, and what reads those, are left out.
-    """
+    """Unite each unit that an identity reads with the one it passes on, unless either side is `in_pairs`."""
     for name in identity:
         layer = student.layers[name]
         if name in in_pairs or not layer.sources.isdisjoint(in_pairs):

@@ -17,13 +17,7 @@ from ..trace.facts import Layer, LayerKind
 
 
 def find_sign_pairs(layers: Iterable[Layer], passing: Collection[str], idle: Collection[str]) -> dict[str, Bends]:
-    """Find the activations that units of the new layers `passing` must pass in pairs, up to what reads those layers.
-
-    What the layers `idle` read does not matter: they add nothing.
-
-    Raises:
-        TransferError: there are none, or units are read both before an activation and behind it.
-    """
+    """Find the activations that units of new layers `passing` meet in pairs; what `idle` layers read is ignored."""
     found: dict[str, Bends] = {}
     for layer in layers:
         if layer.kind not in (LayerKind.MIX, LayerKind.OUTPUT) or layer.name in idle:
@@ -51,10 +45,7 @@ def slope_correction(passage: Passage, bends: Bends, silent: Collection[str]) ->
 
 
 def signs(patterns: Tensor, activation: int | None = None) -> Tensor:
-    """Return the sign of every unit before one of the activations behind its layer, or the product over all of them.
-
-    `patterns` holds a bit for each activation.
-    """
+    """Return every unit's sign (from a bit for each activation) before one activation, or the product over all."""
     if activation is not None:
         return 1.0 - 2.0 * (patterns >> activation & 1).double()
     product = torch.ones(len(patterns), dtype=torch.double)

@@ -9,15 +9,7 @@ from ..errors import TransferError, used_differently
 from ..record import NEW, ZERO, Axis, Fill, How, Origin, Record
 from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.facts import Layer, LayerKind
-from .axes import (
-    kernel_axis,
-    labels_of,
-    make_axis,
-    merged_groups,
-    passed_entries,
-    reading_axis,
-    unit_axis,
-)
+from .axes import kernel_axis, labels_of, make_axis, merged_groups, passed_entries, reading_axis, unit_axis
 from .new_layers import densify, new_origins
 from .plan import Plan
 from .sign_pairs import signs, slope_correction
@@ -34,11 +26,7 @@ class Options:
 
 
 def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor) -> Record:
-    """Return the record of a growth: the origin of every tensor of the student, and the `state` that draws shares.
-
-    Raises:
-        TransferError: a tensor cannot grow in this way; the message says why.
-    """
+    """Return the record of a growth: the origin of every tensor of the student, and the `state` that draws shares."""
     if options.split != "pad":  # random_pad promises no function
         _check_numbers(plan)
     new = new_origins(plan)
@@ -64,10 +52,8 @@ def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor)
 
 
 def _check_numbers(plan: Plan) -> None:
-    """Raise TransferError if the networks multiply units by numbers that differ, and that no layer behind can undo.
-
-    Numbers in front of a softmax do not count: the queries undo them.
-    """
+    """Raise TransferError if the networks multiply units by numbers that differ, and that no layer behind can undo."""
+    # Numbers in front of a softmax do not count: the queries undo them.
     queries = plan.student_roots[plan.queries]
     for key, (numbers, units, call) in plan.student.fixed_gains.items():
         other = plan.convert(key)

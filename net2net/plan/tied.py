@@ -27,11 +27,7 @@ def is_tied(plan: Plan, name: str) -> bool:
 
 
 def untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
-    """Return the origins of a tied table, which holds whole copies, and of what takes its shares.
-
-    Raises:
-        TransferError: neither a norm with a weight nor a layer stands before the reading layer, and before no other.
-    """
+    """Return the origins of a tied table, which holds whole copies, and of what takes its shares."""
     student, axis = plan.student, plan.student.parameters.read_axis[name]
     layer = student.layers[name]
     norm = student.layers.get(layer.after_norm or "")

@@ -33,12 +33,7 @@ class Traces:
         return theirs, mine
 
     def comparable(self, rename: Rename, absorb: bool = False) -> tuple[Trace, Trace]:
-        """Return the traces of teacher and student, with the groups and heads of the teacher seen as the student's.
-
-        Args:
-            rename: how layers are paired (see `teacher_names`).
-            absorb: whether layers take the numbers that they are multiplied by for their own.
-        """
+        """Return the traces of teacher and student, with the groups and heads of the teacher seen as the student's."""
         theirs, mine = self.absorbed if absorb else self.plain
         names = teacher_names(mine, theirs, rename)
         merged = _merged_groups(theirs, mine, names)
@@ -49,11 +44,7 @@ class Traces:
 
 
 def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: Rename) -> Traces:
-    """Trace both networks on `inputs`.
-
-    Raises:
-        TransferError: they share parameters, or a forward pass fails.
-    """
+    """Trace both networks, which must share no parameters, on `inputs`."""
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
     plain = trace(teacher, inputs), trace(student, inputs)
@@ -61,11 +52,9 @@ def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: R
 
 
 def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[frozenset[str], frozenset[str]]:
-    """Find the layers of either network whose results, wherever they are used, are multiplied by another number.
-
-    An example is an embedding times the root of the width, to which positions are added: no reader of the sum can undo
-    that number, but the embedding can.
-    """
+    """Find the layers of either network whose results, wherever they are used, are multiplied by another number."""
+    # An example is an embedding times the root of the width, to which positions are added: no reader of the sum can
+    # undo that number, but the embedding can.
     theirs, mine = (
         {layer: next(iter(by)) for layer, by in each.multipliers.items() if len(by) == 1 and by != {1.0}}
         for each in traces
@@ -136,11 +125,7 @@ class Networks:
         return next((other for other in self.teacher.norms if other.key == key), None)
 
     def produced(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the roots that a layer of both networks produces, in the student and in the teacher.
-
-        Raises:
-            TransferError: the student's layer has fewer units.
-        """
+        """Return the roots that a layer of both networks produces, in the student and in the teacher."""
         theirs = self.names[name]
         assert theirs is not None
         mine = self.student.layers[name].produces

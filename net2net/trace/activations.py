@@ -65,18 +65,9 @@ class Chain:
 def largest_change(
     chain: Chain, where: Range, before: Iterable[Chain], wanted: Iterable[Chain]
 ) -> tuple[float, float] | None:
-    """Find the number that the activations of `chain` change most.
-
-    Args:
-        chain: the activations.
-        where: the range of the numbers that reach them.
-        before: chains that may stand directly before `chain`.
-        wanted: chains of the other network.
-
-    Returns:
-        The number, and what it becomes. None if that is not known, if the activations change no number, or if they do
-        the same as one of the chains `wanted`, alone or behind one of the chains `before`.
-    """
+    """Return the number in the range `where` that the activations of `chain` change most, and what it becomes."""
+    # None: that is not known, they change no number, or they do the same as one of the teacher's chains `wanted`, alone
+    # or behind one of the chains `before`.
     if where is None or (values := _apply(chain.functions, numbers := _sample(where))) is None:
         return None
     place, everywhere = _largest_difference(numbers, values), _sample((-math.inf, math.inf))
@@ -123,20 +114,12 @@ def _largest_difference(a: Tensor, b: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class Passage:
-    """What happened to units since a layer produced them.
+    """What happened to units since a layer produced them."""
 
-    Attributes:
-        bends: the activations with f(x) - f(-x) = slope * x, each with the layer before it, which can turn the sign of
-            a unit.
-        gates: layers that compute a gate -> the number that the units are multiplied by if such a layer gives zeros.
-        carrier: the last layer with a weight for each unit since the last activation.
-        rest: the value of the units if the layer that produced them gives zeros; None if that is not known.
-    """
-
-    bends: Bends = ()
-    gates: tuple[tuple[str, float], ...] = ()
-    carrier: str | None = None
-    rest: float | None = None
+    bends: Bends = ()  # with f(x) - f(-x) = slope * x, each with the layer before it, which can turn a sign
+    gates: tuple[tuple[str, float], ...] = ()  # layers that compute a gate -> its value if they give zeros
+    carrier: str | None = None  # the last layer with a weight for each unit since the last activation
+    rest: float | None = None  # the units' value if the layer that produced them gives zeros; None: not known
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Passage:
         """Return the passage behind an activation. It starts anew if no pair (x, -x) passes the activation."""
@@ -164,13 +147,8 @@ NOTHING = Passage()
 
 
 def apply_gate(operands: Sequence[tuple[Passage, frozenset[str]]]) -> Passage:
-    """Return the passage of a product of two activations.
-
-    An operand is the gate of the other if it is a number other than zero when its one source layer gives zeros.
-
-    Args:
-        operands: of each activation its passage and the layers that it comes from.
-    """
+    """Return the passage of a product of two activations, each given by its passage and its source layers."""
+    # An operand is the gate of the other if it is a number other than zero when its one source layer gives zeros.
     gates = [k for k, (passage, sources) in enumerate(operands) if passage.rest and len(sources) == 1]
     if len(operands) != 2 or len(gates) != 1:
         return NOTHING

@@ -45,17 +45,13 @@ class NormKind(StrEnum):
 
 @dataclass(frozen=True)
 class Key:
-    """The name of something that both networks have.
-
-    It is the `number`-th `what` in the module `where` (or belongs to the tensor `where`). `part` tells apart several
-    such things. With `inside` it says that one grouping of units lies inside another.
-    """
+    """The name of something in both networks: the `number`-th `what` in the module (or of the tensor) `where`."""
 
     where: str
     what: str = ""
     number: int = 0
-    part: str = ""
-    inside: "Key | None" = None
+    part: str = ""  # tells apart several such things
+    inside: "Key | None" = None  # one grouping of units that lies inside another
 
     def __str__(self) -> str:
         parts = (self.where, self.what, str(self.number or ""), self.part)
@@ -111,35 +107,25 @@ class Labels:
 
 @dataclass(frozen=True)
 class Layer:
-    """A parametrised operation of the forward pass: it reads units, produces units, or both.
+    """A parametrised operation of the forward pass: it reads units, produces units, or both."""
 
-    Attributes:
-        kind: what it does to units.
-        name: the name of its weight; of a norm without parameters, that of its module and a number.
-        tensors: role (weight, bias, mean, var, taps, shift, factor, slope, amount) -> name of the tensor.
-        reads: the units of the entries of the axis that it reads.
-        sources, norms_since: those of the activation that it reads.
-        options: stride, padding and the like.
-        produces: the units of the entries of the axis that it produces.
-        gain, linear, after_norm, first_norm, passage, range: those of the activation that it reads.
-        key: what a norm without parameters is called in both networks.
-    """
+    # What has no comment is that of the activation which it reads (see `Labels`).
 
     kind: LayerKind
-    name: str
-    tensors: dict[str, str]
-    reads: Tensor | None
+    name: str  # of its weight; of a norm without parameters, that of its module and a number
+    tensors: dict[str, str]  # role (weight, bias, mean, var, taps, shift, factor, slope, amount) -> name
+    reads: Tensor | None  # the units of the entries of the axis that it reads
     sources: frozenset[str]
     norms_since: frozenset[str]
-    options: dict[str, Any] = field(default_factory=dict)
-    produces: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # stride, padding and the like
+    produces: Tensor | None = None  # the units of the entries of the axis that it produces
     gain: float = 1.0
     linear: bool = False
     after_norm: str | None = None
     first_norm: str | None = None
     passage: Passage = NOTHING
     range: Range = None
-    key: Key | None = None
+    key: Key | None = None  # what a norm without parameters is called in both networks
 
     @property
     def module(self) -> str:
@@ -149,63 +135,44 @@ class Layer:
 
 @dataclass(frozen=True)
 class Norm:
-    """A statistic across units. It is exact if each of its groups sees all units of the teacher's equally often.
+    """A statistic across units. It is exact if each of its groups sees all units of the teacher's equally often."""
 
-    (An extreme is exact if each unit is seen at all.)
-
-    Attributes:
-        key: what it is called in both networks.
-        kind: which statistic.
-        units: the units of every group, one row each.
-        tensors: role (weight, bias) -> name of the tensor.
-        eps: as the forward pass uses it.
-        module: the module that it is called in.
-        padded: whether the units before it could hold means (layer norm) or zeros (RMS norm), which it can undo.
-        name: the name of its layer.
-        first_norm: the norm that what it sees begins with, `NO_NORM` if that is a sum of layers.
-    """
+    # An extreme is exact if each unit is seen at all.
 
     key: Key
     kind: NormKind
-    units: Tensor
-    tensors: dict[str, str]
+    units: Tensor  # the units of every group, one row each
+    tensors: dict[str, str]  # role (weight, bias) -> name
     eps: float
-    module: str
-    padded: bool
-    name: str = ""
-    first_norm: str | None = None
+    module: str  # in which it is called
+    padded: bool  # whether the units before it could hold means (layer norm) or zeros (RMS norm), which it can undo
+    name: str = ""  # of its layer
+    first_norm: str | None = None  # what its input begins with, `NO_NORM` if that is a sum of layers
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """A product that sums over units of two activations (queries by keys): it needs each unit once.
-
-    `left` holds the units of one factor, whose entries beyond the teacher's are zero in a student.
-    """
+    """A product that sums over units of two activations (queries by keys): it needs each unit once."""
 
     key: Key
-    left: Tensor
+    left: Tensor  # the units of one factor, whose entries beyond the teacher's are zero in a student
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter, or a view of one whose axes lie along the parameter's.
-
-    `axes` holds, for each axis of the view, the parameter's axis and the entries taken of it (None: all). `gain` is the
-    number that it was multiplied by.
-    """
+    """A parameter, or a view of one whose axes lie along the parameter's."""
 
     name: str
-    axes: list[tuple[int, Tensor | None]]
-    gain: float = 1.0
+    axes: list[tuple[int, Tensor | None]]  # for each axis, the parameter's and the entries taken of it (None: all)
+    gain: float = 1.0  # the number that it was multiplied by
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor whose elements are those of a parameter: `places` holds their place on each of its axes."""
+    """A tensor whose elements are those of a parameter."""
 
     name: str
-    places: tuple[Tensor, ...]
+    places: tuple[Tensor, ...]  # of the elements on each of the parameter's axes
     gain: float = 1.0
 
 

@@ -14,17 +14,11 @@ from .units import Units
 
 @dataclass(frozen=True)
 class SeenAs:
-    """How a pass looks at the network, so that it compares with one that has other groups or factors.
+    """How a pass looks at the network, so that it compares with one that has other groups or factors."""
 
-    Attributes:
-        as_grouped: tensors and pairs of one group or head, which are seen as those of several.
-        merged_groups: grouped layers, and how many of their groups are seen as one.
-        scale_absorbed: layers that take the number by which their result is multiplied for their own.
-    """
-
-    as_grouped: frozenset[Key] = frozenset()
-    merged_groups: dict[str, int] = field(default_factory=dict)
-    scale_absorbed: frozenset[str] = frozenset()
+    as_grouped: frozenset[Key] = frozenset()  # tensors and pairs of one group or head, seen as those of several
+    merged_groups: dict[str, int] = field(default_factory=dict)  # grouped layers -> how many groups are seen as one
+    scale_absorbed: frozenset[str] = frozenset()  # layers that own the number which multiplies their result
 
 
 PLAIN = SeenAs()

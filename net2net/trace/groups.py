@@ -12,17 +12,10 @@ from .units import Units
 
 
 def close(units: Units, nested: Collection[Key] = ()) -> None:
-    """Unite and relate units until each unit belongs to exactly one other unit in every relation.
-
-    Where labels of one unit belong to several units, those become one unit, and so do units that belong to each other
-    in a circle. Two relations over the same units are compared: groups that coincide are one group, and a smaller
-    group belongs to the larger one around it.
-
-    Args:
-        units: changed in place.
-        nested: keys of the other network which say that one grouping lies inside another there. Such groupings are not
-            made one here, even where they coincide.
-    """
+    """Unite and relate units until each unit belongs to exactly one other unit in every relation."""
+    # Where labels of one unit belong to several units, those become one unit, and so do units that belong to each other
+    # in a circle. Two relations over the same units are compared: groups that coincide are one group, unless the other
+    # network has one inside the other (`nested`), and a smaller group belongs to the larger one around it.
     while units.relations:
         related = list(units.relations.values())
         which = torch.arange(len(related)).repeat_interleave(torch.tensor([len(children) for children, _ in related]))

@@ -9,19 +9,7 @@ from .units import Units, compact, spread
 
 
 class Parameters:
-    """The parameters and buffers of one network, and the units of their axes as far as the pass has come.
-
-    Attributes:
-        tensors: name -> tensor. A weight that a parametrisation computes replaces the tensors it is computed from.
-        originals: the same before any tensor was replaced by one with its groups merged.
-        buffers: the names of those that are buffers.
-        first_names: every name, those of tied tensors too -> the name that the tensor goes by.
-        stand_ins: the weights that parametrisations compute.
-        axes: tensor name -> the units of each of its axes.
-        values: tensor name -> the units of all of its elements, flat, where it is used as an activation.
-        read_axis: tensor name -> the axis that reads units.
-        inner: tensor in groups -> the units of its axis 1 in every group, and the number of groups.
-    """
+    """The parameters and buffers of one network, and the units of their axes as far as the pass has come."""
 
     def __init__(self, model: nn.Module, units: Units) -> None:
         self._units = units
@@ -118,16 +106,8 @@ class Parameters:
             self.values[name] = unit.expand(self.tensors[name].numel())
 
     def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
-        """Let axis `dim` of the tensor `name` carry `units`, and return its labels.
-
-        A tensor that is used a second time carries the same units again.
-
-        Args:
-            name: of the tensor.
-            dim: the axis.
-            units: the units it reads. None makes fresh ones: the axis produces them.
-            taken: the entries of the axis that the call uses (None: all).
-        """
+        """Let axis `dim` of a tensor carry `units` (None: fresh ones), and return the labels of the entries `taken`."""
+        # A tensor that is used a second time carries the same units again.
         tensor = self.tensors[name]
         axes = self.axes.setdefault(name, [None] * tensor.dim())
         known = axes[dim]
@@ -154,11 +134,9 @@ class Parameters:
         return known
 
     def complete(self) -> None:
-        """Let elements that the pass did not use have the units of those that it used.
-
-        Such elements are positions beyond the example's length, or rows of other classes. They are pinned where the
-        used elements differ along an axis that is used in part, and so do not show the units of the others.
-        """
+        """Let elements that the pass did not use have the units of those that it used."""
+        # Such elements are positions beyond the example's length, or rows of other classes. They are pinned where the
+        # used elements differ along an axis that is used in part, and so do not show the units of the others.
         for name, reached in self._reached.items():
             if not reached.all() and len(self.values[name]) == len(reached):
                 self._complete(name, reached)

@@ -24,20 +24,10 @@ from .rules.registry import REWRITES, apply, function_name
 
 
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
-    """Run `model` once in eval mode on `inputs` and return what the pass tells of its units.
-
-    A network that has parameters which the eval mode does not reach (auxiliary heads), or code of its own that asks for
-    the mode, runs once in training mode, too. The network is left as it was. The units of its output are pinned: a
-    network's result keeps its width.
-
-    Args:
-        model: the network, unwrapped.
-        inputs: the arguments of its forward pass.
-        seen_as: groups and factors to see otherwise than they are.
-
-    Raises:
-        TransferError: the forward pass fails.
-    """
+    """Run an unwrapped network once in eval mode on `inputs` and return what the pass tells of its units."""
+    # A network that has parameters which the eval mode does not reach (auxiliary heads), or code of its own that asks
+    # for the mode, runs once in training mode, too. The units of its output are pinned: a network's result keeps its
+    # width.
     result = Trace(model, seen_as)
     with parametrize.cached(), in_mode(model, training=False):  # in training a spectral norm refines its estimate
         for name, module, weight in parametrised(model):

@@ -18,15 +18,7 @@ from .facts import Call, Key
 
 
 class Units:
-    """The units of one network, as far as its forward pass has shown them.
-
-    Attributes:
-        families: key that both networks share -> labels that were made together.
-        relations: key -> labels, and beside them labels of the units that they belong to.
-        meetings: the keys of all elementwise calls in which units met.
-        whole: labels that move as a whole only, and why.
-        pinned: labels that may not be copied at all, and why.
-    """
+    """The units of one network, as far as its forward pass has shown them."""
 
     def __init__(self, as_grouped: frozenset[Key] = frozenset()) -> None:
         """Start without labels; `as_grouped` names pairs of units that are seen as related instead of united."""
@@ -54,13 +46,8 @@ class Units:
     # -- making and naming ------------------------------------------------------------------------------------
 
     def fresh(self, count: int, key: Key | None = None, distinct: bool = True) -> Tensor:
-        """Return `count` labels that nothing carries yet.
-
-        Args:
-            count: how many.
-            key: a name that both networks share, by which the labels can be paired.
-            distinct: whether they are units of one layer, which `combine` must not make one.
-        """
+        """Return `count` labels that nothing carries yet, which can be paired by a `key` that both networks share."""
+        # `distinct`: they are units of one layer, which `combine` must not make one.
         start, self._count = self._count, self._count + count
         self._ends.append(self._count)
         self._distinct.append(distinct)
@@ -106,11 +93,9 @@ class Units:
         return _join(torch.arange(self._count), edges)
 
     def combine(self, a: Tensor, b: Tensor, call: Call) -> Tensor:
-        """Return the labels of an elementwise result of `a` and `b`.
-
-        Labels that meet are one unit. If that would make one unit of several that a layer keeps apart (a gate over all
-        channels, a head's weights over its values), each belongs to what it meets instead.
-        """
+        """Return the labels of an elementwise result of `a` and `b`: labels that meet are one unit."""
+        # If that would make one unit of several that a layer keeps apart (a gate over all channels, a head's weights
+        # over its values), each belongs to what it meets instead.
         shape, key = a.shape, self.key(call.name, call.module)
         self.meetings.add(key)
         a, b = torch.broadcast_tensors(self.drop_repeats(a), self.drop_repeats(b))

@@ -68,19 +68,12 @@ def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], coun
 
 @dataclass(frozen=True)
 class _Meeting:
-    """The operands that meet in an elementwise call.
+    """The operands that meet in an elementwise call."""
 
-    Attributes:
-        units: those of the result.
-        operands: the labels of the activations, then of parameters.
-        scales: names of parameters with one entry for each unit.
-        constants: how many other operands are the same for all units.
-    """
-
-    units: Tensor
-    operands: list[Labels]
-    scales: set[str]
-    constants: int
+    units: Tensor  # of the result
+    operands: list[Labels]  # the labels of the activations, then of parameters
+    scales: set[str]  # names of parameters with one entry for each unit
+    constants: int  # how many other operands are the same for all units
 
 
 def _combine(

@@ -16,23 +16,14 @@ from .registry import CannotFollow, rule, unknown
 
 @dataclass(frozen=True)
 class Product:
-    """How a layer's weight reads an activation.
+    """How a layer's weight reads an activation."""
 
-    Attributes:
-        x: the activation.
-        dim: the axis of `x` that the weight reads, which holds what it produces in the result.
-        weight, bias: as the call has them.
-        reads, produces: the axes of the weight.
-        groups: of a grouped layer.
-        options: stride, padding and the like.
-    """
-
-    x: Tensor
-    dim: int
+    x: Tensor  # the activation
+    dim: int  # its axis that the weight reads, which holds what it produces in the result
     weight: Tensor
     bias: Tensor | None = None
-    reads: int = 1
-    produces: int = 0
+    reads: int = 1  # the axis of the weight that reads
+    produces: int = 0  # the axis that produces
     groups: int = 1
     options: dict[str, Any] = field(default_factory=lambda: {"groups": 1})
 
@@ -152,10 +143,8 @@ def _apply_depthwise(trace: Trace, call: Call, product: Product, name: str, read
 
 
 def _produce_in_groups(trace: Trace, product: Product, name: str, reads: Tensor, times: int) -> Tensor:
-    """Return the units that a grouped layer produces; those of one group, read and produced, belong to it.
-
-    `times` groups in turn count as one. The last takes what is left.
-    """
+    """Return the units that a grouped layer produces; those of one group, read and produced, belong to it."""
+    # `times` groups in turn count as one. The last takes what is left.
     groups = product.groups
     count = -(-groups // times)
     if product.reads == 0:  # transposed

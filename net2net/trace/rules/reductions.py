@@ -44,11 +44,9 @@ def channelwise(trace: Trace, call: Call) -> None:
 
 @rule(*names("mean sum amax amin max min prod var std var_mean std_mean norm logsumexp all any argmax argmin"))
 def reduction(trace: Trace, call: Call) -> None:
-    """A mean or sum over positions keeps the units.
-
-    A mean or an extreme over units is a new unit, which stays what it is if each of them is copied equally often. Any
-    other result makes one unit of them, which moves as a whole.
-    """
+    """A mean or sum over positions keeps the units."""
+    # A mean or an extreme over units is a new unit, which stays what it is if each of them is copied equally often. Any
+    # other result makes one unit of them, which moves as a whole.
     if any(isinstance(x, Tensor) for x in [*call.args[1:], call.kwargs.get("other")]):
         return pointwise(trace, call)  # the maximum of two
     labels, name = first_labels(trace, call), call.plain

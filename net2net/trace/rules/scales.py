@@ -18,16 +18,8 @@ ROLES = {"mul": "factor", "add": "shift", "sub": "shift"}  # of a parameter with
 
 
 def gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes: Sequence[torch.dtype]) -> float:
-    """Return the number in front of an elementwise result.
-
-    Where nothing that reads the result can undo the number, the trace notes it: both networks need the same there.
-
-    Args:
-        trace: of the network.
-        call: the elementwise call.
-        operands: the labels of its operands, activations first.
-        dtypes: those of the activations.
-    """
+    """Return the number in front of an elementwise result of `operands`, the first of which are activations."""
+    # Where nothing that reads the result can undo the number, the trace notes it: both networks need the same there.
     first = operands[0].gain
     if call.plain in LINEAR and len(operands) == 1:
         absorbed = operands[0].result_of in trace.seen_as.scale_absorbed
@@ -50,11 +42,7 @@ def gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes:
 
 
 def record_scale(trace: Trace, call: Call, parameter: Tensor, labels: Labels) -> set[str]:
-    """Record a parameter with one entry for each unit, such as layer scale, which the student may have alone.
-
-    Returns:
-        Its name, if it is one.
-    """
+    """Record a parameter with one entry for each unit, such as layer scale; return its name, if it is one."""
     name, role = trace.parameters.name_of(parameter), ROLES.get(call.plain)
     if name is None or role is None:
         return set()
