@@ -94,9 +94,6 @@ def _precise(value: Tensor) -> Tensor:
     return value.to(torch.complex128 if value.is_complex() else torch.double)
 
 
-# -- the check of a filled student --------------------------------------------------------------------------------
-
-
 def assert_equivalent(
     teacher: nn.Module, student: nn.Module, inputs: Inputs, output: object, identities: Collection[str]
 ) -> Equivalence:

@@ -230,5 +230,5 @@ def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split
 
 def _plan(traces: Traces, attempt: Attempt, generator: torch.Generator) -> Plan:
     """Return the plan of one attempt."""
-    theirs, mine = traces.comparable(attempt.rename, attempt.absorb)
-    return make_plan(theirs, mine, attempt.rename, generator, attempt.passing_all, attempt.in_pairs)
+    pair = traces.comparable(attempt.rename, attempt.absorb)
+    return make_plan(pair, attempt.rename, generator, attempt.passing_all, attempt.in_pairs)

@@ -24,9 +24,6 @@ def labels_of(trace: Trace, name: str, dim: int) -> Tensor | None:
     return trace.parameters.axes[name][dim] if name in trace.parameters.axes else None
 
 
-# -- axes that carry units ----------------------------------------------------------------------------------------
-
-
 def unit_axis(
     plan: Plan, name: str, labels: tuple[Tensor, Tensor], dim: int, reads: bool
 ) -> tuple[Axis, Tensor | None]:
@@ -189,9 +186,6 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
             f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more "
             f"than its teacher. They move as a whole{why}."
         )
-
-
-# -- axes of kernels ----------------------------------------------------------------------------------------------
 
 
 def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:

@@ -69,10 +69,8 @@ def map_units(
     """Decide which teacher unit every student unit copies."""
     # `passing`: the new layers that pass units through, and how many activations their units pass in pairs.
     size = len(networks.student_roots)
-    g, patterns = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long)
-    unit_map = UnitMap(
-        networks, _find_ties(networks), kinds, rotated, generator, g, patterns, torch.full((size,), size)
-    )
+    g, patterns, narrowest = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long), torch.full((size,), size)
+    unit_map = UnitMap(networks, _find_ties(networks), kinds, rotated, generator, g, patterns, narrowest)
     families = _find_families(unit_map)
     for level in sorted({family.level for family in families}):
         now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # parts before their sum
@@ -81,8 +79,9 @@ def map_units(
         for layer, _ in passing:
             if layer.produces is not None:
                 _leave(unit_map, networks.student_roots[layer.produces], len(layer.produces))
-        for family in now:
-            _copy(unit_map, family)
+        for family in now:  # draw g(j) for the others uniformly, with replacement; a narrower layer keeps its units
+            for mine, theirs in _split_by_ties(unit_map, family):
+                _draw(unit_map, mine[unit_map.narrowest[mine] == family.width], mine, theirs)
     for layer, activations in passing:
         _pass_through(unit_map, layer, activations)
     for family in families:
@@ -91,27 +90,23 @@ def map_units(
     return unit_map
 
 
-# -- what a unit and its copy must agree in -----------------------------------------------------------------------
-
-
 def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
     """Find what the units of the student, and of the teacher, are tied to."""
     mine: Owners = defaultdict(dict)
     theirs: Owners = defaultdict(dict)
-    for key, relation in networks.student_units.relations.items():
+    roots, teacher_roots = networks.student_roots, networks.teacher_roots
+    relations, teacher_relations = networks.student_units.relations, networks.teacher_units.relations
+    for key in relations:
         other = networks.convert(key)
-        if other is None or other not in networks.teacher_units.relations:
+        if other is None or other not in teacher_relations:
             continue
-        sides = (
-            (mine, networks.student_roots, relation),
-            (theirs, networks.teacher_roots, networks.teacher_units.relations[other]),
-        )
-        for owners, roots, (children, parents) in sides:
-            for child, parent in zip(roots[children].tolist(), roots[parents].tolist(), strict=True):
+        sides = (mine, roots, relations[key]), (theirs, teacher_roots, teacher_relations[other])
+        for owners, of, (children, parents) in sides:
+            for child, parent in zip(of[children].tolist(), of[parents].tolist(), strict=True):
                 if child != parent:
                     owners[child][other] = parent
-    readers = _find_readers(networks, mine, theirs)
-    return Ties(mine, readers[0]), Ties(theirs, readers[1])
+    readers, teacher_readers = _find_readers(networks, mine, theirs)
+    return Ties(mine, readers), Ties(theirs, teacher_readers)
 
 
 def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) -> tuple[Tensor, Tensor]:
@@ -136,9 +131,6 @@ def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) ->
             if not int(numbers[parent]):
                 numbers[parent] = sum(inside) % 2**62
     return mine, theirs
-
-
-# -- families -----------------------------------------------------------------------------------------------------
 
 
 def _find_families(unit_map: UnitMap) -> list[Family]:
@@ -209,9 +201,6 @@ def _group(units: Tensor, keys: frozenset[Key], ties: Ties, apart: bool) -> dict
     return groups
 
 
-# -- choosing -----------------------------------------------------------------------------------------------------
-
-
 def _keep(unit_map: UnitMap, family: Family) -> None:
     """Set g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
     _leave(unit_map, family.mine, family.width)
@@ -229,12 +218,6 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
 def _leave(unit_map: UnitMap, units: Tensor, width: int) -> None:
     """Leave units to a layer of this width, rather than to a wider layer that it is a part of."""
     unit_map.narrowest[units] = unit_map.narrowest[units].clamp(max=width)
-
-
-def _copy(unit_map: UnitMap, family: Family) -> None:
-    """Draw g(j) for the others uniformly from the n units, with replacement; a narrower layer keeps its units."""
-    for mine, theirs in _split_by_ties(unit_map, family):
-        _draw(unit_map, mine[unit_map.narrowest[mine] == family.width], mine, theirs)
 
 
 def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> None:
@@ -286,9 +269,6 @@ def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
     g[mine[: len(first)][free]] = first[free]
     _draw(unit_map, mine, mine, distinct)
     _check_copies(unit_map, mine, distinct, layer.name)
-
-
-# -- checking -----------------------------------------------------------------------------------------------------
 
 
 def _check_copies(unit_map: UnitMap, mine: Tensor, theirs: Tensor, name: str) -> None:

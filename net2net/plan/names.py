@@ -15,7 +15,7 @@ from ..trace.facts import Key, Layer, LayerKind
 from ..trace.graph import Trace
 
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
-Child = tuple[str, nn.Module]
+Children = list[tuple[str, nn.Module]]
 
 
 class Unpaired(TransferError):
@@ -122,7 +122,7 @@ def _pair_children(
         _pair_children(their_child, mine_child, inner, found, closest)
 
 
-def _align(teacher: list[Child], student: list[Child], closest: bool) -> dict[int, int] | None:
+def _align(teacher: Children, student: Children, closest: bool) -> dict[int, int] | None:
     """Map student positions to the teacher's, so that all of those are taken in order; None if that is impossible."""
     rows, columns = len(teacher), len(student)
     best = [[0.0] * (columns + 1)] + [[math.inf] * (columns + 1) for _ in range(rows)]  # the first i in the first j

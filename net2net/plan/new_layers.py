@@ -138,9 +138,5 @@ def densify(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
 def new_batch_norms(plan: Plan) -> dict[str, bool]:
     """Return the names of the batch norms that the teacher lacks, and whether each passes its units through."""
     new = (*plan.roles.identity, *plan.roles.silent, *plan.roles.fresh)
-    layers = [plan.student.layers[name] for name in new]
-    return {
-        layer.name: layer.name in plan.roles.identity
-        for layer in layers
-        if layer.kind == LayerKind.NORM and "mean" in layer.tensors
-    }
+    layers = [layer for name in new if (layer := plan.student.layers[name]).kind == LayerKind.NORM]
+    return {layer.name: layer.name in plan.roles.identity for layer in layers if "mean" in layer.tensors}

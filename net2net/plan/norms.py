@@ -60,8 +60,9 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
         padding = copied[~torch.isin(copied, wanted)]
         if norm.kind == NormKind.EXTREME and bool((seen > 0).all()) and not len(padding):
             return 1.0  # it may see each unit any number of times
-        fits = padding == ZERO if norm.kind == NormKind.RMS else torch.isin(padding, _mean_codes(unit_map, wanted))
-        if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(fits.all()):
+        codes = [MEAN - k for k, mean in enumerate(unit_map.means) if torch.equal(torch.sort(mean).values, wanted)]
+        undone = torch.tensor([ZERO] if norm.kind == NormKind.RMS else codes, dtype=torch.long)
+        if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(torch.isin(padding, undone).all()):
             return 1.0 - len(padding) / len(copied)
         raise _refusal(norm, len(copied), len(theirs))
     raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
@@ -79,9 +80,3 @@ def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:
         f"The {what} {norm.module or 'in the network'} has {width} units and its teacher {teacher_width}: it takes "
         f"{needs}."
     )
-
-
-def _mean_codes(unit_map: UnitMap, units: Tensor) -> Tensor:
-    """Return the codes of the means over exactly these units."""
-    found = [MEAN - k for k, mean in enumerate(unit_map.means) if torch.equal(torch.sort(mean).values, units)]
-    return torch.tensor(found, dtype=torch.long)

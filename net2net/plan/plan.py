@@ -82,17 +82,13 @@ class Plan(Networks):
 
 
 def make_plan(
-    teacher: Trace,
-    student: Trace,
-    rename: Rename,
-    generator: torch.Generator,
-    passing_all: bool = False,
-    in_pairs: bool = False,
+    traces: tuple[Trace, Trace], rename: Rename, generator: torch.Generator, passing_all: bool, in_pairs: bool
 ) -> Plan:
     """Decide which teacher unit every student unit copies and what each new layer becomes (paper, section 3)."""
     # `passing_all`: every new layer passes its units on that joins no stream which is carried already. That is right
     # for a block that works on a part of a stream, and shuffles it with the rest. `in_pairs`: units pass activations
     # behind new layers in pairs of opposite signs, where there is room for them.
+    teacher, student = traces
     names = teacher_names(student, teacher, rename)
     units, teacher_units = student.units.copy(), teacher.units.copy()
     roles = assign_roles(teacher, student, units, names, passing_all)
@@ -109,21 +105,8 @@ def make_plan(
     rotated = torch.zeros(len(networks.student_roots), dtype=torch.bool)
     for stream in streams:
         rotated[stream.units] = True
-    passing = [
-        (layer, len(sign_pairs.get(layer.name, ())))
-        for layer in student.layers.values()
-        if layer.name in roles.identity and layer.kind == LayerKind.MIX
-    ]
+    mixers = [layer for layer in student.layers.values() if layer.kind == LayerKind.MIX]
+    passing = [(layer, len(sign_pairs.get(layer.name, ()))) for layer in mixers if layer.name in roles.identity]
     unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator)
-    padding_factors, eps = adjust_norms(unit_map)
-    return Plan(
-        *known,
-        g=unit_map.g,
-        means=unit_map.means,
-        roles=roles,
-        padding_factors=padding_factors,
-        eps=eps,
-        sign_pairs=sign_pairs,
-        patterns=unit_map.patterns,
-        rotations=find_rotations(networks, streams),
-    )
+    g, means, patterns, norms = unit_map.g, unit_map.means, unit_map.patterns, adjust_norms(unit_map)
+    return Plan(*known, g, means, roles, *norms, sign_pairs, patterns, find_rotations(networks, streams))

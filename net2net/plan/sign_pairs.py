@@ -39,7 +39,7 @@ def find_sign_pairs(layers: Iterable[Layer], passing: Collection[str], idle: Col
 def slope_correction(passage: Passage, bends: Bends, silent: Collection[str]) -> float:
     """Return the factor that undoes the slopes and open gates that the input has passed."""
     factor = 1.0
-    for slope in [slope for _, slope in bends] + [rest for source, rest in passage.gates if source in silent]:
+    for _, slope in (*bends, *(gate for gate in passage.gates if gate[0] in silent)):
         factor /= slope
     return factor
 

@@ -44,10 +44,8 @@ def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor)
         origins |= untie(plan, name, origins)
     if options.depth == "dense":
         origins |= densify(plan, origins)
-    theirs, mine = (
-        {name: tuple(t.shape) for name, t in trace.parameters.originals.items()}
-        for trace in (plan.teacher, plan.student)
-    )
+    originals = plan.teacher.parameters.originals, plan.student.parameters.originals
+    theirs, mine = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in originals)
     return Record(origins, options.split, options.noise, plan.eps, state, (theirs, mine))
 
 

@@ -56,7 +56,7 @@ def _embedding_axis(plan: Plan, name: str) -> Axis:
     assert theirs is not None
     units, source = labels_of(plan.student, name, dim), labels_of(plan.teacher, theirs, dim)
     assert units is not None and source is not None
-    axis, _ = unit_axis(plan, name, (units, source), dim, reads=False)
+    axis, _ = unit_axis(plan, name, (units, source), dim, False)
     if bool((axis.index == NEW).any()):
         raise TransferError(
             f"{name} embeds and is read by a layer, and grows by units that its teacher lacks: what is fresh for "

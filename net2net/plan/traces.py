@@ -26,10 +26,8 @@ class Traces:
     @cached_property
     def absorbed(self) -> tuple[Trace, Trace]:
         """The traces in which the layers `scaled` take those numbers for their own."""
-        theirs, mine = (
-            trace(each.model, self.inputs, SeenAs(scale_absorbed=layers))
-            for each, layers in zip(self.plain, self.scaled_layers, strict=True)
-        )
+        pairs = zip(self.plain, self.scaled_layers, strict=True)
+        theirs, mine = (trace(each.model, self.inputs, SeenAs(scale_absorbed=layers)) for each, layers in pairs)
         return theirs, mine
 
     def comparable(self, rename: Rename, absorb: bool = False) -> tuple[Trace, Trace]:
@@ -72,19 +70,12 @@ def _split_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> f
     depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in (theirs, mine)]
     grouped = {names[name] for name in depthwise[1] | mine.parameters.values.keys()}
     found = {Key(name) for name in grouped - depthwise[0] - theirs.parameters.values.keys() if name is not None}
-    found |= {
-        Key(other, "groups")
-        for name in mine.parameters.inner
-        if (other := names[name]) is not None and other not in theirs.parameters.inner
-    }
-    convert = key_converter(names)
+    inner = {names[name] for name in mine.parameters.inner} - theirs.parameters.inner.keys()
+    found |= {Key(name, "groups") for name in inner if name is not None}
+    convert, relations = key_converter(names), theirs.units.relations.keys()
     keys = {convert(c.key) for c in mine.contractions} - {c.key for c in theirs.contractions}
-    related = {convert(key) for key in mine.units.relations.keys() - theirs.units.relations.keys()}
-    keys |= {
-        key
-        for key in related - theirs.units.relations.keys()
-        if key is not None and replace(key, part="") in theirs.units.meetings
-    }
+    related = {convert(key) for key in mine.units.relations.keys() - relations} - relations
+    keys |= {key for key in related if key is not None and replace(key, part="") in theirs.units.meetings}
     return frozenset(found | {key for key in keys if key is not None})
 
 

@@ -20,8 +20,6 @@ Bends = tuple[tuple[str, float], ...]  # for each activation the layer before it
 ALL: Range = (-math.inf, math.inf)
 _SAMPLES = (1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 5.9, 6.1, 8.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
 
-# -- ranges ----------------------------------------------------------------------------------------------
-
 
 def range_after(function: Callable[[Tensor], Tensor], before: Range) -> Range:
     """Return the range of an elementwise function's results, as far as sample numbers show it."""
@@ -49,9 +47,6 @@ def add_ranges(ranges: Iterable[Range]) -> Range:
     if None in known:
         return None
     return sum(one[0] for one in known if one), sum(one[1] for one in known if one)
-
-
-# -- chains ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,9 +102,6 @@ def _largest_difference(a: Tensor, b: Tensor) -> int | None:
     """Return the place where two rows of numbers differ most; None if they agree."""
     difference = (a - b).abs() / a.abs().clamp(min=1.0)
     return int(difference.argmax()) if difference.numel() and float(difference.max()) > 1e-12 else None
-
-
-# -- sign pairs and gates --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ class Parameters:
         self.inner: dict[str, tuple[Tensor, int]] = {}
         self._reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
-    # -- names ------------------------------------------------------------------------------------------------
-
     def name_of(self, tensor: object) -> str | None:
         """Return the name of a parameter or buffer of the network; a tied tensor goes by its first name."""
         return self._names.get(id(tensor))
@@ -49,8 +47,6 @@ class Parameters:
         self.first_names[name] = name
         self.stand_ins.append(name)
         self._names[id(tensor)] = name
-
-    # -- views ------------------------------------------------------------------------------------------------
 
     def view(self, value: Tensor) -> View | None:
         """Return the parameter that this is, or is a view of; None for an activation or a constant."""
@@ -83,8 +79,6 @@ class Parameters:
             if axis < 0 and unused:  # of length one
                 axes[dim] = (unused[0], view.places[unused.pop(0)].reshape(-1)[:1])
         return Weight(view.name, axes, view.gain)
-
-    # -- units ------------------------------------------------------------------------------------------------
 
     def elements(self, view: View, shape: torch.Size) -> Tensor:
         """Return the units of a parameter's elements that are used as an activation of `shape`."""

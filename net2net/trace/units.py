@@ -43,8 +43,6 @@ class Units:
         other._pending, other._without_contractions = list(self._pending), list(self._without_contractions)
         return other
 
-    # -- making and naming ------------------------------------------------------------------------------------
-
     def fresh(self, count: int, key: Key | None = None, distinct: bool = True) -> Tensor:
         """Return `count` labels that nothing carries yet, which can be paired by a `key` that both networks share."""
         # `distinct`: they are units of one layer, which `combine` must not make one.
@@ -60,8 +58,6 @@ class Units:
         """Return a name for the next `what` in a module; the same thing has it in the other network."""
         self._calls[where, what] += 1
         return Key(where, what, self._calls[where, what])
-
-    # -- which labels are one unit ----------------------------------------------------------------------------
 
     def unite(self, a: Tensor, b: Tensor, contraction: bool = False) -> None:
         """Make the labels `a` and `b` one unit, entry by entry; say if a `contraction` is the only reason."""
@@ -133,8 +129,6 @@ class Units:
         touched, family = touched[distinct], family[distinct]
         count = [len(torch.unique(family * self._count + root[touched])) for root in (before, after)]
         return count[1] < count[0]
-
-    # -- what holds units -------------------------------------------------------------------------------------
 
     def relate(self, key: Key, children: Tensor, parents: Tensor) -> None:
         """Let each unit of `children` belong to the unit of `parents` beside it."""

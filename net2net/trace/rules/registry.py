@@ -127,9 +127,6 @@ def pin_operands(trace: Trace, call: Call, why: str) -> None:
         trace.label(out, Labels.of(units, *operands))
 
 
-# -- operands --------------------------------------------------------------------------------------------
-
-
 def first_labels(trace: Trace, call: Call) -> Labels:
     """Return the labels of the first argument."""
     if (labels := trace.labels(call.args[0])) is None:
