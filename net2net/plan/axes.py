@@ -1,5 +1,7 @@
 """One axis of a student tensor: which teacher entry each entry copies, which copies are first, and their shares."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,8 +109,7 @@ def _number_parts(roots: Tensor, apart: Tensor) -> Tensor:
     """Number, for every entry, the part of its unit that it belongs to; only a contraction joins the parts."""
     if torch.equal(torch.unique(roots), torch.unique(apart)):
         return torch.zeros_like(roots)
-    begin = {part: k for k, part in reversed(list(enumerate(apart.tolist())))}
-    first = torch.tensor([begin[part] for part in apart.tolist()])
+    first = torch.tensor([apart.tolist().index(part) for part in apart.tolist()])
     numbers = torch.empty_like(roots)
     for root in torch.unique(roots).tolist():
         at = roots == root
@@ -190,37 +191,33 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
 
 def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:
     """Return the axis of a kernel of other `sizes` (mine, theirs), with the teacher's taps at the same places."""
-    options = [
-        {
-            what: value[dim] if isinstance(value := each.options.get(what, 1), (tuple, list)) else value
-            for what in ("stride", "dilation", "padding", "outer")
-        }
-        for each in (layer, other)
-    ]
-    if sizes[0] == sizes[1] and options[0] == options[1]:
+    here, there = (_along(each, size, dim) for each, size in zip((layer, other), sizes, strict=True))
+    if here == there:
         return None
-    (mine, shorter), (theirs, shorter_there) = (
-        _tap_places(option, size) for option, size in zip(options, sizes, strict=True)
-    )
-    resized = shorter != shorter_there and options[0]["stride"] == 1 and not layer.options["transposed"]
-    if set(theirs) - set(mine) or resized or options[0]["stride"] != options[1]["stride"]:
-        described = [
-            f"{size} taps, padding {option['padding']}, stride {option['stride']}, dilation {option['dilation']}"
-            for option, size in zip(options, sizes, strict=True)
-        ]
+    (mine, shorter), (theirs, shorter_there) = _tap_places(**here), _tap_places(**there)
+    resized = shorter != shorter_there and here["stride"] == 1 and not layer.options["transposed"]
+    if set(theirs) - set(mine) or resized or here["stride"] != there["stride"]:
+        text = "{taps} taps, padding {padding}, stride {stride}, dilation {dilation}"
         raise TransferError(
-            f"The kernel of {layer.name} ({described[0]}) does not look at every place that the teacher's looks at "
-            f"({described[1]}): a larger kernel has the teacher's in its middle, and more padding."
+            f"The kernel of {layer.name} ({text.format(**here)}) does not look at every place that the teacher's "
+            f"looks at ({text.format(**there)}): a larger kernel has the teacher's in its middle, and more padding."
         )
     where = {place: tap for tap, place in enumerate(theirs)}
     return make_axis(torch.tensor([where.get(place, ZERO) for place in mine]), True)
 
 
-def _tap_places(option: dict, size: int) -> tuple[list[int], int]:
+def _along(layer: Layer, taps: int, dim: int) -> dict[str, Any]:
+    """Return the options of a kernel along one axis."""
+    options = {what: layer.options.get(what, 1) for what in ("stride", "dilation", "padding", "outer")}
+    return {"taps": taps} | {what: o[dim] if isinstance(o, (tuple, list)) else o for what, o in options.items()}
+
+
+def _tap_places(
+    taps: int, dilation: int, padding: int | str, outer: tuple[int, int], **_: Any
+) -> tuple[list[int], int]:
     """Return where each tap of a kernel looks, and by how much its result is shorter than its input."""
-    dilation, padding = option["dilation"], option["padding"]
+    shorter = 0 if padding == "same" else dilation * (taps - 1) - 2 * (padding if isinstance(padding, int) else 0)
     if isinstance(padding, str):
-        padding = dilation * (size - 1) // 2 if padding == "same" else 0
-    before, behind = option["outer"]
-    shorter = 0 if option["padding"] == "same" else dilation * (size - 1) - 2 * padding
-    return [tap * dilation - padding - before for tap in range(size)], shorter - before - behind
+        padding = dilation * (taps - 1) // 2 if padding == "same" else 0
+    before, behind = outer
+    return [tap * dilation - padding - before for tap in range(taps)], shorter - before - behind

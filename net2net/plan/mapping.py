@@ -244,9 +244,8 @@ def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> No
 def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
     """Let a new layer produce the units that it reads, in the same order, and then copies of them."""
     # Before `activations` that units pass in pairs, it produces every unit with every pattern of signs.
-    if layer.reads is None:
+    if layer.reads is None or layer.produces is None:
         raise TransferError(f"The new layer {layer.name} would have to pass on what is not followed unit by unit.")
-    assert layer.produces is not None
     g, roots = unit_map.g, unit_map.networks.student_roots
     mine, read = roots[layer.produces], g[roots[layer.reads]]
     read = read[read != NEW]

@@ -130,15 +130,10 @@ def _other_axis(plan: Plan, name: str, theirs: str, dim: int) -> Axis | None:
         return kernel_axis(layer, counterpart, (mine[dim], other[dim]), dim - 2)
     if mine[dim] == other[dim]:
         return None
+    why = f"axis {dim} does not carry units that the forward pass can follow: such axes keep their size"
     if layer is None and name not in plan.student.parameters.axes:
-        raise TransferError(
-            f"{name} has shape {tuple(mine)}, the teacher's {tuple(other)}, and the forward pass "
-            "on this example does not use it: give an example that does."
-        )
-    raise TransferError(
-        f"{name} has shape {tuple(mine)}, the teacher's {tuple(other)}, and axis {dim} does "
-        "not carry units that the forward pass can follow: such axes keep their size."
-    )
+        why = "the forward pass on this example does not use it: give an example that does"
+    raise TransferError(f"{name} has shape {tuple(mine)}, the teacher's {tuple(other)}, and {why}.")
 
 
 def _factor(plan: Plan, name: str, theirs: str) -> float:
@@ -182,10 +177,8 @@ def _passing_origin(plan: Plan, layer: Layer) -> Origin:
     assert layer.produces is not None and layer.reads is not None
     inner = plan.student.parameters.inner.get(layer.name)
     read = passed_entries(plan, layer.reads), plan.student_roots[layer.reads]
-    axes = {
-        0: make_axis(passed_entries(plan, layer.produces), False),
-        1: reading_axis(plan, *read, 1 if inner is None else inner[1]),
-    }
+    producing = make_axis(passed_entries(plan, layer.produces), False)
+    axes = {0: producing, 1: reading_axis(plan, *read, 1 if inner is None else inner[1])}
     rows = _row_signs(plan, layer.name, layer.produces)
     return Origin(How.IDENTITY, axes=axes, fill=Fill.PASS, factor=_slope_factor(plan, layer), rows=rows)
 

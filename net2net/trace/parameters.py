@@ -13,17 +13,18 @@ class Parameters:
 
     def __init__(self, model: nn.Module, units: Units) -> None:
         self._units = units
+        # A weight that a parametrisation computes replaces the tensors it is computed from.
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.originals = dict(self.tensors)
+        self.originals = dict(self.tensors)  # before any tensor was replaced by one with its groups merged
         self.buffers = {name for name, _ in model.named_buffers()}
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        self.first_names = {name: self._names[id(tensor)] for name, tensor in every}
-        self.stand_ins: list[str] = []
-        self.axes: dict[str, list[Tensor | None]] = {}
-        self.values: dict[str, Tensor] = {}
-        self.read_axis: dict[str, int] = {}
-        self.inner: dict[str, tuple[Tensor, int]] = {}
+        self.first_names = {name: self._names[id(tensor)] for name, tensor in every}  # of tied tensors, too
+        self.stand_ins: list[str] = []  # the weights that parametrisations compute
+        self.axes: dict[str, list[Tensor | None]] = {}  # tensor name -> the units of each of its axes
+        self.values: dict[str, Tensor] = {}  # tensor used as an activation -> the units of all its elements, flat
+        self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
+        self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> units of axis 1 in every group, groups
         self._reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
     def name_of(self, tensor: object) -> str | None:
@@ -34,10 +35,6 @@ class Parameters:
         """Return the name of the parameter that this is, or is a view of."""
         view = getattr(value, "_net2net_view", None)
         return self.name_of(value) if view is None else view.name
-
-    def is_buffer(self, value: Tensor) -> bool:
-        """Tell whether this is a buffer, or a view of one."""
-        return self.owner_of(value) in self.buffers
 
     def stand_in(self, tensor: Tensor, name: str, prefix: str) -> None:
         """Let `tensor`, which is computed from the parameters under `prefix`, stand for them as the weight `name`."""
@@ -93,25 +90,16 @@ class Parameters:
         self._reached.setdefault(view.name, torch.zeros(sizes.numel(), dtype=torch.bool))[flat] = True
         return units
 
-    def make_one_unit(self, name: str) -> None:
-        """Let all elements of a tensor be one unit, where it is of no use to tell them apart."""
-        if name not in self.values:
-            unit = self._units.fresh(1, Key(name), distinct=False)
-            self.values[name] = unit.expand(self.tensors[name].numel())
-
     def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
         """Let axis `dim` of a tensor carry `units` (None: fresh ones), and return the labels of the entries `taken`."""
         # A tensor that is used a second time carries the same units again.
-        tensor = self.tensors[name]
-        axes = self.axes.setdefault(name, [None] * tensor.dim())
+        size = self.tensors[name].shape[dim]
+        axes = self.axes.setdefault(name, [None] * self.tensors[name].dim())
         known = axes[dim]
         if known is None:
-            if taken is None and units is not None and len(units) != tensor.shape[dim]:
-                raise TransferError(
-                    f"{name} is used with {len(units)} entries on axis {dim}, and has {tensor.shape[dim]}."
-                )
-            known = units if units is not None and taken is None else self._units.fresh(tensor.shape[dim])
-            axes[dim] = known
+            if taken is None and units is not None and len(units) != size:
+                raise TransferError(f"{name} is used with {len(units)} entries on axis {dim}, and has {size}.")
+            axes[dim] = known = units if units is not None and taken is None else self._units.fresh(size)
         part = known if taken is None else known[taken]
         if units is not None and units is not part:
             self._units.unite(units, part)
@@ -132,27 +120,20 @@ class Parameters:
         # Such elements are positions beyond the example's length, or rows of other classes. They are pinned where the
         # used elements differ along an axis that is used in part, and so do not show the units of the others.
         for name, reached in self._reached.items():
-            if not reached.all() and len(self.values[name]) == len(reached):
-                self._complete(name, reached)
-
-    def _complete(self, name: str, reached: Tensor) -> None:
-        """Do this for one tensor, of which the pass reached some elements (flat)."""
-        shape = self.tensors[name].shape
-        box, labels = reached.reshape(shape), self.values[name].reshape(shape)
-        used = [box.movedim(dim, 0).reshape(shape[dim], -1).any(1).nonzero().flatten() for dim in range(len(shape))]
-        partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
-        inside = self._units.find(labels[torch.meshgrid(*used, indexing="ij")])
-        same = all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly)
-        if int(reached.sum()) != inside.numel() or not same:
-            why = f"the example uses only {int(reached.sum())} of the {len(reached)} elements of {name}"
-            self._units.pin(labels, why)
-            return
-        for dim in partly:  # as the first that is used
-            like = torch.arange(shape[dim])
-            like[~torch.isin(like, used[dim])] = used[dim][0]
-            labels = labels.index_select(dim, like)
-        self._units.unite(self.values[name], labels.reshape(-1))
-
-    def used(self) -> set[str]:
-        """Return the names of the tensors of which the pass knows an axis or elements."""
-        return {*self.axes, *self.values}
+            if reached.all() or len(self.values[name]) != len(reached):
+                continue
+            shape = self.tensors[name].shape
+            box, labels = reached.reshape(shape), self.values[name].reshape(shape)
+            used = [box.movedim(d, 0).reshape(shape[d], -1).any(1).nonzero().flatten() for d in range(len(shape))]
+            partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
+            inside = self._units.find(labels[torch.meshgrid(*used, indexing="ij")])
+            same = all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly)
+            if int(reached.sum()) != inside.numel() or not same:
+                why = f"the example uses only {int(reached.sum())} of the {len(reached)} elements of {name}"
+                self._units.pin(labels, why)
+                continue
+            for dim in partly:  # as the first that is used
+                like = torch.arange(shape[dim])
+                like[~torch.isin(like, used[dim])] = used[dim][0]
+                labels = labels.index_select(dim, like)
+            self._units.unite(self.values[name], labels.reshape(-1))

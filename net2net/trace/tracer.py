@@ -34,18 +34,18 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
             prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
             result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
-        if _has_unreached_parameters(result) or _asks_for_mode(model):
+        parameters = result.parameters
+        reached = {
+            *parameters.axes,
+            *parameters.values,
+            *(t for l in result.layers.values() for t in l.tensors.values()),
+        }
+        missed = {name for name, _ in model.named_parameters() if name in parameters.tensors} - reached
+        if missed or _asks_for_mode(model):
             with suppress(TransferError):  # it may need what an example does not give: several images, a target
                 _pass(model, inputs, result, training=True)
         result.parameters.complete()
     return result
-
-
-def _has_unreached_parameters(result: Trace) -> bool:
-    """Tell whether the pass has met no call with some parameter."""
-    reached = result.parameters.used() | {t for layer in result.layers.values() for t in layer.tensors.values()}
-    names = [name for name, _ in result.model.named_parameters() if name in result.parameters.tensors]
-    return any(name not in reached for name in names)
 
 
 def _asks_for_mode(model: nn.Module) -> bool:

@@ -21,13 +21,12 @@ class Units:
     """The units of one network, as far as its forward pass has shown them."""
 
     def __init__(self, as_grouped: frozenset[Key] = frozenset()) -> None:
-        """Start without labels; `as_grouped` names pairs of units that are seen as related instead of united."""
-        self.as_grouped = as_grouped
-        self.families: dict[Key, Tensor] = {}
-        self.relations: dict[Key, tuple[Tensor, Tensor]] = {}
-        self.meetings: set[Key] = set()
-        self.whole: list[tuple[Tensor, str]] = []
-        self.pinned: list[tuple[Tensor, str]] = []
+        self.as_grouped = as_grouped  # pairs of units that are seen as related instead of united
+        self.families: dict[Key, Tensor] = {}  # key that both networks share -> labels that were made together
+        self.relations: dict[Key, tuple[Tensor, Tensor]] = {}  # labels, and those of the units they belong to
+        self.meetings: set[Key] = set()  # all elementwise calls in which units met
+        self.whole: list[tuple[Tensor, str]] = []  # labels that move as a whole only, and why
+        self.pinned: list[tuple[Tensor, str]] = []  # labels that may not be copied at all, and why
         self._count = 0
         self._calls: Counter[tuple[str, str]] = Counter()
         self._root = torch.empty(0, dtype=torch.long)  # label -> smallest label of its unit

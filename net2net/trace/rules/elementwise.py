@@ -56,8 +56,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
 def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], count: int) -> Tensor | None:
     """Return the parameter that counts as an activation in a call of parameters alone; None if nothing is to do."""
     parameters = [x for x in others if trace.follows(x)]
-    is_mask = call.results[0].dtype == torch.bool and all(map(trace.parameters.is_buffer, parameters))
-    if not parameters or is_mask:
+    all_buffers = all(trace.parameters.owner_of(x) in trace.parameters.buffers for x in parameters)
+    if not parameters or (all_buffers and call.results[0].dtype == torch.bool):  # a mask
         return None
     if len(parameters) == count == 1 and call.plain in LINEAR and (view := trace.parameters.view(parameters[0])):
         view = replace(view, gain=view.gain * factor_in(trace, call))

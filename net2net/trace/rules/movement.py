@@ -36,11 +36,8 @@ def movement(trace: Trace, call: Call) -> None:
     known = [one for one in labels if one is not None]
     if not known:
         return
-    units = [
-        label_constant(trace, call, x.shape) if one is None else one.units
-        for x, one in zip(operands, labels, strict=True)
-    ]
-    moved = _move(call, units)
+    pairs = zip(operands, labels, strict=True)
+    moved = _move(call, [one.units if one else label_constant(trace, call, x.shape) for x, one in pairs])
     if moved is None:
         raise CannotFollow(f"{call} changes what an element is")
     state = {
@@ -131,13 +128,11 @@ def pad(trace: Trace, call: Call) -> None:
 
 def _pad_units(trace: Trace, call: Call, units: Tensor, dim: int, amount: tuple[int, int]) -> Tensor:
     """Put new units before and behind `units` along one axis."""
-    before, after = (
-        [spread(trace.units.fresh(count, trace.units.key("padding", call.module)), dim, _resize(units, dim, count))]
-        if count
-        else []
-        for count in amount
-    )
-    return torch.cat([*before, units, *after], dim)
+    padding = []
+    for count in amount:
+        key = trace.units.key("padding", call.module) if count else None
+        padding.append(spread(trace.units.fresh(count, key), dim, _resize(units, dim, count)))
+    return torch.cat([padding[0], units, padding[1]], dim)
 
 
 def _resize(units: Tensor, dim: int, size: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Norms: their statistics are one for each unit (batch norm), or taken across units (layer norm, group norm)."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,8 @@ def layer_norm(trace: Trace, call: Call) -> None:
     # A unit that holds a mean deviates from it at other positions only.
     once = size == max(shape) and len(torch.unique(trace.units.find(rows[0]))) == size
     kind = NormKind.RMS if is_rms else NormKind.LAYER
-    _record(trace, call, replace(labels, units=units), _Statistic(kind, rows, tensors, eps, once))
+    norm = Norm(trace.units.key("norm", call.module), kind, rows, tensors, eps, call.module)
+    _record(trace, call, replace(labels, units=units), norm, once)
 
 
 @rule("group_norm")
@@ -64,9 +65,9 @@ def group_norm(trace: Trace, call: Call) -> None:
     if groups > 1:
         key = trace.units.key("groups", call.module)
         trace.units.relate(key, rows, trace.units.fresh(groups, key)[:, None].expand_as(rows))
-    once = call.args[0][0].numel() == rows.numel()
-    statistic = _Statistic(NormKind.LAYER, rows, tensors, call.arg(4, "eps", 1e-5), once)
-    _record(trace, call, labels, statistic)
+    key, eps = trace.units.key("norm", call.module), call.arg(4, "eps", 1e-5)
+    norm = Norm(key, NormKind.LAYER, rows, tensors, eps, call.module)
+    _record(trace, call, labels, norm, once=call.args[0][0].numel() == rows.numel())
 
 
 def _activation(trace: Trace, call: Call) -> Labels:
@@ -85,24 +86,13 @@ def _parameters(trace: Trace, call: Call, roles: dict[str, tuple[int, str]], uni
     return tensors
 
 
-@dataclass(frozen=True)
-class _Statistic:
-    """A statistic over each of `rows` of units; `once` says that a row holds each of its units once."""
-
-    kind: NormKind
-    rows: Tensor
-    tensors: dict[str, str]
-    eps: float
-    once: bool
-
-
-def _record(trace: Trace, call: Call, labels: Labels, statistic: _Statistic) -> None:
-    """Record a norm across units, and label its result."""
-    key, tensors, rows = trace.units.key("norm", call.module), statistic.tensors, statistic.rows
+def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) -> None:
+    """Record a norm across units, and label its result; `once` says that each row holds each of its units once."""
+    tensors, key = norm.tensors, norm.key
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else str(key)
-    padded = statistic.kind == NormKind.RMS or (labels.linear and statistic.once)
+    padded = norm.kind == NormKind.RMS or (labels.linear and once)
     first = NO_NORM if labels.linear else labels.first_norm
-    trace.norms.append(Norm(key, statistic.kind, rows, tensors, statistic.eps, call.module, padded, name, first))
+    trace.norms.append(replace(norm, padded=padded, name=name, first_norm=first))
     known = (labels.sources, labels.norms_since, {"across": True})
-    trace.add(Layer(LayerKind.NORM, name, tensors, rows.reshape(-1), *known, key=None if tensors else key))
+    trace.add(Layer(LayerKind.NORM, name, tensors, norm.units.reshape(-1), *known, key=None if tensors else key))
     trace.label(call.out, Labels.of(labels.units, labels, norms=[name], after_norm=name, first_norm=name))

@@ -83,7 +83,7 @@ def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) 
     rows, which = torch.unique(trace.units.find(rows), dim=0, return_inverse=True)  # several positions have the same
     key = trace.units.key("across", call.module)
     kind = NormKind.MEAN if call.plain == "mean" else NormKind.EXTREME
-    trace.norms.append(Norm(key, kind, rows, {}, 0.0, call.module, padded=False))
+    trace.norms.append(Norm(key, kind, rows, {}, 0.0, call.module))
     results = trace.units.fresh(len(rows), key)
     if len(rows) > 1:
         trace.units.relate(key, rows, results[:, None].expand_as(rows))

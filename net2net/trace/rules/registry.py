@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from ..facts import Call, Labels, plain_name
+from ..facts import Call, Key, Labels, plain_name
 from ..graph import Trace
 
 Rule = Callable[[Trace, Call], None]
@@ -114,9 +114,11 @@ class CannotFollow(Exception):
 
 def pin_operands(trace: Trace, call: Call, why: str) -> None:
     """Pin every unit that meets in `call`, and follow none of them further: each result is one unit of fixed size."""
-    for x in call.tensors:
-        if (view := trace.parameters.view(x)) is not None:
-            trace.parameters.make_one_unit(view.name)
+    values = trace.parameters.values
+    for x in call.tensors:  # it is of no use to tell the elements of a parameter apart
+        if (view := trace.parameters.view(x)) is not None and view.name not in values:
+            unit = trace.units.fresh(1, Key(view.name), distinct=False)
+            values[view.name] = unit.expand(trace.parameters.tensors[view.name].numel())
     operands = [labels for x in call.tensors if (labels := trace.labels(x))]
     for labels in operands:
         trace.units.pin(labels.units, why)
