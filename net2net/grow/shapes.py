@@ -22,9 +22,6 @@ Changes = dict[Hashable, list[tuple[nn.Module, str, Any, Any]]]  # module, attri
 Sizes = dict[str, dict[int, set[int]]]  # module name -> width -> what that width becomes in the module
 
 
-# -- how many units -----------------------------------------------------------------------------------------------
-
-
 def split_groups(traced: Trace, description: Description) -> list[list[Tensor]]:
     """Split every group into parts that grow by themselves: units of one group or head that the same layers read."""
     roots = traced.units.roots()
@@ -54,9 +51,6 @@ def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int,
             wanted = round(len(units) * factor + 1e-9)  # halves are rounded up, not to even
             count[units] = max(len(units), wanted) / len(units)
     return count
-
-
-# -- a copy with room ---------------------------------------------------------------------------------------------
 
 
 def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
@@ -151,8 +145,6 @@ def _draw(old: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
     channels_last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
     return drawn.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-
-# -- numbers that follow ------------------------------------------------------------------------------------------
 
 _SIZES = {  # by the class of the module: attribute -> the axis of the weight whose size it is
     nn.Linear: {"out_features": 0, "in_features": 1},

@@ -145,9 +145,7 @@ class Norm:
     tensors: dict[str, str]  # role (weight, bias) -> name
     eps: float
     module: str  # in which it is called
-    padded: bool = (
-        False  # whether the units before it could hold means (layer norm) or zeros (RMS norm), which it can undo
-    )
+    padded: bool = False  # it could undo means (layer norm) or zeros (RMS norm) that the units before it hold
     name: str = ""  # of its layer
     first_norm: str | None = None  # what its input begins with, `NO_NORM` if that is a sum of layers
 

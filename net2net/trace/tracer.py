@@ -34,13 +34,9 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
             prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
             result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
-        parameters = result.parameters
-        reached = {
-            *parameters.axes,
-            *parameters.values,
-            *(t for l in result.layers.values() for t in l.tensors.values()),
-        }
-        missed = {name for name, _ in model.named_parameters() if name in parameters.tensors} - reached
+        known, held = result.parameters, (layer.tensors.values() for layer in result.layers.values())
+        reached = known.axes.keys() | known.values.keys() | {tensor for tensors in held for tensor in tensors}
+        missed = {name for name, _ in model.named_parameters() if name in known.tensors} - reached
         if missed or _asks_for_mode(model):
             with suppress(TransferError):  # it may need what an example does not give: several images, a target
                 _pass(model, inputs, result, training=True)
