@@ -13,21 +13,13 @@ from .network import Example, Inputs, run, tensors_in, unwrap
 
 @dataclass(frozen=True)
 class Equivalence:
-    """The difference of two networks on some inputs.
+    """The difference of two networks on some inputs."""
 
-    Attributes:
-        max_abs: the largest |teacher - student| over all outputs.
-        max_relative: the same over the teacher's largest |output|.
-        agree: how many rows have the same largest entry (top-1).
-        examples: how many rows there are.
-        mode: how the networks ran, "eval" or "train".
-    """
-
-    max_abs: float
-    max_relative: float
-    agree: int
-    examples: int
-    mode: str
+    max_abs: float  # the largest |teacher - student| over all outputs
+    max_relative: float  # the same over the teacher's largest |output|
+    agree: int  # how many rows have the same largest entry (top-1)
+    examples: int  # how many rows there are
+    mode: str  # how the networks ran, "eval" or "train"
 
     def __str__(self) -> str:
         return (
@@ -61,16 +53,7 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
 
 
 def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
-    """Measure the difference of two results: tensors, or nested containers of tensors.
-
-    Args:
-        theirs: the teacher's.
-        mine: the student's.
-        mode: how the networks ran.
-
-    Raises:
-        TransferError: the results differ in shape, or are empty.
-    """
+    """Measure the difference of two results (tensors, or nested containers of tensors), which must agree in shape."""
     pairs = list(zip(tensors_in(theirs), tensors_in(mine), strict=False))
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
@@ -97,21 +80,8 @@ def _precise(value: Tensor) -> Tensor:
 def assert_equivalent(
     teacher: nn.Module, student: nn.Module, inputs: Inputs, output: object, identities: Collection[str]
 ) -> Equivalence:
-    """Measure the difference of a filled student and its teacher, on the example and on other inputs that are drawn.
-
-    Args:
-        teacher: the network, unwrapped.
-        student: the filled network, unwrapped.
-        inputs: the example.
-        output: the teacher's output on it.
-        identities: the new layers that pass units through, for the message.
-
-    Returns:
-        The difference on the example.
-
-    Raises:
-        TransferError: rounding cannot explain a difference.
-    """
+    """Measure the difference of a filled student and its teacher; raise TransferError if rounding cannot explain it."""
+    # `output` is the teacher's output on the example; `identities` are named in the message.
     tensors = [t for model in (teacher, student) for t in (*model.parameters(), *model.buffers())]
     tolerance = rounding_tolerance({t.dtype for t in tensors if t.is_floating_point()})
     measured = compare(output, run(student, inputs))
@@ -129,12 +99,8 @@ def rounding_tolerance(dtypes: Collection[torch.dtype]) -> float:
 def _compare_on_others(
     teacher: nn.Module, student: nn.Module, inputs: Inputs, tolerance: float
 ) -> tuple[Equivalence, float] | None:
-    """Measure the difference on inputs that are drawn: units that are dead on the example may be alive on those.
-
-    Returns:
-        The difference, and the difference that rounding may make there: far from its data a deep network can amplify
-        rounding without bound. None if the teacher takes no such inputs.
-    """
+    """Return the difference on drawn inputs and what rounding may make there; None if the teacher takes none."""
+    # Units that are dead on the example may be alive on those. Far from its data a deep network can amplify rounding.
     for others in (inputs.draw_like(), inputs.draw_like(numbers=None)):
         try:
             theirs = run(teacher, others)

@@ -19,12 +19,7 @@ QUANTISED_MODULES = ("torch.ao.nn", "torch.nn.quantized")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DistributedDataParallel, DataParallel, torch.compile or an averaging wrapper.
-
-    Raises:
-        TransferError: a parameter is not a plain tensor that holds the whole weight (lazy, sharded, quantised), or the
-            network is a ScriptModule.
-    """
+    """Return the network inside DistributedDataParallel, torch.compile and the like; refuse tensors that are not plain."""
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module
@@ -83,17 +78,10 @@ class Inputs:
         )
 
     def draw_like(self, seed: int = 0, numbers: int | None = 2**16) -> "Inputs":
-        """Draw other inputs of the same kind.
-
-        Floating-point tensors become normal noise with the same standard deviation. Whole numbers are drawn from among
-        those of the example.
-
-        Args:
-            seed: of the generator.
-            numbers: the batch gets as many rows as make about this many numbers. Maps (batch x channels x positions)
-                get one row at least, other tensors two: a sequence may come with its length first, and one position
-                would leave attention nothing to choose from. None keeps the size of the batch.
-        """
+        """Draw other inputs: normal noise of the same deviation for floating tensors, else the example's numbers."""
+        # The batch gets as many rows as make about `numbers` numbers; None keeps its size. Maps (batch x channels x
+        # positions) get one row at least, other tensors two: a sequence may come with its length first, and one
+        # position would leave attention nothing to choose from.
         generator = torch.Generator().manual_seed(seed)
         sizes = {x.shape[0] for x in self.tensors if x.dim()}
         total = sum(x.numel() for x in self.tensors)
@@ -146,10 +134,8 @@ def tensors_in(value: object) -> list[Tensor]:
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Hold the network in one mode, without gradients, while the block runs.
-
-    Afterwards every module has its own mode again. In training mode the buffers and the random state are restored, too.
-    """
+    """Hold the network in one mode, without gradients, while the block runs; then restore every module's mode."""
+    # In training mode the buffers and the random state are restored, too.
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
     model.train(training)
@@ -176,10 +162,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
-    """Return the network's output in eval mode (or in training mode), without gradients.
-
-    The network is left as it was, and so are the inputs: it works on a copy.
-    """
+    """Return the network's output in one mode, without gradients; the network and the inputs stay as they were."""
     with in_mode(model, training):
         if training:
             torch.manual_seed(0)

@@ -44,14 +44,8 @@ def refuse_spectral_norm(module: nn.Module, weight: str, name: str) -> None:
 
 
 def merge_groups(weight: Tensor, groups: int, times: int, between: float = 0.0) -> Tensor:
-    """Return the weight of a convolution in which `times` groups in turn become one.
-
-    Args:
-        weight: of a convolution, (units, units read in each group, kernel).
-        groups: how many groups it has.
-        times: how many of them one group of the result replaces.
-        between: the weights with which the units of one old group read those of another.
-    """
+    """Return a convolution's weight (units, units read in each group, kernel) in which `times` groups become one."""
+    # `between` are the weights with which the units of one old group read those of another.
     if times == 1:
         return weight
     rows, inside = weight.shape[:2]

@@ -16,10 +16,9 @@ from .identity import fill_new
 
 @torch.no_grad()
 def restore_scale(student: nn.Module, record: Record) -> None:
-    """Let every new batch norm that passes units through undo its normalisation: scale sqrt(var + eps), shift mean.
-
-    This is exact in eval mode whatever the statistics are; in train mode as far as they are the batch's (section 3.4).
-    """
+    """Let every new batch norm that passes units through undo its normalisation: scale sqrt(var + eps), shift mean."""
+    # This is exact in eval mode whatever the statistics are; in train mode as far as they are the batch's (section
+    # 3.4).
     tensors = dict(student.named_parameters()) | dict(student.named_buffers())
     for name, origin in record.origins.items():
         if origin.fill in (Fill.DEVIATION, Fill.MEAN):
@@ -32,11 +31,8 @@ def calibrate(
     norms: Mapping[str, bool],
     batches: Tensor | dict[str, Any] | Iterable[Example],
 ) -> None:
-    """Measure the statistics of new batch norms on one or several `batches`, averaged over them (paper, section 3.4).
-
-    `norms` tells of each new batch norm, by name, whether it passes its units through; those that do get their scale
-    restored. Raises TransferError if a batch norm is no module, or a forward pass fails.
-    """
+    """Measure the statistics of new batch norms on one or several `batches`, averaged over them (section 3.4)."""
+    # `norms` tells of each new batch norm whether it passes its units through; those that do get their scale restored.
     passes_on = {student.get_submodule(name): passes for name, passes in norms.items()}
     for norm in passes_on:
         if not isinstance(norm, _BatchNorm):
@@ -50,10 +46,8 @@ def calibrate(
 
 @contextmanager
 def _measure(passes_on: dict[nn.Module, bool]) -> Iterator[None]:
-    """While the block runs, these batch norms, and no others, average the statistics of the batches.
-
-    A norm that passes its units through hands on its input, so that the layers behind it see the teacher's values.
-    """
+    """While the block runs, these batch norms, and no others, average the statistics of the batches."""
+    # A norm that passes its units through hands on its input, so that the layers behind it see the teacher's values.
     hooks, momentum = [], {}
 
     def begin(norm: nn.Module, _: tuple) -> None:

@@ -17,11 +17,7 @@ SPLITS = ("equal", "uneven", "paired")
 
 @torch.no_grad()
 def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
-    """Fill the student in place as the record says; for `random_pad` only the teacher's own entries are written.
-
-    Raises TransferError if a rotated stream has no solution (then nothing is written), or a parametrisation cannot hold
-    its weight.
-    """
+    """Fill the student in place as the record says; for `random_pad` only the teacher's own entries are written."""
     generator = torch.Generator()
     generator.set_state(record.state)
     pad = record.split == "pad"
@@ -55,10 +51,7 @@ def _first_copies(origin: Origin) -> Origin:
 
 @torch.no_grad()
 def add_noise(student: nn.Module, record: Record, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the incoming weights of every copy but the first, in place (paper, section 3.3).
-
-    Its standard deviation is `record.noise` times the tensor's own.
-    """
+    """Add noise of `record.noise` times the tensor's deviation to incoming weights of all copies but the first."""
     tensors = named_tensors(student)
     for name, origin in record.origins.items():
         reading = any(axis.reads for axis in origin.axes.values())

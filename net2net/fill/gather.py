@@ -8,11 +8,9 @@ from .shares import entrywise, multiply, rotate, scale_rows, share_out
 
 
 def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
-    """Gather a teacher's tensor along every axis of units, and divide it along those that read.
-
-    Entries without a teacher's are zero, a mean, or those of `target`. Where it can be, the result is made in `target`:
-    memory may not hold another copy of a large network's largest tensor.
-    """
+    """Gather a teacher's tensor along every axis of units, and divide it along those that read."""
+    # Entries without a teacher's are zero, a mean, or those of `target`. Where it can be, the result is made in
+    # `target`: memory may not hold another copy of a large network's largest tensor.
     shape = target.shape
     if origin.flat:
         source, target = source.reshape(-1), target.reshape(-1)

@@ -23,10 +23,7 @@ STARTS, STEPS, EXACT = 3, 60, 1e-12
 
 
 def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor, Origin]:
-    """Multiply the rotated axes of a teacher's tensor by their matrices, in double precision.
-
-    Returns the product, and the student's origin with the axes that are left to gather.
-    """
+    """Multiply a teacher's tensor by the matrices of its rotated axes; return it with the origin of its other axes."""
     if not origin.mixed:
         return source, origin
     for mixed, by in zip(origin.mixed, matrices, strict=True):
@@ -38,10 +35,8 @@ def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor,
 
 
 def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
-    """Return the matrix (student's entries, teacher's entries) that a rotated axis is multiplied by, float64.
-
-    For a norm's weight, and for the bias of any norm but the first, return the new values (student's entries) instead.
-    """
+    """Return the matrix (student's entries, teacher's entries) that a rotated axis is multiplied by, float64."""
+    # For a norm's weight, and for the bias of any norm but the first, it is the new values (student's entries) instead.
     channels, wider = mixed.widths
     positions = len(mixed.columns) // channels
     ratio = (channels / wider) ** 0.5  # norms see the same squares spread over more entries
@@ -71,12 +66,10 @@ def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
 
 
 def find_isometries(weight: Tensor, wider: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find Q (wider, channels), A (wider, channels) and new weights (wider), float64, for the weight of a norm.
-
-    Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). The same
-    weights give the same solution. Raises TransferError if none is found; most weights have one if `wider` is larger by
-    three at least, and shares a divisor with the number of channels if that is large.
-    """
+    """Find Q (wider, channels), A (wider, channels) and new weights (wider), float64, for the weight of a norm."""
+    # Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). Most
+    # weights have a solution if `wider` is larger by three at least, and shares a divisor with the number of channels
+    # if that is large; the same weights have the same one.
     return _find_isometries(tuple(weight.detach().double().tolist()), wider)
 
 

@@ -32,11 +32,9 @@ def share_out(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, s
 
 
 def shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | None, split: str) -> Tensor:
-    """Return the part of the teacher's outgoing weight that each copy takes; it broadcasts against `value`.
-
-    The parts of the copies of one entry add up to one. Uneven ones differ from one reading unit to the next: a factor
-    common to all readers of a copy would only scale its gradient, which RMSProp and Adam undo.
-    """
+    """Return the part of the teacher's outgoing weight that each copy takes; those of one entry add up to one."""
+    # Uneven ones differ from one reading unit to the next: a factor common to all readers of a copy would only scale
+    # its gradient, which RMSProp and Adam undo.
     if split != "uneven" or not axis.copies or axis.signed:
         return entrywise(axis, value, dim, axis.share).to(value)
     other = 1 - dim if value.dim() > 1 else dim  # the axis that produces
@@ -58,10 +56,7 @@ def shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | Non
 def _add_paired_noise(
     value: Tensor, index: Tensor, share: Tensor, dim: int, generator: torch.Generator, spread: Tensor
 ) -> Tensor:
-    """Add noise that the copies of a unit cancel among themselves, half as large as the weights.
-
-    That parts the copies well, and the weights still make up most of what is computed.
-    """
+    """Add noise that the copies of a unit cancel among themselves, half as large as the weights."""
     shape = [-1 if d == dim else 1 for d in range(value.dim())]
     known = (index >= 0).reshape(shape).to(value)
     noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * spread / 2 * known

@@ -54,11 +54,8 @@ def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int,
 
 
 def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:
-    """Return a copy of a network with room for `count` units in the place of each. Tensors that grow are random.
-
-    In a `trial`, which only shows whether the copy runs, they are 0, and the other tensors are the model's own. Raises
-    TransferError if nothing grows, the network cannot be copied, or a parametrisation takes no other width.
-    """
+    """Return a copy of a network with room for `count` units in the place of each. Tensors that grow are random."""
+    # In a `trial`, which only shows whether the copy runs, they are 0, and the other tensors are the model's own.
     roots = traced.units.roots()
     shapes = {name: _grown_shape(traced, roots, name, count) for name in traced.parameters.tensors}
     if all(shape == traced.parameters.tensors[name].shape for name, shape in shapes.items()):
@@ -190,11 +187,8 @@ def _set_channels(module: _ConvNd, shape: torch.Size, old: torch.Size) -> None:
 
 
 def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
-    """Let whole numbers that modules hold follow the widths inside these modules that they are equal to, in place.
-
-    A number follows only where all widths of its value become the same. Returns what changed: of torch's own modules by
-    class, of the user's by class, attribute and value.
-    """
+    """Let whole numbers of modules follow the widths inside them, if all of that value become the same."""
+    # What changed is listed by class for torch's own modules, for the user's by class, attribute and value.
     changes: Changes = defaultdict(list)
     sizes = _changed_sizes(copied, traced, count)
     for name, module in copied.named_modules():
@@ -243,10 +237,7 @@ def _follow(number: int, sizes: Mapping[int, set[int]]) -> int:
 
 
 def put_idle_back(copied: nn.Module, inputs: Inputs, changes: Changes) -> bool:
-    """Put back the numbers without which the network runs as well: they only happened to be equal to a width.
-
-    Returns whether any were.
-    """
+    """Put back numbers that only happened to equal a width: the network runs without. Tell whether there were any."""
     any_idle = False
     for alike in changes.values():
         for module, key, before, _ in alike:

@@ -97,11 +97,9 @@ def widen(
 def _make_runnable(
     model: nn.Module, inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, follow_all: bool = False
 ) -> tuple[nn.Module, bool]:
-    """Return a copy with room for new units that runs, and whether numbers were put back that may stay as they are.
-
-    The whole numbers that modules hold follow the widths only where it does not run otherwise. With `follow_all`, and
-    in a `trial`, all do. Raises TransferError if it does not run even so.
-    """
+    """Return a copy with room for new units that runs, and whether numbers were put back that may stay as they are."""
+    # The whole numbers that modules hold follow the widths only where it does not run otherwise. With `follow_all`, and
+    # in a `trial`, all do.
     copied = make_room(model, traced, count, trial)
     try:
         run(copied, inputs)
@@ -153,10 +151,8 @@ def _requested_factors(description: Description, widths: Mapping[str, float | in
 
 
 def _grow_most(grow: Callable[[Factors], nn.Module], factors: Factors) -> tuple[Factors, nn.Module]:
-    """Grow all groups that can grow together, found by halving; return them and the network grown by them.
-
-    `grow` returns the grown network, or raises TransferError. If no group grows, the first reason is raised.
-    """
+    """Grow all groups that can grow together, found by halving; return them and the network grown by them."""
+    # `grow` returns the grown network, or raises TransferError. If no group grows, the first reason is raised.
     held: Factors = {}
     best: list[nn.Module] = []
     refusals: list[TransferError] = []

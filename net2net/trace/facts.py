@@ -61,46 +61,25 @@ class Key:
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of an activation.
+    """What is known of an activation."""
 
-    Attributes:
-        units: the unit of every element, in the activation's shape.
-        sources: the layers whose outputs are summed or concatenated in it.
-        norms_since: the norms that it has passed since.
-        gain: the product of the plain numbers that it was multiplied by since a layer produced it.
-        linear: whether it is a plain sum of what layers produced, so that one of its units can hold the mean of others.
-        after_norm: the norm that it comes from directly. Units that this norm saw as its mean, or as zero, are zero.
-        first_norm: the one norm across units that it begins with, if it is a plain sum since.
-        passage: the activations and gates since a layer produced it.
-        padded_by: the padding that was just added, before and after, the last axis first.
-        range: the numbers that it can be.
-        chain: the activations since the last layer, each directly behind the one before.
-        result_of: the layer whose result it is, untouched.
-    """
-
-    units: Tensor
-    sources: frozenset[str] = frozenset()
-    norms_since: frozenset[str] = frozenset()
-    gain: float = 1.0
-    linear: bool = False
-    after_norm: str | None = None
-    first_norm: str | None = None
-    passage: Passage = NOTHING
-    padded_by: tuple[tuple[int, int], ...] = ()
-    range: Range = None
-    chain: Chain | None = None
-    result_of: str | None = None
+    units: Tensor  # of every element, in the activation's shape
+    sources: frozenset[str] = frozenset()  # the layers whose outputs are summed or concatenated in it
+    norms_since: frozenset[str] = frozenset()  # the norms that it has passed since
+    gain: float = 1.0  # the product of the plain numbers that multiplied it since a layer produced it
+    linear: bool = False  # a plain sum of what layers produced: one of its units can hold the mean of others
+    after_norm: str | None = None  # the norm directly before; units it saw as its mean, or as zero, are zero
+    first_norm: str | None = None  # the one norm across units that it begins with, if it is a plain sum since
+    passage: Passage = NOTHING  # the activations and gates since a layer produced it
+    padded_by: tuple[tuple[int, int], ...] = ()  # the padding just added, before and after, the last axis first
+    range: Range = None  # the numbers that it can be
+    chain: Chain | None = None  # the activations since the last layer, each directly behind the one before
+    result_of: str | None = None  # the layer whose result it is, untouched
 
     @classmethod
     def of(cls, units: Tensor, *operands: "Labels", norms: Collection[str] = (), **state: Any) -> "Labels":
-        """Return the labels `units` for a result of `operands`: it has the sources and norms of all of them.
-
-        Args:
-            units: the unit of every element of the result.
-            operands: the labels of the activations it was computed from.
-            norms: norms that it has passed besides theirs.
-            state: the other attributes. What is not given counts as unknown.
-        """
+        """Return the labels `units` of a result with the sources and norms of all `operands`, and further `norms`."""
+        # Of the other attributes (`state`) what is not given counts as unknown.
         sources = frozenset().union(*(labels.sources for labels in operands))
         return cls(units, sources, frozenset(norms).union(*(labels.norms_since for labels in operands)), **state)
 
@@ -178,22 +157,14 @@ class View:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a torch function in the forward pass.
+    """One call of a torch function in the forward pass."""
 
-    Attributes:
-        name: the function's name, as "conv2d" or "__iadd__".
-        func: the function.
-        args, kwargs: its arguments.
-        out: what it returned.
-        module: the module that called it.
-    """
-
-    name: str
+    name: str  # as "conv2d" or "__iadd__"
     func: Callable
     args: Sequence
     kwargs: dict[str, Any]
-    out: Any
-    module: str
+    out: Any  # what it returned
+    module: str  # the name of the module that called it
 
     @cached_property
     def plain(self) -> str:

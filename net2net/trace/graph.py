@@ -25,39 +25,25 @@ PLAIN = SeenAs()
 
 
 class Trace:
-    """What one forward pass tells of a network.
-
-    Attributes:
-        model: the network.
-        seen_as: how the pass looked at it.
-        units: which labels are one unit.
-        parameters: which axis of which tensor carries which units.
-        layers: by name, in the order of the forward pass.
-        norms: the statistics across units.
-        contractions: the products that sum over units of two activations.
-        multipliers: layer -> the numbers by which its result is multiplied (1 for every other use).
-        softmax_gains: softmax -> the number in front of its logits, the layers they come from, their units.
-        fixed_gains: operation -> numbers in front of units that nothing behind can undo, the units, the operation.
-        chains: layer -> the activations directly behind it.
-        outputs: module -> the labels of its result, if that is one tensor.
-        output: what the network returned.
-    """
+    """What one forward pass tells of a network."""
 
     def __init__(self, model: nn.Module, seen_as: SeenAs = PLAIN) -> None:
         self.model = model
-        self.seen_as = seen_as
+        self.seen_as = seen_as  # how the pass looks at the network
         self.units = Units(seen_as.as_grouped)
         self.parameters = Parameters(model, self.units)
         self.module_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        self.layers: dict[str, Layer] = {}
-        self.norms: list[Norm] = []
-        self.contractions: list[Contraction] = []
-        self.multipliers: dict[str, set[float]] = {}
+        self.layers: dict[str, Layer] = {}  # by name, in the order of the forward pass
+        self.norms: list[Norm] = []  # the statistics across units
+        self.contractions: list[Contraction] = []  # products that sum over units of two activations
+        self.multipliers: dict[str, set[float]] = {}  # layer -> what its uses multiply it by (1: plain use)
+        # softmax -> the number in front of its logits, the layers they come from, their units
         self.softmax_gains: dict[Key, tuple[float, frozenset[str], Tensor]] = {}
+        # operation -> numbers in front of units that nothing behind can undo, the units, the operation
         self.fixed_gains: dict[Key, tuple[tuple[float, ...], Tensor, str]] = {}
-        self.chains: dict[str, list[Chain]] = {}
-        self.outputs: dict[str, Labels] = {}
-        self.output: Any = None
+        self.chains: dict[str, list[Chain]] = {}  # layer -> the activations directly behind it
+        self.outputs: dict[str, Labels] = {}  # module -> the labels of its result, if that is one tensor
+        self.output: Any = None  # what the network returned
 
     def labels(self, value: object) -> Labels | None:
         """Return the labels of an activation, or of a parameter used as one; None for what the pass does not follow."""
