@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import TransferError
 from .network import Example, Inputs, run, tensors_in, unwrap
@@ -60,7 +60,7 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
         raise TransferError(f"The outputs differ in shape: the teacher's are {shapes[0]}, the student's {shapes[1]}.")
     if not all(a.numel() for a, _ in pairs):
         raise TransferError("An output of the networks is empty: there is nothing to compare.")
-    pairs = [(_precise(a), _precise(b)) for a, b in pairs]
+    pairs = [[x.to(torch.complex128 if x.is_complex() else torch.double) for x in pair] for pair in pairs]
     differences = [(a - b).abs().max().item() for a, b in pairs]
     sizes = [a.abs().max().item() for a, _ in pairs]
     a, b = pairs[0]
@@ -72,28 +72,19 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
     return Equivalence(max(differences), worst, agree, examples, mode)
 
 
-def _precise(value: Tensor) -> Tensor:
-    """Return the values in double precision."""
-    return value.to(torch.complex128 if value.is_complex() else torch.double)
-
-
 def assert_equivalent(
     teacher: nn.Module, student: nn.Module, inputs: Inputs, output: object, identities: Collection[str]
 ) -> Equivalence:
     """Measure the difference of a filled student and its teacher; raise TransferError if rounding cannot explain it."""
     # `output` is the teacher's output on the example; `identities` are named in the message.
     tensors = [t for model in (teacher, student) for t in (*model.parameters(), *model.buffers())]
-    tolerance = rounding_tolerance({t.dtype for t in tensors if t.is_floating_point()})
+    precisions = [torch.finfo(dtype).eps for dtype in {t.dtype for t in tensors if t.is_floating_point()}]
+    tolerance = max(precisions, default=torch.finfo(torch.float32).eps) ** 0.5
     measured = compare(output, run(student, inputs))
     _refuse_if_different(measured, tolerance, "the example", identities)
     if (others := _compare_on_others(teacher, student, inputs, tolerance)) is not None:
         _refuse_if_different(*others, "other inputs like it", identities)
     return measured
-
-
-def rounding_tolerance(dtypes: Collection[torch.dtype]) -> float:
-    """Return the relative difference that rounding may make: the square root of the coarsest precision."""
-    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps) ** 0.5
 
 
 def _compare_on_others(

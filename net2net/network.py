@@ -19,7 +19,7 @@ QUANTISED_MODULES = ("torch.ao.nn", "torch.nn.quantized")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network inside DistributedDataParallel, torch.compile and the like; refuse tensors that are not plain."""
+    """Return the network inside DistributedDataParallel, torch.compile and the like; refuse what cannot be filled."""
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module

@@ -21,7 +21,7 @@ from .optimizer import gradients, optimizer_state
 from .plan.names import Rename
 from .plan.new_layers import check_identities, new_batch_norms
 from .plan.plan import Plan, make_plan
-from .plan.tensors import Options, make_record
+from .plan.tensors import make_record
 from .plan.traces import Traces, trace_both
 from .record import Record, read_record
 from .tensors import named_tensors
@@ -29,14 +29,10 @@ from .tensors import named_tensors
 
 @dataclass(frozen=True, eq=False)
 class Transfer(Record):
-    """The record of a growth together with its two networks.
+    """The record of a growth together with its two networks."""
 
-    Attributes:
-        models: weak references to the teacher and the student; None for a record that was loaded, copied or unpickled.
-            They are weak because a grown network holds its record: a strong reference would drag the teacher into every
-            copy and every pickle of the student, and keep it in memory as long as the student lives.
-    """
-
+    # None for a record that was loaded, copied or unpickled. The references are weak because a grown network holds its
+    # record: they would drag the teacher into every copy of the student, and keep it in memory as long as that lives.
     models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -138,7 +134,7 @@ def transfer(  # noqa: PLR0913 (each keyword is a choice of its own)
     def grow(attempt: Attempt) -> Record:
         plan = _plan(traces, attempt, generator)
         check_identities(plan)
-        record = make_record(plan, student, Options(split, noise, depth), generator.get_state())
+        record = make_record(plan, student, generator.get_state(), split, noise, depth)
         with restore_on_refusal(student, record) if len(attempts) > 1 else nullcontext():
             fill(teacher, student, record)
             if batches is not None:
@@ -183,7 +179,7 @@ def random_pad(
     traces = trace_both(teacher, student, Inputs.of(example), rename)
 
     def pad(attempt: Attempt) -> Record:
-        return make_record(_plan(traces, attempt, generator), student, Options("pad"), generator.get_state())
+        return make_record(_plan(traces, attempt, generator), student, generator.get_state(), "pad")
 
     record = first_that_serves(pad, list_attempts(teacher, student, rename), generator)
     fill(teacher, student, record)

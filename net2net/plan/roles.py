@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 from ..trace.facts import Layer, LayerKind
 from ..trace.graph import Trace
@@ -19,30 +18,20 @@ class Roles:
     fresh: frozenset[str]  # what reads them does so with zero weights only
 
 
-@dataclass(frozen=True)
 class _New:
     """The layers that only the student has, in the order of its forward pass."""
 
-    student: Trace
-    names: dict[str, str | None]
-
-    @cached_property
-    def layers(self) -> dict[str, Layer]:
-        return {
-            layer.name: layer
-            for layer in self.student.layers.values()
-            if layer.kind != LayerKind.OUTPUT and not any(self.names[t] for t in layer.tensors.values() or [layer.name])
-        }
-
-    @cached_property
-    def mixers(self) -> set[str]:
-        """Those that read units and produce new ones."""
-        return {name for name, layer in self.layers.items() if layer.kind == LayerKind.MIX}
-
-    @cached_property
-    def readers(self) -> list[Layer]:
-        """The layers that the teacher has, too."""
-        return [layer for layer in self.student.layers.values() if layer.name not in self.layers]
+    def __init__(self, student: Trace, names: dict[str, str | None]) -> None:
+        self.names = names
+        self.layers: dict[str, Layer] = {}
+        self.readers: list[Layer] = []  # the layers that the teacher has, too
+        for name, layer in student.layers.items():
+            if layer.kind == LayerKind.OUTPUT or any(names[t] for t in layer.tensors.values() or [name]):
+                self.readers.append(layer)
+            else:
+                self.layers[name] = layer
+        # Those that read units and produce new ones.
+        self.mixers = {name for name, layer in self.layers.items() if layer.kind == LayerKind.MIX}
 
     def old_sources(self, layer: Layer) -> set[str]:
         """Return the teacher's names of what `layer` reads, new layers apart."""
@@ -102,11 +91,11 @@ def _branch_end(new: _New, name: str) -> str:
 def _needed_identities(teacher: Trace, new: _New) -> set[str]:
     """Find the new layers that must hand on what a layer of both networks needs to read."""
     identity: set[str] = set()
-    order = {name: position for position, name in enumerate(new.student.layers)}
+    order = list(new.layers)
 
     def demand(reader: Layer, needed: set[str]) -> None:
         """Make identities of the layers that hand on what `reader` needs: the earliest one meets each need, once."""
-        for name in sorted(reader.sources & new.mixers, key=lambda name: (name not in identity, order[name])):
+        for name in sorted(reader.sources & new.mixers, key=lambda name: (name not in identity, order.index(name))):
             met = new.origins(name) & needed
             needed = needed - met
             if met and name not in identity:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TransferError
-from ..trace.activations import Bends, Passage
+from ..trace.activations import Bends
 from ..trace.facts import Layer, LayerKind
 
 
@@ -34,14 +34,6 @@ def find_sign_pairs(layers: Iterable[Layer], passing: Collection[str], idle: Col
     if not found:
         raise TransferError("No new layer passes units on through an activation that pairs of them could pass.")
     return found
-
-
-def slope_correction(passage: Passage, bends: Bends, silent: Collection[str]) -> float:
-    """Return the factor that undoes the slopes and open gates that the input has passed."""
-    factor = 1.0
-    for _, slope in (*bends, *(gate for gate in passage.gates if gate[0] in silent)):
-        factor /= slope
-    return factor
 
 
 def signs(patterns: Tensor, activation: int | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """From units to tensors: the origin of every tensor of the student."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,15 @@ from ..trace.facts import Layer, LayerKind
 from .axes import kernel_axis, labels_of, make_axis, merged_groups, passed_entries, reading_axis, unit_axis
 from .new_layers import densify, new_origins
 from .plan import Plan
-from .sign_pairs import signs, slope_correction
+from .sign_pairs import signs
 from .tied import is_tied, untie
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a student is filled: the arguments `split`, `noise` and `depth` of `transfer`; "pad" for `random_pad`."""
-
-    split: str
-    noise: float = 0.0
-    depth: str = "identity"
-
-
-def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor) -> Record:
+def make_record(
+    plan: Plan, student: nn.Module, state: Tensor, split: str, noise: float = 0.0, depth: str = "identity"
+) -> Record:
     """Return the record of a growth: the origin of every tensor of the student, and the `state` that draws shares."""
-    if options.split != "pad":  # random_pad promises no function
+    if split != "pad":  # random_pad promises no function
         _check_numbers(plan)
     new = new_origins(plan)
     origins = {
@@ -42,11 +35,11 @@ def make_record(plan: Plan, student: nn.Module, options: Options, state: Tensor)
             origins[name] = _beside_padding(origins[name], role, factor)
     for name in [name for name in origins if is_tied(plan, name)]:
         origins |= untie(plan, name, origins)
-    if options.depth == "dense":
+    if depth == "dense":
         origins |= densify(plan, origins)
     originals = plan.teacher.parameters.originals, plan.student.parameters.originals
     theirs, mine = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in originals)
-    return Record(origins, options.split, options.noise, plan.eps, state, (theirs, mine))
+    return Record(origins, split, noise, plan.eps, state, (theirs, mine))
 
 
 def _check_numbers(plan: Plan) -> None:
@@ -154,7 +147,10 @@ def _factor(plan: Plan, name: str, theirs: str) -> float:
 def _slope_factor(plan: Plan, layer: Layer) -> float:
     """Return the factor that undoes the slopes and open gates that a layer's input has passed."""
     bends = layer.passage.bends if layer.passage.bends and layer.passage.bends[0][0] in plan.sign_pairs else ()
-    return slope_correction(layer.passage, bends, plan.roles.silent)
+    factor = 1.0
+    for _, slope in (*bends, *(gate for gate in layer.passage.gates if gate[0] in plan.roles.silent)):
+        factor /= slope
+    return factor
 
 
 def new_origin(plan: Plan, name: str, new: dict[str, Origin]) -> Origin:

@@ -50,7 +50,8 @@ def reduction(trace: Trace, call: Call) -> None:
     if any(isinstance(x, Tensor) for x in [*call.args[1:], call.kwargs.get("other")]):
         return pointwise(trace, call)  # the maximum of two
     labels, name = first_labels(trace, call), call.plain
-    dims = _reduced_axes(call, labels.units.dim())
+    rank, dims = labels.units.dim(), call.arg(2 if name == "norm" else 1, "dim", call.kwargs.get("axis"))
+    dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
     if name in ("mean", "amax", "amin", "max", "min", "all", "any"):
         units = _reduce_units(trace, call, labels.units, dims)
     else:
@@ -62,14 +63,6 @@ def reduction(trace: Trace, call: Call) -> None:
         result = replace(result, after_norm=labels.after_norm, first_norm=labels.first_norm)
     for out in call.results:
         trace.label(out, replace(result, units=units.expand(shape).reshape(out.shape)))
-
-
-def _reduced_axes(call: Call, rank: int) -> list[int]:
-    """Return the axes that a reduction sums over."""
-    dims = call.arg(2 if call.plain == "norm" else 1, "dim", call.kwargs.get("axis"))
-    if dims is None:
-        return list(range(rank))
-    return sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
 
 
 def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) -> Tensor:
