@@ -1,13 +1,14 @@
 """The unit groups of a network: which layers grow together, how wide they are, and what holds them."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..network import Example, Inputs, unwrap
-from ..trace.facts import Layer
+from ..trace.facts import Layer, LayerKind, NormKind
 from ..trace.graph import Trace
 from ..trace.groups import close
 from ..trace.tracer import trace
@@ -92,13 +93,17 @@ def describe_trace(traced: Trace) -> Description:
     """Return the groups of units of a network that was traced already. Closes the groups of its units."""
     close(traced.units)
     roots = traced.units.roots()
-    layers = [layer for layer in traced.layers.values() if layer.kind == "mix" and layer.produces is not None]
+    layers = [layer for layer in traced.layers.values() if layer.kind == LayerKind.MIX and layer.produces is not None]
     number = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))
     members: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers:
         members[int(number[roots[layer.produces]][0])].append(layer)
-    pinned, whole, norms = _reasons(traced.units.pinned, roots), _wholes(traced, roots), _norms(traced, roots)
-    carriers, readers = _carriers(traced, roots, number), _readers(traced, roots, number)
+    readers = _collect(((layer.reads, layer.module) for layer in layers if layer.reads is not None), number[roots])
+    carriers = _collect(_list_carriers(traced, {layer.name for layer in layers}), number[roots])
+    seen = [(n.units, n.module or "in the network", n.kind) for n in traced.norms if n.kind != NormKind.EXTREME]
+    kinds = {NormKind.MEAN: "mean"}
+    norms = _collect(((units, f"{kinds.get(kind, 'norm')} {where}") for units, where, kind in seen), roots)
+    pinned, whole = _collect(traced.units.pinned, roots), _find_wholes(traced, roots)
     groups = []
     for k, producers in members.items():
         units = torch.unique(torch.cat([roots[layer.produces] for layer in producers]))
@@ -109,13 +114,30 @@ def describe_trace(traced: Trace) -> Description:
                 carriers=tuple(carriers[k]),
                 readers=tuple(readers[k]),
                 width=max(_width(traced, layer) for layer in producers),
-                pinned=next((pinned[label] for label in labels if label in pinned), None),
+                pinned=next((why for label in labels for why in pinned[label]), None),
                 whole=next((whole[label] for label in labels if label in whole), None),
-                norms=tuple(dict.fromkeys(name for label in labels for name in norms.get(label, {}))),
+                norms=tuple(dict.fromkeys(name for label in labels for name in norms[label])),
                 units=units,
             )
         )
     return Description(tuple(groups))
+
+
+def _collect(pairs: Iterable[tuple[Tensor, str]], number: Tensor) -> dict[int, dict[str, None]]:
+    """Return for every number the names that stand beside labels of this number, each once and in order."""
+    found: dict[int, dict[str, None]] = defaultdict(dict)
+    for labels, name in pairs:
+        for k in torch.unique(number[labels]).tolist():
+            found[k][name] = None
+    return found
+
+
+def _list_carriers(traced: Trace, producers: set[str]) -> Iterator[tuple[Tensor, str]]:
+    """List the tensors that have an entry for each unit and produce none: those units, and the module."""
+    axes = {name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None}
+    for name, labels in (axes | traced.parameters.values).items():
+        if name not in producers:
+            yield labels, name.rpartition(".")[0] or name
 
 
 def _width(traced: Trace, layer: Layer) -> int:
@@ -126,18 +148,9 @@ def _width(traced: Trace, layer: Layer) -> int:
     return min(produced, module.hidden_size) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else produced
 
 
-def _reasons(pairs: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
-    """Return for every unit the first reason that names it."""
-    reasons: dict[int, str] = {}
-    for labels, why in pairs:
-        for root in torch.unique(roots[labels]).tolist():
-            reasons.setdefault(root, why)
-    return reasons
-
-
-def _wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
+def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
     """Return for every unit that grows in whole pieces only the reason."""
-    whole = _reasons(traced.units.whole, roots)
+    whole = {unit: next(iter(why)) for unit, why in _collect(traced.units.whole, roots).items()}
     heads = [roots[contraction.left] for contraction in traced.contractions]
     for units in heads:
         whole |= dict.fromkeys(units.tolist(), "the units of a head, queries by keys")
@@ -148,38 +161,6 @@ def _wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
         owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
         whole = owners | whole
     return whole
-
-
-def _norms(traced: Trace, roots: Tensor) -> dict[int, dict[str, None]]:
-    """Return for every unit the norms across units that see it, in order."""
-    norms: dict[int, dict[str, None]] = defaultdict(dict)
-    for norm in traced.norms:
-        if norm.kind != "extreme":
-            name = f"{'mean' if norm.kind == 'mean' else 'norm'} {norm.module or 'in the network'}"
-            for root in torch.unique(roots[norm.units]).tolist():
-                norms[root][name] = None
-    return norms
-
-
-def _carriers(traced: Trace, roots: Tensor, number: Tensor) -> dict[int, dict[str, None]]:
-    """Return for every group the modules that have an entry for each unit and produce none, in order."""
-    producers = {layer.name for layer in traced.layers.values() if layer.kind == "mix"}
-    axes = {name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None}
-    carriers: dict[int, dict[str, None]] = defaultdict(dict)
-    for name, labels in (axes | traced.parameters.values).items():
-        for k in torch.unique(number[roots[labels]]).tolist() if name not in producers else ():
-            carriers[k][name.rpartition(".")[0] or name] = None
-    return carriers
-
-
-def _readers(traced: Trace, roots: Tensor, number: Tensor) -> dict[int, dict[str, None]]:
-    """Return for every group the modules that read its units, in order."""
-    readers: dict[int, dict[str, None]] = defaultdict(dict)
-    for layer in traced.layers.values():
-        if layer.kind == "mix" and layer.reads is not None:
-            for k in torch.unique(number[roots[layer.reads]]).tolist():
-                readers[k][layer.module] = None
-    return readers
 
 
 def _components(sets: list[Tensor], count: int) -> Tensor:
