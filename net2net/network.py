@@ -59,10 +59,8 @@ class Inputs:
         else:
             inputs = cls(example if isinstance(example, tuple) else (example,), {})
         if not inputs.tensors:
-            raise TransferError(
-                "The example must be a tensor, a tuple of arguments or a dict of keyword arguments, with at least one "
-                "tensor in it."
-            )
+            kinds = "a tensor, a tuple of arguments or a dict of keyword arguments"
+            raise TransferError(f"The example must be {kinds}, with at least one tensor in it.")
         return inputs
 
     @property
@@ -77,17 +75,15 @@ class Inputs:
             {name: _map(value, change) for name, value in self.kwargs.items()},
         )
 
-    def draw_like(self, seed: int = 0, numbers: int | None = 2**16) -> "Inputs":
+    def draw_like(self, numbers: int | None = 2**16) -> "Inputs":
         """Draw other inputs: normal noise of the same deviation for floating tensors, else the example's numbers."""
         # The batch gets as many rows as make about `numbers` numbers; None keeps its size. Maps (batch x channels x
         # positions) get one row at least, other tensors two: a sequence may come with its length first, and one
         # position would leave attention nothing to choose from.
-        generator = torch.Generator().manual_seed(seed)
+        generator, rows = torch.Generator().manual_seed(0), None
         sizes = {x.shape[0] for x in self.tensors if x.dim()}
-        total = sum(x.numel() for x in self.tensors)
-        rows = None
         if numbers is not None and len(sizes) == 1:
-            (size,) = sizes
+            (size,), total = sizes, sum(x.numel() for x in self.tensors)
             least = 1 if all(x.dim() > 3 for x in self.tensors) else 2
             rows = max(least, min(numbers * size // max(total, 1), 64 * size))
         return self.map(lambda x: _draw_like(x, rows, generator))

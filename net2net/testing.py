@@ -12,21 +12,8 @@ def look_trained(model: nn.Module, images: Tensor | None = None, seed: int = 0) 
     """Make a fresh network look trained, in place, and return it in eval mode.
 
     A fresh network hides mistakes: a growth that forgets a bias of zero, or a scale of one, goes unnoticed. Afterwards
-    no bias, affine parameter, layer scale, class token or head is a constant, and batch norms hold disturbed
-    statistics. All numbers are drawn from one generator on the CPU, so the same seed gives the same network.
-
-    Args:
-        model: A network with parameters of any floating type.
-        images: A batch that the network reads. Every batch norm then holds the statistics of its own input, disturbed,
-            so that the signal survives a deep network. Without images, or where none arrive, a batch norm keeps the
-            statistics that it had, disturbed.
-        seed: Seeds the generator.
-
-    Returns:
-        The same network.
-
-    Example:
-        >>> teacher = look_trained(torchvision.models.resnet18().double(), torch.randn(8, 3, 64, 64).double())
+    no bias, affine parameter, layer scale, class token or head is a constant. Batch norms hold disturbed statistics: of
+    the `images`, so that the signal survives a deep network, or those they had. The same seed gives the same network.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

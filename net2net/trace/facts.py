@@ -89,7 +89,6 @@ class Layer:
     """A parametrised operation of the forward pass: it reads units, produces units, or both."""
 
     # What has no comment is that of the activation which it reads (see `Labels`).
-
     kind: LayerKind
     name: str  # of its weight; of a norm without parameters, that of its module and a number
     tensors: dict[str, str]  # role (weight, bias, mean, var, taps, shift, factor, slope, amount) -> name
@@ -117,7 +116,6 @@ class Norm:
     """A statistic across units. It is exact if each of its groups sees all units of the teacher's equally often."""
 
     # An extreme is exact if each unit is seen at all.
-
     key: Key
     kind: NormKind
     units: Tensor  # the units of every group, one row each
