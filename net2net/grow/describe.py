@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network import Example, Inputs, unwrap
-from ..trace.facts import Layer, LayerKind, NormKind
+from ..trace.facts import Layer, NormKind
 from ..trace.graph import Trace
 from ..trace.groups import close
 from ..trace.tracer import trace
@@ -93,7 +93,7 @@ def describe_trace(traced: Trace) -> Description:
     """Return the groups of units of a network that was traced already. Closes the groups of its units."""
     close(traced.units)
     roots = traced.units.roots()
-    layers = [layer for layer in traced.layers.values() if layer.kind == LayerKind.MIX and layer.produces is not None]
+    layers = [layer for layer in traced.mixers if layer.produces is not None]
     number = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))
     members: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers:

@@ -135,12 +135,8 @@ def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) ->
 
 def _find_families(unit_map: UnitMap) -> list[Family]:
     """Find every family that both networks have; refuse the first layer that is too narrow."""
-    networks = unit_map.networks
-    pairs = {
-        Key(layer.name): networks.produced(layer.name)
-        for layer in networks.student.layers.values()
-        if layer.kind == LayerKind.MIX and networks.names[layer.name]
-    }
+    networks, names = unit_map.networks, [layer.name for layer in unit_map.networks.student.mixers]
+    pairs = {Key(name): networks.produced(name) for name in names if networks.names[name]}
     for key, labels in networks.student_units.families.items():
         other = networks.convert(key)
         if other is not None and other in networks.teacher_units.families:

@@ -76,7 +76,5 @@ def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:
     elif norm.kind == NormKind.LAYER:
         needs += ", or if means can be added to them, which the layers before it cannot do"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"
-    return TransferError(
-        f"The {what} {norm.module or 'in the network'} has {width} units and its teacher {teacher_width}: it takes "
-        f"{needs}."
-    )
+    where = norm.module or "in the network"
+    return TransferError(f"The {what} {where} has {width} units and its teacher {teacher_width}: it takes {needs}.")

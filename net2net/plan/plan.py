@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..record import Mixed
 from ..trace.activations import Bends
-from ..trace.facts import Key, LayerKind, Norm
+from ..trace.facts import Key, Norm
 from ..trace.graph import Trace
 from ..trace.groups import close
 from .mapping import map_units
@@ -37,8 +37,8 @@ class Plan(Networks):
     def copies(self) -> Tensor:
         """For every teacher root how many student units copy it, but for those that an identity hands on."""
         handed, own = [], []
-        for layer in self.student.layers.values():
-            if layer.kind == LayerKind.MIX and layer.produces is not None:
+        for layer in self.student.mixers:
+            if layer.produces is not None:
                 (handed if layer.name in self.roles.identity else own).append(self.student_roots[layer.produces])
         units = torch.unique(self.student_roots)
         if handed and own:
@@ -105,8 +105,8 @@ def make_plan(
     rotated = torch.zeros(len(networks.student_roots), dtype=torch.bool)
     for stream in streams:
         rotated[stream.units] = True
-    mixers = [layer for layer in student.layers.values() if layer.kind == LayerKind.MIX]
-    passing = [(layer, len(sign_pairs.get(layer.name, ()))) for layer in mixers if layer.name in roles.identity]
+    identities = [layer for layer in student.mixers if layer.name in roles.identity]
+    passing = [(layer, len(sign_pairs.get(layer.name, ()))) for layer in identities]
     unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator)
     g, means, patterns, norms = unit_map.g, unit_map.means, unit_map.patterns, adjust_norms(unit_map)
     return Plan(*known, g, means, roles, *norms, sign_pairs, patterns, find_rotations(networks, streams))

@@ -71,8 +71,7 @@ def assign_roles(
         for name in reader.norms_since & new.layers.keys():
             if new.layers[name].sources - (new.mixers - identity):
                 identity.add(name)
-    mixers = [layer for layer in student.layers.values() if layer.kind == LayerKind.MIX]
-    carried = _units_of((x for x in mixers if x.name not in new.layers or x.name in identity), units)
+    carried = _units_of((x for x in student.mixers if x.name not in new.layers or x.name in identity), units)
     silent = {_branch_end(new, name) for name in new.mixers - identity if carried & new.produced(name, units)}
     return Roles(frozenset(identity), frozenset(silent), frozenset(new.layers.keys() - identity - silent))
 

@@ -22,11 +22,9 @@ def make_record(
     """Return the record of a growth: the origin of every tensor of the student, and the `state` that draws shares."""
     if split != "pad":  # random_pad promises no function
         _check_numbers(plan)
-    new = new_origins(plan)
-    origins = {
-        name: new_origin(plan, name, new) if plan.names[name] is None else shared_origin(plan, name)
-        for name in plan.student.parameters.tensors
-    }
+    new, origins = new_origins(plan), {}
+    for name in plan.student.parameters.tensors:
+        origins[name] = new_origin(plan, name, new) if plan.names[name] is None else shared_origin(plan, name)
     _check_modules(plan, student)
     for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.padding_factors.values()}.values():
         if "weight" not in norm.tensors:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import TransferError
 from .activations import NOTHING, Chain, join_ranges
-from .facts import Contraction, Key, Labels, Layer, Norm
+from .facts import Contraction, Key, Labels, Layer, LayerKind, Norm
 from .parameters import Parameters
 from .units import Units
 
@@ -44,6 +44,11 @@ class Trace:
         self.chains: dict[str, list[Chain]] = {}  # layer -> the activations directly behind it
         self.outputs: dict[str, Labels] = {}  # module -> the labels of its result, if that is one tensor
         self.output: Any = None  # what the network returned
+
+    @property
+    def mixers(self) -> list[Layer]:
+        """The layers that read units and produce new ones."""
+        return [layer for layer in self.layers.values() if layer.kind == LayerKind.MIX]
 
     def labels(self, value: object) -> Labels | None:
         """Return the labels of an activation, or of a parameter used as one; None for what the pass does not follow."""
