@@ -13,23 +13,6 @@ from .record import Axis, Origin, save_record
 from .trace.rules import rule
 from .transfer import Transfer, load_record, random_pad, replay, transfer
 
-__all__ = [
-    "Axis",
-    "Blend",
-    "Description",
-    "Equivalence",
-    "Group",
-    "Origin",
-    "Transfer",
-    "TransferError",
-    "deepen",
-    "describe",
-    "equivalence",
-    "load_record",
-    "random_pad",
-    "replay",
-    "rule",
-    "save_record",
-    "transfer",
-    "widen",
-]
+__all__ = ["Blend", "Transfer", "TransferError", "deepen", "random_pad", "replay", "rule", "transfer", "widen"]
+__all__ += ["Axis", "Description", "Equivalence", "Group", "Origin"]
+__all__ += ["describe", "equivalence", "load_record", "save_record"]

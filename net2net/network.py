@@ -70,10 +70,7 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """Return the same arguments with every tensor changed."""
-        return Inputs(
-            tuple(_map(value, change) for value in self.args),
-            {name: _map(value, change) for name, value in self.kwargs.items()},
-        )
+        return Inputs(_map(self.args, change), _map(self.kwargs, change))
 
     def draw_like(self, numbers: int | None = 2**16) -> "Inputs":
         """Draw other inputs: normal noise of the same deviation for floating tensors, else the example's numbers."""

@@ -26,12 +26,8 @@ def computed(module: nn.Module, weight: str) -> Tensor:
 
 def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Return, for every parametrised weight, the name of its module, the module, and the name of the weight."""
-    return [
-        (name, module, weight)
-        for name, module in model.named_modules()
-        if parametrize.is_parametrized(module)
-        for weight in module.parametrizations  # type: ignore[union-attr]
-    ]
+    found = [(name, module) for name, module in model.named_modules() if parametrize.is_parametrized(module)]
+    return [(name, module, weight) for name, module in found for weight in module.parametrizations]  # type: ignore
 
 
 def refuse_spectral_norm(module: nn.Module, weight: str, name: str) -> None:

@@ -15,24 +15,14 @@ from .identity import fill_new
 
 
 @torch.no_grad()
-def restore_scale(student: nn.Module, record: Record) -> None:
-    """Let every new batch norm that passes units through undo its normalisation: scale sqrt(var + eps), shift mean."""
-    # This is exact in eval mode whatever the statistics are; in train mode as far as they are the batch's (section
-    # 3.4).
-    tensors = dict(student.named_parameters()) | dict(student.named_buffers())
-    for name, origin in record.origins.items():
-        if origin.fill in (Fill.DEVIATION, Fill.MEAN):
-            fill_new(tensors[name], origin, tensors)
-
-
 def calibrate(
-    student: nn.Module,
-    record: Record,
-    norms: Mapping[str, bool],
-    batches: Tensor | dict[str, Any] | Iterable[Example],
+    student: nn.Module, record: Record, norms: Mapping[str, bool], batches: Tensor | dict[str, Any] | Iterable[Example]
 ) -> None:
-    """Measure the statistics of new batch norms on one or several `batches`, averaged over them (section 3.4)."""
-    # `norms` tells of each new batch norm whether it passes its units through; those that do get their scale restored.
+    """Measure the statistics of new batch norms on one or several `batches`, averaged over them (section 3.4).
+
+    `norms` tells of each whether it passes its units through. Those that do undo their normalisation: scale
+    sqrt(var + eps), shift mean. This is exact in eval mode, and in train mode as far as the statistics are the batch's.
+    """
     passes_on = {student.get_submodule(name): passes for name, passes in norms.items()}
     for norm in passes_on:
         if not isinstance(norm, _BatchNorm):
@@ -41,7 +31,10 @@ def calibrate(
         with _measure(passes_on):
             for batch in [batches] if isinstance(batches, (Tensor, dict)) else batches:
                 run(student, Inputs.of(cast(Example, batch)))
-        restore_scale(student, record)
+        tensors = dict(student.named_parameters()) | dict(student.named_buffers())
+        for name, origin in record.origins.items():
+            if origin.fill in (Fill.DEVIATION, Fill.MEAN):
+                fill_new(tensors[name], origin, tensors)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from .traces import Networks
 
 EVEN = "even"  # what a norm asks of a layer: every teacher unit is copied equally often
 
+Kinds = dict[int, set[str]]
 Owners = dict[int, dict[Key, int]]
 
 
@@ -50,7 +51,7 @@ class UnitMap:
 
     networks: Networks
     ties: tuple[Ties, Ties]  # of the units of the student and of the teacher
-    kinds: dict[int, set[str]]  # what norms ask of each unit's layer (see `norms.norm_kinds`)
+    kinds: Kinds  # what norms ask of each unit's layer (see `norms.norm_kinds`)
     rotated: Tensor  # for every unit whether it is on a rotated stream, where nothing is copied
     generator: torch.Generator  # draws the copies
     g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
@@ -60,11 +61,7 @@ class UnitMap:
 
 
 def map_units(
-    networks: Networks,
-    passing: list[tuple[Layer, int]],
-    kinds: dict[int, set[str]],
-    rotated: Tensor,
-    generator: torch.Generator,
+    networks: Networks, passing: list[tuple[Layer, int]], kinds: Kinds, rotated: Tensor, generator: torch.Generator
 ) -> UnitMap:
     """Decide which teacher unit every student unit copies."""
     # `passing`: the new layers that pass units through, and how many activations their units pass in pairs.

@@ -10,14 +10,7 @@ from ..trace.activations import largest_change
 from ..trace.facts import Layer, LayerKind
 from .plan import Plan
 
-_NEUTRAL = {
-    "bias": Fill.ZERO,
-    "shift": Fill.ZERO,
-    "factor": Fill.ONE,
-    "slope": Fill.ONE,
-    "taps": Fill.TAP,
-    "amount": Fill.ZERO,
-}
+_NEUTRAL = {"factor": Fill.ONE, "slope": Fill.ONE, "taps": Fill.TAP}  # by role; bias, shift and amount are zero
 
 
 def check_identities(plan: Plan) -> None:
@@ -109,7 +102,7 @@ def new_origins(plan: Plan) -> dict[str, Origin]:
             elif layer.kind == LayerKind.NORM or role == "weight":
                 made[tensor] = Origin(How.IDENTITY)
             else:
-                made[tensor] = Origin(How.IDENTITY, fill=_NEUTRAL[role])
+                made[tensor] = Origin(How.IDENTITY, fill=_NEUTRAL.get(role, Fill.ZERO))
     return made
 
 

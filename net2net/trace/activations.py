@@ -130,10 +130,6 @@ class Passage:
             return Passage(rest=new_rest)
         return replace(self, bends=(*self.bends, (self.carrier, slope)), carrier=None, rest=new_rest)
 
-    def multiply(self, factor: float) -> Passage:
-        """Return the passage behind a multiplication by a number."""
-        return replace(self, rest=None if self.rest is None else self.rest * factor)
-
 
 NOTHING = Passage()
 

@@ -112,7 +112,7 @@ def _label_result(
     count = len([x for x in operands if x.numel() > 1]) - (meeting.constants if name == "mul" else 0)
     is_product = name in ("mul", "div") and len(labels) > 1
     is_sum = name in (LINEAR | {"add", "sub"}) and not is_product and len(labels) == count
-    result_range, chain = _range_and_chain(trace, call, operands, labels)
+    result_range, chain = _range_and_chain(trace, call, labels, len(operands))
     return Labels.of(
         meeting.units,
         *labels,
@@ -121,32 +121,28 @@ def _label_result(
         linear=is_sum and all(each.linear for each in labels),
         after_norm=alone.after_norm if alone is not None and name in ZERO_AT_ZERO else None,
         first_norm=first_norm_of_sum(labels) if is_sum else None,
-        passage=_passage(trace, call, operands, labels, len(activations)),
+        passage=_passage(trace, call, labels, len(operands), len(activations)),
         range=result_range,
         chain=chain,
     )
 
 
-def _passage(
-    trace: Trace, call: Call, operands: Sequence[Tensor], labels: Sequence[Labels], activations: int
-) -> Passage:
-    """Return the passage of an elementwise result of `operands`, the first `activations` of which are activations."""
+def _passage(trace: Trace, call: Call, labels: Sequence[Labels], count: int, activations: int) -> Passage:
+    """Return the passage of an elementwise result of `count` operands, the first `activations` are activations."""
     before = labels[0].passage
-    if len(operands) == 1:
+    if count == 1:
         if call.plain in LINEAR:
-            return before.multiply(factor_in(trace, call))
+            return replace(before, rest=None if before.rest is None else before.rest * factor_in(trace, call))
         return before.apply(_as_function(call)) if call.args else NOTHING
     if activations == 1:
         return replace(before, rest=None) if call.plain in ROLES else NOTHING
     return apply_gate([(each.passage, each.sources) for each in labels]) if call.plain == "mul" else NOTHING
 
 
-def _range_and_chain(
-    trace: Trace, call: Call, operands: Sequence[Tensor], labels: Sequence[Labels]
-) -> tuple[Range, Chain | None]:
-    """Return the range of an elementwise result, and the activations between the last layer and this result."""
-    if len(operands) > 1 or not call.args:
-        is_sum = call.plain == "add" and len(labels) == len(operands)
+def _range_and_chain(trace: Trace, call: Call, labels: Sequence[Labels], count: int) -> tuple[Range, Chain | None]:
+    """Return the range of an elementwise result of `count` operands, and the activations since the last layer."""
+    if count > 1 or not call.args:
+        is_sum = call.plain == "add" and len(labels) == count
         return add_ranges(each.range for each in labels) if is_sum else None, None
     before, chain = labels[0], labels[0].chain
     if call.plain in LINEAR and factor_in(trace, call) == 1.0:

@@ -87,7 +87,7 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
         produced = trace.parameters.axis(name, produced_axis, None, produced_entries)
     trace.parameters.read_axis[name] = read_axis
     _add_bias(trace, product.bias, produced)
-    _record_layer(trace, product, weight, labels, (reads, produced))
+    _record_layer(trace, product, weight, (reads, produced))
     units = spread(produced, product.dim, call.out.shape)
     state = {"linear": True, "passage": Passage(carrier=name, rest=0.0), "range": ALL, "result_of": name}
     trace.label(call.out, Labels(units, frozenset({name}), **state))
@@ -110,11 +110,9 @@ def _add_bias(trace: Trace, bias: Tensor | None, produced: Tensor) -> None:
         trace.units.unite(labels.units.reshape(-1), produced)
 
 
-def _record_layer(
-    trace: Trace, product: Product, weight: Weight, labels: Labels | None, units: tuple[Tensor | None, Tensor]
-) -> None:
-    """Record a layer that reads the activation `labels`; `units` are those that it reads and produces here."""
-    name = weight.name
+def _record_layer(trace: Trace, product: Product, weight: Weight, units: tuple[Tensor | None, Tensor]) -> None:
+    """Record a layer; `units` are those that it reads and produces in this call."""
+    name, labels = weight.name, trace.labels(product.x)
     reads, produced = units
     if name not in trace.parameters.inner:  # the call may use a part of the weight
         axes = trace.parameters.axes[name]
