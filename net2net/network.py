@@ -52,12 +52,8 @@ class Inputs:
     @classmethod
     def of(cls, example: Example) -> "Inputs":
         """Return the arguments that `example` stands for: one tensor, a tuple of arguments or a dict of keywords."""
-        if isinstance(example, dict):
-            inputs = cls((), example)
-        elif not isinstance(example, (Tensor, tuple)):
-            inputs = cls((), {})
-        else:
-            inputs = cls(example if isinstance(example, tuple) else (example,), {})
+        args = example if isinstance(example, tuple) else (example,) if isinstance(example, Tensor) else ()
+        inputs = cls(args, example if isinstance(example, dict) else {})
         if not inputs.tensors:
             kinds = "a tensor, a tuple of arguments or a dict of keyword arguments"
             raise TransferError(f"The example must be {kinds}, with at least one tensor in it.")

@@ -37,8 +37,7 @@ def fill_new(
 
 def pass_through(origin: Origin, target: Tensor) -> Tensor:
     """Return the weight of a layer that hands on its units, before shares, in the shape and type of `target`."""
-    # It is one at the centre tap where the unit read is the unit produced; units that the teacher lacks are read with
-    # 0.
+    # It is 1 at the centre tap where the unit read is the unit produced. Units that the teacher lacks are read with 0.
     produced, read = origin.axes[0].index, origin.axes[1]
     rows = read.index.reshape(read.groups, -1).repeat_interleave(len(produced) // read.groups, 0)
     same = (produced[:, None] == rows) & (rows >= 0)

@@ -17,25 +17,19 @@ def check_identities(plan: Plan) -> None:
     """Raise TransferError if a layer which must pass its units through cannot (paper, section 3.4)."""
     for name in plan.roles.identity:
         layer = plan.student.layers[name]
-        if layer.kind == LayerKind.NORM:
-            _check_norm(layer)
-        elif layer.kind != LayerKind.SCALE or "taps" in layer.tensors:
+        if layer.options.get("across"):
+            raise TransferError(
+                f"The new norm {layer.name} stands in the way of units that the teacher passes on, and takes their "
+                "mean away: no weight brings it back. Put it into a branch of its own."
+            )
+        if layer.kind == LayerKind.NORM and not layer.tensors.keys() >= {"weight", "mean"}:
+            raise TransferError(
+                f"The new batch norm {layer.name} cannot undo its own normalisation: it has no affine parameters or no "
+                "running statistics."
+            )
+        if layer.kind == LayerKind.MIX or "taps" in layer.tensors:
             _check_activations(plan, layer)
             _check_kernel(layer, tuple(plan.student.parameters.tensors[name].shape[2:]))
-
-
-def _check_norm(layer: Layer) -> None:
-    """Raise TransferError if a new norm cannot undo its normalisation."""
-    if layer.options.get("across"):
-        raise TransferError(
-            f"The new norm {layer.name} stands in the way of units that the teacher passes on, and takes their mean "
-            "away: no weight brings it back. Put it into a branch of its own."
-        )
-    if "weight" not in layer.tensors or "mean" not in layer.tensors:
-        raise TransferError(
-            f"The new batch norm {layer.name} cannot undo its own normalisation: it has no affine parameters or no "
-            "running statistics."
-        )
 
 
 def _check_activations(plan: Plan, layer: Layer) -> None:

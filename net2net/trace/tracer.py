@@ -26,8 +26,7 @@ from .rules.registry import REWRITES, apply, function_name
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
     """Run an unwrapped network once in eval mode on `inputs` and return what the pass tells of its units."""
     # A network that has parameters which the eval mode does not reach (auxiliary heads), or code of its own that asks
-    # for the mode, runs once in training mode, too. The units of its output are pinned: a network's result keeps its
-    # width.
+    # for the mode, runs once in training mode, too. The units of its output are pinned: a result keeps its width.
     result = Trace(model, seen_as)
     with parametrize.cached(), in_mode(model, training=False):  # in training a spectral norm refines its estimate
         for name, module, weight in parametrised(model):
