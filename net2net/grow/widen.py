@@ -98,8 +98,7 @@ def _make_runnable(
     model: nn.Module, inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, follow_all: bool = False
 ) -> tuple[nn.Module, bool]:
     """Return a copy with room for new units that runs, and whether numbers were put back that may stay as they are."""
-    # The whole numbers that modules hold follow the widths only where it does not run otherwise. With `follow_all`, and
-    # in a `trial`, all do.
+    # The numbers that modules hold follow the widths where it does not run otherwise; all with `follow_all` or `trial`.
     copied = make_room(model, traced, count, trial)
     try:
         run(copied, inputs)
@@ -120,9 +119,8 @@ def _check_width(width: object, what: str) -> None:
 
 def _requested_factors(description: Description, widths: Mapping[str, float | int], traced: Trace) -> Factors:
     """Return the factor of every group that `widths` names; raise TransferError if one cannot grow so."""
-    other_names = [
-        (name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in traced.parameters.first_names.items()
-    ]
+    first_names = traced.parameters.first_names.items()
+    other_names = [(name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in first_names]
     factors: Factors = {}
     for pattern, width in widths.items():
         _check_width(width, repr(pattern))
@@ -138,9 +136,9 @@ def _requested_factors(description: Description, widths: Mapping[str, float | in
             raise TransferError(f"No layer is called {pattern!r}: there are {known} and others (net2net.describe).")
         growing = {k: name for k, name in named.items() if description.groups[k].pinned is None}
         if not growing:
-            k, name = next(iter(named.items()))
-            group = description.groups[k]
-            raise TransferError(f"{name} cannot grow from {group.width} units: {group.pinned}.")
+            (k, name), *_ = named.items()
+            held = description.groups[k]
+            raise TransferError(f"{name} cannot grow from {held.width} units: {held.pinned}.")
         for k, name in growing.items():
             now = description.groups[k].width
             factor = width / now if isinstance(width, Integral) else width

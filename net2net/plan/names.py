@@ -14,6 +14,7 @@ from ..errors import TransferError
 from ..trace.facts import Key, Layer, LayerKind
 from ..trace.graph import Trace
 
+Names = dict[str, str | None]  # the teacher's name of every student tensor; None where it has no such tensor
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
 Children = list[tuple[str, nn.Module]]
 
@@ -22,7 +23,7 @@ class Unpaired(TransferError):
     """A layer of the teacher has no counterpart by name."""
 
 
-def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> dict[str, str | None]:
+def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> Names:
     """Return the teacher's name of every student tensor (and norm without tensors), None where it has none."""
     # `rename` is a function, or a dict of prefixes (whole dotted parts) of which the longest that fits is used.
     convert = rename if callable(rename) else _prefix_converter(rename or {})
@@ -54,7 +55,7 @@ def _prefix_converter(rename: Mapping[str, str]) -> Callable[[str], str | None]:
     return convert
 
 
-def key_converter(names: dict[str, str | None]) -> Callable[[Key], Key | None]:
+def key_converter(names: Names) -> Callable[[Key], Key | None]:
     """Return the function that converts a student's key to the teacher's; None where a tensor has no counterpart."""
     modules: dict[str, str] = {}
     for mine, theirs in names.items():
@@ -77,7 +78,7 @@ def key_converter(names: dict[str, str | None]) -> Callable[[Key], Key | None]:
     return convert
 
 
-def teacher_layer(layer: Layer, names: dict[str, str | None]) -> str:
+def teacher_layer(layer: Layer, names: Names) -> str:
     """Return the name that a layer of the student would have among the teacher's layers."""
     if layer.kind == LayerKind.OUTPUT:
         return layer.name

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..trace.facts import Layer, LayerKind
 from ..trace.graph import Trace
 from ..trace.units import Units
-from .names import teacher_layer
+from .names import Names, teacher_layer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Roles:
 class _New:
     """The layers that only the student has, in the order of its forward pass."""
 
-    def __init__(self, student: Trace, names: dict[str, str | None]) -> None:
+    def __init__(self, student: Trace, names: Names) -> None:
         self.names = names
         self.layers: dict[str, Layer] = {}
         self.readers: list[Layer] = []  # the layers that the teacher has, too
@@ -54,9 +54,7 @@ class _New:
         return set(units.find(produces).tolist())
 
 
-def assign_roles(
-    teacher: Trace, student: Trace, units: Units, names: dict[str, str | None], passing_all: bool
-) -> Roles:
+def assign_roles(teacher: Trace, student: Trace, units: Units, names: Names, passing_all: bool) -> Roles:
     """Decide what each layer that only the student has becomes."""
     # A layer is an identity if a reader that the teacher has too lacks, in the student, the output of a layer which the
     # new layer can hand on. Otherwise it is silent if it joins a stream that is carried already, and fresh if it does

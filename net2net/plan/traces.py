@@ -12,7 +12,7 @@ from ..trace.facts import Key, Norm
 from ..trace.graph import SeenAs, Trace
 from ..trace.tracer import trace
 from ..trace.units import Units
-from .names import Rename, Unpaired, key_converter, teacher_names
+from .names import Names, Rename, Unpaired, key_converter, teacher_names
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[froz
     return frozenset(other for other in differing.values() if other), frozenset(differing)
 
 
-def _split_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> frozenset[Key]:
+def _split_groups(theirs: Trace, mine: Trace, names: Names) -> frozenset[Key]:
     """Find what the teacher has one of (a group, a head) and the student several: tensors and pairs, by their keys."""
     depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in (theirs, mine)]
     grouped = {names[name] for name in depthwise[1] | mine.parameters.values.keys()}
@@ -79,7 +79,7 @@ def _split_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> f
     return frozenset(found | {key for key in keys if key is not None})
 
 
-def _merged_groups(theirs: Trace, mine: Trace, names: dict[str, str | None]) -> dict[str, int]:
+def _merged_groups(theirs: Trace, mine: Trace, names: Names) -> dict[str, int]:
     """Find the teacher's grouped layers of which the student has fewer groups, and how many of them become one."""
     found: dict[str, int] = {}
     for layer in mine.layers.values():
@@ -97,7 +97,7 @@ class Networks:
 
     teacher: Trace
     student: Trace
-    names: dict[str, str | None]  # the teacher's name of every student tensor; None where it has no such tensor
+    names: Names  # the teacher's name of every student tensor; None where it has no such tensor
     teacher_units: Units  # the plan's own copies, in which it unites units further
     student_units: Units
     teacher_roots: Tensor  # the root of every label, which stands for the unit
