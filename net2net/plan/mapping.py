@@ -75,7 +75,8 @@ def map_units(
             _keep(unit_map, family)
         for layer, _ in passing:
             if layer.produces is not None:
-                _leave(unit_map, networks.student_roots[layer.produces], len(layer.produces))
+                units = networks.student_roots[layer.produces]
+                narrowest[units] = narrowest[units].clamp(max=len(units))
         for family in now:  # draw g(j) for the others uniformly, with replacement; a narrower layer keeps its units
             for mine, theirs in _split_by_ties(unit_map, family):
                 _draw(unit_map, mine[unit_map.narrowest[mine] == family.width], mine, theirs)
@@ -196,7 +197,7 @@ def _group(units: Tensor, keys: frozenset[Key], ties: Ties, apart: bool) -> dict
 
 def _keep(unit_map: UnitMap, family: Family) -> None:
     """Set g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
-    _leave(unit_map, family.mine, family.width)
+    unit_map.narrowest[family.mine] = unit_map.narrowest[family.mine].clamp(max=family.width)
     for mine, theirs in _split_by_ties(unit_map, family):
         free = in_order(mine[unit_map.g[mine] == NEW])
         missing = in_order(theirs[~torch.isin(theirs, unit_map.g[mine])])
@@ -206,11 +207,6 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
                 "so no mapping of units serves both."
             )
         unit_map.g[free[: len(missing)]] = missing
-
-
-def _leave(unit_map: UnitMap, units: Tensor, width: int) -> None:
-    """Leave units to a layer of this width, rather than to a wider layer that it is a part of."""
-    unit_map.narrowest[units] = unit_map.narrowest[units].clamp(max=width)
 
 
 def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> None:

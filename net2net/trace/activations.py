@@ -58,7 +58,7 @@ class Chain:
 
 
 def largest_change(
-    chain: Chain, where: Range, before: Iterable[Chain], wanted: Iterable[Chain]
+    chain: Chain, where: Range, before: Iterable[Chain], wanted: Sequence[Chain]
 ) -> tuple[float, float] | None:
     """Return the number in the range `where` that the activations of `chain` change most, and what it becomes."""
     # None: that is not known, they change no number, or they do the same as one of the teacher's chains `wanted`, alone
@@ -67,8 +67,8 @@ def largest_change(
         return None
     place, everywhere = _largest_difference(numbers, values), _sample((-math.inf, math.inf))
     starts = [(numbers, chain.functions), *((everywhere, first.functions + chain.functions) for first in before)]
-    goals = [one.functions for one in wanted]
-    same = any(_agree(x, functions, goal) for x, functions in starts for goal in goals)
+    results = [(_apply(functions, x), _apply(one.functions, x)) for x, functions in starts for one in wanted]
+    same = any(a is not None and b is not None and _largest_difference(a, b) is None for a, b in results)
     return None if same or place is None else (float(numbers[place]), float(values[place]))
 
 
@@ -90,12 +90,6 @@ def _apply(functions: Functions, numbers: Tensor) -> Tensor | None:
             return None
     fits = values.dtype == numbers.dtype and values.shape == numbers.shape and bool(values.isfinite().all())
     return values if fits else None
-
-
-def _agree(numbers: Tensor, one: Functions, other: Functions) -> bool:
-    """Tell whether two chains of functions give the same numbers."""
-    a, b = _apply(one, numbers), _apply(other, numbers)
-    return a is not None and b is not None and _largest_difference(a, b) is None
 
 
 def _largest_difference(a: Tensor, b: Tensor) -> int | None:

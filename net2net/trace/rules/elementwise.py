@@ -96,10 +96,14 @@ def _combine(
             units = trace.units.combine(units, labels.units.broadcast_to(shape), call)
             operands.append(labels)
             scales |= record_scale(trace, call, x, operands[0])
-        elif x.is_meta or any(not torch.equal(y := x.reshape(padded), y.narrow(d, 0, 1).expand_as(y)) for d in shared):
-            # Zeros and ones serve every width, other constants their own.
+        elif any(not _is_uniform(x.reshape(padded), dim) for dim in shared):  # zeros, ones serve every width
             trace.units.pin(units, f"{call} joins it to a constant of its own width")
     return _Meeting(units, operands, scales, constants)
+
+
+def _is_uniform(constant: Tensor, dim: int) -> bool:
+    """Tell whether a constant is the same all along an axis."""
+    return not constant.is_meta and torch.equal(constant, constant.narrow(dim, 0, 1).expand_as(constant))
 
 
 def _label_result(
