@@ -15,11 +15,11 @@ from .network import Example, Inputs, run, tensors_in, unwrap
 class Equivalence:
     """The difference of two networks on some inputs."""
 
-    max_abs: float  # the largest |teacher - student| over all outputs
-    max_relative: float  # the same over the teacher's largest |output|
-    agree: int  # how many rows have the same largest entry (top-1)
-    examples: int  # how many rows there are
-    mode: str  # how the networks ran, "eval" or "train"
+    max_abs: float  #: the largest |teacher - student| over all outputs
+    max_relative: float  #: the same over the teacher's largest |output|
+    agree: int  #: how many rows have the same largest entry (top-1)
+    examples: int  #: how many rows there are
+    mode: str  #: how the networks ran, "eval" or "train"
 
     def __str__(self) -> str:
         return (

@@ -62,14 +62,14 @@ class Matrix(StrEnum):
 class Axis:
     """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's axis."""
 
-    index: Tensor  # teacher entries; a negative one is NEW, ZERO or MEAN - k; in groups it may have a row a group
-    first: Tensor  # marks the entries that are not a copy of an earlier one
-    reads: bool  # whether the axis reads units, so that copies divide a weight among themselves
-    # The part of the teacher's weight (if it reads) or gradient (if not) that each entry takes, float64. A negative
-    # share belongs to the second unit of a sign pair.
+    index: Tensor  #: teacher entries; a negative one is NEW, ZERO or MEAN - k; in groups it may have a row a group
+    first: Tensor  #: marks the entries that are not a copy of an earlier one
+    reads: bool  #: whether the axis reads units, so that copies divide a weight among themselves
+    #: The part of the teacher's weight (if it reads) or gradient (if not) that each entry takes, float64. A negative
+    #: share belongs to the second unit of a sign pair.
     share: Tensor
-    groups: int = 1  # copies divide a weight among those of their own group
-    means: tuple[Tensor, ...] = ()  # for each code MEAN - k the teacher entries to average
+    groups: int = 1  #: copies divide a weight among those of their own group
+    means: tuple[Tensor, ...] = ()  #: for each code MEAN - k the teacher entries to average
 
     @property
     def copies(self) -> int:
@@ -100,17 +100,17 @@ class Origin:
     """Where one student tensor comes from."""
 
     how: How
-    teacher: str | None = None  # the name of the teacher's tensor, if it is shared
-    axes: dict[int, Axis] = field(default_factory=dict)  # those that carry units, or kernel taps
-    flat: bool = False  # axes[0] counts all elements of the tensor in one row
-    fill: Fill = Fill.OWN  # what it holds if the teacher lacks it
-    of: tuple[str, float] = ("", 0.0)  # for the fills MEAN and DEVIATION the name of the statistic, and the norm's eps
-    factor: float = 1.0  # multiplies the whole tensor
-    rows: Tensor | None = None  # multiplies each entry of the first axis, float64
-    turn: int | None = None  # the seed of a random rotation of the units between this layer and the next
-    tied: bool = False  # it is an embedding that a layer reads, too, or takes the shares of one
-    merged: tuple[int, int] = (1, 1)  # (groups, times): `times` groups of the teacher's make one, with zeros between
-    mixed: tuple[Mixed, ...] = ()  # axes that are a matrix times the teacher's, whatever `axes` says of them
+    teacher: str | None = None  #: the name of the teacher's tensor, if it is shared
+    axes: dict[int, Axis] = field(default_factory=dict)  #: those that carry units, or kernel taps
+    flat: bool = False  #: axes[0] counts all elements of the tensor in one row
+    fill: Fill = Fill.OWN  #: what it holds if the teacher lacks it
+    of: tuple[str, float] = ("", 0.0)  #: for the fills MEAN and DEVIATION the name of the statistic, and the norm's eps
+    factor: float = 1.0  #: multiplies the whole tensor
+    rows: Tensor | None = None  #: multiplies each entry of the first axis, float64
+    turn: int | None = None  #: the seed of a random rotation of the units between this layer and the next
+    tied: bool = False  #: it is an embedding that a layer reads, too, or takes the shares of one
+    merged: tuple[int, int] = (1, 1)  #: (groups, times): `times` groups of the teacher's make one, with zeros between
+    mixed: tuple[Mixed, ...] = ()  #: axes that are a matrix times the teacher's, whatever `axes` says of them
 
 
 Shapes = dict[str, tuple[int, ...]]

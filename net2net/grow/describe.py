@@ -18,14 +18,14 @@ from ..trace.tracer import trace
 class Group:
     """Units that only grow together."""
 
-    layers: tuple[str, ...]  # the modules that produce them
-    carriers: tuple[str, ...]  # the modules that have one entry for each of them (norms, depthwise convolutions)
-    readers: tuple[str, ...]  # the modules that read them
-    width: int  # the number of units of the widest layer
-    pinned: str | None  # why they cannot grow
-    whole: str | None  # why they grow in whole pieces only (heads, shuffled halves)
-    norms: tuple[str, ...]  # the norms across units that see them: these want a multiple of the width, or padding
-    units: Tensor  # their labels in the trace
+    layers: tuple[str, ...]  #: the modules that produce them
+    carriers: tuple[str, ...]  #: the modules that have one entry for each of them (norms, depthwise convolutions)
+    readers: tuple[str, ...]  #: the modules that read them
+    width: int  #: the number of units of the widest layer
+    pinned: str | None  #: why they cannot grow
+    whole: str | None  #: why they grow in whole pieces only (heads, shuffled halves)
+    norms: tuple[str, ...]  #: the norms across units that see them: these want a multiple of the width, or padding
+    units: Tensor  #: their labels in the trace
 
     @property
     def free(self) -> bool:
