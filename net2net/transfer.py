@@ -79,7 +79,7 @@ def load_record(path: str | Path) -> Transfer:
     return Transfer(**vars(read_record(path)))
 
 
-def transfer(  # noqa: PLR0913 (each keyword is a choice of its own)
+def transfer(  # noqa: PLR0913 (public signature)
     teacher: nn.Module,
     student: nn.Module,
     example: Example,

@@ -14,7 +14,7 @@ from ..transfer import transfer
 from .shapes import attach_record, copy_network
 
 
-def deepen(  # noqa: PLR0913 (keyword options of the public function)
+def deepen(  # noqa: PLR0913 (public signature)
     model: nn.Module,
     example: Example,
     after: str | Sequence[str],
