@@ -1,5 +1,7 @@
 """The baseline, as carefully as the method: the teacher's corner, the student's own random weights everywhere else."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from networks import assert_same, chain, images, mlp, modes, state, unchanged
@@ -60,9 +62,10 @@ def test_it_is_not_the_method() -> None:
         assert_same(teacher, student, images())
 
 
-def test_with_nothing_to_pad_it_is_a_copy() -> None:
+@pytest.mark.parametrize("grow", [random_pad, transfer])
+def test_a_student_of_the_same_size_is_a_copy(grow: Callable) -> None:
     teacher, student = look_trained(chain(3, 4), seed=1), look_trained(chain(3, 4), seed=2)
-    random_pad(teacher, student, images())
+    grow(teacher, student, images())
     assert unchanged(student, state(teacher))
 
 

@@ -172,15 +172,27 @@ def test_a_wrapper_is_looked_through(name: str) -> None:
     assert type(grown) is Net and not any(name.startswith(("module", "_orig_mod")) for name in grown.state_dict())
 
 
-def scripted() -> nn.Module:
-    return torch.jit.trace(mlp(3, 4, 2), images(6, 3))
+class Sharded(Tensor):
+    """A tensor of a class of its own."""
+
+
+def sharded() -> nn.Module:
+    model = mlp(3, 4, 2)
+    model.register_buffer("part", torch.ones(3).as_subclass(Sharded))
+    return model
+
+
+def quantised() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(mlp(3, 4, 2).float(), {nn.Linear}, dtype=torch.qint8)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (scripted, "is a ScriptModule"),
+        (lambda: torch.jit.trace(mlp(3, 4, 2), images(6, 3)), "is a ScriptModule"),
+        (quantised, "quantised"),
+        (sharded, "part is a Sharded"),
         (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), "0.weight has no shape yet"),
         (lambda: nn.Sequential(nn.LazyBatchNorm1d()), "has no shape yet"),
     ],
@@ -195,26 +207,6 @@ def test_networks_without_plain_parameters_are_refused(make: Callable, message: 
     ):
         with pytest.raises(TransferError, match=message):
             call()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_a_quantised_network_is_refused() -> None:
-    def make(n: int) -> nn.Module:
-        plain = nn.Sequential(nn.Linear(3, n), nn.ReLU(), nn.Linear(n, 2)).float()
-        return torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
-
-    with pytest.raises(TransferError, match="quantised"):
-        transfer(make(4), make(6), images(6, 3).float())
-
-
-def test_a_subclass_of_a_tensor_is_refused() -> None:
-    class Sharded(Tensor):
-        pass
-
-    model = mlp(3, 4, 2)
-    model.register_buffer("part", torch.ones(3).as_subclass(Sharded))
-    with pytest.raises(TransferError, match="part is a Sharded"):
-        transfer(model, mlp(3, 5, 2), images(6, 3))
 
 
 # -- inputs and outputs -------------------------------------------------------------------------------------------
@@ -277,14 +269,6 @@ def test_inputs_and_outputs_of_any_kind(inputs: Callable, give: Callable) -> Non
     }
 
 
-def test_every_output_counts() -> None:
-    teacher, student = (two_inputs(n, lambda b, c: Result(b, {"c": c})) for n in (4, 9))
-    transfer(teacher, student, ids(4, 5))
-    with torch.no_grad():
-        student.c.bias += 0.1
-    assert equivalence(teacher, student, ids(4, 5)).max_relative > 1e-3
-
-
 @pytest.mark.parametrize("example", [None, 3, "x", (), {}, [1.0], {"words": 3}])
 def test_an_example_without_tensors_is_refused(example: object) -> None:
     with pytest.raises(TransferError, match="example must be a tensor"):
@@ -320,15 +304,9 @@ def test_an_auxiliary_head_is_grown_though_eval_mode_does_not_reach_it(split: st
     grown = widen(teacher, images(), {"aux.0": 2.0, "a": 1.5}, split=split)
     assert grown.aux[0].weight.shape == (6, 6, 1, 1)
     assert_same(teacher, grown, images(), ("eval", "train"))
-
-
-def test_a_broken_auxiliary_head_shows_in_training_mode_alone() -> None:
-    teacher, student = look_trained(Branched(4, 3), seed=1), look_trained(Branched(9, 7), seed=2)
-    transfer(teacher, student, images())
-    with torch.no_grad():
-        student.aux[0].bias += 1.0
-    eval_mode, train = (equivalence(teacher, student, images(), mode=mode).max_relative for mode in ("eval", "train"))
-    assert eval_mode <= BAR and train > 1e-3
+    nn.init.ones_(student.aux[0].bias)
+    assert_same(teacher, student, images())
+    assert equivalence(teacher, student, images(), mode="train").max_relative > 1e-3
 
 
 @pytest.mark.slow

@@ -3,11 +3,9 @@
 from itertools import combinations, pairwise
 
 import pytest
-import torch
 import torch.nn.functional as F
 from networks import Net, assert_same, conv, images, mlp
 from torch import Tensor, nn
-from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
 
 from net2net import Transfer, TransferError, transfer
@@ -63,26 +61,6 @@ def test_vgg_grows_wider_and_deeper_at_once(norm: bool) -> None:
     teacher, student = vgg("A", norm, seed=1), vgg("D", norm, slim=16, seed=2)
     transfer(teacher, student, photos())
     assert_same(teacher, student, photos())
-
-
-@pytest.mark.slow
-def test_torchvisions_own() -> None:
-    """vgg11_bn -> vgg13_bn at full width, but for the two large layers of the classifier."""
-
-    def make(name: str) -> nn.Module:
-        with torch.device("meta"):
-            model = models.get_model(name, init_weights=False)
-            model.classifier = nn.Sequential(nn.Linear(512 * 49, 5))
-        model.to_empty(device="cpu")
-        for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
-        return look_trained(model, photos())
-
-    teacher, student = make("vgg11_bn"), make("vgg13_bn")
-    record = transfer(teacher, student, images(1, 3, 32, 32))
-    assert_same(teacher, student, images(2, 3, 32, 32))
-    assert new_layers(record) == {f"features.{k}.weight" for k in (3, 4, 10, 11)}
 
 
 @pytest.mark.parametrize("norm", [False, True])

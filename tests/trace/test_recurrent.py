@@ -80,17 +80,3 @@ def test_a_first_state_from_outside_keeps_its_width() -> None:
 def test_a_second_layer_is_no_identity() -> None:
     with pytest.raises(TransferError, match=r"r\.weight_ih_l1"):
         transfer(tagger(nn.LSTM, 4), tagger(nn.LSTM, 4, num_layers=2), X)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_momentum_that_is_carried_is_the_students_own_gradient(kind: type[nn.RNNBase]) -> None:
-    teacher, student = tagger(kind, 4), tagger(kind, 8)
-    record = transfer(teacher, student, X)
-    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-300, momentum=0.9) for net in (teacher, student)]
-    for net in (teacher, student):
-        net(X).square().mean().backward()
-    optimizers[0].step()
-    record.optimizer_state(*optimizers)
-    carried = optimizers[1].state
-    for name, parameter in student.named_parameters():
-        assert torch.allclose(carried[parameter]["momentum_buffer"], parameter.grad, rtol=0, atol=1e-14), name
