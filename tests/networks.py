@@ -55,11 +55,11 @@ def chain(*widths: int, new: int = 0) -> Net:
     return Net({**parts, "fc": nn.Linear(6 * inputs, 5)}, how)
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+def mlp(*widths: int, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers with an activation between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), act()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -85,6 +85,20 @@ def residual(n: int) -> Net:
     parts |= {"point": conv(inner, n, 1), "squeeze": nn.Conv2d(n, n // 2, 1), "open": nn.Conv2d(n // 2, n, 1)}
     norms = {f"n{k}": nn.BatchNorm2d(width) for k, width in enumerate((n, inner, n))}
     return Net(parts | norms | {"fc": nn.Linear(n, 5)}, how)
+
+
+def trunk(n: int, extra: bool, branches: int) -> Net:
+    """Residual branches; `extra` stands on the trunk before the sums, so it must be an identity and not silent."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.extra(F.relu(net.stem(x))))
+        for branch in net.branches:
+            x = x + torch.tanh(branch(x))
+        return net.fc(x.flatten(1))
+
+    new = nn.Sequential(conv(n, n), nn.BatchNorm2d(n)) if extra else nn.Identity()
+    branched = nn.ModuleList(conv(n, n) for _ in range(branches))
+    return Net({"stem": conv(3, n), "extra": new, "branches": branched, "fc": nn.Linear(48 * n, 4)}, how)
 
 
 def dense(n: int) -> Net:

@@ -28,6 +28,7 @@ from networks import (
     shift_index,
     state,
     tied,
+    trunk,
     unchanged,
 )
 from torch import Tensor, nn
@@ -105,18 +106,6 @@ def test_growth_again_and_again_wider_then_deeper() -> None:
 # -- deeper --------------------------------------------------------------------------------------------------------
 
 
-def trunk(n: int, extra: bool) -> Net:
-    """A residual network; `extra` is a convolution with batch norm on the trunk itself."""
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        x = F.relu(net.stem(x))
-        x = F.relu(x + net.branch(x))
-        return net.fc(F.relu(net.extra(x)).flatten(1))
-
-    more = nn.Sequential(conv(n, n), nn.BatchNorm2d(n)) if extra else nn.Identity()
-    return Net({"stem": conv(3, n), "branch": conv(n, n), "extra": more, "fc": nn.Linear(48 * n, 4)}, how)
-
-
 def plain(norm: bool, n: int = 3) -> Net:
     """Convolutions as in VGG, with batch norm or without; the student's norms are all its own."""
     parts: dict[str, nn.Module] = {"a": nn.Conv2d(3, n, 3), "b": nn.Conv2d(n, n + 1, 3), "fc": nn.Linear(n + 1, 4)}
@@ -141,8 +130,8 @@ DEEPER = {
     "one layer": (lambda: chain(3, 4), lambda: chain(3, 4, new=1)),
     "several layers": (lambda: chain(3, 4), lambda: chain(3, 4, new=3)),
     "wider and deeper": (lambda: chain(3, 4), lambda: chain(10, 13, new=2)),
-    "on the trunk": (lambda: trunk(3, False), lambda: trunk(3, True)),
-    "on a wider trunk": (lambda: trunk(3, False), lambda: trunk(10, True)),
+    "on the trunk": (lambda: trunk(3, False, 1), lambda: trunk(3, True, 1)),
+    "on a wider trunk": (lambda: trunk(3, False, 1), lambda: trunk(10, True, 2)),
     "in a part of a sum": (lambda: parts_of_a_sum(2, False), lambda: parts_of_a_sum(7, True)),
     "norms alone": (lambda: plain(False), lambda: plain(True)),
     "norms alone, wider": (lambda: plain(False), lambda: plain(True, 8)),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import BAR, Net, assert_same, chain, conv, dense, grouped, images, residual, tied
+from networks import BAR, Net, assert_same, chain, conv, dense, grouped, images, residual, tied, trunk
 from torch import Tensor, nn
 
 from net2net import TransferError, equivalence, transfer
@@ -225,26 +225,13 @@ def test_what_mixes_units_pins_them(name: str) -> None:
         transfer(make(3), make(5), images())
 
 
-def trunk(n: int, extra: bool, branches: int) -> Net:
-    """`extra` stands on the trunk before the sums, so it must be an identity and not silent."""
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        x = net.extra(torch.relu(net.stem(x)))
-        for branch in net.branches:
-            x = x + torch.tanh(branch(x))
-        return net.fc(x.mean((2, 3)))
-
-    parts = {"stem": conv(3, n), "extra": conv(n, n) if extra else nn.Identity(), "fc": nn.Linear(n, 4)}
-    return Net(parts | {"branches": nn.ModuleList(conv(n, n) for _ in range(branches))}, how)
-
-
 @pytest.mark.parametrize("width", [4, 9])
 def test_a_new_layer_on_the_trunk_is_an_identity_and_a_new_branch_is_silent(width: int) -> None:
     teacher, student = trunk(4, False, 1), trunk(width, True, 3)
     record = transfer(teacher, student, images(), split="uneven")
     assert_same(teacher, student, images())
     how = {name: origin.how for name, origin in record.origins.items()}
-    assert how["extra.weight"] == "identity" and how["branches.0.weight"] == "shared"
+    assert how["extra.0.weight"] == "identity" and how["branches.0.weight"] == "shared"
     assert how["branches.1.weight"] == how["branches.2.weight"] == "silent"
     assert not student.branches[2].weight.any()
 
