@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from networks import BAR, Net, assert_same, attention, chain, grouped, images, inserted, state, unchanged
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._pytree import tree_leaves
 
 from net2net import Transfer, TransferError, equivalence, load_record, random_pad, replay, save_record, transfer
 from net2net.testing import look_trained
@@ -77,19 +78,10 @@ def grow(name: str, split: str = "equal", **options):
     return teacher, student, fresh, record, x
 
 
-def same(a: object, b: object) -> bool:
-    """Equality that looks into tensors and containers."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if hasattr(a, "__dataclass_fields__"):
-        return type(a) is type(b) and all(
-            same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "models"
-        )
-    return a == b
+def same(a: Transfer, b: Transfer) -> bool:
+    """Whether two records say the same, bit for bit."""
+    leaves = zip(*(tree_leaves(asdict(replace(record, models=None))) for record in (a, b)), strict=True)
+    return all(x == y if not isinstance(x, Tensor) else torch.equal(x, y) and x.dtype == y.dtype for x, y in leaves)
 
 
 @pytest.mark.parametrize("split", ["equal", "uneven", "paired"])

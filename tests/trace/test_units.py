@@ -36,16 +36,6 @@ def two(body, reads=lambda a, b: a):
     return make
 
 
-def write_in_place(u: Tensor, v: Tensor) -> Tensor:
-    u += v
-    return F.relu_(u).flatten(2).mean(2)
-
-
-def gate_halves(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, 1)
-    return (a * torch.sigmoid(b)).mean((2, 3))
-
-
 def subtract_means_of_halves(x: Tensor) -> Tensor:
     halves = x.unflatten(1, (2, -1))
     return (halves - halves.mean(2, keepdim=True)).flatten(1, 2).mean((2, 3))
@@ -53,11 +43,6 @@ def subtract_means_of_halves(x: Tensor) -> Tensor:
 
 def normalise_by_hand(x: Tensor) -> Tensor:
     return ((x - x.mean(1, keepdim=True)) / (x.pow(2).mean(1, keepdim=True) + 1).sqrt()).flatten(1)
-
-
-def shuffle(u: Tensor, v: Tensor) -> Tensor:
-    x = torch.cat([u, v], 1)
-    return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).mean((2, 3))
 
 
 def attend_to_means_and_extremes(net: Net, x: Tensor) -> Tensor:
@@ -85,23 +70,8 @@ def parameters_on_the_left(n: int) -> Net:
     return Net(parts, how)
 
 
-def called_twice(n: int) -> Net:
-    """One layer, called twice as in a recurrent network, and depthwise filters, which follow their producer."""
-    parts = {"stem": conv(3, n), "depthwise": conv(n, n, groups=n, bias=True), "again": conv(n, n, 1)}
-    return Net(
-        {**parts, "fc": nn.Linear(n, 4)},
-        lambda net, x: net.fc(
-            net.again(torch.tanh(net.again(torch.relu(net.depthwise(torch.relu(net.stem(x))))))).mean((2, 3))
-        ),
-    )
-
-
 def change_in_place(_net: Net, x: Tensor) -> Tensor:
     return x.relu_().add_(x).mul_(0.5).mean((2, 3), keepdim=True).squeeze_(3).squeeze_(2)
-
-
-def gate_channels(u: Tensor, v: Tensor) -> Tensor:
-    return (u * torch.sigmoid(v.mean((2, 3), keepdim=True))).mean((2, 3))
 
 
 def norm(**options):
@@ -123,28 +93,17 @@ def sum_of_parts(whole_first: bool):
 A, B = (3, 4), (7, 6)
 LAYOUTS = {
     "flatten": (two(lambda u, v: torch.cat([u, v], 1).flatten(1), lambda a, b: 48 * (a + b)), A, B),
-    "view": (two(lambda u, v: u.view(u.shape[0], -1), lambda a, b: 48 * a), A, B),
-    "channels last": (two(lambda u, v: u.permute(0, 2, 3, 1).flatten(1), lambda a, b: 48 * a), A, B),
     "pooled and flat": (two(lambda u, v: torch.cat([u.mean((2, 3)), u.flatten(1)], 1), lambda a, b: 49 * a), A, B),
     "twice": (two(lambda u, v: torch.cat([u, v, u], 1).mean((2, 3)), lambda a, b: 2 * a + b), A, B),
     "itself": (two(lambda u, v: torch.cat([u, u], 1).mean((2, 3)), lambda a, b: 2 * a), A, B),
     "two faces": (two(lambda u, v: torch.cat([u, -u * u], 1).mean((2, 3)), lambda a, b: 2 * a), A, B),
-    "flip": (two(lambda u, v: u.flip(1).mean((2, 3))), A, B),
-    "roll": (two(lambda u, v: u.roll(2, 1).mean((2, 3))), A, B),
-    "slices": (two(lambda u, v: torch.cat([u[:, ::2], u[:, 1::2]], 1).mean((2, 3))), A, B),
-    "stack": (two(lambda u, v: torch.stack([u, u * 0.5], 2).flatten(1, 2).mean((2, 3)), lambda a, b: 2 * a), A, B),
     "as another": (two(lambda u, v: u.flatten(2).reshape_as(u).type_as(v).mean((2, 3))), A, B),
     "spread": (two(lambda u, v: u[:, :, :1, :1].expand_as(u).flatten(1).to(v), lambda a, b: 48 * a), A, B),
-    "pools": (two(lambda u, v: F.adaptive_avg_pool2d(F.max_pool2d(u, 3, 2, 1), 1).flatten(1)), A, B),
-    "sum": (two(lambda u, v: (u + v).mean((2, 3))), (3, 3), (11, 11)),
-    "a gate of every channel": (two(gate_channels), (3, 3), (11, 11)),
-    "a sum in place": (two(write_in_place), (3, 3), (11, 11)),
     "concatenated both ways and added": (
         two(lambda u, v: (torch.cat([u, v], 1) + torch.cat([v, u], 1)).mean((2, 3)), lambda a, b: 2 * a),
         (3, 3),
         (11, 11),
     ),
-    "a channel shuffle": (two(shuffle, lambda a, b: 2 * a), (4, 4), (8, 8)),
     "chain": (lambda n: chain(n, n + 1, n), (3,), (22,)),
     "one unit more": (lambda n: chain(n, n, n), (4,), (5,)),
     "one unit only": (lambda n: chain(n, n), (1,), (6,)),
@@ -155,19 +114,16 @@ LAYOUTS = {
     "tied weights": (tied, (3,), (8,)),
     "groups that grow": (lambda n: grouped(2, n, n), (3,), (7,)),
     "functions alone": (functions_alone, (3,), (8,)),
-    "one layer called twice": (called_twice, (5,), (7,)),
     "parameters as the left factor": (parameters_on_the_left, (3,), (8,)),
     "means and extremes over units": (one(attend_to_means_and_extremes, gate=lambda n: conv(3, 1)), (4,), (12,)),
     "a layer norm by hand": (one(lambda net, x: normalise_by_hand(x), lambda n: 48 * n), (3,), (9,)),
     "means over halves": (one(lambda net, x: subtract_means_of_halves(x)), (4,), (8,)),
-    "halves gate each other": (one(lambda net, x: gate_halves(x), lambda n: n // 2), (4,), (10,)),
     "concatenated rectifiers": (
         one(lambda net, x: torch.cat([F.relu(x), F.relu(-x)], 1).flatten(1), lambda n: 96 * n),
         (3,),
         (7,),
     ),
     "mirror image added": (one(lambda net, x: F.relu(x + x.flip(1)).mean((2, 3))), (4,), (10,)),
-    "complement": (one(lambda net, x: (1 - torch.sigmoid(x)).mean((2, 3))), (3,), (8,)),
     "transposed attribute": (
         one(lambda net, x: net.fc2(x.flatten(2).mT).mT.flatten(1), lambda n: 48 * n, fc2=lambda n: nn.Linear(n, n)),
         (3,),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from networks import Net
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
@@ -66,18 +67,12 @@ def no_rules_left() -> Iterator[None]:
         table.update(before)
 
 
-class Net(nn.Module):
-    def __init__(self, width: int, between: Callable[[Tensor], Tensor], reads: int | None = None) -> None:
-        super().__init__()
-        self.conv, self.fc, self.between = nn.Conv2d(3, width, 3), nn.Linear(reads or width, 4), between
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.between(self.conv(x)))
-
-
 def grow(between: Callable[[Tensor], Tensor], reads: int | None = None) -> float:
     """Widen a network of four channels to seven, and measure by how much it differs."""
-    teacher, student = Net(4, between, reads), Net(7, between, reads)
+    teacher, student = (
+        Net({"conv": nn.Conv2d(3, n, 3), "fc": nn.Linear(reads or n, 4)}, lambda net, x: net.fc(between(net.conv(x))))
+        for n in (4, 7)
+    )
     measured = net2net.transfer(teacher, student, X).measured
     assert measured is not None
     return measured.max_abs
