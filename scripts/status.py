@@ -177,8 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{name}: {counts}", soft_wrap=True)
         for table in make_tables(arms, console.width):
             console.print(table)
-    stages = [stage for arms in found.values() for row in arms.values() for stage in row.values()]
-    failures = list(dict.fromkeys(stage.failure for stage in stages if stage.failure))
+    stages = [stage for arms in found.values() for row in arms.values() for stage in row.values() if stage.failure]
+    failures = list(dict.fromkeys(stage.failure for stage in stages))
     for failure in failures[:MOST_LINES]:
         console.print(f"failed    {failure}", markup=False, soft_wrap=True)
     if more := len(failures[MOST_LINES:]):

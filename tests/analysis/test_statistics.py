@@ -93,9 +93,8 @@ def test_what_is_known_from_one_side_decides_on_that_side_alone() -> None:
     # Never in five seeds, of which the others took less than everything in one: stronger evidence, no weaker verdict.
     uneven = log_ratio([(Reached(8.0, 1), Reached(8.0))] * 4 + [(Reached(8.0, 1), Reached(7.0))])
     assert uneven.low == 0 and verdict(uneven, -math.inf, 0) == "fails"
-    assert verdict(log_ratio([(Reached(8.0, 1), Reached(8.0)), (Reached(7.0, 1), Reached(8.0))] * 2), -math.inf, 0) == (
-        "undecided"
-    )
+    mixed = log_ratio([(Reached(8.0, 1), Reached(8.0)), (Reached(7.0, 1), Reached(8.0))] * 2)
+    assert verdict(mixed, -math.inf, 0) == "undecided"
     both = log_ratio([(Reached(8.0, 1), Reached(8.0, 1))] * 3)  # neither got there
     assert both.sides == (0, 0, 0) and verdict(both, -math.inf, 0) == "undecided"
 

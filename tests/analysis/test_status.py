@@ -135,10 +135,7 @@ def test_no_runs(tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.slow
-def test_many_runs_are_simulated_and_the_scripts_measured(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_many_runs_are_simulated_and_the_scripts_measured(capfd: Capture) -> None:
     bench.main(["runs", "--runs", "20", "--rows", "5"])
     out = capfd.readouterr().out.splitlines()
     assert out[0] == "20 runs of 5 rows"
