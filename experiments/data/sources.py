@@ -1,6 +1,7 @@
 """The data sets by name."""
 
 import difflib
+import importlib
 import os
 import socket
 import tempfile
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
@@ -54,7 +54,8 @@ def load(config: Data, seed_split: int = 0) -> Splits:
 def _digits(config: Data, seed_split: int) -> Splits:
     """Load scikit-learn's digits; a fixed fifth of each class is the test split."""
     _require_size(config, 8)
-    pixels, targets = load_digits(return_X_y=True)
+    # scikit-learn takes seconds to import, and no other data set needs it.
+    pixels, targets = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
     images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = torch.from_numpy(targets).long()
     train, test = hold_out(labels, 0.2, generator("digits", "test"))
