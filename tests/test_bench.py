@@ -10,22 +10,22 @@ from torch import nn
 from scripts import bench
 
 
-def small() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+def small(width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2))
 
 
-def large() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+def test_every_round_of_growth_and_every_step_of_the_loop_is_timed_with_what_it_is_compared_with() -> None:
+    grown = bench.time_growth(small, lambda: small(64), torch.randn(2, 3, 8, 8), rounds=3)
+    steps = bench.compare_loops({"name": "resnet", "blocks": 1, "width": 0.1}, batch_size=4, steps=8)
+    assert (len(grown), len(steps)) == (3, 5)
+    assert all(seconds > 0 for pair in grown + steps for seconds in pair)
+    assert bench.summarise([(1.0, 2.0), (2.0, 3.0), (10.0, 10.0)]) == (2.0, 3.0, 1.5)  # the median of the rounds
 
 
-def test_every_round_of_growth_times_both() -> None:
-    pairs = bench.time_growth(small, large, torch.randn(2, 3, 8, 8), rounds=3)
-    assert len(pairs) == 3 and all(plain > 0 and grown > 0 for plain, grown in pairs)
-
-
-def test_every_step_of_the_loop_is_compared_with_a_bare_one() -> None:
-    pairs = bench.compare_loops({"name": "resnet", "blocks": 1, "width": 0.1}, batch_size=4, steps=8)
-    assert len(pairs) == 5 and all(real > 0 and bare > 0 for real, bare in pairs)
+def test_memory_is_that_of_the_work_alone() -> None:
+    kept = []
+    assert 60 < bench.peak_memory(lambda: kept.append(torch.ones(2**24))) < 80  # 64 MiB
+    assert bench.peak_memory(lambda: None) < 8
 
 
 def test_both_loaders_read_as_many_pictures(tmp_path: Path) -> None:
@@ -33,12 +33,7 @@ def test_both_loaders_read_as_many_pictures(tmp_path: Path) -> None:
     for make in (bench.torchvision_epoch, bench.our_epoch):
         epoch = make(tmp_path, 32, 16, 8, 0)
         for _ in range(2):
-            batches = [tuple(images.shape) for images, _ in epoch()]
-            assert batches == [(8, 3, 16, 16)] * 4
-
-
-def test_a_ratio_is_the_median_of_the_rounds() -> None:
-    assert bench.summarise([(1.0, 2.0), (2.0, 3.0), (10.0, 10.0)]) == (2.0, 3.0, 1.5)
+            assert [tuple(images.shape) for images, _ in epoch()] == [(8, 3, 16, 16)] * 4
 
 
 def test_a_bar_is_met_or_not() -> None:
@@ -50,7 +45,7 @@ def test_a_bar_is_met_or_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["grwth"], "there is no part grwth: there are startup, training, loader, growth, runs"),
+        (["grwth"], "there is no part grwth: there are startup, training, loader, growth, memory, runs"),
         (["loader", "--photos", "/nowhere"], "/nowhere has no folder train: --photos takes a folder with train/CLASS"),
     ],
 )
