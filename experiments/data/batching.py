@@ -22,16 +22,10 @@ def complete_batches(images: int, batch_size: int) -> int:
 
 
 def epoch_order(images: int, batch_size: int, epoch: int, seed: int) -> Tensor:
-    """Draw which images make which batch of an epoch.
+    """Draw which images make which complete batch of an epoch: int64 (batches, batch_size), on the CPU.
 
     The order depends on the arguments alone. So all arms of a seed see the same order, and a resumed run continues in
-    it. The last, incomplete batch is dropped.
-
-    Returns:
-        Indices, int64 (batches, batch_size), on the CPU; no index occurs twice.
-
-    Raises:
-        ExperimentError: The split is smaller than a batch.
+    it.
     """
     batches = complete_batches(images, batch_size)
     order = torch.randperm(images, generator=generator(seed, "order", epoch))

@@ -33,17 +33,9 @@ class Tree:
 
 
 def find_tree(root: str | None, data: str, tests: tuple[str, ...]) -> Tree:
-    """List the pictures of ROOT/train and of a test part.
+    """List the pictures of ROOT/train and of the first folder in `tests`; names that start with a dot are left out.
 
-    Names that start with a dot are left out.
-
-    Args:
-        root: The folder, or None if the user named none.
-        data: The name of the data set, for messages.
-        tests: Names of the test part; the first folder of such a name is taken.
-
-    Raises:
-        ExperimentError: A folder is missing or empty, or the classes of the two parts differ.
+    `data` is the name of the data set, for messages.
     """
     parts = f"train/ and {' or '.join(f'{test}/' for test in tests)}"
     if root is None:
@@ -79,26 +71,16 @@ def _list_pictures(folder: Path, classes: list[str]) -> Samples:
 
     numbers = {name: number for number, name in enumerate(classes)}
     samples = make_dataset(str(folder), numbers, is_valid_file=is_picture, allow_empty=True)
-    present = {label for _, label in samples}
-    for name, number in numbers.items():
-        if number not in present:
-            raise ExperimentError(
-                f"The class folder {folder / name} has no images ({', '.join(IMG_EXTENSIONS)}): add some, or remove"
-                " this class from every part."
-            )
+    for number in sorted(set(numbers.values()) - {label for _, label in samples}):
+        raise ExperimentError(
+            f"The class folder {folder / classes[number]} has no images ({', '.join(IMG_EXTENSIONS)}): add some, or"
+            " remove this class from every part."
+        )
     return samples
 
 
 def read_picture(file: str, prepare: Callable[[Image.Image], object] | None = None) -> Image.Image:
-    """Decode a picture as RGB.
-
-    Args:
-        file: The picture's file.
-        prepare: Called with the opened picture, whose size is known, before it is decoded.
-
-    Raises:
-        ExperimentError: The picture cannot be read to its end.
-    """
+    """Decode a picture as RGB; `prepare` gets the opened picture, whose size is known, before it is decoded."""
     try:
         with Image.open(file) as opened:
             if prepare is not None:
@@ -128,25 +110,19 @@ def crop_centre(image: Image.Image, side: int, size: int) -> Image.Image:
 
 
 def decode_tree(tree: Tree, root: str, size: int, cache: str) -> dict[str, NDArray[np.uint8]]:
-    """Decode all pictures of a tree once, and keep them in the folder `cache`.
+    """Decode the pictures of a tree once, uint8 (N, 3, size, size) under "train" and "test"; keep them in `cache`.
 
     They are decoded again if a file of the tree or the size changes, or if the cache's file cannot be read.
-
-    Args:
-        tree: The pictures.
-        root: The folder of the tree.
-        size: The side of the squares: see crop_centre.
-        cache: The folder of decoded pictures.
-
-    Returns:
-        uint8 (N, 3, size, size) under "train" and "test".
-
-    Raises:
-        ExperimentError: A picture cannot be read, the memory is too small, or `cache` cannot be written.
     """
     parts = {"train": [file for file, _ in tree.train], "test": [file for file, _ in tree.test]}
     count = sum(map(len, parts.values()))
-    _require_memory(count * 3 * size * size, root)
+    needed = 2 * count * 3 * size * size  # as arrays, and as splits
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ExperimentError(
+            f"{root} would take {needed / 2**30:.1f} GiB in memory and this machine has"
+            f" {memory / 2**30:.1f} GiB: lower data.size, or stream it with data=imagenet."
+        )
     file = Path(cache) / f"{Path(root).resolve().name}-{size}px-{_fingerprint(parts, root, size)}.npz"
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
@@ -175,16 +151,6 @@ def _fingerprint(parts: dict[str, list[str]], root: str, size: int) -> str:
             entry = (name, os.path.relpath(path, root), status.st_size, status.st_mtime_ns)
             digest.update(repr(entry).encode())
     return digest.hexdigest()
-
-
-def _require_memory(needed: int, root: str) -> None:
-    """Raise ExperimentError unless so many bytes fit into memory twice: as arrays, and as splits."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 2 * needed > memory:
-        raise ExperimentError(
-            f"{root} would take {2 * needed / 2**30:.1f} GiB in memory and this machine has"
-            f" {memory / 2**30:.1f} GiB: lower data.size, or stream it with data=imagenet."
-        )
 
 
 def _decode(pictures: list[str], size: int) -> NDArray[np.uint8]:

@@ -32,41 +32,26 @@ class Images:
     def batches(
         self, batch_size: int, epoch: int, seed: int, augment: bool = True, start: int = 0, share: slice = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the complete batches of an epoch.
+        """Iterate over the complete batches of an epoch: images, float32 normalised NCHW, and their labels.
 
         A batch depends on the seed, the epoch and its number, not on the batches before it: a run that resumes at
-        `start` sees what the uninterrupted run saw.
-
-        Args:
-            batch_size: Images in a batch, of all ranks together.
-            epoch: The number of the epoch.
-            seed: The run's seed.
-            augment: Whether to shift and mirror the images, by `pad` and `flip`.
-            start: The number of the first batch.
-            share: The part of each batch that is wanted. It is the same as in the whole batch.
-
-        Returns:
-            Pairs of images, float32 normalised NCHW, and labels, int64.
-
-        Raises:
-            ExperimentError: The split is smaller than a batch. Raised at the call.
+        batch `start` sees what the uninterrupted run saw, and `share` is a part of the whole batch. Raises
+        ExperimentError at the call if the split is smaller than a batch.
         """
         order = epoch_order(len(self), batch_size, epoch, seed)
-        return self._batches(
-            order, range(start, len(order)), partial(generator, seed, "augment", epoch), augment, share
-        )
+        return self._batches(order, start, partial(generator, seed, "augment", epoch), augment, share)
 
     def _batches(
-        self, order: Tensor, numbers: range, draw: Callable[[int], torch.Generator], augment: bool, share: slice
+        self, order: Tensor, start: int, draw: Callable[[int], torch.Generator], augment: bool, share: slice
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Gather, augment and normalise the batches of these numbers; `draw` gives the generator of each."""
+        """Gather, augment and normalise the batches from `start` on; `draw` gives the generator of each."""
         pad, flip = (self.pad, self.flip) if augment else (0, False)
         device = self.images.device
         order = order.to(device)
         normalise = normaliser(self.mean, self.std, device)
         # The mean colour: see crop_and_flip.
         fill = (torch.tensor(self.mean, device=device) * 255).round().to(torch.uint8)
-        for number in numbers:
+        for number in range(start, len(order)):
             chosen = order[number][share]
             images = self.images.index_select(0, chosen)  # four times as fast as indexing
             if pad or flip:
@@ -86,18 +71,10 @@ class Images:
 
 
 def crop_and_flip(images: Tensor, rows: Tensor, columns: Tensor, mirror: Tensor, pad: int, fill: Tensor) -> Tensor:
-    """Pad images on each side, cut out a window of the old size, and mirror it.
+    """Pad uint8 images NCHW on each side, cut out windows that begin at `rows` and `columns`, and mirror some of them.
 
     Padding with the mean colour becomes zero after normalisation (to half a grey level), like the zero padding of the
     convolutions. Black would be a strong edge that no image has.
-
-    Args:
-        images: uint8 NCHW.
-        rows: Where each window begins, int64 (N,), 0 to 2 * pad.
-        columns: The same for columns.
-        mirror: Which windows are mirrored, bool (N,).
-        pad: Pixels added on each side.
-        fill: The colour of the padding, uint8 (C,).
     """
     count, channels, height, width = images.shape
     padded = fill.view(1, -1, 1, 1).expand(count, -1, height + 2 * pad, width + 2 * pad).clone()

@@ -1,6 +1,5 @@
 """The data sets by name."""
 
-import difflib
 import importlib
 import os
 import socket
@@ -14,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 
-from ..config import Data, ExperimentError
+from ..config import Data, ExperimentError, nearest
 from ..files import writable
 from ..randomness import generator
 from .image_folder import ANOTHER_CACHE, Samples, decode_tree, find_tree
@@ -30,30 +29,23 @@ Labelled = tuple[Tensor, Tensor]  # uint8 images NCHW and their int64 labels
 
 
 def load(config: Data, seed_split: int = 0) -> Splits:
-    """Load a data set and divide it.
+    """Load a data set and divide it; the splits are on the CPU.
 
-    Args:
-        config: Names the data set. A share `config.holdout` of the training images is held out.
-        seed_split: Which images are held out. All runs of a data set hold out the same ones unless this differs.
-
-    Returns:
-        The splits, on the CPU.
-
-    Raises:
-        ExperimentError: The data set is unknown, missing or damaged.
+    `seed_split` draws the images that are held out. All runs of a data set hold out the same ones unless it differs.
+    Raises ExperimentError if the data set is unknown, missing or damaged.
     """
     sources = {"digits": _digits, "cifar10": _cifar10, "image_folder": _image_folder, "imagenet": _imagenet}
     if config.name not in sources:
-        nearest = difflib.get_close_matches(config.name, sources, n=1, cutoff=0.0)[0]
-        raise ExperimentError(
-            f"data.name={config.name} is unknown: did you mean {nearest}? There are {', '.join(sources)}."
-        )
+        closest = nearest(config.name, sources)
+        raise ExperimentError(f"There is no data set {config.name!r}{closest}. There are {', '.join(sources)}.")
+    size = {"digits": 8, "cifar10": 32}.get(config.name, config.size)
+    if config.size != size:
+        raise ExperimentError(f"data={config.name} has images of {size} pixels: set data.size={size}.")
     return sources[config.name](config, seed_split)
 
 
 def _digits(config: Data, seed_split: int) -> Splits:
     """Load scikit-learn's digits; a fixed fifth of each class is the test split."""
-    _require_size(config, 8)
     # scikit-learn takes seconds to import, and no other data set needs it.
     pixels, targets = importlib.import_module("sklearn.datasets").load_digits(return_X_y=True)
     images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
@@ -65,7 +57,6 @@ def _digits(config: Data, seed_split: int) -> Splits:
 
 def _cifar10(config: Data, seed_split: int) -> Splits:
     """Load the official CIFAR-10 archive from data.root, or download it."""
-    _require_size(config, 32)
     folder = Path(config.root or Path(config.cache, "cifar10"))
     unpacked = folder / CIFAR10.base_folder
     if not unpacked.is_dir():
@@ -112,25 +103,21 @@ def _image_folder(config: Data, seed_split: int) -> Splits:
     tree = find_tree(config.root, config.name, ("test", "val"))
     root = str(config.root)
     pixels = decode_tree(tree, root, config.size, config.cache)
-    train, test = (
-        (torch.from_numpy(pixels[part]), torch.tensor([label for _, label in samples]))
-        for part, samples in (("train", tree.train), ("test", tree.test))
-    )
-    description = f"image folder {_name(root)}, {len(tree.train):,} train / {len(tree.test):,} test"
+    train = torch.from_numpy(pixels["train"]), _labels(tree.train)
+    test = torch.from_numpy(pixels["test"]), _labels(tree.test)
+    description = f"image folder {Path(root).resolve().name}, {len(tree.train):,} train / {len(tree.test):,} test"
     return _in_memory(config, seed_split, train, test, description)
 
 
 def _imagenet(config: Data, seed_split: int) -> Splits:
     """Stream a folder of pictures from disk."""
     tree = find_tree(config.root, config.name, ("val",))
+    kept, held = hold_out(_labels(tree.train), config.holdout, generator("holdout", seed_split))
 
     def folder(samples: Samples) -> Folder:
         files = np.array([os.fsencode(file) for file, _ in samples])
-        labels = torch.tensor([label for _, label in samples])
-        return Folder(files, labels, IMAGENET_MEAN, IMAGENET_STD, config.size, config.workers, config.flip)
+        return Folder(files, _labels(samples), IMAGENET_MEAN, IMAGENET_STD, config.size, config.workers, config.flip)
 
-    labels = torch.tensor([label for _, label in tree.train])
-    kept, held = hold_out(labels, config.holdout, generator("holdout", seed_split))
     return Splits(
         train=folder([tree.train[index] for index in kept.tolist()]),
         holdout=folder([tree.train[index] for index in held.tolist()]),
@@ -138,9 +125,14 @@ def _imagenet(config: Data, seed_split: int) -> Splits:
         classes=len(tree.classes),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        description=f"ImageNet tree {_name(str(config.root))}, {len(tree.classes):,} classes,"
+        description=f"ImageNet tree {Path(str(config.root)).resolve().name}, {len(tree.classes):,} classes,"
         f" {len(tree.train):,} train / {len(tree.test):,} test",
     )
+
+
+def _labels(samples: Samples) -> Tensor:
+    """Return the numbers of the classes of pictures."""
+    return torch.tensor([label for _, label in samples])
 
 
 def _in_memory(config: Data, seed_split: int, train: Labelled, test: Labelled, description: str) -> Splits:
@@ -162,14 +154,3 @@ def _in_memory(config: Data, seed_split: int, train: Labelled, test: Labelled, d
         std=std,
         description=description,
     )
-
-
-def _require_size(config: Data, size: int) -> None:
-    """Raise ExperimentError unless data.size is the size of the data set's images."""
-    if config.size != size:
-        raise ExperimentError(f"data={config.name} has images of {size} pixels: set data.size={size}.")
-
-
-def _name(root: str) -> str:
-    """Return the name of a folder."""
-    return Path(root).resolve().name

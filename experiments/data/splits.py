@@ -40,18 +40,9 @@ class Splits:
 
 
 def hold_out(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Divide images so that each class keeps its share.
+    """Return ascending indices of the images that are kept, and of those that are held out.
 
-    Args:
-        labels: int64 (N,).
-        share: The share of each class that is held out: at least one image, but never all.
-        generator: Draws the images that are held out.
-
-    Returns:
-        Ascending indices of the images that are kept, and of those that are held out.
-
-    Raises:
-        ExperimentError: `share` is not between 0 and 1, or no class has an image to spare.
+    Of each class its share is held out: at least one image, but never all.
     """
     if not 0 < share < 1:
         raise ExperimentError(f"data.holdout is {share}: choose a share between 0 and 1, for instance 0.1.")

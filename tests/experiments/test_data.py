@@ -244,7 +244,10 @@ def test_digits(tmp_path: Path):
     [
         ({"name": "digits", "size": 64}, "data=digits has images of 8 pixels: set data.size=8"),
         ({"name": "cifar10", "size": 64}, "data=cifar10 has images of 32 pixels: set data.size=32"),
-        ({"name": "imagefolder"}, r"did you mean image_folder\? There are digits, cifar10, image_folder"),
+        (
+            {"name": "imagefolder"},
+            r"'imagefolder' \(did you mean 'image_folder'\?\). There are digits, cifar10, image_folder",
+        ),
         ({"name": "digits", "size": 8, "holdout": 0.0}, "data.holdout is 0.0: choose a share between 0 and 1"),
         ({"name": "digits", "size": 8, "holdout": 1.0}, "data.holdout is 1.0: choose a share between 0 and 1"),
         ({"name": "imagenet"}, r"data.root is not set: data=imagenet needs data.root=FOLDER with train/ and val/"),
