@@ -6,11 +6,12 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from networks import BAR, Net, assert_same, attention, chain, grouped, images, inserted, state, unchanged
+from networks import BAR, assert_same, attention, chain, grouped, images, inserted, mlp, state, unchanged
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._pytree import tree_leaves
@@ -21,20 +22,11 @@ from net2net.testing import look_trained
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+in_a_row = partial(mlp, act=nn.Identity)
+
+
 def rows() -> Tensor:
     return images(6, 3)
-
-
-def in_a_row(n: int, new: bool) -> Net:
-    """Two linear layers without anything between them, or three."""
-    layers = nn.ModuleDict({"a": nn.Linear(3, n), **({"b": nn.Linear(n, n)} if new else {}), "c": nn.Linear(n, 5)})
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        for layer in net.layers.values():
-            x = layer(x)
-        return x
-
-    return Net({"layers": layers}, how)
 
 
 def normed(n: int) -> nn.Module:
@@ -54,17 +46,12 @@ def gelu(units: int) -> nn.Module:
 CASES: dict[str, tuple[Callable, Callable, Callable, dict]] = {
     "wider": (lambda: chain(3, 4), lambda: chain(7, 13), images, {}),
     "deeper": (lambda: chain(3, 4), lambda: chain(7, 9, new=1), images, {}),
-    "more heads": (
-        lambda: attention(2, 6, 8),
-        lambda: attention(4, 12, 16),
-        lambda: images(2, 5, 3),
-        {},
-    ),
+    "more heads": (lambda: attention(2, 6, 8), lambda: attention(4, 12, 16), lambda: images(2, 5, 3), {}),
     "padded norms": (lambda: padded(8), lambda: padded(13), rows, {}),
     "groups": (lambda: grouped(2, 3, 3), lambda: grouped(4, 4, 4), images, {}),
     "packed groups": (lambda: grouped(3, 2, 3), lambda: grouped(2, 5, 9), images, {}),
     "pairs of signs": (lambda: gelu(0), lambda: gelu(9), images, {}),
-    "dense": (lambda: in_a_row(4, False), lambda: in_a_row(7, True), rows, {"depth": "dense"}),
+    "dense": (lambda: in_a_row(3, 4, 5), lambda: in_a_row(3, 7, 7, 5), rows, {"depth": "dense"}),
     "weight norm": (lambda: normed(4), lambda: normed(9), rows, {}),
 }
 

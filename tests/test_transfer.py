@@ -193,7 +193,10 @@ def test_new_blocks_of_shuffled_halves(width: int) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_teacher_example_modes_and_random_state_are_untouched(fails: bool) -> None:
+@pytest.mark.parametrize(
+    "grow", [random_pad, lambda *pair: transfer(*pair, noise=0.1, calibrate=pair[-1], split="uneven")]
+)
+def test_teacher_example_modes_and_random_state_are_untouched(grow: Callable, fails: bool) -> None:
     """Fault 5: noise written into a view of the teacher."""
     teacher, student = look_trained(chain(3, 4), seed=1), look_trained(chain(8, 9, new=1), seed=2)
     teacher.norm0.train(), student.train(), student.norm1.eval()
@@ -202,7 +205,7 @@ def test_teacher_example_modes_and_random_state_are_untouched(fails: bool) -> No
     x = images()
     before, was, copy, random = state(teacher), modes(teacher, student), x.clone(), torch.get_rng_state()
     try:
-        transfer(teacher, student, x, noise=0.1, calibrate=x, split="uneven")
+        grow(teacher, student, x)
     except TransferError as refusal:
         assert fails and "fc.weight cannot grow from 5 to 6 units" in str(refusal)
     assert unchanged(teacher, before) and torch.equal(x, copy) and torch.equal(random, torch.get_rng_state())
@@ -225,90 +228,67 @@ def test_a_generator_makes_the_map() -> None:
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
-def two(body, reads=lambda n: n):
+def two(body, reads=1):
     """Two convolutions of n units, which `body` joins, and a linear layer."""
     return lambda n: Net(
-        {"a": conv(3, n), "b": conv(3, n), "fc": nn.Linear(reads(n), 4)},
+        {"a": conv(3, n), "b": conv(3, n), "fc": nn.Linear(reads * n, 4)},
         lambda net, x: net.fc(body(net.a(x), net.b(x))),
     )
 
 
-def layout(body, reads: int):
-    """A convolution whose maps `body` lays out in `reads` entries a unit, and a linear layer."""
-    return lambda n: Net(
-        {"a": conv(3, n), "fc": nn.Linear(reads * n, 4)}, lambda net, x: net.fc(body(net.a(x)).flatten(1))
-    )
+def laid_out(n: int, body: Callable[[Tensor], Tensor]) -> Net:
+    """A convolution of n units, whose maps `body` lays out, and a linear layer."""
+    reads = body(torch.zeros(1, n, 6, 8)).numel()
+    return Net({"a": conv(3, n), "fc": nn.Linear(reads, 4)}, lambda net, x: net.fc(body(net.a(x)).flatten(1)))
 
 
-ADDED = two(lambda a, b: (a + b).mean((2, 3)))
-CONCATENATED = two(lambda a, b: torch.cat([a, b], 1).mean((2, 3)), lambda n: 2 * n)
-NOTHING = lambda: inserted(None)  # noqa: E731
-SIX_PLACES = layout(lambda x: F.adaptive_avg_pool2d(x, (3, 2)), 6)
+def pooled(n: int, *size: int) -> Net:
+    return laid_out(n, lambda x: F.adaptive_avg_pool2d(x, size))
+
+
+def first_unused(unused: bool) -> Net:
+    return Net({"a": conv(3, 3), "b": conv(3, 3)}, lambda net, x: net.b(x if unused else F.relu(net.a(x))))
+
+
+def narrowed() -> Net:
+    parts = {"a": conv(3, 4), "extra": conv(4, 3), "fc": nn.Linear(3, 3)}
+    return Net(parts, lambda net, x: net.fc(net.extra(F.relu(net.a(x))).mean((2, 3))))
+
+
+ADDED, MULTIPLIED = two(lambda a, b: (a + b).mean((2, 3))), two(lambda a, b: (a * b).mean((2, 3)))
+CONCATENATED = two(lambda a, b: torch.cat([a, b], 1).mean((2, 3)), 2)
+COMPUTES_ELSE = {
+    "a product for a sum": (lambda: ADDED(3), lambda: MULTIPLIED(5), "does not compute its teacher's function"),
+    "rows for columns": (lambda: laid_out(3, lambda x: x), lambda: laid_out(5, lambda x: x.mT), "layout"),
+}
+# new layers behind a convolution of 4 units and its ReLU
+NO_IDENTITY = {
+    "an even kernel": (lambda: nn.Conv2d(4, 4, 2), r"extra\.weight.*kernel.*even"),
+    "a stride": (lambda: nn.Conv2d(4, 4, 3, (1, 2), 1), r"extra\.weight.*stride"),
+    "padding": (lambda: nn.Conv2d(4, 4, 3, padding=(1, 0)), r"extra\.weight.*padding \(1, 0\)"),
+    "a norm without affine": (lambda: nn.BatchNorm2d(4, affine=False), r"batch norm extra cannot undo"),
+}
 REFUSED = {
     "narrower": (lambda: chain(8, 9), lambda: chain(8, 5), r"conv1\.weight has 5 units.*9, 4 too few"),
     "a layer missing": (lambda: chain(3, 4), lambda: chain(3), r"no counterpart of the teacher's conv1\.weight"),
-    "more places in a flattened map": (
-        lambda: SIX_PLACES(3),
-        lambda: layout(lambda x: F.adaptive_avg_pool2d(x, (3, 3)), 9)(5),
-        r"fc\.weight cannot grow.*9 entries of one unit",
+    "more places": (lambda: pooled(3, 3, 2), lambda: pooled(5, 3, 3), r"fc\.weight cannot grow.*9 entries of one unit"),
+    "fewer places": (
+        lambda: pooled(3, 3, 2),
+        lambda: pooled(5, 2, 1),
+        r"fc\.weight has no counterpart of 12 of",
     ),
-    "fewer places in a flattened map": (
-        lambda: SIX_PLACES(3),
-        lambda: layout(lambda x: F.adaptive_avg_pool2d(x, (2, 1)), 2)(5),
-        r"fc\.weight has no counterpart of 12 of the 18 units",
-    ),
-    "a sum where the teacher concatenates": (
-        lambda: CONCATENATED(3),
-        lambda: ADDED(6),
-        r"a\.weight meet units of another layer",
-    ),
-    "a sum too narrow for what is kept apart": (
+    "a sum for a concatenation": (lambda: CONCATENATED(3), lambda: ADDED(6), r"a\.weight meet units of another layer"),
+    "a sum too narrow": (
         lambda: CONCATENATED(3),
         lambda: ADDED(3),
-        r"joins units of b\.weight.*the teacher keeps apart",
+        r"joins units of b\.weight.*teacher keeps apart",
     ),
-    "a layer that one of them does not use": (
-        lambda: Net({"a": conv(3, 3), "b": conv(3, 3)}, lambda net, x: net.b(F.relu(net.a(x)))),
-        lambda: Net({"a": conv(3, 3), "b": conv(3, 3)}, lambda net, x: net.b(x)),
-        r"axis 0 of a\.weight",
-    ),
-    "an even kernel": (NOTHING, lambda: inserted(lambda: nn.Conv2d(4, 4, 2)), r"extra\.weight.*kernel.*even"),
-    "a stride": (NOTHING, lambda: inserted(lambda: nn.Conv2d(4, 4, 3, (1, 2), 1)), r"extra\.weight.*stride"),
-    "padding": (
-        NOTHING,
-        lambda: inserted(lambda: nn.Conv2d(4, 4, 3, padding=(1, 0))),
-        r"extra\.weight.*padding \(1, 0\)",
-    ),
-    "a new norm without affine": (
-        NOTHING,
-        lambda: inserted(lambda: nn.BatchNorm2d(4, affine=False)),
-        r"batch norm extra cannot undo",
-    ),
-    "a new layer too narrow": (
-        NOTHING,
-        lambda: Net(
-            {"a": conv(3, 4), "extra": conv(4, 3), "fc": nn.Linear(3, 3)},
-            lambda net, x: net.fc(net.extra(F.relu(net.a(x))).mean((2, 3))),
-        ),
-        r"extra\.weight has 3 units.*4.*1 too few",
-    ),
+    "a layer out of use": (lambda: first_unused(False), lambda: first_unused(True), r"axis 0 of a\.weight"),
+    "a new layer too narrow": (lambda: inserted(None), narrowed, r"extra\.weight has 3 units.*4.*1 too few"),
     "an example that does not fit": (lambda: mlp(5, 4, 2), lambda: mlp(5, 8, 2), r"Sequential.*\(4, 3, 6, 8\) fails"),
-    "ties that only the student has": (
-        lambda: untied(3),
-        lambda: tied(8),
-        r"no counterpart of the teacher's c\.weight",
-    ),
-    # These two are planned and filled, and then found to compute something else.
-    "a product for a sum": (
-        lambda: ADDED(3),
-        lambda: two(lambda a, b: (a * b).mean((2, 3)))(5),
-        "does not compute its teacher's function",
-    ),
-    "rows for columns": (
-        lambda: layout(lambda x: x, 48)(3),
-        lambda: layout(lambda x: x.transpose(2, 3), 48)(5),
-        "layout",
-    ),
+    "new ties": (lambda: untied(3), lambda: tied(8), r"no counterpart of the teacher's c\.weight"),
+    **{name: (lambda: inserted(None), lambda new=new: inserted(new), why) for name, (new, why) in NO_IDENTITY.items()},
+    **COMPUTES_ELSE,  # which shows when the student is filled
 }
 
 
@@ -325,7 +305,7 @@ def test_a_student_that_cannot_be_grown_is_refused_and_left_as_it_was(name: str)
     before = state(student)
     with pytest.raises(TransferError, match=message):
         transfer(teacher, student, images())
-    assert unchanged(student, before) or name in ("a product for a sum", "rows for columns")
+    assert unchanged(student, before) or name in COMPUTES_ELSE
 
 
 @pytest.mark.parametrize(

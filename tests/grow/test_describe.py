@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, assert_same, attention, chain, conv, images, mlp, state, unchanged
+from networks import Net, assert_same, attention, chain, images, mlp, residual, state, unchanged
 from torch import Tensor, nn
 from torchvision import models
 
@@ -11,16 +11,6 @@ from net2net import TransferError, describe, widen
 from net2net.testing import look_trained
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def gated() -> Net:
-    def how(net: Net, x: Tensor) -> Tensor:
-        x = F.relu(net.stem(x))
-        x = x + net.b(F.relu(net.a(x)))
-        return net.fc((x * torch.sigmoid(net.gate(x.mean((2, 3), keepdim=True)))).mean((2, 3)))
-
-    parts = {"stem": conv(3, 4), "a": conv(4, 6), "b": conv(6, 4), "gate": nn.Conv2d(4, 4, 1), "fc": nn.Linear(4, 5)}
-    return Net(parts, how)
 
 
 def heads() -> Net:
@@ -42,12 +32,13 @@ TABLES = {
         (),
         [(("conv0",), ("conv1",), 4, "free"), (("conv1",), ("fc",), 5, "free"), (("fc",), (), 5, PINNED)],
     ),
-    "gated": (
-        gated,
+    "residual": (
+        lambda: residual(4),
         (),
         [
-            (("stem", "b", "gate"), ("a", "gate", "fc"), 4, "free"),
-            (("a",), ("b",), 6, "free"),
+            (("stem", "point", "open"), ("up", "squeeze", "fc"), 4, "free"),
+            (("up",), ("point",), 9, "free"),
+            (("squeeze",), ("open",), 2, "free"),
             (("fc",), (), 5, PINNED),
         ],
     ),
@@ -110,11 +101,11 @@ def test_groups_are_layers_that_move_together(name: str) -> None:
 
 
 def test_the_table_has_a_head_a_row_for_every_group_and_a_sum() -> None:
-    head, *rows, foot = str(describe(gated(), images())).splitlines()
+    head, *rows, foot = str(describe(residual(4), images())).splitlines()
     assert head.split() == ["width", "layers", "read", "by", "growth"]
-    assert rows[0].split("  ")[-1] == "free" and rows[0].lstrip().startswith("4  stem, b, gate")
-    assert len({row.index("free") for row in rows[:2]} | {rows[2].index("pinned"), head.index("growth")}) == 1
-    assert foot == "3 groups of units, 2 of them free to grow to any width"
+    assert rows[0].split("  ")[-1] == "free" and rows[0].lstrip().startswith("4  stem, point, open")
+    assert len({row.index("free") for row in rows[:3]} | {rows[3].index("pinned"), head.index("growth")}) == 1
+    assert foot == "4 groups of units, 3 of them free to grow to any width"
 
 
 def test_long_lists_of_layers_are_cut() -> None:
@@ -124,14 +115,14 @@ def test_long_lists_of_layers_are_cut() -> None:
 
 
 def test_what_is_called_free_grows_and_nothing_else_with_it() -> None:
-    model = look_trained(gated())
+    model = look_trained(residual(4))
     for group in describe(model, images()).groups:
         if group.free:
             grown = widen(model, images(), {group.layers[-1]: 2.0})
             assert_same(model, grown, images())
             layers = {name: m for name, m in grown.named_modules() if hasattr(m, "weight")}
             wider = {n for n, m in layers.items() if len(m.weight) > len(model.get_parameter(f"{n}.weight"))}
-            assert wider == set(group.layers)
+            assert wider == {*group.layers, *group.carriers}
 
 
 def test_a_forward_pass_that_fails_is_refused() -> None:

@@ -24,7 +24,6 @@ from networks import (
 )
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
-from torchvision import models
 
 from net2net import TransferError, deepen, equivalence, load_record, replay, save_record, widen
 from net2net.testing import look_trained
@@ -144,12 +143,6 @@ def test_modules_know_their_new_widths() -> None:
     table = widen(nn.Sequential(nn.Embedding(11, 4), nn.LayerNorm(4), nn.Linear(4, 2)), tokens(), {"0": 2.0})
     assert (table[0].num_embeddings, table[0].embedding_dim, table[1].normalized_shape) == (11, 8, (8,))
     assert repr(table[2]) == repr(nn.Linear(8, 2))
-
-
-def test_a_small_densenet() -> None:
-    model = look_trained(models.DenseNet(4, (2, 3), 8, num_classes=5), images(4, 3, 32, 32), 1)
-    grown = assert_wider(model, lambda: images(2, 3, 32, 32), 1.5)
-    assert size(grown, "features.conv0", "features.denseblock2.denselayer3.conv2") == [12, 6]
 
 
 # -- what is kept -------------------------------------------------------------------------------------------------

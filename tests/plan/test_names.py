@@ -3,8 +3,7 @@
 from itertools import combinations, pairwise
 
 import pytest
-import torch.nn.functional as F
-from networks import Net, assert_same, conv, images, mlp
+from networks import assert_same, images, mlp, trunk
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -84,31 +83,11 @@ def test_a_wrong_pairing_that_fits_by_shape_is_refused() -> None:
         transfer(teacher, student, images(6, 3), rename={"2": "4", "4": "2", "6": "", "8": "6"})
 
 
-def residual(n: int, blocks: int) -> Net:
-    """Numbered blocks in a nn.ModuleList, each a sum."""
-
-    def block() -> Net:
-        return Net(
-            {"a": conv(n, n), "n": nn.BatchNorm2d(n), "b": conv(n, n)},
-            lambda net, x: x + net.b(F.relu(net.n(net.a(x)))),
-        )
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        x = net.stem(x)
-        for each in net.blocks:
-            x = each(x)
-        return net.head(x.mean((2, 3)))
-
-    return Net(
-        {"stem": conv(3, n), "blocks": nn.ModuleList(block() for _ in range(blocks)), "head": nn.Linear(n, 5)}, how
-    )
-
-
 def test_blocks_with_names_of_their_own_keep_them() -> None:
-    teacher, student = look_trained(residual(4, 2), seed=1), look_trained(residual(6, 5), seed=2)
-    record = transfer(teacher, student, photos())
-    assert_same(teacher, student, photos())
-    assert record.origins["blocks.1.a.weight"].teacher == "blocks.1.a.weight"
+    teacher, student = look_trained(trunk(4, False, 2), seed=1), look_trained(trunk(6, False, 5), seed=2)
+    record = transfer(teacher, student, images())
+    assert_same(teacher, student, images())
+    assert record.origins["branches.1.weight"].teacher == "branches.1.weight"
 
 
 def test_a_layer_in_front_of_the_others_is_found() -> None:
