@@ -363,13 +363,11 @@ def concatenated(d: Draw, x: Value, order: str) -> tuple[Value, Make]:
 
     return x.to(plus(*(widths[name] for name in order))), make
 
-@op("branch", KINDS, nests=True)
-def concat(d: Draw, x: Value):
-    return concatenated(d, x, d.one("order", "uv", "uvu", "xu", "uxu", "xx"))
-
-@op("depth", KINDS, nests=True)
-def new_branch(d: Draw, x: Value):
-    return concatenated(d, x, d.one("order", "un", "nu", "unv"))
+for _name, _family, _orders in (
+    ("concat", "branch", ("uv", "uvu", "xu", "uxu", "xx")), ("new_branch", "depth", ("un", "nu", "unv")),
+):
+    OPERATIONS[_name] = Operation(
+        _name, _family, KINDS, lambda d, x, o=_orders: concatenated(d, x, d.one("order", *o)), nests=True)
 
 @op("branch", PLACED)
 def squeeze_excite(d: Draw, x: Value):
@@ -622,13 +620,8 @@ def in_sequence(d: Draw, x: Value, *more: int) -> tuple[Value, Make]:
 
     return x.to((chains[0][-1], chains[1][-1])), make
 
-@op("depth", KINDS)
-def sequential(d: Draw, x: Value):
-    return in_sequence(d, x, 0)
-
-@op("depth", KINDS)
-def sequential_other_width(d: Draw, x: Value):
-    return in_sequence(d, x, 1, -1)
+for _name, _more in (("sequential", (0,)), ("sequential_other_width", (1, -1))):
+    OPERATIONS[_name] = Operation(_name, "depth", KINDS, lambda d, x, m=_more: in_sequence(d, x, *m))
 
 @op("depth", KINDS)
 def stage(d: Draw, x: Value):
@@ -680,10 +673,8 @@ def spatial_attention(d: Draw, x: Value):
 
 # -- one module in several places ------------------------------------------------------------------------------------
 
-@op("shared", KINDS)
-def twice(d: Draw, x: Value):
-    y = d.width()
-    return x.to(y), net(lambda net, v: net.f(net.f(net.a(v)).relu()), a=mix(x, y), f=mix(x.to(y), y, 3))
+layer("shared", "twice", KINDS, lambda x, y, i: net(
+    lambda net, v: net.f(net.f(net.a(v)).relu()), a=mix(x, y), f=mix(x.to(y), y, 3))(i), {}, grows=1)
 
 @op("shared", KINDS)
 def siamese(d: Draw, x: Value):

@@ -127,9 +127,3 @@ def test_networks_inputs_and_random_state_are_left_as_they_were(mode: str) -> No
 def test_a_network_that_fails_is_named_with_what_it_was_given() -> None:
     with pytest.raises(TransferError, match=r"forward pass of Linear on inputs \(2, 3\) fails"):
         equivalence(nn.Linear(4, 2), nn.Linear(4, 2), INPUT)
-
-
-def test_several_arguments() -> None:
-    networks = [nn.Bilinear(3, 2, 4) for _ in range(2)]
-    networks[1].load_state_dict(networks[0].state_dict())
-    assert equivalence(*networks, (torch.randn(5, 3), torch.randn(5, 2))).agree == 5

@@ -233,13 +233,6 @@ def test_what_only_the_training_mode_does_counts(how: Callable, why: str) -> Non
         transfer(trained_by(how)(4), trained_by(how)(7), ROWS)
 
 
-def test_what_the_training_mode_does_besides_is_exact_there() -> None:
-    make = trained_by(lambda net, x: net.o(F.dropout(x, 0.0)))
-    teacher, student = make(4), make(7)
-    transfer(teacher, student, ROWS)
-    assert_same(teacher, student, ROWS, ("train",))
-
-
 def layers(new: Callable[[], nn.Module] | None, between: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), between, *([] if new is None else [nn.Linear(8, 8), new()]), nn.Linear(8, 3))
 
@@ -289,17 +282,6 @@ def test_kernels_grow_behind_padding_of_another_module(pad: type, scale: float) 
     wrong.p = pad(1)
     with pytest.raises(TransferError, match="does not look at every place"):
         transfer(teacher, wrong, MAPS)
-
-
-def test_a_number_that_equals_a_width_by_chance_does_not_follow() -> None:
-    def how(net: Net, x: Tensor) -> Tensor:
-        return net.o(torch.relu(net.a(x[:, : net.longest])).view(-1, net.width)).view(len(x), -1, 3).mean(1)
-
-    model = Net({"a": nn.Linear(6, 8), "o": nn.Linear(8, 3)}, how)
-    model.width = model.longest = 8
-    grown = widen(model, TOKENS, {"a": 12})
-    assert (grown.width, grown.longest) == (12, 8)
-    assert_same(model, grown, torch.randn(3, 14, 6))
 
 
 def test_an_attribute_called_growth_is_the_users() -> None:

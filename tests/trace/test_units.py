@@ -167,10 +167,7 @@ PINS = {
         one(lambda net, x: x.mean((2, 3)) * torch.arange(1.0, 1 + x.shape[1])),
         r"conv\.weight cannot grow.*constant of its own width",
     ),
-    "the output": (
-        lambda n: nn.Sequential(conv(3, 4), conv(4, n)),
-        r"1\.weight cannot grow from 3 to 5 units.*output",
-    ),
+    "the output": (lambda n: nn.Sequential(conv(3, 4), conv(4, n)), r"1\.weight cannot grow from 3 to 5 units.*output"),
 }
 
 
