@@ -120,20 +120,17 @@ def _measure(case: Pair | Network, before: nn.Module, after: nn.Module, grow: Ca
         found["seconds"] = time.process_time() - started
         found["error"] = equivalence(before, after, fresh).max_relative
     except TransferError as refusal:
-        found["reason"] = shorten(str(refusal))
+        found["reason"] = str(refusal)
     except Exception as error:  # a fault of net2net's, which is counted, and the table goes on
-        found |= {"reason": shorten(f"{type(error).__name__}: {error}"), "fault": "CRASHED"}
+        found |= {"reason": f"{type(error).__name__}: {error}", "fault": "CRASHED"}
     found.setdefault("seconds", time.process_time() - started)
+    if "reason" in found:
+        found["reason"] = textwrap.shorten(found["reason"], 400, placeholder=" …")
     old, new = ({n: len(w) for n, w in m.named_parameters() if w.dim() > 1 < len(w)} for m in (before, after))
     wider = sum(new.get(name, 0) > units for name, units in old.items())
     if isinstance(case, Network) and not wider and "error" in found:
         found |= {"error": None, "reason": "No layer grew."}
     return Result(case, sizes=(count_parameters(before), count_parameters(after)), wider=(wider, len(old)), **found)
-
-
-def shorten(reason: str) -> str:
-    """Cut a message to what fits into the page."""
-    return textwrap.shorten(reason, 400, placeholder=" …")
 
 
 def measure_isolated(network: Network) -> Result:

@@ -64,19 +64,14 @@ class Network:
         return f"{self.module}: {self.model}"
 
 
-def load_table(name: str) -> Any:
-    """Read the table `name`.yaml beside this file."""
-    return yaml.safe_load(Path(__file__).with_name(f"{name}.yaml").read_text())
-
-
-ZOO = load_table("zoo")
+ZOO, TIMM = (yaml.safe_load(Path(__file__).with_name(table).read_text()) for table in ("zoo.yaml", "timm.yaml"))
 CASES: dict[str, Sequence[Pair] | Sequence[Network]] = {
     "zoo": [
         Pair(entry["family"], entry["grows"], *names, entry.get("pixels", PIXELS))
         for entry in ZOO["pairs"]
         for names in pairwise(entry["networks"])
     ],
-    "timm": [Network(**entry) for entry in load_table("timm")],
+    "timm": [Network(**entry) for entry in TIMM],
 }
 
 

@@ -37,7 +37,7 @@ def load(config: Data, seed_split: int = 0) -> Splits:
     sources = {"digits": _digits, "cifar10": _cifar10, "image_folder": _image_folder, "imagenet": _imagenet}
     if config.name not in sources:
         closest = nearest(config.name, sources)
-        raise ExperimentError(f"There is no data set {config.name!r}{closest}. There are {', '.join(sources)}.")
+        raise ExperimentError(f"data.name={config.name} is unknown{closest}: there are {', '.join(sources)}.")
     size = {"digits": 8, "cifar10": 32}.get(config.name, config.size)
     if config.size != size:
         raise ExperimentError(f"data={config.name} has images of {size} pixels: set data.size={size}.")

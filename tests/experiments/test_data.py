@@ -246,7 +246,7 @@ def test_digits(tmp_path: Path):
         ({"name": "cifar10", "size": 64}, "data=cifar10 has images of 32 pixels: set data.size=32"),
         (
             {"name": "imagefolder"},
-            r"'imagefolder' \(did you mean 'image_folder'\?\). There are digits, cifar10, image_folder",
+            r"=imagefolder is unknown \(did you mean 'image_folder'\?\): there are digits, cifar10, image_folder",
         ),
         ({"name": "digits", "size": 8, "holdout": 0.0}, "data.holdout is 0.0: choose a share between 0 and 1"),
         ({"name": "digits", "size": 8, "holdout": 1.0}, "data.holdout is 1.0: choose a share between 0 and 1"),
