@@ -27,15 +27,7 @@ def fill(
 ) -> net2net.Transfer | None:
     """Fill a student in place as its arm does, and return the transfer; None if the arm starts from random weights.
 
-    Args:
-        arm: The arm.
-        teacher: The trained teacher.
-        student: The student, with fresh weights.
-        config: The experiment.
-        images: Called with a number, returns that many training images (N x C x H x W).
-
-    Raises:
-        ExperimentError: The teacher cannot be carried into the student.
+    `images(n)` are n training images. Raises ExperimentError if the teacher cannot be carried into the student.
     """
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "growth"))
     growth = config.growth
@@ -64,11 +56,10 @@ def carry_optimizer_state(
 
     `transfer` says how the network was filled; None: it is the teacher itself, trained longer.
     """
-    old, new = (make_optimizer(one, config.schedule) for one in (teacher, network))
+    old, new, grown = (make_optimizer(one, config.schedule) for one in (teacher, network, network))
     old.load_state_dict(state)
     if transfer is None:
         return old.state_dict()
-    grown = make_optimizer(network, config.schedule)
     transfer.optimizer_state(old, grown)
     # `grown` now has the teacher's parameter groups; ours also hold the parameters of new layers.
     new.state.update(grown.state)

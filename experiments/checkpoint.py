@@ -63,24 +63,20 @@ def drop_previous(folder: Path) -> None:
 
 def _load(folder: Path) -> tuple[dict[str, Any], bool]:
     """The state, and whether the newest file is damaged."""
-    newest, previous = folder / NEWEST, folder / PREVIOUS
-    if not newest.exists() and previous.exists():  # a process was killed between the two renames of a save
-        newest, previous = previous, newest
-    try:
-        return _read(newest), False
-    except _DamagedError as error:
-        reason = str(error)
-    advice = f"delete {folder} to run this stage anew."
-    if not previous.exists():
-        raise ExperimentError(f"The checkpoint {newest} cannot be read ({reason}): {advice}")
-    try:
-        state = _read(previous)
-    except _DamagedError as error:
-        raise ExperimentError(
-            f"Neither checkpoint in {folder} can be read ({newest.name}: {reason}; {previous.name}: {error}): {advice}"
-        ) from error
-    print(f"Warning: {newest} cannot be read ({reason}); continuing from {previous.name}.", file=sys.stderr)
-    return state, True
+    faults: list[str] = []
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        if not path.exists():  # a process may have been killed between the two renames of a save
+            continue
+        try:
+            state = _read(path)
+        except _DamagedError as error:
+            faults.append(f"{path} cannot be read ({error})")
+            continue
+        for fault in faults:
+            print(f"Warning: {fault}; continuing from {path.name}.", file=sys.stderr)
+        return state, bool(faults)
+    what = "; ".join(faults) or f"There is no checkpoint in {folder}"
+    raise ExperimentError(f"{what}: delete {folder} to run this stage anew.")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -177,11 +177,7 @@ def run_job(composed: DictConfig) -> None:
 
 
 def make_configs(composed: DictConfig, overrides: Iterable[str]) -> list[Config]:
-    """Return the configurations that a command runs, one for each case; `overrides` are the settings that it names.
-
-    Raises:
-        ExperimentError: A setting does not exist, or has a value that no run can have. OmegaConf raises its own errors.
-    """
+    """Return the configurations that a command runs, one for each case; `overrides` are the settings that it names."""
     configs: list[Config] = []
     known = set(_list_keys())
     for resolved in sweep.resolve_cases(composed, overrides):

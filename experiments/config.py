@@ -98,15 +98,8 @@ class Config:
     # Optional smaller network that the teacher itself is grown from; the teacher then trains at rates.net2net.
     first: dict[str, Any] = field(default_factory=dict)
     students: dict[str, Any] = field(default_factory=dict)  # name of each student -> how it differs from `model`
-    rates: dict[str, float] = field(
-        default_factory=lambda: {
-            "net2net": 0.1,
-            "random_pad": 0.1,
-            "random_init": 1.0,
-            "teacher_continued": 0.1,
-            "random_init_low_lr": 0.1,
-        }
-    )  # initial learning rate of each arm, as a multiple of schedule.lr
+    # Initial learning rate of each arm, as a multiple of schedule.lr.
+    rates: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ARMS, 0.1) | {"random_init": 1.0})
     target: str = "random_init"  # steps are counted until an arm reaches the final holdout accuracy of this one
     data: Data = field(default_factory=Data)
     schedule: Schedule = field(default_factory=Schedule)

@@ -42,21 +42,10 @@ Networks = dict[str | None, nn.Module]  # the teacher (None) and the students
 
 @explain_lack_of_memory()
 def run_experiment(config: Config, console: Console, skip_busy: bool = False) -> Path | None:
-    """Run what is missing of an experiment and print its table.
+    """Run what is missing of one seed of an experiment, print its table, and return the figure's path.
 
-    Each stage has one writer: a teacher that another process trains is waited for.
-
-    Args:
-        config: The experiment, of one seed.
-        console: Where to print.
-        skip_busy: Whether to leave out arms that another process trains.
-
-    Returns:
-        The figure's path; None if no arm is complete, because others are busy with them or they diverged.
-
-    Raises:
-        BusyError: Another process trains one of the arms, and `skip_busy` is not set.
-        ExperimentError: Something is wrong that the user can put right; where possible before anything is trained.
+    A teacher that another process trains is waited for. An arm that another process trains is left out with
+    `skip_busy`, and else refused with BusyError. Returns None if no arm is complete.
     """
     run = _prepare(config, console)
     networks = run.ranks.on_all(partial(_make_networks, run))
@@ -116,28 +105,22 @@ def _make_networks(run: Run) -> Networks:
     """Return the teacher and the students, fresh; raise ExperimentError for everything that would fail later."""
     networks = {student: run.make_network(student) for student in (None, *run.config.students)}
     run.ranks.share(run.config.schedule.batch_size)
-    _check_lengths(run)
+    per_epoch = complete_batches(len(run.splits.train), run.config.schedule.batch_size)
+    for key in LENGTHS:
+        duration = getattr(run.config.schedule, key)
+        if duration is not None and steps(duration, per_epoch) < 1:
+            raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
     _ = run.costs  # raises if a network cannot read the images
     _check_growth(run, networks)
     return networks
 
 
-def _check_lengths(run: Run) -> None:
-    """Refuse a duration that rounds to no step at all."""
-    schedule = run.config.schedule
-    per_epoch = complete_batches(len(run.splits.train), schedule.batch_size)
-    for key in LENGTHS:
-        duration = getattr(schedule, key)
-        if duration is not None and steps(duration, per_epoch) < 1:
-            raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
-
-
 def _check_growth(run: Run, networks: Networks) -> None:
     """Refuse a student that cannot be grown from its teacher before the teacher is trained."""
-    for student in run.config.students:
-        for arm in [arm for arm in ("net2net", "random_pad") if arm in run.config.arms][:1]:
-            teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
-            arms.fill(arm, teacher, trial, run.config, run.images)
+    arm = next((arm for arm in ("net2net", "random_pad") if arm in run.config.arms), None)
+    for student in run.config.students if arm else ():
+        teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
+        arms.fill(str(arm), teacher, trial, run.config, run.images)
     if run.earlier is not None:
         first, trial = run.earlier.make_network(None), copy.deepcopy(networks[None])
         try:
@@ -149,26 +132,23 @@ def _check_growth(run: Run, networks: Networks) -> None:
 def _is_done(run: Run, name: str, arm: str, student: str | None) -> bool:
     """Whether a stage is complete; says so if it is."""
     folder = run.folder / name
-    is_done = is_teacher_trained(run) if arm == TEACHER else _is_arm_complete(run, folder, run.settings(arm, student))
+    if arm == TEACHER:
+        is_done = is_teacher_trained(run)
+    else:
+        settings = run.settings(arm, student)
+        is_done = run.ranks.on_first(lambda: is_complete(folder, settings))
     if is_done:
         run.ranks.on_first(lambda: files.remove_stale_lock(folder))  # a process was killed after its manifest
         _say(run, f"{name:<22} complete, skipped ({folder})")
     return is_done
 
 
-def _is_arm_complete(run: Run, folder: Path, settings: dict[str, Any]) -> bool:
-    return run.ranks.on_first(lambda: is_complete(folder, settings))
-
-
 def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Module) -> None:
-    """Fill the student (or continue with the teacher), measure how far it is from the teacher, and train it.
-
-    Raises BusyError if another process does.
-    """
+    """Fill the student (or continue with the teacher), measure how far it is from the teacher, and train it."""
     job = run.job(name, student, run.config.rates[arm])
     settings = run.settings(arm, student)
     with run.ranks.enter_on_first(lambda: files.hold(job.folder)):
-        if _is_arm_complete(run, job.folder, settings):  # by now
+        if run.ranks.on_first(lambda: is_complete(job.folder, settings)):  # by now
             return
         facts: dict[str, Any] = {}
         transfer = None
@@ -183,7 +163,12 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
                 facts["growth"] = {"record": str(transfer), "seconds": time.perf_counter() - started}
             if arm == "net2net" and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
                 facts["step0"] = _measure_agreement(run, teacher, network)
-                _say(run, f"{name:<22} {_describe_agreement(facts['step0'])}")
+                step0 = facts["step0"]
+                _say(
+                    run,
+                    f"{name:<22} agrees with its teacher on {step0['agree']} of {step0['of']} test images in float64 "
+                    f"(error {step0['max_relative_error']:.0e}), on {step0['float32']['agree']} in float32",
+                )
         optimizer = None
         if run.config.growth.optimizer_state == "carried" and arm in ("net2net", CONTINUED):
             state = teacher_optimizer_state(run)
@@ -206,13 +191,6 @@ def _measure_agreement(run: Run, teacher: nn.Module, student: nn.Module) -> dict
     return found["float64"] | {"float32": found["float32"]}
 
 
-def _describe_agreement(step0: dict[str, Any]) -> str:
-    return (
-        f"agrees with its teacher on {step0['agree']} of {step0['of']} test images in float64 "
-        f"(error {step0['max_relative_error']:.0e}), on {step0['float32']['agree']} in float32"
-    )
-
-
 def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) -> None:
     """Say what will be done, how large it is and how long it will take, before anything is trained."""
     config = run.config
@@ -233,17 +211,11 @@ def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) 
     _say(run, f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if missing:
         seconds = {label: _measure_step(run, network) for label, _, _, network in rows}
-        total = _estimate(run, seconds, stages, missing)
+        per_epoch = complete_batches(len(run.splits.train), config.schedule.batch_size)
+        total = sum(seconds[stages[name][1] or TEACHER] * steps(run.epochs(name), per_epoch) for name in missing)
+        if run.earlier is not None and TEACHER in missing and not is_teacher_trained(run.earlier):
+            total += seconds[FIRST] * steps(run.earlier.epochs(TEACHER), per_epoch)
         _say(run, f"to do     {', '.join(missing)}: about {progress.duration(total)}, by the speed of a few steps")
-
-
-def _estimate(run: Run, seconds: dict[str, float], stages: Stages, missing: list[str]) -> float:
-    """The seconds that the missing stages will train, given the seconds of a step of each network."""
-    per_epoch = complete_batches(len(run.splits.train), run.config.schedule.batch_size)
-    total = sum(seconds[stages[name][1] or TEACHER] * steps(run.epochs(name), per_epoch) for name in missing)
-    if run.earlier is not None and TEACHER in missing and not is_teacher_trained(run.earlier):
-        total += seconds[FIRST] * steps(run.earlier.epochs(TEACHER), per_epoch)
-    return total
 
 
 def _measure_step(run: Run, network: nn.Module) -> float:

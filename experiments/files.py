@@ -23,16 +23,10 @@ class BusyError(ExperimentError):
 
 
 def write(path: Path, content: bytes | memoryview, keep: Path | None = None, flush: bool = True) -> None:
-    """Write a file that no reader ever sees half-written: to a temporary file, which is then renamed.
+    """Write a file that no reader ever sees half-written, and move the previous one to `keep` if that is given.
 
-    Args:
-        path: The file. Its folder is made if it is missing.
-        content: What the file will hold.
-        keep: Where to move the previous file, if it is to be kept.
-        flush: Whether to wait until the disk has the content; False for what can be made again.
-
-    Raises:
-        ExperimentError: The disk refuses the file. The previous content is still at `path` or at `keep`.
+    If the disk refuses it, raises ExperimentError, and the previous content is still at `path` or at `keep`.
+    `flush` waits until the disk has the content; False is for what can be made again.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
@@ -70,14 +64,7 @@ def hold(folder: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
     """Hold the folder's lock while the block runs, so that no other process writes there.
 
     The kernel frees the lock when its owner dies, even by kill -9. Temporary files of a killed writer are removed.
-
-    Args:
-        folder: The folder; it is made if it is missing.
-        on_wait: Called with a description of the owner before waiting for it; None: do not wait.
-
-    Raises:
-        BusyError: Another process holds the lock, and `on_wait` is None.
-        ExperimentError: The folder cannot be written, or its file system has no locks.
+    If another process holds it, calls `on_wait` with a description of the owner and waits, or else raises BusyError.
     """
     path, owner = folder / LOCK, "another process"
     lock = FileLock(path, fallback_to_soft=False)

@@ -134,23 +134,16 @@ def explain_lack_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
+        text = str(error)
+        if not (
+            isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(sign in text for sign in ("DefaultCPUAllocator", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+            or ("DataLoader worker" in text and "Killed" in text)  # the kernel kills a worker when memory is short
+        ):
             raise
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        first = text.strip().partition("\n")[0] or type(error).__name__
         raise ExperimentError(
             f"The memory is not enough ({first}). The last checkpoint is kept: free some memory or take a larger "
             "machine, and the same command continues. To need less, use fewer data.workers, or a smaller "
             "schedule.batch_size or growth.calibrate; these two make another run, which needs another runs=FOLDER."
         ) from error
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether an error is torch's, Python's or the kernel's way to say that there is no memory left."""
-    text = str(error)
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "DefaultCPUAllocator" in text
-        or "CUDA out of memory" in text
-        or "CUBLAS_STATUS_ALLOC_FAILED" in text
-        or ("DataLoader worker" in text and "Killed" in text)  # the kernel kills a worker when memory is short
-    )

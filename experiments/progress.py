@@ -6,19 +6,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 Row = Mapping[str, float]
+Log = Callable[[Row], object]
 
 
 class Follower:
     """Shows the training of one network while its block runs, from step `first` on; `log` receives every row, too."""
 
     def __init__(
-        self,
-        console: Console,
-        name: str,
-        total: int,
-        first: int,
-        batch_size: int,
-        log: Callable[[Row], object] | None = None,
+        self, console: Console, name: str, total: int, first: int, batch_size: int, log: Log | None = None
     ) -> None:
         columns = (
             TextColumn("{task.description:<22}"),

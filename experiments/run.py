@@ -21,6 +21,7 @@ from .training import Job
 
 # Keys of the schedule that concern other stages, or that `stage_config` has put in place for this one.
 OTHER_STAGES = ("teacher_epochs", "first_epochs", "teacher_decay", "teacher_augment")
+Costs = Mapping[str, float]  # what networks have cost: examples, seconds, flops
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,7 @@ class Run:
         return next(self.splits.train.batches(count, epoch=0, seed=self.config.seed))[0]
 
     def job(
-        self,
-        name: str,
-        student: str | None,
-        rate: float,
-        folder: Path | None = None,
-        before: Mapping[str, float] | None = None,
+        self, name: str, student: str | None, rate: float, folder: Path | None = None, before: Costs | None = None
     ) -> Job:
         """Return the training run of one stage.
 
@@ -112,10 +108,8 @@ class Run:
     @cached_property
     def arithmetic(self) -> Arithmetic:
         """The arithmetic of every training step, as rank 0 chooses it."""
-        config = self.config
-        return self.ranks.on_first(
-            partial(choose_arithmetic, self.device, config.precision, config.layout, config.compile)
-        )
+        wanted = (self.config.precision, self.config.layout, self.config.compile)
+        return self.ranks.on_first(partial(choose_arithmetic, self.device, *wanted))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -41,17 +41,12 @@ def write_curve(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 def parse_curve(data: bytes, name: str | Path) -> list[Point]:
     """Return the points of a curve, one an evaluation; ExperimentError, which calls it `name`, if it is not whole."""
-    heads, *rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""))) or [[]]
-    missing = [column for column in COLUMNS if column not in heads]
+    table = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""))
+    missing = [column for column in COLUMNS if column not in (table.fieldnames or ())]
     if missing:
         raise ExperimentError(f"The curve {name} has no column {missing[0]}: run its arm again.")
-    places = [heads.index(column) for column in COLUMNS]
-    padding = [""] * len(heads)  # a row may be cut off
-    try:
-        points = [
-            dict(zip(COLUMNS, [float(cells[i]) if cells[i] else math.nan for i in places], strict=True))
-            for cells in (row + padding for row in rows if row)
-        ]
+    try:  # a row may be cut off
+        points = [{column: float(row[column] or math.nan) for column in COLUMNS} for row in table]
     except ValueError as error:
         raise ExperimentError(f"The curve {name} has a cell that is no number ({error}): run its arm again.") from None
     if not points:

@@ -20,9 +20,6 @@ class Interrupted(KeyboardInterrupt):
     def __str__(self) -> str:
         return self.where
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Interrupted, (self.number, self.where)
-
 
 class SignalPending(Exception):
     """A signal has arrived during an evaluation, which is abandoned."""

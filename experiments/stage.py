@@ -25,6 +25,8 @@ from .progress import Follower
 from .run import Run, stage_rate
 from .training import Job, load, train
 
+State = dict[str, Any]
+
 
 def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Return whether the stage in a folder has been completed with these settings.
@@ -53,25 +55,18 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def run_stage(
-    run: Run,
-    job: Job,
-    arm: str,
-    student: str | None,
-    network: nn.Module,
-    facts: dict[str, Any] | None = None,
-    optimizer: dict[str, Any] | None = None,
+    run: Run, job: Job, arm: str, student: str | None, network: nn.Module, facts: State, optimizer: State | None
 ) -> None:
     """Train one stage and write its manifest, at first as incomplete, so that a folder always says what it holds.
 
-    The caller holds the folder's lock and has filled the network. `facts` are added to the manifest; `optimizer` is
-    the optimizer state to start with.
+    `facts` are added to the manifest; `optimizer` is the optimizer state to start with.
     """
     state = run.ranks.on_first(partial(checkpoint.resume, job.folder))
     if optimizer is not None and "network" not in state:
         state |= {"network": network.state_dict(), "optimizer": optimizer}
     manifest: dict[str, Any] = {}
     if run.ranks.rank == 0:
-        manifest = _describe_stage(run, job, arm, student, network, state["step"]) | (facts or {})
+        manifest = _describe_stage(run, job, arm, student, network, state["step"]) | facts
         before = run_log.read_manifest(job.folder) or {}  # what was measured before its first step still holds
         manifest |= {key: before[key] for key in ("growth", "step0", "before", "grown_from") if key in before}
         run_log.write_manifest(job.folder, manifest)
@@ -90,9 +85,7 @@ def run_stage(
         run_log.write_manifest(job.folder, manifest)
 
 
-def _describe_stage(
-    run: Run, job: Job, arm: str, student: str | None, network: nn.Module, first: int
-) -> dict[str, Any]:
+def _describe_stage(run: Run, job: Job, arm: str, student: str | None, network: nn.Module, first: int) -> State:
     """The manifest of a stage that this process continues from step `first`."""
     provenance = run_log.describe_provenance() | {"device": str(run.device), "hardware": describe(run.device)}
     return {

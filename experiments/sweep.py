@@ -70,10 +70,7 @@ class Plan(Callback):
     """Writes the plan of a sweep. Hydra calls it in the process that starts the sweep, before the first job."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Add every arm of the sweep to its experiment's plan and remove the notes of earlier failures.
-
-        A sweep over experiments has no plan: its arms are known only when they begin.
-        """
+        """Add every arm of the sweep to its experiment's plan. Over experiments there is none: no arm is known yet."""
         overrides = list(config.hydra.overrides.task)
         swept = {
             override.key_or_group: list(override.sweep_string_iterator())

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import checkpoint
 from .config import Config, DivergedError, ExperimentError, steps
@@ -62,20 +63,9 @@ class Job:
 def train(network: nn.Module, job: Job, follower: Follower, state: dict[str, Any] | None = None) -> list[Row]:
     """Train a network in place and return its curve, one row an evaluation, the first at step 0.
 
-    Data order, augmentation and dropout depend on seed and step alone, so a run that continues from a checkpoint sees
-    what it would have seen. A checkpoint is written at every epoch, at every evaluation and after
-    `checkpoint_seconds`; the curve at every evaluation. All ranks do this and end alike; rank 0 alone writes.
-
-    Args:
-        network: The network.
-        job: What to train it on, and how.
-        follower: Is told of every step and every row.
-        state: The state to continue from; None: that of the job's folder.
-
-    Raises:
-        DivergedError: The loss is not finite. The last checkpoint stays.
-        ExperimentError: Images cannot be read. The run is saved first.
-        Interrupted: The run was asked to stop, and is saved. A launcher's handler may raise others.
+    It continues from `state`, or else from the checkpoint in the job's folder. Data order, augmentation and dropout
+    depend on seed and step alone, so it then sees what it would have seen. A checkpoint is written at every epoch, at
+    every evaluation and after `checkpoint_seconds`. All ranks do this and end alike; rank 0 alone writes.
     """
     run = _Run(network, job, follower, state)
     with Requests() as requests:
@@ -151,7 +141,7 @@ class _Run:
         checkpoint.save(self.job.folder, state)
 
 
-def load(part: nn.Module | torch.optim.Optimizer, state: Mapping[str, Any], folder: Path) -> None:
+def load(part: nn.Module | Optimizer, state: Mapping[str, Any], folder: Path) -> None:
     """Load a network or its optimizer from the checkpoint in `folder`; raise ExperimentError if it is another's."""
     try:
         part.load_state_dict(state["network" if isinstance(part, nn.Module) else "optimizer"])
@@ -186,7 +176,7 @@ def make_batches(job: Job, first: int) -> Iterator[Batch]:
             yield images.contiguous(memory_format=job.arithmetic.memory_format), labels
 
 
-def set_rate(optimizer: torch.optim.Optimizer, job: Job, step: int) -> None:
+def set_rate(optimizer: Optimizer, job: Job, step: int) -> None:
     """Set the learning rate of a step."""
     schedule = job.config.schedule
     rate = job.rate * rate_at(step, job.total, steps(schedule.warmup, job.per_epoch), schedule.decay)
@@ -196,7 +186,7 @@ def set_rate(optimizer: torch.optim.Optimizer, job: Job, step: int) -> None:
 
 def train_step(
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     images: Tensor,
     labels: Tensor,
     device: torch.device,

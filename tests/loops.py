@@ -1,14 +1,17 @@
 """The smallest training run: a network of four channels, twelve steps, images of noise."""
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from experiments.config import Config, Data, Schedule
-from experiments.data import Images, Splits
+from experiments.data import Images, Splits, load
 from experiments.machine import Arithmetic
+from experiments.run import Run
 from experiments.training import Job
 
 CPU = torch.device("cpu")
@@ -50,6 +53,16 @@ def small_job(folder: Path) -> Job:
 
 def without_seconds(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """The cells of the curve in an arm's folder, but for the seconds."""
+    with open(folder / "curve.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def run_of(config: Config) -> Run:
+    return Run(config, load(config.data), CPU, Console(quiet=True))
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

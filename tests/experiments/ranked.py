@@ -1,6 +1,5 @@
-"""What two processes of torchrun do in test_ranks.py: torchrun ... tests/ranked.py FOLDER; each leaves rank<k>.pt."""
+"""What two processes of torchrun do in test_distributed.py: torchrun ... ranked.py FOLDER; each leaves rank<k>.pt."""
 
-import atexit
 import os
 import signal
 import sys
@@ -74,15 +73,8 @@ def grown(own: ranks.Ranks, *settings: str) -> dict[str, Tensor]:
     return student.state_dict()
 
 
-def threads(folder: Path) -> None:
-    """Leave the names of this process's threads."""
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    (folder / f"threads{os.environ['RANK']}").write_text("\n".join(names))
-
-
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    atexit.register(threads, folder)  # the first to be registered is the last to be called
     own = ranks.join()
 
     def job(name: str) -> Job:

@@ -7,32 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from loops import same
 from rich.console import Console
 from torch import Tensor, nn
 
 from experiments import arms, checkpoint, experiment, stage, training
 from experiments.config import Config, ExperimentError, arm_folders
-from experiments.data import load
-from experiments.run import Run
 from experiments.run_log import parse_curve
 
 Make = Callable[..., Config]
-Main = Callable[..., int]
 STUDENT_ARMS = ("net2net", "random_pad", "random_init", "random_init_low_lr")
-CPU = torch.device("cpu")
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
     """The rows of the curve in an arm's folder."""
     return parse_curve((folder / "curve.csv").read_bytes(), folder)
-
-
-def run_of(config: Config) -> Run:
-    return Run(config, load(config.data), CPU, Console(quiet=True))
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.fixture
@@ -122,27 +111,6 @@ def test_networks_of_a_seed_are_drawn_alike_and_seeds_differ(tiny: Make) -> None
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_random_pad_of_a_deeper_student_keeps_the_teachers_layers(tiny: Make) -> None:
-    config = tiny()
-    config.teacher, config.students = {}, {"deeper": {"extra_pairs": 1}}
-    run = run_of(config)
-    teacher, student, drawn = run.make_network(None), run.make_network("deeper"), run.make_network("deeper")
-    arms.fill("random_pad", teacher, student, config, run.images)
-    theirs, fresh = teacher.state_dict(), drawn.state_dict()
-    for key, value in student.state_dict().items():
-        assert torch.equal(value, theirs.get(key, fresh[key])), key
-    assert len(student.state_dict()) > len(theirs)
-
-
-def test_a_random_arm_leaves_the_student_as_it_was_drawn(tiny: Make) -> None:
-    config = tiny()
-    run = run_of(config)
-    for arm in ("random_init", "random_init_low_lr"):
-        student = run.make_network("wider")
-        assert arms.fill(arm, run.make_network(None), student, config, run.images) is None
-        assert same(student, run.make_network("wider"))
-
-
 def test_folders_carry_the_students_name_only_where_there_are_several(tiny: Make) -> None:
     config = tiny("arms=[net2net,teacher_continued]")
     assert arm_folders(config.students, config.arms) == {
@@ -162,13 +130,13 @@ def test_no_teacher_is_trained_that_no_arm_needs(tiny: Make, tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "runs/quickstart/seed0").iterdir()] == ["random_init"]
 
 
+@pytest.mark.parametrize("arm", ["net2net", "random_pad"])
 def test_a_student_smaller_than_its_teacher_is_refused_before_training(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
     monkeypatch.setattr(training, "train_step", lambda *_: pytest.fail("a step was trained"))
-    for arm in ("net2net", "random_pad"):
-        with pytest.raises(ExperimentError, match=r"blocks\.3a\.entry\.0\.weight has 4 units, the teacher's 8"):
-            experiment.run_experiment(tiny(f"arms=[{arm}]", "teacher.width=2"), Console(quiet=True))
+    with pytest.raises(ExperimentError, match=r"blocks\.3a\.entry\.0\.weight has 4 units, the teacher's 8"):
+        experiment.run_experiment(tiny(f"arms=[{arm}]", "teacher.width=2"), Console(quiet=True))
 
 
 def test_a_runs_folder_that_cannot_be_written_is_refused_before_the_images_are_loaded(
@@ -178,19 +146,3 @@ def test_a_runs_folder_that_cannot_be_written_is_refused_before_the_images_are_l
     monkeypatch.setattr(experiment, "load", lambda config: pytest.fail("loaded"))
     with pytest.raises(ExperimentError, match=r"The folder .*runs cannot be written \(.*\): choose another"):
         experiment.run_experiment(tiny(), Console(quiet=True))
-
-
-def test_what_is_to_come_is_said_before_it_comes(
-    train_py: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage, "train", stop)
-    assert train_py("schedule.teacher_epochs=2ep") == 130
-    out = capsys.readouterr().out
-    assert "quickstart: A wider student" in out
-    assert "data      scikit-learn digits, 1,438 train / 359 test" in out
-    assert "to do     teacher, net2net, random_pad," in out
-    teacher, wider = (next(line for line in out.splitlines() if line.startswith(n)) for n in ("teacher ", "wider "))
-    assert teacher.split()[-1] == "2ep" and wider.split()[-1] == "20it"

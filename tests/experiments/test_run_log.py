@@ -17,34 +17,15 @@ def test_a_curve_has_the_columns_in_their_order(tmp_path: Path) -> None:
     rows = [{"step": 0, "test_accuracy": 1 / 3, "flops": 123456789012}, {"step": 5, "seconds": 2.0}]
     run_log.write_curve(tmp_path, rows)
     lines = (tmp_path / "curve.csv").read_text().splitlines()
-    assert lines[0] == (
-        "step,epoch,examples,seconds,flops,train_loss,train_accuracy,"
-        "holdout_loss,holdout_accuracy,test_loss,test_accuracy"
-    )
     assert lines[0].split(",") == list(COLUMNS)
     assert lines[1:] == ["0,,,,123456789012,,,,,,0.333333", "5,,,2,,,,,,,"]
 
 
-def test_a_manifest_comes_back(tmp_path: Path) -> None:
-    assert run_log.read_manifest(tmp_path) is None
-    manifest = {"settings": {"seed": 0}, "complete": False, "step0": {"agree": 3}}
-    run_log.write_manifest(tmp_path, manifest)
-    assert run_log.read_manifest(tmp_path) == manifest
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"{}", b'{"complete": true}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b"3", b'{"complete": true}', b"\xff\xfe\x00"])
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ExperimentError, match=r"manifest\.json is no manifest \(.*\): delete .* to run this stage"):
         run_log.read_manifest(tmp_path)
-
-
-def test_provenance_names_commit_versions_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_log.sys, "argv", ["/somewhere/train.py", "experiment=quickstart", "seed=1"])
-    found = run_log.describe_provenance()
-    assert found["command"] == "python train.py experiment=quickstart seed=1"
-    assert {"python", "torch"} <= set(found["versions"])
-    assert isinstance(found["commit"], str) and found["dirty"] in (True, False, None)
 
 
 def test_new_modules_are_uncommitted_changes_and_without_git_nobody_knows(
@@ -76,9 +57,8 @@ def test_a_finished_run_has_three_files_an_arm(finished: Path) -> None:
             "curve.csv",
             "manifest.json",
         ]
-    assert set(load(finished.parent).runs.index.get_level_values("arm")) == set(
-        ARMS
-    )  # which checks every curve against its manifest
+    runs = load(finished.parent).runs  # which checks every curve against its manifest
+    assert set(runs.index.get_level_values("arm")) == set(ARMS)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -88,7 +68,6 @@ def test_the_manifest_of_a_finished_arm(finished: Path, arm: str) -> None:
     assert manifest["experiment"] == "quickstart" and manifest["arm"] == arm and manifest["seed"] == 0
     assert manifest["student"] == (None if arm in ("teacher", "teacher_continued") else "wider")
     assert manifest["teacher"] == ("teacher" if arm in ("net2net", "random_pad", "teacher_continued") else None)
-    assert manifest["config"]["model"]["slim"] == 0.03 and manifest["config"]["schedule"]["epochs"] == "20it"
     curve = (finished / arm / "curve.csv").read_bytes()
     assert manifest["curve_sha256"] == hashlib.sha256(curve).hexdigest()
     assert manifest["device"] == "cpu" and manifest["precision"] == "float32" and manifest["hardware"]
@@ -101,8 +80,6 @@ def test_the_manifest_of_a_finished_arm(finished: Path, arm: str) -> None:
     assert ("step0" in manifest) == (arm == "net2net")
     ((process),) = manifest["processes"]
     assert (process["from"], process["to"], process["commit"]) == (0, 20, manifest["commit"])
-    assert {key: process[key] for key in ("hardware", "device", "versions", "command")} == {
-        key: manifest[key] for key in ("hardware", "device", "versions", "command")
-    }
+    assert all(process[key] == manifest[key] for key in ("hardware", "device", "versions", "command"))
     last = curve.decode().splitlines()[-1].split(",")
     assert int(last[4]) == 20 * 32 * manifest["train_flops_per_image"]

@@ -1,6 +1,5 @@
 """Which settings determine which stage: what the teacher alone has, what its heirs have, what names it."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,22 +8,18 @@ import pytest
 import torch
 import torture
 from conftest import TINY, composed
+from loops import read_rows, run_of
 from rich.console import Console
 
 from experiments import arms, stage
 from experiments.config import TEACHER, Config
-from experiments.data import load
 from experiments.experiment import run_experiment
-from experiments.run import Run, stage_config
+from experiments.run import stage_config
 from experiments.training import make_batches
 
 Tiny = Callable[..., Config]
 Main = Callable[..., int]
 SHORT = ("schedule.epochs=6it", "schedule.evaluate=2it", "schedule.teacher_epochs=8it")
-
-
-def run_of(config: Config) -> Run:
-    return Run(config, load(config.data), torch.device("cpu"), Console(quiet=True))
 
 
 def test_the_teachers_schedule_is_its_own(tiny: Tiny) -> None:
@@ -102,20 +97,15 @@ def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny: Tiny) 
 # -- the optimizer's state ----------------------------------------------------------------------------------------
 
 
-def curve(folder: Path, arm: str) -> list[dict[str, str]]:
-    """The rows of an arm, without the time and the FLOPs that they took."""
-    with (folder / arm / "curve.csv").open() as file:
-        return [{key: row[key] for key in row if key not in ("seconds", "flops")} for row in csv.DictReader(file)]
-
-
+@pytest.mark.slow
 def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer(tmp_path: Path) -> None:
     found = {}
     for state in ("carried", "dropped"):
         words = (*SHORT, f"growth.optimizer_state={state}", "students.wider.width=0.5477", f"runs={tmp_path}/{state}")
         run_experiment(composed(*TINY, *words, "arms=[net2net,teacher_continued]"), Console(quiet=True))
         folder = tmp_path / state / "quickstart/seed0"
-        found[state] = curve(folder, "net2net")
-        assert found[state] == curve(folder, "teacher_continued")
+        found[state] = read_rows(folder / "net2net")
+        assert found[state] == read_rows(folder / "teacher_continued")
     assert found["carried"] != found["dropped"]
 
 
@@ -139,6 +129,7 @@ def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have
     assert bool(old.state[source]["square_avg"].any())
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverges_does_not_stop_the_others(
     train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

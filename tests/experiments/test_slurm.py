@@ -4,7 +4,6 @@ Needs a Slurm that answers (a cluster's, or the one-node Slurm that NET2NET_SLUR
 stops; by default ../shared/slurm). Skips, and says why, where there is neither.
 """
 
-import csv
 import os
 import re
 import shlex
@@ -16,10 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import TINY
-from PIL import Image
+from loops import pictures, read_rows
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
@@ -51,28 +49,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
         subprocess.run([scripts / "down", state], capture_output=True)
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of ImageNet's form: 4 classes, 40 noisy pictures each, which two processes decode."""
-    root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for part, count in (("train", 40), ("val", 5)):
-        for kind in range(4):
-            folder = root / part / f"class{kind}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 120, (24, 24, 3)) + 30 * kind
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.JPEG")
-    return root
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """The curve in a run's folder, but for its seconds; empty as long as there is none."""
-    if not (folder / "curve.csv").exists():
-        return []
-    with open(folder / "curve.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-
 def wait(what: str, happened: Callable[[], object], driver: subprocess.Popen[str], seconds: float = 90) -> None:
     """Until it has happened; the test fails if it takes too long, or if the driver ends before."""
     for _ in range(round(seconds / 0.05)):
@@ -84,13 +60,12 @@ def wait(what: str, happened: Callable[[], object], driver: subprocess.Popen[str
     pytest.fail(f"{what}: not within {seconds} s")
 
 
-def test_a_preempted_and_a_requeued_job_continue_where_they_were(
-    slurm: Environment, pictures: Path, tmp_path: Path
-) -> None:
+def test_a_preempted_and_a_requeued_job_continue_where_they_were(slurm: Environment, tmp_path: Path) -> None:
+    pictures(tmp_path / "tree")
     name = f"net2net-test-{os.getpid()}"
     command = [sys.executable, ROOT / "train.py", "-m", *TINY, "arms=net2net,random_pad,random_init"]
     command += ["schedule.epochs=60it", "schedule.evaluate=10it", "schedule.batch_size=16"]
-    command += ["data=imagenet", f"data.root={pictures}", "data.size=8", "data.workers=2", "data.holdout=0.1"]
+    command += ["data=imagenet", f"data.root={tmp_path}/tree", "data.size=8", "data.workers=2", "data.holdout=0.1"]
     own = ["hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1", f"hydra.launcher.name={name}"]
 
     def start(*settings: str) -> subprocess.Popen[str]:
@@ -105,7 +80,8 @@ def test_a_preempted_and_a_requeued_job_continue_where_they_were(
             subprocess.run([*words, f"{number}_{task}"], env=slurm, check=True, timeout=5)
 
     def curve(arm: str, runs: str = "slurm") -> list[dict[str, str]]:
-        return rows(tmp_path / runs / "quickstart/seed0" / arm)
+        folder = tmp_path / runs / "quickstart/seed0" / arm
+        return read_rows(folder) if (folder / "curve.csv").exists() else []
 
     drivers = [start("hydra/launcher=slurm", *own, "runs=slurm")]
     try:

@@ -1,20 +1,17 @@
 """Sweeps: the same curves whichever launcher runs them; a job that fails says why, and stops no other."""
 
-import csv
 import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import TINY
-from omegaconf import OmegaConf
+from loops import read_rows
 
 from experiments import command, files, sweep
 from experiments.config import Config, ExperimentError
@@ -29,12 +26,6 @@ def train(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "train.py", "-m", *TINY, *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums are made in the order that the number of threads gives
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def curve(folder: Path) -> list[dict[str, str]]:
-    """The curve in a run's folder, but for its seconds."""
-    with open(folder / "curve.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.mark.system
@@ -58,7 +49,7 @@ def test_the_local_launcher_makes_the_same_curves_and_a_failing_job_stops_no_oth
             run = tmp_path / launcher / "quickstart/seed0" / arm
             assert json.loads((run / "manifest.json").read_text())["complete"]
             assert not (run / sweep.FAILURE).exists()
-            assert len(curve(run)) == 3 and curve(run) == curve(tmp_path / "basic/quickstart/seed0" / arm)
+            assert len(read_rows(run)) == 3 and read_rows(run) == read_rows(tmp_path / "basic/quickstart/seed0" / arm)
     manifest = json.loads((tmp_path / "local/quickstart/seed0/net2net/manifest.json").read_text())
     assert manifest["command"].startswith("python train.py ") and " arms=net2net" in manifest["command"]
     out = ends["local"].stdout
@@ -113,23 +104,6 @@ def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_what_it_runs(
     assert left == ["seed0/net2net", "seed0/random_init", "seed1/random_init"]
 
 
-def test_sweeps_that_start_together_lose_nothing_of_the_plan(
-    composed: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = OmegaConf.structured(composed(*TINY, f"runs={tmp_path}"))
-    read = sweep.read_plan
-
-    def slowly(experiment: Path) -> dict[str, list[str]]:
-        found = read(experiment)
-        time.sleep(0.3)
-        return found
-
-    monkeypatch.setattr(sweep, "read_plan", slowly)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda seed: sweep.add_to_plan(config, {"seed": [seed]}), "012"))
-    assert read(tmp_path / "quickstart").keys() == {"0", "1", "2"}
-
-
 def test_who_finds_a_folder_taken_leaves_no_note_in_it(train_py: Main, failing: list[Config], tmp_path: Path) -> None:
     folder = tmp_path / "runs/quickstart/seed0/random_init"
     with files.hold(folder):
@@ -178,16 +152,6 @@ def test_a_launcher_that_cannot_be_used_is_refused_in_a_sentence(
     assert said in capsys.readouterr().err
 
 
-def test_slurm_jobs_are_requeued_and_resume_in_the_same_place(
-    train_py: Main, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train_py("hydra/launcher=slurm", "--cfg", "hydra") == 0
-    out = capsys.readouterr().out
-    for line in ("max_num_timeout: 20", "signal_delay_s: 120", "requeue: true", "array_parallelism: 16"):
-        assert line in out
-    assert "submitit_folder: ${hydra.sweep.dir}/.submitit/%j" in out and "now:" not in out.partition("job_logging")[0]
-
-
 def test_what_ends_a_job_is_told_from_process_to_process() -> None:
     stopped = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "net2net stopped at step 3 of 9")))
     assert (stopped.number, str(stopped)) == (signal.SIGTERM, "net2net stopped at step 3 of 9")
@@ -211,15 +175,11 @@ def test_each_process_takes_a_gpu_of_its_own_and_gives_it_back_however_it_ends(t
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "3,GPU-5", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     processes: list[subprocess.Popen[str]] = []
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 
     def start() -> str:
-        pipe = subprocess.PIPE
-        processes.append(
-            subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, stdin=pipe, stdout=pipe)
-        )
-        out = processes[-1].stdout
-        assert out
-        gpu, torch = out.readline().split()
+        processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes))
+        gpu, torch = processes[-1].stdout.readline().split()  # type: ignore[union-attr]
         assert torch == "False"
         return gpu
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from experiments import wandb_log
 from experiments.config import Config, check
@@ -112,16 +111,6 @@ def test_a_stage_keeps_its_identity_and_repeats_no_row(service: Callable[[str], 
     assert made.calls == ["init", LOGGED[1], "finish"] and made.options["id"] == first["id"]
 
 
-def test_an_error_of_the_run_is_not_taken_for_one_of_wandb(service: Callable[[str], Service], tmp_path: Path) -> None:
-    made = service("")
-    with (
-        pytest.raises(ZeroDivisionError),
-        wandb_log.mirror(Config(runs=str(tmp_path)), "net2net", MANIFEST, Console(file=StringIO())),
-    ):
-        raise ZeroDivisionError
-    assert made.calls == ["init", "finish"]
-
-
 def test_without_wandb_installed_the_experiment_runs(
     train_py: Callable[..., int],
     tmp_path: Path,
@@ -141,18 +130,6 @@ def test_offline_a_folder_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_the_terminal_says_where_the_mirror_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = Config(runs="runs")
-    assert "W&B offline in runs/wandb" in wandb_log.describe(config)
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    assert "mirrored to W&B (project net2net)" in wandb_log.describe(config)
-    config.logger = "none"
-    assert wandb_log.describe(config) == "not mirrored to W&B"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_log.describe(Config(runs="runs")) == "not mirrored to W&B"
-
-
 @pytest.mark.parametrize(("name", "variable"), [("first", "ANY"), ("teacher", "WANDB_SWEEP_ID")])
 def test_what_belongs_to_no_arm_is_not_mirrored(
     service: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, variable: str
@@ -167,14 +144,10 @@ def test_the_sweep_file_drives_the_command_line(composed: Callable[..., Config])
     sweep = yaml.safe_load((ROOT / "configs/wandb_sweep.yaml").read_text())
     assert (ROOT / sweep["program"]).is_file() and sweep["metric"]["name"] in COLUMNS
     swept = {key: choice.get("values") or [choice["value"]] for key, choice in sweep["parameters"].items()}
-    found = set()
-    for values in itertools.product(*swept.values()):
-        # W&B's agent makes a command of the file in this way.
-        arguments = {"args": {key: {"value": value} for key, value in zip(swept, values, strict=True)}}
-        command = create_sweep_command(list(sweep["command"]))
-        assert command == ["${env}", "python", "${program}", "${args_no_hyphens}"]
-        config = composed(*create_sweep_command_args(arguments)["args_no_hyphens"])
+    assert sweep["command"] == ["${env}", "python", "${program}", "${args_no_hyphens}"]
+    commands = list(itertools.product(*swept.values()))
+    assert len(commands) == 15
+    for values in (commands[0], commands[-1]):
+        config = composed(*(f"{key}={value}" for key, value in zip(swept, values, strict=True)))
         check(config)
         assert len(config.arms) == 1  # a run of the sweep is one curve
-        found.add((config.name, config.seed, *config.arms))
-    assert len(found) == 15
