@@ -129,6 +129,7 @@ def test_a_run_says_what_it_does_and_leaves_one_folder(
     assert "figure    runs/quickstart/figure.png" in out
     assert "not mirrored to W&B" in out
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert [path.name for path in (tmp_path / "runs/quickstart/seed0").iterdir()] == ["random_init"]  # needs no teacher
     assert not list(tmp_path.rglob(".*"))
 
 

@@ -16,12 +16,15 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*
 SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [None, *(pytest.param(scale, marks=pytest.mark.slow) for scale in SCALES)])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_case_of_every_experiment_composes_at_every_scale(
-    cases: Callable[..., list[Config]], experiment: str, scale: str
+def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every_scale(
+    cases: Callable[..., list[Config]], experiment: str, scale: str | None
 ) -> None:
-    configs = cases(f"experiment={experiment}", f"scale={scale}")
+    text = (ROOT / f"configs/experiment/{experiment}.yaml").read_text()
+    line = re.search(r"^# Command +python train\.py (.+)$", text, re.M)
+    assert line
+    configs = cases(*line[1].split()) if scale is None else cases(f"experiment={experiment}", f"scale={scale}")
     for config in configs:
         check(config)
         assert config.experiment == experiment
@@ -42,13 +45,6 @@ def test_every_open_question_that_is_named_is_in_the_paper_notes() -> None:
     patterns = ("experiments/**/*.py", "net2net/**/*.py", "configs/experiment/*.yaml")
     for path in [path for pattern in patterns for path in ROOT.glob(pattern)]:
         assert set(re.findall(r"\bO\d+\b", path.read_text())) <= known, path
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_command_in_the_header_is_of_the_experiment(composed: Callable[..., Config], experiment: str) -> None:
-    text = (ROOT / f"configs/experiment/{experiment}.yaml").read_text()
-    line = re.search(r"^# Command +python train\.py (.+)$", text, re.M)
-    assert line and composed(*line[1].split()).experiment == experiment
 
 
 @pytest.mark.slow
@@ -114,6 +110,7 @@ OF_ONE_SIZE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", OF_ONE_SIZE)
 def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(
     cases: Callable[..., list[Config]], monkeypatch: pytest.MonkeyPatch, experiment: str
