@@ -109,6 +109,7 @@ def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer
     assert found["carried"] != found["dropped"]
 
 
+@pytest.mark.slow
 def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have_none(tiny: Tiny) -> None:
     config = tiny(*SHORT, "growth.optimizer_state=carried", "growth.split=equal", "+students.wider.extra_pairs=1")
     run = run_of(config)

@@ -111,6 +111,7 @@ def test_a_stage_keeps_its_identity_and_repeats_no_row(service: Callable[[str], 
     assert made.calls == ["init", LOGGED[1], "finish"] and made.options["id"] == first["id"]
 
 
+@pytest.mark.slow
 def test_without_wandb_installed_the_experiment_runs(
     train_py: Callable[..., int],
     tmp_path: Path,
