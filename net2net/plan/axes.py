@@ -31,9 +31,12 @@ def unit_axis(
 ) -> tuple[Axis, Tensor | None]:
     """Return one axis of a tensor that both networks have, of these labels (mine, theirs), and each entry's factor."""
     units, source = labels
-    roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
     inner = plan.student.parameters.inner.get(name)
     groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
+    known = plan.producing_axes.get((id(units), id(source)))
+    if known is not None and not reads and inner is None:
+        return known[1:]
+    roots, theirs = plan.student_roots[units], plan.teacher_roots[source]
     if inner is not None and dim == 1:
         index = _match_inside(plan, name, units, source, groups)
     else:
@@ -54,7 +57,10 @@ def unit_axis(
         rows = torch.tensor([plan.query_gains.get(label, 1.0) for label in apart.tolist()], dtype=torch.double)
     share = 1.0 / plan.copies[plan.g[roots].clamp(min=0)].clamp(min=1).double()
     index, means = _number_means(plan, index, roots, theirs)
-    return make_axis(index, False, groups, share, means), rows
+    axis = make_axis(index, False, groups, share, means)
+    if inner is None:
+        plan.producing_axes[id(units), id(source)] = labels, axis, rows
+    return axis, rows
 
 
 def reading_axis(plan: Plan, index: Tensor, roots: Tensor, groups: int, means: tuple[Tensor, ...] = ()) -> Axis:

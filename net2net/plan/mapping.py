@@ -143,15 +143,19 @@ def _find_families(unit_map: UnitMap) -> list[Family]:
     found = []
     for key, pair in pairs.items():
         (mine, theirs), name = pair, key.where or "the network"
-        levels, teacher_levels = (
-            torch.tensor([_level(unit, ties.owners) for unit in units.tolist()])
-            for units, ties in zip(pair, unit_map.ties, strict=True)
-        )
+        levels, teacher_levels = (_levels(*each) for each in zip(pair, unit_map.ties, strict=True))
         for level in torch.unique(levels).tolist():
             # Behind a new layer the student's units may belong to nothing where the teacher's do.
             same = theirs[teacher_levels == level]
             found.append(Family(name, mine[levels == level], same if len(same) else theirs, level, len(mine)))
     return found
+
+
+def _levels(units: Tensor, ties: Ties) -> Tensor:
+    """Return how many units above it each unit belongs to."""
+    if not ties.owners:
+        return torch.zeros_like(units)
+    return torch.tensor([_level(unit, ties.owners) for unit in units.tolist()])
 
 
 def _level(unit: int, owners: Owners, below: tuple[int, ...] = ()) -> int:

@@ -1,12 +1,12 @@
 """The plan of a growth, decided before a single weight is written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..record import Mixed
+from ..record import Axis, Mixed
 from ..trace.activations import Bends
 from ..trace.facts import Key, Norm
 from ..trace.graph import Trace
@@ -32,6 +32,10 @@ class Plan(Networks):
     sign_pairs: dict[str, Bends]  # new layers whose units pass activations in pairs, and those activations
     patterns: Tensor  # of the units of those layers, a bit for the sign before each activation
     rotations: dict[str, tuple[Mixed, ...]]  # tensors on rotated streams, and which of their axes are rotated how
+    # The axes of a batch norm's tensors are one: by the identity of their labels, which stand beside them to live on.
+    producing_axes: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], Axis, Tensor | None]] = field(
+        default_factory=dict
+    )
 
     @cached_property
     def copies(self) -> Tensor:
