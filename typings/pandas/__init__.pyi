@@ -1,4 +1,4 @@
-# The checker takes every name of pandas for Any: its own annotations are incomplete, so that a column is a union of five.
+# pandas is Any to the type checker: its own annotations are incomplete, a column is a union of five types.
 from typing import Any
 
 def __getattr__(name: str) -> Any: ...
