@@ -83,6 +83,7 @@ CASES = {
     "tied": (lambda: tied(4), lambda: tied(8), images),
     "tied, uneven counts": (lambda: tied(4), lambda: tied(11), images),
     "more heads": (lambda: attention(2), lambda: attention(4, 16), lambda: images(3, 5, 3)),
+    "wider heads": (lambda: attention(2), lambda: attention(2, 16), lambda: images(3, 5, 3)),
     "layer norm doubled": (lambda: attention(2), lambda: attention(2, 8, 16, 30), lambda: images(3, 5, 3)),
     "all of it": (lambda: attention(2), lambda: attention(4, 16, 24, 24), lambda: images(3, 5, 3)),
     "embedding, rms norm": (lambda: words(4), lambda: words(12), lambda: torch.randint(7, (3, 5))),
