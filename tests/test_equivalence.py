@@ -8,7 +8,7 @@ import torch
 from networks import Net, chain, modes, state, unchanged
 from torch import Tensor, nn
 
-from net2net import Equivalence, TransferError, equivalence
+from net2net import Equivalence, TransferError, equivalence, transfer
 from net2net.testing import look_trained
 
 
@@ -100,6 +100,21 @@ def test_the_mode_is_the_one_asked_for() -> None:
     assert equivalence(network, other, x, mode="train").mode == "train"
     with pytest.raises(TransferError, match="mode 'test' is unknown: it is 'eval' or 'train'"):
         equivalence(network, other, x, mode="test")
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((3, 64, 64, 64), 1), ((3, 512, 512), 2)], ids=["maps", "sequences"])
+def test_a_transfer_is_checked_on_few_rows_of_a_large_example(shape: tuple[int, ...], rows: int) -> None:
+    """The inputs drawn like it have 2**16 numbers or so: one row of large maps, two of sequences."""
+    seen = []
+
+    def show(net: Net, x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return net.last(net.first(x.flatten(2).mean(2)).relu())
+
+    teacher, student = (Net({"first": nn.Linear(shape[1], n), "last": nn.Linear(n, 2)}, show) for n in (4, 7))
+    transfer(teacher, student, torch.randn(shape))
+    assert (rows, *shape[1:]) in seen
+    assert not {x[0] for x in seen} - {rows, shape[0]}
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

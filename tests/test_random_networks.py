@@ -3,6 +3,7 @@
 The quick tests try a sample of 60; the slow ones as many as NET2NET_EXAMPLES says, 2,000 by default.
 """
 
+import contextlib
 import copy
 import os
 import random
@@ -18,10 +19,10 @@ import torch
 from grammar import OPERATIONS, Draw, Pair, alive, alone, network, run
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
-from networks import state, unchanged
+from networks import change_axes, state, unchanged
 from torch import nn
 
-from net2net import TransferError, transfer
+from net2net import Axis, TransferError, replay, transfer
 
 BAR = 1e-9
 WORST = 1e-6  # that rounding may explain
@@ -145,6 +146,27 @@ def test_the_bar_yields_to_rounding_alone(eps: float | None, rounded: bool) -> N
     with torch.no_grad():
         wrong[-1].bias *= 1 + 1e-5
     assert not exact(replace(pair, student=wrong))
+
+
+def enlarge_shares(axis: Axis) -> Axis:
+    """The axis, with copies that take one tenth too much."""
+    return replace(axis, share=axis.share * 1.1) if axis.reads and axis.copies else axis
+
+
+@pytest.mark.slow
+def test_a_wrong_share_is_noticed() -> None:
+    """Negative control: copies whose outgoing weights are a tenth too large, in networks that were exact."""
+    noticed = []
+    for pair in sample(150):
+        before = state(pair.student)
+        with contextlib.suppress(TransferError):
+            record = transfer(pair.teacher, pair.student, pair.inputs(2, 1))
+            axes = [axis for origin in record.origins.values() for axis in origin.axes.values()]
+            if alive(pair.teacher, pair.inputs) and any(axis.reads and axis.copies for axis in axes):
+                pair.student.load_state_dict(before)
+                replay(change_axes(record, enlarge_shares), pair.teacher, pair.student)
+                noticed.append(difference(pair) > BAR)
+    assert len(noticed) > 20 and sum(noticed) > 0.9 * len(noticed)
 
 
 # Why units cannot be added here so that the function stays, however the student is filled.

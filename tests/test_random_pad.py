@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import assert_same, chain, images, state, unchanged
+from networks import Net, assert_same, chain, images, state, unchanged
 from torch import nn
 
 from experiments.models import build
@@ -61,6 +61,22 @@ def test_it_is_not_the_method() -> None:
         assert equivalence(teacher, student, images()).max_relative > 1e-3
         transfer(teacher, student, images())
         assert_same(teacher, student, images())
+
+
+def test_entries_of_a_float64_teacher_are_rounded_to_a_half_student() -> None:
+    """They are rounded once; the entries beside them stay the student's own."""
+
+    def cast(model: nn.Module, dtype: torch.dtype) -> Net:
+        return Net({"net": model.to(dtype)}, lambda net, x: net.net(x.to(dtype)))
+
+    teacher = cast(look_trained(chain(3, 4), seed=1), torch.float64)
+    student = cast(look_trained(chain(8, 13), seed=2), torch.float16)
+    before = state(student)
+    random_pad(teacher, student, images())
+    corner, source = student.net.conv1.weight[:4, :3], teacher.net.conv1.weight
+    assert corner.dtype == torch.float16 and torch.equal(corner, source.half())
+    assert not torch.equal(corner.double(), source)
+    assert torch.equal(student.net.conv1.weight[4:], before["net.conv1.weight"][4:])
 
 
 @pytest.mark.parametrize("grow", [random_pad, transfer])

@@ -129,6 +129,16 @@ def test_a_file_is_json_and_holds_no_pickle(tmp_path: Path) -> None:
     assert "models" not in data or data["models"] is None
 
 
+def test_a_file_whose_models_are_null_is_read(tmp_path: Path) -> None:
+    """Files of format 1 may hold it."""
+    *_, record, _ = grow("deeper")
+    path = tmp_path / "record.json"
+    save_record(record, path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"models": None}))
+    loaded = load_record(path)
+    assert same(loaded, record) and loaded.models is None
+
+
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, record, _ = grow("wider")
     path = tmp_path / "record.json"

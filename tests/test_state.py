@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from networks import BAR, Net, assert_same, chain, conv, images, mlp, modes, state, unchanged
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torchvision import models
 
 from net2net import TransferError, describe, equivalence, transfer, widen
 from net2net.testing import look_trained
@@ -306,6 +307,19 @@ def test_an_auxiliary_head_is_grown_though_eval_mode_does_not_reach_it(split: st
     nn.init.ones_(student.aux[0].bias)
     assert_same(teacher, student, images())
     assert equivalence(teacher, student, images(), mode="train").max_relative > 1e-3
+
+
+@pytest.mark.slow
+def test_googlenets_heads() -> None:
+    """At a size at which both of its heads are reached."""
+    teacher = models.GoogLeNet(num_classes=3, aux_logits=True, init_weights=False)
+    teacher = look_trained(teacher, images(2, 3, 64, 64), 1)
+    for module in teacher.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    grown = widen(teacher, images(2, 3, 64, 64), {"aux?.fc1": 1030, "inception4a.branch2.0.conv": 100})
+    assert grown.aux1.fc1.weight.shape[0] == 1030 and grown.inception4a.branch2[0].conv.weight.shape[0] == 100
+    assert_same(teacher, grown, images(2, 3, 64, 64), ("eval", "train"), bar=1e-10)
 
 
 def test_unused_parameters_of_one_shape_are_copied() -> None:

@@ -88,6 +88,18 @@ def test_a_copy_with_batch_norm_of_its_own_is_noticed(role: str) -> None:
     assert error(replace(record, origins=record.origins | {name: origin}), teacher, student) > 1e-6
 
 
+def test_a_stride_stays() -> None:
+    """Fault 15: the wider layer lost its stride. Only tensors are written here."""
+
+    def strided(n: int) -> Net:
+        parts = {"a": nn.Conv2d(3, n, 3, 2), "b": nn.Conv2d(n, n, 3, (1, 2)), "fc": nn.Linear(n, 4)}
+        return Net(parts, lambda net, x: net.fc(F.relu(net.b(F.relu(net.a(x)))).mean((2, 3))))
+
+    student = strided(8)
+    grow(strided(3), student, images(4, 3, 13, 17))
+    assert student.a.stride == (2, 2) and student.b.stride == (1, 2)
+
+
 def test_original_rows_are_not_rescaled() -> None:
     """Fault 8: replicas normalised after their copies were taken."""
     teacher, student = mlp(3, 4, 2), mlp(3, 9, 2)
@@ -349,6 +361,27 @@ def test_after_attempts_that_are_all_in_vain_the_student_is_as_it_was() -> None:
     with pytest.raises(TransferError):
         transfer(teacher, student, images(6, 3))
     assert unchanged(student, before) and student.norm.eps == eps
+
+
+def bent(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between them, and tanh before the last."""
+    layers = list(mlp(*widths))
+    layers[-2] = nn.Tanh()
+    return nn.Sequential(*layers)
+
+
+def test_an_attempt_in_vain_leaves_no_trace() -> None:
+    """Layers paired by their numbers compute something else; the next pairing finds the student as it was."""
+    teacher, x = bent(3, 4, 4, 4), images(6, 3)
+    student, named = bent(3, 4, 6, 4, 4), bent(3, 4, 6, 4, 4)
+    named.load_state_dict(student.state_dict())
+    by_number = {str(k): str(k) for k in (0, 2, 4)} | {"6": ""}
+    with pytest.raises(TransferError, match="does not compute"):
+        transfer(teacher, bent(3, 4, 6, 4, 4), x, rename=by_number)
+    transfer(teacher, student, x)
+    transfer(teacher, named, x, rename={"2": "", "4": "2", "6": "4"})
+    assert_same(teacher, student, x)
+    assert unchanged(student, state(named))
 
 
 # -- tied tables -----------------------------------------------------------------------------------------------------

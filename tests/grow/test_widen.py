@@ -22,6 +22,7 @@ from networks import (
 )
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
+from torchvision import models
 
 from net2net import TransferError, deepen, equivalence, load_record, replay, save_record, widen
 from net2net.testing import look_trained
@@ -115,6 +116,30 @@ def assert_trains(model: nn.Module, grown: nn.Module, inputs) -> None:
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in mine.values())
     optimizer.step()
     assert not torch.allclose(grown(inputs), before) and torch.equal(model(inputs), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "pixels", "widths"),
+    [
+        ("resnet18", 32, 1.5),
+        ("resnet18", 32, {"layer2.*": 1.5, "layer3.?.conv1": 260}),
+        ("mobilenet_v2", 32, 1.5),
+        ("mobilenet_v2", 32, {"features.3.*": 1.3}),
+        ("mobilenet_v3_small", 32, 1.25),
+        ("squeezenet1_1", 64, 1.5),
+        ("regnet_y_400mf", 32, {"trunk_output.block2.*": 1.5}),
+    ],
+)
+def test_torchvisions_networks(name: str, pixels: int, widths) -> None:
+    model = look_trained(models.get_model(name, num_classes=5), images(4, 3, pixels, pixels), 1)
+    assert_wider(model, lambda: images(2, 3, pixels, pixels), widths, in_modes=("eval",))
+
+
+def test_a_small_densenet() -> None:
+    model = look_trained(models.DenseNet(4, (2, 3), 8, num_classes=5), images(4, 3, 32, 32), 1)
+    grown = assert_wider(model, lambda: images(2, 3, 32, 32), 1.5)
+    assert size(grown, "features.conv0", "features.denseblock2.denselayer3.conv2") == [12, 6]
 
 
 def test_only_what_was_named_grows() -> None:

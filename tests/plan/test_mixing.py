@@ -95,6 +95,12 @@ def test_a_layer_that_reads_the_stream_and_adds_to_it() -> None:
     assert [one.dim for one in record.origins["blocks.2.middle.weight"].mixed] == [0, 1]
 
 
+def test_in_float32_the_two_agree_to_its_rounding() -> None:
+    teacher, student = stream(12).float(), stream(16).float()
+    transfer(teacher, student, signals().float())
+    assert_same(teacher, student, signals().float(), bar=1e-4)
+
+
 def spoil_mixture(record: Transfer, lost: str) -> Transfer:
     """The record with every mixture of one kind taken for another."""
     other = {"before": "stream", "behind": "stream", "stream": "before", "first": "other", "bias": "other"}[lost]
@@ -139,6 +145,15 @@ def test_what_no_mixture_passes_is_refused_before_anything_is_written(name: str)
     teacher, student = (stream(width, more=more, first=first) for width in (6, wider))
     before = state(student)
     with pytest.raises(TransferError, match=message):
+        transfer(teacher, student, signals())
+    assert unchanged(student, before)
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    teacher, student = stream(6), stream(9)
+    teacher.begin.weight.data[1] = float("inf")
+    before = state(student)
+    with pytest.raises(TransferError, match="no way was found to write them as 9"):
         transfer(teacher, student, signals())
     assert unchanged(student, before)
 

@@ -3,8 +3,10 @@
 from itertools import combinations, pairwise
 
 import pytest
+import torch
 from networks import assert_same, images, mlp, trunk
 from torch import Tensor, nn
+from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
 
 from net2net import Transfer, TransferError, transfer
@@ -53,6 +55,23 @@ def test_vgg_grows_into_every_deeper_one(small: str, large: str, norm: bool) -> 
     record = transfer(teacher, student, photos())
     assert_same(teacher, student, photos())
     assert len(new_layers(record)) == (DEPTH[large] - DEPTH[small]) * (1 + norm)
+
+
+@pytest.mark.slow
+def test_torchvisions_own() -> None:
+    """vgg11_bn -> vgg13_bn at full width, but for the two large layers of the classifier."""
+
+    def make(name: str) -> nn.Module:
+        with torch.device("meta"):
+            model = models.VGG(nn.Identity(), init_weights=False)  # whose classifier is not kept
+        model.features = make_layers(cfgs[name], True)
+        model.classifier = nn.Sequential(nn.Linear(512 * 49, 5))
+        return look_trained(model, photos())
+
+    teacher, student = make("A"), make("B")
+    record = transfer(teacher, student, images(1, 3, 32, 32))
+    assert_same(teacher, student, images(2, 3, 32, 32))
+    assert new_layers(record) == {f"features.{k}.weight" for k in (3, 4, 10, 11)}
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -233,6 +233,13 @@ def test_what_only_the_training_mode_does_counts(how: Callable, why: str) -> Non
         transfer(trained_by(how)(4), trained_by(how)(7), ROWS)
 
 
+def test_what_the_training_mode_does_besides_is_exact_there() -> None:
+    make = trained_by(lambda net, x: net.o(F.dropout(x, 0.0)))
+    teacher, student = make(4), make(7)
+    transfer(teacher, student, ROWS)
+    assert_same(teacher, student, ROWS, ("train",))
+
+
 def layers(new: Callable[[], nn.Module] | None, between: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), between, *([] if new is None else [nn.Linear(8, 8), new()]), nn.Linear(8, 3))
 
@@ -291,6 +298,17 @@ def test_an_attribute_called_growth_is_the_users() -> None:
     assert grown.growth == 3 and isinstance(grown.growth_, net2net.Transfer)
     again = widen(grown, ROWS, 2.0)
     assert again.growth == 3 and isinstance(again.growth_, net2net.Transfer) and not hasattr(again, "growth__")
+
+
+def test_a_number_that_equals_a_width_by_chance_does_not_follow() -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        return net.o(torch.relu(net.a(x[:, : net.longest])).view(-1, net.width)).view(len(x), -1, 3).mean(1)
+
+    model = Net({"a": nn.Linear(6, 8), "o": nn.Linear(8, 3)}, how)
+    model.width = model.longest = 8
+    grown = widen(model, TOKENS, {"a": 12})
+    assert (grown.width, grown.longest) == (12, 8)
+    assert_same(model, grown, torch.randn(3, 14, 6))
 
 
 def limited(w: int) -> Net:
