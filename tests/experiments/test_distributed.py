@@ -78,6 +78,14 @@ def test_without_batch_norm_the_curve_is_that_of_one_process(ranked: Ranked, tmp
 
 
 @pytest.mark.system
+def test_with_batch_norm_it_is_another(ranked: Ranked, tmp_path: Path) -> None:
+    rows = train(network(), small_job(tmp_path / "alone"), Quiet())
+    found = ranked[1][0]["norm"]["rows"]
+    assert found[0]["test_loss"] == pytest.approx(rows[0]["test_loss"])  # before the first step there is no difference
+    assert found[-1]["test_loss"] != pytest.approx(rows[-1]["test_loss"], rel=1e-4)
+
+
+@pytest.mark.system
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_continue(ranked: Ranked) -> None:
     folder, found = ranked
     assert {each["stopped"]["stopped"] for each in found} == {"Interrupted arm stopped at step 5 of 12"}

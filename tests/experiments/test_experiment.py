@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import same
+from loops import run_of, same
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -106,6 +106,27 @@ def test_networks_of_a_seed_are_drawn_alike_and_seeds_differ(tiny: Make) -> None
     state = torch.random.get_rng_state()
     arms.make_network(one, None, 10, 1)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_random_pad_of_a_deeper_student_keeps_the_teachers_layers(tiny: Make) -> None:
+    config = tiny()
+    config.teacher, config.students = {}, {"deeper": {"extra_pairs": 1}}
+    run = run_of(config)
+    teacher, student, drawn = run.make_network(None), run.make_network("deeper"), run.make_network("deeper")
+    arms.fill("random_pad", teacher, student, config, run.images)
+    theirs, fresh = teacher.state_dict(), drawn.state_dict()
+    for key, value in student.state_dict().items():
+        assert torch.equal(value, theirs.get(key, fresh[key])), key
+    assert len(student.state_dict()) > len(theirs)
+
+
+def test_a_random_arm_leaves_the_student_as_it_was_drawn(tiny: Make) -> None:
+    config = tiny()
+    run = run_of(config)
+    for arm in ("random_init", "random_init_low_lr"):
+        student = run.make_network("wider")
+        assert arms.fill(arm, run.make_network(None), student, config, run.images) is None
+        assert same(student, run.make_network("wider"))
 
 
 def test_folders_carry_the_students_name_only_where_there_are_several(tiny: Make) -> None:

@@ -1,8 +1,11 @@
 """Full disks and memories, images that vanish, clocks that jump: nothing done is lost, and no curve is wrong."""
 
 import os
+import platform
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,50 @@ def test_a_lack_of_memory_is_explained_and_no_other_error() -> None:
             fail()
     with pytest.raises(RuntimeError, match=r"^mat1"), explain_lack_of_memory():
         raise RuntimeError("mat1 and mat2 cannot be multiplied")
+
+
+FAULTS = """
+import resource, sys, torch
+from experiments.machine import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):  # 64 MiB, more than glibc ever keeps by itself; an aligned block finds its place in a few rounds
+    torch.ones(2**24)
+before = faults()
+for _ in range(10):
+    torch.ones(2**24)
+print(faults() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_freed_memory sets an option of glibc")
+def test_freed_memory_is_not_cleared_again() -> None:
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "returned")
+    )
+    assert kept < 100
+    assert returned > 1000  # measured: 0, and 160,000, or 5,400 with huge pages
+
+
+@pytest.mark.slow
+def test_without_memory_or_with_a_clock_that_jumps_the_curve_is_the_same(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run_undisturbed(ALONE, tmp_path) / "random_init"
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_step", 6, fail_in_python)
+        assert command.main(ALONE) == 1
+    assert "The memory is not enough (MemoryError)" in error_of(capsys)
+    assert checkpoint.load(here / ARM)["step"] == 4
+    draw = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: draw.uniform(0, 4e9))
+    assert command.main(ALONE) == 0
+    same_arm(here / ARM, alone)
+    seconds = [float(line.split(",")[3]) for line in (here / ARM / "curve.csv").read_text().splitlines()[1:]]
+    assert seconds == sorted(seconds) and 0 <= seconds[-1] < 60
 
 
 @pytest.mark.slow

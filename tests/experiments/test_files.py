@@ -1,10 +1,12 @@
 """Files are complete or absent, and a folder has one writer, whatever becomes of it. The other processes are real."""
 
 import errno
+import fcntl
 import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,19 @@ from experiments import files
 from experiments.config import ExperimentError
 
 
+def fail_with(number: int) -> Callable[..., None]:
+    """Return a function that fails as the system call does."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     files.write(tmp_path / "a", b"before")
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(files.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail_with(errno.ENOSPC))
     with pytest.raises(ExperimentError, match=r"a cannot be written \(No space left on device\): make room"):
         files.write(tmp_path / "a", b"after")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -52,6 +59,14 @@ def test_a_held_folder_is_refused_and_left_clean(tmp_path: Path) -> None:
     (tmp_path / "arm" / files.LOCK).write_text("process 1 on a machine")
     files.remove_stale_lock(tmp_path / "arm")
     assert list((tmp_path / "arm").iterdir()) == []  # the next owner has removed what the first has not finished
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(fcntl, "flock", fail_with(number))
+    said = rf"The folder .*arm cannot be locked \({os.strerror(number)}\)"
+    with pytest.raises(ExperimentError, match=said), files.hold(tmp_path / "arm"):
+        pytest.fail("held")
 
 
 # -- with other processes -----------------------------------------------------------------------------------------

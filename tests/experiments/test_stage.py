@@ -12,7 +12,7 @@ import pytest
 import torch
 from loops import read_rows
 
-from experiments import checkpoint, experiment, training
+from experiments import checkpoint, experiment, run_log, training
 from experiments.config import ExperimentError
 from experiments.stage import is_complete
 
@@ -38,10 +38,12 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("untrained")
 def test_a_finished_run_is_skipped(train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    assert train_py("target=random_pad", "data.workers=2") == 0  # these change no curve
-    out = capsys.readouterr().out
-    assert out.count("complete, skipped") == 6
-    assert "to do" not in out
+    unchanged_curves = {("target=random_pad", "data.workers=2"): 6, ("arms=[net2net]",): 2}  # typed -> stages
+    for typed, stages in unchanged_curves.items():
+        assert train_py(*typed) == 0
+        out = capsys.readouterr().out
+        assert out.count("complete, skipped") == stages
+        assert "to do" not in out
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
@@ -54,21 +56,31 @@ def test_an_arm_that_is_missing_is_run_alone(train_py: Main, copied: Path, capsy
     assert read_rows(copied / "random_pad") == expected
 
 
+OTHERS = {  # what is typed -> the difference that is named; of the teacher, and of an arm alone
+    "teacher": {
+        "schedule.batch_size=16": "schedule.batch_size: 32 there, 16 now",
+        "teacher.width=0.6": "network.width: 0.5477 there, 0.6 now",
+        "+model.extra_pairs=1": "network.extra_pairs: absent there, 1 now",
+        "precision=bfloat16": "precision: float32 there, bfloat16 now",
+        "data.pad=2": "data.pad: 1 there, 2 now",
+    },
+    "net2net": {
+        "rates.net2net=0.5": "rate: 0.1 there, 0.5 now",
+        "growth.split=equal": "growth.split: uneven there, equal now",
+    },
+}
+
+
 @pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("stage", OTHERS)
 def test_a_run_made_with_other_settings_is_refused_with_the_differences(
-    train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str]
+    train_py: Main, copied: Path, capsys: pytest.CaptureFixture[str], stage: str
 ) -> None:
-    typed = ("schedule.batch_size=16", "teacher.width=0.6", "+model.extra_pairs=1", "precision=bfloat16", "data.pad=2")
-    assert train_py(*typed) == 1
-    differences = (
-        "schedule.batch_size: 32 there, 16 now",
-        "network.width: 0.5477 there, 0.6 now",
-        "network.extra_pairs: absent there, 1 now",
-        "precision: float32 there, bfloat16 now",
-        "data.pad: 1 there, 2 now",
-    )
+    assert train_py(*OTHERS[stage]) == 1
     err = capsys.readouterr().err
-    assert "holds a run made with other settings" in err and all(f"\n  {line}\n" in err for line in differences)
+    assert f"{stage} holds a run made with other settings" in err
+    assert all(f"\n  {difference}\n" in err for difference in OTHERS[stage].values())
+    assert "Delete that folder to run it anew, or write elsewhere with runs=FOLDER." in err
 
 
 @pytest.mark.slow
@@ -113,6 +125,14 @@ def test_what_is_not_a_run_is_refused(copied: Path) -> None:
     with pytest.raises(ExperimentError, match="is no manifest"):
         is_complete(folder, {})
     assert is_complete(copied / "absent", {}) is False
+
+
+def test_a_stage_begun_is_not_complete(tmp_path: Path) -> None:
+    for complete in (False, True):
+        run_log.write_manifest(tmp_path, {"settings": {"seed": 0}, "complete": complete})
+        assert is_complete(tmp_path, {"seed": 0}) is complete
+    with pytest.raises(ExperimentError, match="seed: 0 there, 1 now"):
+        is_complete(tmp_path, {"seed": 1})
 
 
 @pytest.mark.slow

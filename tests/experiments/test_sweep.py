@@ -6,12 +6,16 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torture
+from conftest import TINY
 from loops import read_rows
+from omegaconf import OmegaConf
 
 from experiments import command, files, sweep
 from experiments.config import Config, ExperimentError
@@ -103,6 +107,23 @@ def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_what_it_runs(
     assert sweep.read_plan(experiment) == {"0": both, "1": both, "2": ["net2net"]}
     left = sorted(path.parent.relative_to(experiment).as_posix() for path in experiment.rglob(sweep.FAILURE))
     assert left == ["seed0/net2net", "seed0/random_init", "seed1/random_init"]
+
+
+def test_sweeps_that_start_together_lose_nothing_of_the_plan(
+    composed: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = OmegaConf.structured(composed(*TINY, f"runs={tmp_path}"))
+    read = sweep.read_plan
+
+    def slowly(experiment: Path) -> dict[str, list[str]]:
+        found = read(experiment)
+        time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(sweep, "read_plan", slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda seed: sweep.add_to_plan(config, {"seed": [seed]}), "012"))
+    assert read(tmp_path / "quickstart").keys() == {"0", "1", "2"}
 
 
 def test_who_finds_a_folder_taken_leaves_no_note_in_it(train_py: Main, failing: list[Config], tmp_path: Path) -> None:

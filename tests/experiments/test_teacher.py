@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,42 @@ def test_arms_of_several_experiments_at_once_train_it_once_and_wait(small: Make,
     assert not list((tmp_path / "runs").rglob(".*"))
 
 
+@pytest.mark.system
+def test_who_waits_continues_where_a_killed_trainer_was(small: Make, tmp_path: Path) -> None:
+    # Long enough that the teacher is not done before it is killed, however late the kill comes.
+    settings = (*ONE_ARM, "schedule.epochs=8it", "schedule.teacher_epochs=200it")
+    compare(small(*settings, f"runs={tmp_path}/whole"))
+    logs = [tmp_path / f"{number}.txt" for number in range(3)]
+    processes = []
+    for number, log in enumerate(logs):
+        config = small(*settings, "checkpoint_seconds=0")
+        config.experiment = f"experiment{number}"
+        processes.append(torture.context.Process(target=compare, args=(config, log)))
+        processes[-1].start()
+    killed: list[int] = []
+    while len(killed) < 2:
+        assert sum(process.is_alive() for process in processes) > 2 - len(killed), "a teacher was done too early"
+        time.sleep(0.01)
+        for number, log in enumerate(logs):
+            text = log.read_text() if log.exists() else ""
+            reached = "teacher                step      4/200" in text
+            reached |= bool(killed) and "teacher                step" in text
+            if number not in killed and reached and processes[number].is_alive():
+                os.kill(processes[number].pid or 0, signal.SIGKILL)
+                killed.append(number)
+                break
+    for process in processes:
+        process.join()
+    assert sorted(process.exitcode or 0 for process in processes) == [-9, -9, 0]
+    folder, manifest = trained_teacher(tmp_path / "runs")
+    worked = [(process["from"], process["to"]) for process in manifest["processes"]]
+    assert worked[0][0] == 0 and worked[-1][1] == 200 and len(worked) > 1
+    assert [to for _, to in worked[:-1]] == [start for start, _ in worked[1:]]
+    whole, _ = trained_teacher(tmp_path / "whole")
+    assert whole.name == folder.name
+    assert torture.equal(checkpoint.load(folder)["network"], checkpoint.load(whole)["network"])
+
+
 def test_another_experiment_uses_it_also_after_a_move(small: Make, tmp_path: Path, trained_steps: list[int]) -> None:
     compare(small(*ONE_ARM))
     other = small("arms=random_pad", "target=random_init", "students.wider.width=0.6")
@@ -108,6 +145,19 @@ def test_another_experiment_uses_it_also_after_a_move(small: Make, tmp_path: Pat
     manifests = load_results(tmp_path / "moved/other").runs["manifest"]
     assert manifests.xs("teacher", level="arm").iloc[0]["experiment"] == "quickstart"
     assert find_targets(manifests) == {("other", ""): "random_init"}
+
+
+def test_the_arms_of_another_teacher_are_refused(small: Make, tmp_path: Path) -> None:
+    compare(small(*ONE_ARM))
+    other = small(*ONE_ARM, "teacher.width=0.3")
+    said = r"seed0/teacher holds a run made with other settings:\n  network.width: "
+    with pytest.raises(ExperimentError, match=said):
+        compare(other)
+    (tmp_path / "runs/quickstart/seed0/teacher").unlink()
+    with pytest.raises(
+        ExperimentError, match=r"seed0/random_pad holds a run made with other .*:\n  teacher: \w+ there,"
+    ):
+        compare(other)
 
 
 @pytest.mark.slow
@@ -153,6 +203,15 @@ def test_a_copy_without_links_is_used_and_a_link_to_what_is_gone_is_made_anew(
     compare(config)
     assert len(trained_steps) == 8 + 8 + 8
     assert not (tmp_path / "copy/teachers").exists()
+
+
+def test_no_lock_is_left(small: Make, tmp_path: Path) -> None:
+    compare(small())
+    assert not list(tmp_path.rglob(".*"))
+    for name in ("teacher", "net2net"):  # as of a process that was killed after its last word
+        (tmp_path / "runs/quickstart/seed0" / name / files.LOCK).touch()
+    compare(small())
+    assert not list(tmp_path.rglob(".*"))
 
 
 # -- a teacher that is grown itself -------------------------------------------------------------------------------

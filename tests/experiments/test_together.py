@@ -1,5 +1,6 @@
 """Several processes at one experiment: none writes where another does, and who reads sees whole files. All are real."""
 
+import csv
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torture
 from conftest import TINY
 
-from experiments import command, files
+from experiments import command, files, run_log
 from experiments.analysis import figures as figure
 
 pytestmark = pytest.mark.system
@@ -55,6 +56,36 @@ def test_the_second_run_says_who_writes_there(
         first.join()
     with files.hold(arm):  # which died with its owner
         pass
+
+
+def write_much(folder: Path, times: int) -> None:
+    """A curve that grows, and a manifest of its length, again and again."""
+    for number in range(times):
+        rows = [{column: 1.5 * step for column in run_log.COLUMNS} for step in range(1, 2 + number % 50)]
+        run_log.write_curve(folder, rows)
+        run_log.write_manifest(folder, {"settings": {"rows": len(rows)}, "complete": False, "text": "x" * 5000})
+
+
+def test_who_reads_while_another_writes_sees_whole_files(tmp_path: Path) -> None:
+    writers = [torture.context.Process(target=write_much, args=(tmp_path, 150)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    lengths, read = set(), 0
+    while any(writer.is_alive() for writer in writers) or not read:
+        if not (tmp_path / "manifest.json").exists():
+            continue
+        text = (tmp_path / "curve.csv").read_text()
+        assert text.endswith("\n")
+        table = list(csv.reader(text.splitlines()))
+        assert {len(row) for row in table} == {len(run_log.COLUMNS)}
+        assert [row[0] for row in table[1:]] == [f"{1.5 * step:.6g}" for step in range(1, len(table))]
+        run_log.parse_curve(text.encode(), "curve")
+        manifest = run_log.read_manifest(tmp_path)
+        assert manifest is not None and len(manifest["text"]) == 5000
+        lengths.add(len(table))
+        read += 1
+    assert read > 100 and len(lengths) > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.csv", "manifest.json"]
 
 
 def test_jobs_that_end_at_once_draw_one_whole_figure(finished: Path, tmp_path: Path) -> None:

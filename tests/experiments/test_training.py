@@ -19,6 +19,7 @@ from experiments.config import DivergedError, ExperimentError, Schedule
 from experiments.distributed import ALONE
 from experiments.machine import Arithmetic, choose_arithmetic
 from experiments.optimizers import make_optimizer, rate_at
+from experiments.randomness import derive_seed, seed_layers
 from experiments.run_log import parse_curve
 from experiments.training import Job, evaluate, train
 
@@ -112,6 +113,13 @@ def test_the_step_is_named_when_losses_are_looked_at_in_batches() -> None:
         meter.check()
 
 
+def test_a_rate_that_is_too_high_never_leaves_a_broken_checkpoint(job: Job) -> None:
+    with pytest.raises(DivergedError, match=r"(The loss|A weight) is not finite at step \d+; .* lower schedule\.lr"):
+        train(network(), replace(job, rate=1e38), Quiet())
+    for value in checkpoint.load(job.folder)["network"].values():
+        assert bool(value.isfinite().all())
+
+
 def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
     class Breaks(Quiet):
         def advance(self, step: int, loss: float) -> None:
@@ -122,6 +130,16 @@ def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
     with pytest.raises(DivergedError, match="A weight is not finite at step 6"):
         train(net, job, Breaks())
     assert checkpoint.load(job.folder)["step"] == 4
+
+
+def test_evaluation_is_in_eval_mode_over_all_images(job: Job) -> None:
+    net = network()
+    loss, accuracy = evaluate(net, job.splits.test.ordered(3))  # 10 images: the last batch is small
+    net.eval()
+    ((everything, labels),) = job.splits.test.ordered(100)
+    logits = net(everything)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
 def test_in_bfloat16_evaluation_and_weights_are_still_float32(job: Job) -> None:
@@ -168,7 +186,32 @@ def test_a_second_ctrl_c_stops_at_once_and_the_handler_is_restored(job: Job) -> 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_layers_draw_from_the_seed_of_the_step() -> None:
+    drawn = []
+    for parts in ((0, "dropout", 1), (0, "dropout", 2), (0, "dropout", 1)):
+        seed_layers(CPU, *parts)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    torch.manual_seed(derive_seed(0, "dropout", 1))
+    assert torch.equal(torch.rand(4), drawn[0])
+
+
 # -- the optimizer and its schedule -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", ["linear", "constant"])
+def test_the_rate_of_a_step_is_that_of_the_schedule(job: Job, monkeypatch: pytest.MonkeyPatch, decay: str) -> None:
+    job.config.schedule.decay = decay
+    used: list[set[float]] = []
+    step = training.train_step
+
+    def spy(net: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> tuple[Tensor, Tensor]:
+        used.append({group["lr"] for group in optimizer.param_groups})
+        return step(net, optimizer, *rest)
+
+    monkeypatch.setattr(training, "train_step", spy)
+    train(network(), job, Quiet())
+    assert used == [{0.01 * rate_at(step, 12, 2, decay)} for step in range(12)]
 
 
 def test_the_rate_warms_up_and_then_falls_to_zero_or_stays() -> None:
