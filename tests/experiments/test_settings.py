@@ -52,6 +52,7 @@ CHANGES: dict[str, set[str]] = {  # a setting -> the stages that it changes
     **{key: HEIRS | {"random_init"} for key in ("schedule.lr=0.02", "seed=1", "precision=bfloat16", "data.pad=0")},
     **{key: HEIRS | {"random_init"} for key in ("+model.extra_pairs=1", "schedule.batch_size=16")},
     "teacher.width=0.3": HEIRS,
+    **{key: set() for key in ("arms=[net2net]", "target=random_pad", "data.workers=2", "checkpoint_seconds=1")},
 }
 
 
