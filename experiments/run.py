@@ -74,7 +74,7 @@ class Run:
     ) -> Job:
         """Return the training run of one stage.
 
-        `rate` is the initial learning rate as a multiple of schedule.lr; `before` is what earlier networks have cost.
+        `rate` multiplies schedule.lr. `before` holds the costs of the networks trained earlier.
         """
         arm = split_arm(name)[1]
         config = stage_config(self.config, arm)

@@ -360,11 +360,11 @@ wrong by chance: a claim that holds narrowly, alone among its kind, is weak evid
 first weights and in the order and crops of the images. The split of the images is always the same. In the commands
 `data.root` is the name of the folder that had the images; without `data` and `data.root` CIFAR-10 is downloaded."""
 
-COSTS_TO_TARGET = """This is what each arm needed to reach the target, on average over the seeds that did. The \
-machines had other work, too: compare FLOPs, and seconds hardly."""
+COSTS_TO_TARGET = """The cost of reaching the target, for each arm: the mean over the seeds that reached it. \
+Compare FLOPs; the seconds are rough, because the machines had other work."""
 
 FRONTIER = """The first table says which share of the FLOPs of `random_init` an arm needs to end as well as it does: the
 geometric mean over seeds, its 95 % interval, and n. Between the budgets that were run it is interpolated. ≤ and ≥ stand
 where the smallest budget is already enough, or the largest is not. "Untrained already" means that the grown network is
-as good without training. The last column reads the same run as a curve: the share of the steps of `random_init`, under
-one schedule, until the holdout accuracy is what `random_init` ends with."""
+as good without training. The last column reads the same run as a curve: after which share of the steps its
+holdout accuracy reaches the final one of `random_init`, under one schedule."""

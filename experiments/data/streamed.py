@@ -84,7 +84,7 @@ class Folder:
             if isinstance(pixels, ExperimentError):
                 raise pixels
             labels = self.labels[list(chosen)].to(self.device, non_blocking=True)
-            # The NCHW view of NHWC pixels is what torch calls channels_last.
+            # Pixels are stored N x H x W x C. Seen as N x C x H x W, they are in torch's channels_last layout.
             yield normalise(pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)), labels
 
 

@@ -15,7 +15,7 @@ import torch
 import torture
 from loops import pictures, read_rows
 
-import experiments.experiment  # noqa: F401 (before functions of the training loop are replaced)
+import experiments.experiment  # noqa: F401 (loaded first, so that it never keeps a function that a test has replaced)
 from experiments import checkpoint, command, training
 from experiments.config import ExperimentError
 from experiments.machine import explain_lack_of_memory
