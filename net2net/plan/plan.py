@@ -32,7 +32,7 @@ class Plan(Networks):
     sign_pairs: dict[str, Bends]  # new layers whose units pass activations in pairs, and those activations
     patterns: Tensor  # of the units of those layers, a bit for the sign before each activation
     rotations: dict[str, tuple[Mixed, ...]]  # tensors on rotated streams, and which of their axes are rotated how
-    # The axes of a batch norm's tensors are one: by the identity of their labels, which stand beside them to live on.
+    # A memo: the four tensors of a batch norm carry the same labels. Keys are the ids of labels, which it keeps alive.
     producing_axes: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], Axis, Tensor | None]] = field(
         default_factory=dict
     )

@@ -25,7 +25,7 @@ class Traces:
 
     @cached_property
     def absorbed(self) -> tuple[Trace, Trace]:
-        """The traces in which the layers `scaled` take those numbers for their own."""
+        """The traces in which `scaled_layers` count those numbers as part of their own weights."""
         pairs = zip(self.plain, self.scaled_layers, strict=True)
         theirs, mine = (trace(each.model, self.inputs, SeenAs(scale_absorbed=layers)) for each, layers in pairs)
         return theirs, mine
