@@ -45,6 +45,8 @@ def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
     if mixed.begins is None:
         rotation = _random_isometry(channels, wider, torch.Generator().manual_seed(0))
     else:
+        if not bool(theirs[mixed.begins].isfinite().all()):
+            raise TransferError(f"{mixed.begins} of the teacher is not finite: no wider norm can do what it does.")
         rotation, before, first = find_isometries(theirs[mixed.begins], wider)
         if mixed.how == Matrix.FIRST:
             return ratio * first[mixed.rows]
@@ -82,8 +84,7 @@ def _find_isometries(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Te
     each = channels // units
     blocks = max(1, units // -(-SMALLEST // each))
     largest = -(-units // blocks) * each
-    solvable = largest * largest * wider <= LARGEST * channels and bool(weight.isfinite().all())
-    for size in SIZES if solvable else ():
+    for size in SIZES if largest * largest * wider <= LARGEST * channels else ():
         solved = []
         for part in torch.arange(units).tensor_split(blocks):
             block = weight[int(part[0]) * each : (int(part[-1]) + 1) * each] / scale

@@ -149,11 +149,12 @@ def test_what_no_mixture_passes_is_refused_before_anything_is_written(name: str)
     assert unchanged(student, before)
 
 
-def test_weights_that_are_no_numbers_are_refused() -> None:
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_no_numbers_are_refused_by_name(value: float) -> None:
     teacher, student = stream(6), stream(9)
-    teacher.begin.weight.data[1] = float("inf")
+    teacher.begin.weight.data[1] = value
     before = state(student)
-    with pytest.raises(TransferError, match="no way was found to write them as 9"):
+    with pytest.raises(TransferError, match=r"begin\.weight of the teacher is not finite"):
         transfer(teacher, student, signals())
     assert unchanged(student, before)
 

@@ -361,3 +361,36 @@ def test_a_number_that_nothing_behind_can_undo_is_told() -> None:
     make = rows(twice, l=squared, m=squared)
     with pytest.raises(TransferError, match=r"add in the network.* 0\.3536 here and.* 0\.5"):
         transfer(make(4).float(), make(8).float(), ROWS.float())
+
+
+def test_a_student_is_traced_on_two_maps_and_a_teacher_on_all() -> None:
+    seen: list[int] = []
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return net.o(net.a(x).relu())
+
+    teacher, student = (Net({"a": nn.Conv2d(3, w, 1), "o": nn.Conv2d(w, 2, 1)}, how) for w in (4, 7))
+    transfer(teacher, student, MAPS.repeat(4, 1, 1, 1))
+    assert seen[:3] == [8, 2, 8]  # the traces, and the student's result to compare with the teacher's
+
+
+WHOLE_BATCHES = {  # networks that two rows of a batch of six do not show whole
+    "a layer for bright maps alone": lambda net, x: net.a(x) + (net.b(x) if bool(x.max() > 50) else 0.0),
+    "a batch of two clips": lambda net, x: net.a(x) + net.b(x.view(2, 3, *x.shape[1:]).mean(1)).repeat(3, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("how", WHOLE_BATCHES.values(), ids=WHOLE_BATCHES)
+def test_a_network_that_two_maps_do_not_show_is_traced_on_all(how: Callable) -> None:
+    teacher, student = (
+        Net(
+            {"a": nn.Conv2d(3, w, 1), "b": nn.Conv2d(3, w, 1), "o": nn.Conv2d(w, 2, 1)},
+            lambda net, x: net.o(how(net, x).relu()),
+        )
+        for w in (4, 7)
+    )
+    maps = MAPS.repeat(3, 1, 1, 1)
+    maps[-1, 0, 0, 0] = 100.0
+    transfer(teacher, student, maps)
+    assert_same(teacher, student, maps)
