@@ -1,17 +1,11 @@
-"""Small networks for the tests, and how two of them are compared."""
+"""Small networks for the tests."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from net2net import Axis, Origin, Transfer, equivalence
-
-BAR = 1e-12  # relative, in float64: rounding, and nothing else
 
 
 def images(*shape: int) -> Tensor:
@@ -28,8 +22,8 @@ class Net(nn.Module):
             setattr(self, name, part)
         self.how = how
 
-    def forward(self, *inputs: Tensor):
-        return self.how(self, *inputs)
+    def forward(self, *inputs: Tensor, **named: Tensor):
+        return self.how(self, *inputs, **named)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options) -> nn.Conv2d:
@@ -101,21 +95,6 @@ def trunk(n: int, extra: bool, branches: int) -> Net:
     return Net({"stem": conv(3, n), "extra": new, "branches": branched, "fc": nn.Linear(48 * n, 4)}, how)
 
 
-def dense(n: int) -> Net:
-    """A stem of 2n channels, and three layers of n that each read all before them, as in a DenseNet."""
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        x = net.stem(x)
-        for k in range(3):
-            x = torch.cat([x, getattr(net, f"c{k}")(F.relu(getattr(net, f"n{k}")(x)))], 1)
-        return net.fc(F.relu(net.last(x)).mean((2, 3)))
-
-    parts = {"stem": conv(3, 2 * n), "last": nn.BatchNorm2d(5 * n), "fc": nn.Linear(5 * n, 4)}
-    for k in range(3):
-        parts |= {f"n{k}": nn.BatchNorm2d((2 + k) * n), f"c{k}": conv((2 + k) * n, n)}
-    return Net(parts, how)
-
-
 def tied(n: int) -> Net:
     """Two layers in the middle with one weight and two biases."""
     net = Net(
@@ -155,52 +134,3 @@ def attention(heads: int, width: int = 8, stream: int = 8, hidden: int = 12) -> 
     parts |= {"down": nn.Linear(hidden, stream), "head": nn.Linear(stream, 4)}
     parameters = {"place": (1, 5, stream), "gamma": (stream,)}
     return Net(parts | {name: nn.Parameter(torch.randn(shape)) for name, shape in parameters.items()}, how)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    """Whether every tensor is what it was, bit for bit."""
-    return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def modes(*models: nn.Module) -> list[bool]:
-    """Whether each module is in train mode."""
-    return [module.training for model in models for module in model.modules()]
-
-
-def assert_same(a: nn.Module, b: nn.Module, inputs: Any, modes: Sequence[str] = ("eval",), bar: float = BAR) -> None:
-    """The two compute the same on these inputs, in these modes."""
-    for mode in modes:
-        measured = equivalence(a, b, inputs, mode=mode)
-        assert measured.max_relative <= bar, (mode, str(measured))
-
-
-def change(record: Transfer, how: Callable[[Origin], Origin]) -> Transfer:
-    """For negative controls: the record with every origin as `how` makes it. At least one must change."""
-    origins = {name: how(origin) for name, origin in record.origins.items()}
-    assert any(origins[name] is not origin for name, origin in record.origins.items())
-    return replace(record, origins=origins)
-
-
-def change_axes(record: Transfer, how: Callable[[Axis], Axis]) -> Transfer:
-    """The same, axis by axis."""
-
-    def each(origin: Origin) -> Origin:
-        axes = {dim: how(axis) for dim, axis in origin.axes.items()}
-        return replace(origin, axes=axes) if any(axes[dim] is not axis for dim, axis in origin.axes.items()) else origin
-
-    return change(record, each)
-
-
-def drop_shares(axis: Axis) -> Axis:
-    """The axis, with every copy taking the whole of the teacher's weight."""
-    return replace(axis, share=torch.ones_like(axis.share)) if axis.reads and axis.copies else axis
-
-
-def shift_index(axis: Axis) -> Axis:
-    """The axis that reads copies, with every entry taken from the teacher's entry of its neighbour."""
-    return replace(axis, index=axis.index.roll(1)) if axis.reads and axis.copies else axis

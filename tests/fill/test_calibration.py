@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, assert_same, chain, images, modes
+from checks import assert_same, modes
+from networks import Net, chain, images
 from torch import Tensor, nn
 
 from net2net import TransferError, equivalence, transfer

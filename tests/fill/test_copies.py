@@ -1,15 +1,16 @@
 """How copies of a unit share its outgoing weights, and what tells them apart in training: shares, pairs, noise."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from networks import BAR, assert_same, chain, change_axes, conv, images
+from checks import BAR, assert_same, change_axes, drop_shares, error, grow, shift_index, trained
+from networks import chain, conv, grouped, images, residual, tied
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
-from net2net import Axis, Transfer, equivalence, replay, transfer
-from net2net.testing import look_trained
+from net2net import Axis, Transfer, equivalence, transfer
 
 pytestmark = pytest.mark.usefixtures("float64")
 TOLD_APART = ("uneven", "paired")
@@ -20,10 +21,10 @@ OPTIMIZERS = {
 }
 
 
-def grow(split: str, **options) -> tuple[nn.Module, nn.Module, Transfer]:
+def grown(split: str, **options) -> tuple[nn.Module, nn.Module, Transfer]:
     """The same teacher and the same student in every call, grown."""
     torch.manual_seed(0)
-    teacher, student = look_trained(chain(4, 5), images(8, 3, 6, 8), 1), look_trained(chain(10, 11), seed=2)
+    teacher, student = trained(chain(4, 5), chain(10, 11))
     return teacher, student, transfer(teacher, student, images(), split=split, **options)
 
 
@@ -49,7 +50,7 @@ def apart(record: Transfer, student: nn.Module, name: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_equal_copies_get_equal_gradients_and_never_part(kind: str) -> None:
-    _, student, record = grow("equal")
+    _, student, record = grown("equal")
     optimizer, start = OPTIMIZERS[kind](student.parameters()), student.conv0.weight.detach().clone()
     train(student, optimizer, 5)
     for name in ("conv0.weight", "conv1.weight", "norm0.bias"):
@@ -63,7 +64,7 @@ def test_equal_copies_get_equal_gradients_and_never_part(kind: str) -> None:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("split", TOLD_APART)
 def test_copies_that_are_told_apart_part_at_once(split: str, kind: str) -> None:
-    teacher, student, record = grow(split)
+    teacher, student, record = grown(split)
     assert_same(teacher, student, images())
     assert not apart(record, student, "conv0.weight").any()
     train(student, OPTIMIZERS[kind](student.parameters()), 3)  # a first step of Adam is made of signs alone
@@ -77,33 +78,61 @@ def test_copies_in_groups_part_too(split: str) -> None:
         return nn.Sequential(conv(3, n), nn.ReLU(), conv(n, n, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(48 * n, 5))
 
     teacher, student = make(6), make(16)
-    record = transfer(teacher, student, images(), split=split)
-    assert_same(teacher, student, images())
+    record = grow(teacher, student, split=split)
     train(student, SGD(student.parameters(), lr=0.05), 1)
     assert apart(record, student, "0.weight").min() > 1e-6
 
 
 def test_shares_are_positive_sum_to_one_and_differ_from_reader_to_reader() -> None:
-    teacher, student, record = grow("uneven")
+    teacher, student, record = grown("uneven")
     rows, index = (record.origins["conv1.weight"].axes[dim].index for dim in (0, 1))
     share = student.conv1.weight.detach() / teacher.conv1.weight.detach()[rows][:, index]
     total = torch.zeros(len(rows), 4, 3, 3).index_add_(1, index, share)
     assert torch.allclose(total, torch.ones_like(total)) and (share > 0).all()
+    assert torch.equal(student.conv0.weight[:4], teacher.conv0.weight)  # fault 8: originals are not rescaled
     twice = [k for k in range(10) if (index == index[k]).sum() > 1]
     assert share[:, twice, 0, 0].std(0).min() > 1e-3
 
 
 def test_noise_in_pairs_that_does_not_cancel_is_noticed() -> None:
     """The noise of a pair cancels by the shares: with others something of it is left."""
-    teacher, student, record = grow("paired")
+    teacher, student, record = grown("paired")
     wrong = change_axes(record, lambda axis: replace(axis, share=axis.share.roll(1)) if axis.reads else axis)
-    replay(wrong, teacher, student)
-    assert equivalence(teacher, student, images()).max_relative > 1e-3
+    assert error(wrong, teacher, student) > 1e-3
+
+
+WIDER = {
+    "chain": (lambda n: chain(n, n + 1, n), 3, 8),
+    "residual": (residual, 4, 9),
+    "tied weights": (tied, 3, 8),
+    "groups": (lambda n: grouped(2, n, n), 3, 7),
+}
+
+
+@pytest.mark.parametrize("spoil", [drop_shares, shift_index])
+@pytest.mark.parametrize("name", WIDER)
+def test_a_record_with_wrong_shares_or_indices_is_noticed(name: str, spoil: Callable[[Axis], Axis]) -> None:
+    make, narrow, wide = WIDER[name]
+    teacher, student = make(narrow), make(wide)
+    record = grow(teacher, student)
+    assert error(change_axes(record, spoil), teacher, student) > 1e-4
+
+
+@pytest.mark.parametrize("role", ["running_mean", "running_var", "weight", "bias"])
+def test_a_copy_with_batch_norm_of_its_own_is_noticed(role: str) -> None:
+    """Faults 1, 6 and 13: of several new channels only the last one, or the wrong one, has its statistics."""
+    teacher, student, record = grown("equal")
+    origin = record.origins[f"norm1.{role}"]
+    index = origin.axes[0].index.clone()
+    assert torch.equal(student.state_dict()[f"norm1.{role}"], teacher.state_dict()[f"norm1.{role}"][index])
+    index[-1] = (index[-1] + 1) % 5
+    moved = replace(origin, axes={0: replace(origin.axes[0], index=index)})
+    assert error(replace(record, origins=record.origins | {f"norm1.{role}": moved}), teacher, student) > 1e-6
 
 
 def test_noise_is_on_the_incoming_weights_of_later_copies_alone() -> None:
     """Faults 5, 15 and 17: noise on the originals, the same for both twins, one number a filter, on both sides."""
-    (teacher, quiet, _), (_, noisy, record) = grow("equal"), grow("equal", noise=0.1)
+    (teacher, quiet, _), (_, noisy, record) = grown("equal"), grown("equal", noise=0.1)
     assert record.noise == 0.1 and record.measured is not None and record.measured.max_relative <= BAR
     assert equivalence(teacher, quiet, images()).max_relative <= BAR
     assert equivalence(teacher, noisy, images()).max_relative > 1e-3

@@ -5,33 +5,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import (
-    Net,
-    assert_same,
-    attention,
-    chain,
-    dense,
-    grouped,
-    images,
-    mlp,
-    modes,
-    residual,
-    state,
-    tied,
-    unchanged,
-)
+from checks import assert_same, modes, refused, state, unchanged
+from networks import Net, attention, chain, grouped, images, mlp, residual, tied
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torchvision import models
 
-from net2net import TransferError, deepen, equivalence, load_record, replay, save_record, widen
+from net2net import deepen, equivalence, load_record, replay, save_record, widen
 from net2net.testing import look_trained
 
 pytestmark = pytest.mark.usefixtures("float64")
-BOTH = ("eval", "train")
 
 
-def assert_wider(model: nn.Module, make: Callable, widths, in_modes: tuple[str, ...] = BOTH, **options):
+def assert_wider(model: nn.Module, make: Callable, widths, in_modes=("eval", "train"), **options):
     """Widen on inputs of `make`, compare on others, and return the copy. The model is left as it was."""
     before, mode = state(model), model.training
     grown = widen(model, make(), widths, **options)
@@ -74,14 +60,11 @@ CASES = {
     "a unit more": (lambda: chain(4, 5), images, {"conv0": 5}),
     "seven times": (lambda: chain(3, 4), images, 7.0),
     "a unit more in every layer": (lambda: chain(8, 8), images, 1.125),
-    "one layer, one not": (lambda: chain(4, 5, 6), images, {"conv0": 1.5, "conv2": 13}),
     "two patterns, one layer": (lambda: chain(4, 5), images, {"conv*": 1.25, "conv1": 11}),
     "a linear": (lambda: mlp(3, 4, 5, 2), rows, {"0": 9, "2": 1.2}),
     "residual, depthwise, gate": (lambda: residual(4), images, 1.5),
     "the stream alone": (lambda: residual(4), images, {"stem": 2.0}),
-    "between depthwise and pointwise": (lambda: residual(4), images, {"up": 20}),
     "tied": (lambda: tied(4), images, 2.0),
-    "concatenated": (lambda: dense(4), images, 1.75),
     "groups": (lambda: grouped(3, 2, 4), images, 1.5),
     "groups read one unit, give several": (lambda: grouped(4, 1, 3), images, 1.5),
     "groups read several, give one": (lambda: grouped(4, 3, 1), images, {"stem": 2.0}),
@@ -105,16 +88,13 @@ def test_a_small_network_is_widened_exactly(name: str) -> None:
 
 
 def assert_trains(model: nn.Module, grown: nn.Module, inputs) -> None:
-    """The copy's parameters are alive: as trainable as the model's, of its own, and a step changes the function."""
-    mine, theirs = dict(grown.named_parameters()), dict(model.named_parameters())
-    assert not {id(p) for p in mine.values()} & {id(p) for p in theirs.values()}
-    assert {name: p.requires_grad for name, p in mine.items()} == {name: p.requires_grad for name, p in theirs.items()}
-    before = model(inputs).detach()
-    optimizer = torch.optim.SGD(mine.values(), lr=0.1)
+    """The copy's parameters are its own, every one has a gradient, and a step changes the function."""
+    mine, before = list(grown.parameters()), model(inputs).detach()
+    assert not {id(p) for p in mine} & {id(p) for p in model.parameters()}
     output = grown(inputs)
     (output * torch.randn_like(output)).sum().backward()
-    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in mine.values())
-    optimizer.step()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in mine)
+    torch.optim.SGD(mine, lr=0.1).step()
     assert not torch.allclose(grown(inputs), before) and torch.equal(model(inputs), before)
 
 
@@ -124,7 +104,6 @@ def assert_trains(model: nn.Module, grown: nn.Module, inputs) -> None:
     [
         ("resnet18", 32, 1.5),
         ("resnet18", 32, {"layer2.*": 1.5, "layer3.?.conv1": 260}),
-        ("mobilenet_v2", 32, 1.5),
         ("mobilenet_v2", 32, {"features.3.*": 1.3}),
         ("mobilenet_v3_small", 32, 1.25),
         ("squeezenet1_1", 64, 1.5),
@@ -148,7 +127,7 @@ def test_only_what_was_named_grows() -> None:
     assert grown.conv2.weight.shape == (6, 9, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["depth", "n1", "again"])
+@pytest.mark.parametrize("name", ["depth", "n1", "again", "up"])
 def test_a_depthwise_layer_or_a_norm_names_the_units_that_it_carries(name: str) -> None:
     model = look_trained(residual(4))
     model.again = model.up  # the same module by a second name
@@ -160,7 +139,6 @@ def test_modules_know_their_new_widths() -> None:
     grown = assert_wider(look_trained(residual(4)), images, 2.0)
     assert (grown.depth.groups, grown.depth.in_channels, grown.depth.out_channels) == (18, 18, 18)
     assert (grown.stem.in_channels, grown.stem.out_channels, grown.n0.num_features) == (3, 8, 8)
-    assert (grown.fc.in_features, grown.fc.out_features) == (8, 5)
     transposed = widen(nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.PReLU(4), nn.Conv2d(4, 2, 1)), images(), 2.0)
     assert (transposed[0].in_channels, transposed[0].out_channels, transposed[1].num_parameters) == (3, 8, 8)
     table = widen(nn.Sequential(nn.Embedding(11, 4), nn.LayerNorm(4), nn.Linear(4, 2)), tokens(), {"0": 2.0})
@@ -190,11 +168,10 @@ def test_modes_frozen_layers_and_buffers_are_kept() -> None:
     model.register_buffer("table", torch.arange(3), persistent=False)
     model.norm1.num_batches_tracked.fill_(7)
     model.norm1.train()
-    grown = widen(model, images(), 1.5)
+    grown = assert_wider(model, images, 1.5, in_modes=("eval",))
     assert [name for name, p in grown.named_parameters() if not p.requires_grad] == ["conv0.weight"]
     assert grown.norm1.num_batches_tracked == 7 and torch.equal(grown.table, model.table)
     assert modes(grown) == modes(model)
-    assert_same(model, grown, images())
 
 
 def test_the_memory_format_and_the_dtype_are_kept() -> None:
@@ -228,6 +205,10 @@ def test_the_growth_is_a_record_that_is_saved_and_replayed(tmp_path) -> None:
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
+def written_into_the_pass() -> Net:
+    return Net({"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}, lambda net, x: net.b(net.a(x).view(-1, 4)))
+
+
 SOFTMAX = sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 2))
 REFUSED = [
     (lambda: chain(4, 5), images, {"conv7": 1.5}, r"'conv7'.*conv0"),
@@ -239,16 +220,12 @@ REFUSED = [
     (lambda: nn.Sequential(nn.ReLU()), images, 2.0, r"no layers"),
     (lambda: nn.Sequential(nn.Linear(3, 2)), images, 2.0, r"forward pass of Sequential"),
     (SOFTMAX, rows, {"0": 2.0}, r"0\.weight cannot grow.*softmax in 1 mixes"),
-    (
-        lambda: Net({"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}, lambda net, x: net.b(net.a(x).view(-1, 4))),
-        rows,
-        {"a": 6},
-        r"forward pass of Net.*\(6, 3\) fails",
-    ),
+    (written_into_the_pass, rows, {"a": 6}, r"forward pass of Net.*\(6, 3\) fails"),
     (lambda: mlp(3, 4, 2), rows, float("nan"), "nan is no width"),
-    (lambda: mlp(3, 4, 2), rows, {"0": float("nan")}, "nan is no width for '0'"),
-    (lambda: mlp(3, 4, 2), rows, {"0": float("inf")}, "inf is no width for '0'"),
-    (lambda: mlp(3, 4, 2), rows, {"0": "wide"}, "'wide' is no width for '0'"),
+    *(
+        (lambda: mlp(3, 4, 2), rows, {"0": w}, f"{w!r} is no width for '0'")
+        for w in (float("nan"), float("inf"), "wide")
+    ),
     *((lambda: mlp(3, 4, 2), rows, widths, "[Nn]o") for widths in (1.01, {"0": 1.01}, {})),  # nothing grows
 ]
 
@@ -256,16 +233,14 @@ REFUSED = [
 @pytest.mark.parametrize(("make", "inputs", "widths", "message"), REFUSED)
 def test_what_cannot_grow_is_refused_with_a_sentence(make, inputs, widths, message: str) -> None:
     model = make()
-    before = state(model)
-    with pytest.raises(TransferError, match=message):
+    with refused(message, model):
         widen(model, inputs(), widths)
-    assert unchanged(model, before)
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_parametrisation_of_fixed_shape_is_refused() -> None:
     net = nn.Sequential(orthogonal(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(TransferError, match="parametrisation"):
+    with refused("parametrisation", net):
         widen(net, rows(), {"0": 6})
 
 
@@ -282,20 +257,16 @@ def test_a_factor_for_all_leaves_what_does_not_grow() -> None:
     assert size(grown, "a", "b", "c") == [6, 4, 6]
 
 
-class Numbers(nn.Module):
-    """Has its widths as numbers: one, several, and one that may merely equal a width."""
+def numbered(equal: int) -> Net:
+    """With its widths as numbers: one, several, and one that may merely equal a width."""
 
-    def __init__(self, equal: int = 3) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.d = nn.Linear(3, 12), nn.Linear(4, 6), nn.Linear(8, 6), nn.Linear(6, 5)
-        self.width, self.parts, self.equal = 4, (4, 8), equal
+    def how(net: Net, x: Tensor) -> Tensor:
+        small, large = net.a(x).split(net.parts, -1)
+        return net.d(net.b(small[..., : net.width]).tanh() + net.c(large.tanh()) / net.equal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        small, large = self.a(x).split(self.parts, -1)
-        return self.d(self.b(small[..., : self.width]).tanh() + self.c(large.tanh()) / self.equal)
-
-    def numbers(self) -> tuple:
-        return self.width, self.parts, self.equal
+    net = Net({"a": nn.Linear(3, 12), "b": nn.Linear(4, 6), "c": nn.Linear(8, 6), "d": nn.Linear(6, 5)}, how)
+    net.width, net.parts, net.equal = 4, (4, 8), equal
+    return net
 
 
 @pytest.mark.parametrize(
@@ -307,6 +278,7 @@ class Numbers(nn.Module):
     ],
 )
 def test_numbers_that_modules_hold_follow_their_widths(equal: int, widths, numbers: tuple) -> None:
-    model = Numbers(equal)
+    model = numbered(equal)
     grown = assert_wider(model, rows, widths)
-    assert grown.numbers() == numbers and model.numbers() == (4, (4, 8), equal)
+    assert (grown.width, grown.parts, grown.equal) == numbers
+    assert (model.width, model.parts, model.equal) == (4, (4, 8), equal)

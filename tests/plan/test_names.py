@@ -4,7 +4,8 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from networks import assert_same, images, mlp, trunk
+from checks import assert_same, grow, refused
+from networks import images, mlp, trunk
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vgg import cfgs, make_layers
