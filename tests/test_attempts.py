@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from networks import Net, mlp, state, unchanged
+from checks import state, unchanged
+from networks import Net, mlp
 from torch import Tensor, nn
 
 from net2net import TransferError, transfer

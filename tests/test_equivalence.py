@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from networks import Net, chain, modes, state, unchanged
+from checks import modes, refused, state, unchanged
+from networks import Net, chain
 from torch import Tensor, nn
 
-from net2net import Equivalence, TransferError, equivalence, transfer
+from net2net import Equivalence, equivalence, transfer
 from net2net.testing import look_trained
 
 
@@ -74,31 +75,25 @@ def test_whole_numbers_scalars_and_complex_numbers_are_compared_exactly() -> Non
 @pytest.mark.parametrize(
     ("theirs", "mine", "message"),
     [
-        (
-            torch.zeros(2, 3),
-            torch.zeros(2, 1),
-            r"differ in shape: the teacher's are \[\(2, 3\)\], the student's \[\(2, 1\)\]",
-        ),
+        (torch.zeros(2, 3), torch.zeros(2, 1), r"differ in shape: .* \[\(2, 3\)\], the student's \[\(2, 1\)\]"),
         (torch.zeros(2), (torch.zeros(2), torch.zeros(1)), r"the student's \[\(2,\), \(1,\)\]"),
         (None, None, "differ in shape"),
         (torch.zeros(0, 3), torch.zeros(0, 3), "empty: there is nothing to compare"),
     ],
 )
 def test_outputs_that_cannot_be_compared_are_refused(theirs, mine, message: str) -> None:
-    with pytest.raises(TransferError, match=message):
+    with refused(message):
         equivalence(fixed(theirs), fixed(mine), INPUT)
 
 
 def test_the_mode_is_the_one_asked_for() -> None:
-    network = nn.BatchNorm1d(2, momentum=0.5)
-    other = nn.BatchNorm1d(2, momentum=0.5)
-    with torch.no_grad():
-        other.running_mean.fill_(3.0)
+    network, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    other.running_mean.fill_(3.0)
     x = torch.randn(8, 2)
     assert equivalence(network, other, x, mode="train").max_relative == 0
     assert equivalence(network, other, x).max_relative > 0.1
     assert equivalence(network, other, x, mode="train").mode == "train"
-    with pytest.raises(TransferError, match="mode 'test' is unknown: it is 'eval' or 'train'"):
+    with refused("mode 'test' is unknown: it is 'eval' or 'train'"):
         equivalence(network, other, x, mode="test")
 
 
@@ -119,26 +114,21 @@ def test_a_transfer_is_checked_on_few_rows_of_a_large_example(shape: tuple[int, 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_networks_inputs_and_random_state_are_left_as_they_were(mode: str) -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = look_trained(chain(3))
+    def noisy() -> Net:
+        inner = look_trained(chain(3))
+        return Net({"inner": inner}, lambda net, x: net.inner(torch.dropout(x.mul_(2), 0.5, net.training)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(torch.dropout(x.mul_(2), 0.5, self.training))
-
-    teacher, student = Noisy(), Noisy()
+    teacher, student = noisy(), noisy()
     student.load_state_dict(teacher.state_dict())
     teacher.train(), teacher.inner.norm0.eval(), student.eval()
     was = modes(teacher, student)
     before, x, random = state(teacher), torch.randn(4, 3, 6, 8), torch.get_rng_state()
     copy = x.clone()
     assert equivalence(teacher, student, x, mode=mode).max_relative == 0  # the same draws for both
-    assert unchanged(teacher, before) and unchanged(student, before)
-    assert modes(teacher, student) == was
+    assert unchanged(teacher, before) and unchanged(student, before) and modes(teacher, student) == was
     assert torch.equal(x, copy) and torch.equal(random, torch.get_rng_state())
 
 
 def test_a_network_that_fails_is_named_with_what_it_was_given() -> None:
-    with pytest.raises(TransferError, match=r"forward pass of Linear on inputs \(2, 3\) fails"):
+    with refused(r"forward pass of Linear on inputs \(2, 3\) fails"):
         equivalence(nn.Linear(4, 2), nn.Linear(4, 2), INPUT)

@@ -9,17 +9,16 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from checks import change_axes, state, unchanged
 from grammar import OPERATIONS, Draw, Pair, alive, alone, network, run
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
-from networks import change_axes, state, unchanged
 from torch import nn
 
 from net2net import Axis, TransferError, replay, transfer
@@ -86,45 +85,33 @@ def exact(pair: Pair) -> bool:
     return found <= BAR or found <= min(10 * rounding(pair), WORST)
 
 
-def sample(count: int) -> Iterator[Pair]:
-    """The networks of the first seeds."""
-    return (network(Draw(random.Random(seed).choice)) for seed in range(count))
+def drawn(seed: int, *lengths: int) -> Pair:
+    """The network of this seed, of so many operations."""
+    return network(Draw(random.Random(seed).choice), *([lengths] if lengths else []))
 
 
 @pytest.mark.slow
 def test_the_grammar_is_sound() -> None:
     """Both networks run, the student is at least as large, nearly every teacher's outputs depend on its input."""
-    drawn = list(sample(300))
-    for pair in drawn:
+    pairs = [drawn(seed) for seed in range(300)]
+    for pair in pairs:
         outputs = [run(net, pair.inputs(2, 1)) for net in (pair.teacher, pair.student)]
         assert [y.shape for y in outputs[0]] == [y.shape for y in outputs[1]], pair
         sizes = [sum(parameter.numel() for parameter in net.parameters()) for net in (pair.teacher, pair.student)]
         assert sizes[0] <= sizes[1], pair
-    assert sum(alive(pair.teacher, pair.inputs) for pair in drawn) >= 0.98 * len(drawn)
+    assert sum(alive(pair.teacher, pair.inputs) for pair in pairs) >= 0.98 * len(pairs)
 
 
-def try_pair(pair: Pair, split: str, seed: int) -> None:
+def exact_or_refused(pair: Pair, split: str, seed: int) -> None:
+    assume(alive(pair.teacher, pair.inputs))
     reason = carry(pair, split=split, generator=torch.Generator().manual_seed(seed))
     event("refused" if reason else "exact")
     assert reason or exact(pair)
 
 
-WAYS = pairs(), st.sampled_from(("equal", "uneven", "paired")), st.integers(0, 3)
-
-
-@settings(UNHURRIED, max_examples=60, derandomize=True)
-@given(*WAYS)
-def test_a_sample_is_exact_or_refused(pair: Pair, split: str, seed: int) -> None:
-    assume(alive(pair.teacher, pair.inputs))
-    try_pair(pair, split, seed)
-
-
-@pytest.mark.slow
-@settings(UNHURRIED, max_examples=MANY)
-@given(*WAYS)
-def test_all_are_exact_or_refused(pair: Pair, split: str, seed: int) -> None:
-    assume(alive(pair.teacher, pair.inputs))
-    try_pair(pair, split, seed)
+DRAWN = given(pairs(), st.sampled_from(("equal", "uneven", "paired")), st.integers(0, 3))
+test_a_sample_is_exact_or_refused = settings(UNHURRIED, max_examples=60, derandomize=True)(DRAWN(exact_or_refused))
+test_all_are_exact_or_refused = pytest.mark.slow(settings(UNHURRIED, max_examples=MANY)(DRAWN(exact_or_refused)))
 
 
 @pytest.mark.parametrize(("eps", "rounded"), [(None, True), (1e-5, False)])
@@ -157,7 +144,7 @@ def enlarge_shares(axis: Axis) -> Axis:
 def test_a_wrong_share_is_noticed() -> None:
     """Negative control: copies whose outgoing weights are a tenth too large, in networks that were exact."""
     noticed = []
-    for pair in sample(150):
+    for pair in map(drawn, range(150)):
         before = state(pair.student)
         with contextlib.suppress(TransferError):
             record = transfer(pair.teacher, pair.student, pair.inputs(2, 1))
@@ -190,8 +177,10 @@ PROMISED = [name for name, operation in OPERATIONS.items() if operation.family !
 REFUSED = 0.5  # of the networks without strange operations, at most
 
 
-def assert_carried(name: str, growth: str, seeds: range) -> None:
-    """The operation alone is carried exactly, unless it may be refused."""
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 12), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "growth"), [case for case in product(PROMISED, GROWN) if case not in IMPOSSIBLE])
+def test_every_operation_alone_is_carried(name: str, growth: str, seeds: range) -> None:
+    """Not refused: every operation between two layers, with all widths grown, unless it is impossible."""
     for seed in seeds:
         pair = alone(name, growth, seed)
         reason = carry(pair)
@@ -199,23 +188,6 @@ def assert_carried(name: str, growth: str, seeds: range) -> None:
             continue
         assert reason is None, f"{pair}\n{reason}"
         assert difference(pair) <= BAR, pair
-
-
-POSSIBLE = pytest.mark.parametrize(
-    ("name", "growth"), [case for case in product(PROMISED, GROWN) if case not in IMPOSSIBLE]
-)
-
-
-@POSSIBLE
-def test_every_operation_alone_is_carried(name: str, growth: str) -> None:
-    """Not refused: every operation between two layers, with all widths grown, unless it is impossible."""
-    assert_carried(name, growth, range(2))
-
-
-@pytest.mark.slow
-@POSSIBLE
-def test_every_variant_of_an_operation_alone_is_carried(name: str, growth: str) -> None:
-    assert_carried(name, growth, range(2, 12))
 
 
 @pytest.mark.parametrize(("name", "growth"), IMPOSSIBLE)
@@ -229,7 +201,7 @@ def test_the_impossible_is_refused(name: str, growth: str) -> None:
 def test_ends_are_exact_but_for_tied_words(seeds: range) -> None:
     """Embeddings, two inputs, tied words and every form of output, with nothing between."""
     for seed in seeds:
-        pair = network(Draw(random.Random(seed).choice), [0])
+        pair = drawn(seed, 0)
         reason = carry(pair)
         assert reason is None or "tied=True" in pair.text, f"{pair}\n{reason}"
         assert reason or difference(pair) <= BAR, pair
@@ -238,10 +210,7 @@ def test_ends_are_exact_but_for_tied_words(seeds: range) -> None:
 @pytest.mark.slow
 def test_few_are_refused() -> None:
     """Exactness is not bought by refusing: most networks of promised operations are carried. Prints why not (-s)."""
-    reasons = []
-    for pair in sample(300):
-        if "strange=False" in pair.text:
-            reasons.append(carry(pair))
+    reasons = [carry(pair) for pair in map(drawn, range(300)) if "strange=False" in pair.text]
     refused = [reason for reason in reasons if reason]
     print(f"\n{len(refused)} of {len(reasons)} refused")
     for cause, count in Counter(re.sub(r"\S*[.\d]\S*", "_", reason)[:110] for reason in refused).most_common():

@@ -4,7 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from checks import assert_same, grow, refused
+from checks import assert_same
 from networks import images, mlp, trunk
 from torch import Tensor, nn
 from torchvision import models
