@@ -7,7 +7,6 @@ training  the training loop against a bare loop of forward, backward and step on
 loader    photographs from disk against torchvision's reference pipeline, and against what the paper's network consumes
 growth    `net2net.transfer` against loading the student's weights and one forward pass of each network
 memory    what `net2net.transfer` needs on top of the two networks and their forward passes
-runs      status, collect and figures on 10,000 simulated runs (minutes; only if it is named)
 
 What is compared runs in turn in one process, so that a busy machine slows both; a ratio is the median of the rounds.
 growth and memory run on the CPU.
@@ -16,12 +15,8 @@ growth and memory run on the CPU.
 import argparse
 import copy
 import ctypes
-import hashlib
 import itertools
-import json
-import math
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -40,13 +35,12 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, models, transforms
 
 import net2net
-from experiments.config import ARMS, Config, Data, Schedule
+from experiments.config import Config, Data, Schedule
 from experiments.data import Folder, Images, Splits, load
 from experiments.machine import choose_arithmetic, describe, pick_device
 from experiments.models import build
 from experiments.optimizers import make_optimizer
 from experiments.progress import Follower
-from experiments.run_log import COLUMNS
 from experiments.training import Job, train, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,69 +267,13 @@ def print_memory() -> None:
     print(f"the rest, or writing the weights if that is more, {verdict(max(writing, growth - passes), largest, ' MB')}")
 
 
-# -- many runs ----------------------------------------------------------------------------------------------------
-
-
-def simulate(folder: Path, runs: int, rows: int) -> int:
-    """Write about so many finished runs, with curves that rise, as train.py leaves them; return how many."""
-    rng = random.Random(0)
-    template = json.loads((ROOT / "results/curves/wider_inception/seed0/net2net.json").read_text())
-    stages, seeds = ("teacher", *ARMS[:4]), 400
-    for made in range(0, runs, len(stages)):
-        experiment, seed = divmod(made // len(stages), seeds)
-        for arm in stages:
-            own = {"arm": arm, "seed": seed, "experiment": f"simulated{experiment}"}
-            run = folder / own["experiment"] / f"seed{seed}" / arm
-            run.mkdir(parents=True)
-            text = draw_curve(rows, rng)
-            (run / "curve.csv").write_text(text)
-            own["config"] = template["config"] | {"seed": seed, "experiment": own["experiment"]}
-            own["curve_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-            (run / "manifest.json").write_text(json.dumps(template | own, indent=1, sort_keys=True))
-    return -(-runs // len(stages)) * len(stages)
-
-
-def draw_curve(rows: int, rng: random.Random) -> str:
-    """Draw a curve.csv that rises to a level of its own."""
-    lines = [",".join(COLUMNS)]
-    best, speed = rng.uniform(0.6, 0.9), rng.uniform(5, 20)
-    for index in range(rows):
-        accuracies = [best * (1 - math.exp(-index / speed)) + rng.uniform(0, 0.02) for _ in range(3)]
-        pairs = [(f"{2.3 * (1 - accuracy):.6g}", f"{accuracy:.6g}") for accuracy in accuracies]
-        if index == 0:
-            pairs[0] = ("", "")  # nothing has been trained yet
-        counts = [index * 176, index / 2, index * 22528, index * 11.5, index * 22528 * 6.3e7]
-        lines.append(",".join([*(f"{value:.6g}" for value in counts), *itertools.chain(*pairs)]))
-    return "\n".join(lines) + "\n"
-
-
-def print_runs(runs: int, rows: int) -> None:
-    """Time the scripts that read runs: status, collect (of new runs, and of the same again) and figures."""
-    with tempfile.TemporaryDirectory() as scratch:
-        source, results = Path(scratch, "runs"), Path(scratch, "results")
-        print(f"{simulate(source, runs, rows)} runs of {rows} rows", flush=True)
-        collect = ["collect.py", "--runs", source, "--results", results]
-        figures = ["figures.py", "--results", results]
-        for name, (script, *rest) in {
-            "status": ["status.py", source],
-            "collect": collect,
-            "collect again": collect,
-            "figures": figures,
-        }.items():
-            command = [sys.executable, ROOT / "scripts" / str(script), *rest]
-            spent = seconds(partial(subprocess.run, command, stdout=subprocess.DEVNULL, check=True))
-            print(f"{name:<14} {spent:6.1f} s", flush=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Print the parts that are asked for; by default all but `runs`."""
+    """Print the parts that are asked for; by default all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure; default: all but runs")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure; default: all")
     parser.add_argument("--rounds", type=int, default=8, help="of loader and growth (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="of training (default: %(default)s)")
     parser.add_argument("--photos", metavar="FOLDER", help="train/CLASS/*.JPEG and val/CLASS/*.JPEG for the loader")
-    parser.add_argument("--runs", type=int, default=10_000, help="to simulate (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=100, help="of each simulated curve (default: %(default)s)")
     options = parser.parse_args(arguments)
     parts: dict[str, Callable[[], None]] = {
         "startup": print_startup,
@@ -343,13 +281,12 @@ def main(arguments: list[str] | None = None) -> None:
         "loader": partial(print_loader, options.rounds, options.photos),
         "growth": partial(print_growth, options.rounds),
         "memory": print_memory,
-        "runs": partial(print_runs, options.runs, options.rows),
     }
     if unknown := [part for part in options.parts if part not in parts]:
         parser.error(f"there is no part {unknown[0]}: there are {', '.join(parts)}")
     if options.photos and not Path(options.photos, "train").is_dir():
         parser.error(f"{options.photos} has no folder train: --photos takes a folder with train/CLASS/*.jpg")
-    for name in options.parts or [name for name in parts if name != "runs"]:
+    for name in options.parts or parts:
         parts[name]()
 
 

@@ -178,40 +178,41 @@ def summarise(results: Iterable[Result]) -> str:
 
 def zoo_page(results: Sequence[Result]) -> str:
     """Write the page of torchvision's step-ups, as markdown."""
-    lines = [
-        "# The zoo",
-        "",
-        "Step-ups in width and depth inside torchvision's classification families, as far as constructors can express",
-        "them: no stage of a student is meant to be narrower or shallower than its teacher's. The constructors of",
-        "AlexNet and SqueezeNet take neither widths nor depths. Each teacher was made to look trained: no bias, scale",
-        "or head is constant, and batch norms hold disturbed statistics of images. Each student started at random.",
-        "`net2net.transfer` grew the teacher into the student in float64, and both ran on 2 images that the growth had",
-        f"not seen, of {PIXELS} pixels where the table says nothing else.",
-        "",
-        f"- **Result:** {len(results)} pairs: {summarise(results)}",
-        f"- **Exact:** largest |teacher - student| at most {EXACT:.0e} of the teacher's largest |output|",
-        "- **Alive:** standard deviation of the teacher's output between the images over its mean size; a network "
-        f"under {ALIVE:.0e} proves nothing",
-        "- **Rounding:** the teacher's own error if the last bit of every value of the images changes; an error of "
-        "this size is rounding",
-        "- **Seconds:** of `net2net.transfer` with its check, on one core",
-        f"- **Versions:** torch {torch.__version__}, torchvision {torchvision.__version__}",
-        f"- **Hardware:** {describe(torch.device('cpu'))}",
-        "- **Command:** `python scripts/zoo.py`",
-        "",
-        "| Family | Teacher | Student | Grows | Parameters, M | Alive | Rounding | Error | Seconds | Verdict |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
-        *map(_pair_row, results),
-        "",
-    ]
+    page = _fill_page("zoo", results, _pair_row)
     if refused := [result for result in results if result.reason]:
-        lines += ["## Refusals", "", ZOO["principle"], "", *map(_refusal, refused), ""]
+        page += "\n".join(["\n## Refusals\n", ZOO["principle"], "", *map(_refusal, refused), ""])
     pairs = [result.case for result in results if isinstance(result.case, Pair)]
     names = dict.fromkeys(name for pair in pairs for name in (pair.teacher, pair.student))
-    if built := [name for name in names if name in ZOO["networks"]]:
-        lines += ["## Networks that torchvision has no name for, or that are built for small images", ""]
-        lines += [*(f"- {name}: `{_expression(ZOO['networks'][name])}`" for name in built), ""]
-    return "\n".join(lines)
+    if built := [f"- {name}: `{_expression(ZOO['networks'][name])}`" for name in names if name in ZOO["networks"]]:
+        heading = "\n## Networks that torchvision has no name for, or that are built for small images\n"
+        page += "\n".join([heading, *built, ""])
+    return page
+
+
+def timm_page(results: Sequence[Result]) -> str:
+    """Write the page of timm's networks, as markdown."""
+    page = _fill_page("timm", results, _network_row)
+    failed = [result for result in results if result.reason]
+    lines = [f"- **{str(result.case).split()[-1]}** ({result.verdict}): “{result.reason}”" for result in failed]
+    return page + ("\n".join(["\n## Not grown\n", *lines, ""]) if failed else "")
+
+
+def _fill_page(name: str, results: Sequence[Result], row: Callable[[Result], str]) -> str:
+    """Fill the text of a page (zoo_page.md, timm_page.md) with what was measured, and its table."""
+    modules = timm.list_modules()
+    is_complete = Counter(result.case.key for result in results) == Counter(modules)
+    return (
+        Path(__file__)
+        .with_name(f"{name}_page.md")
+        .read_text()
+        .format(
+            **{"count": len(results), "result": summarise(results), "table": "\n".join(map(row, results))},
+            **{"exact": EXACT, "alive": ALIVE, "pixels": PIXELS, "factor": FACTOR},
+            **{"seconds": SECONDS, "gibibytes": GIBIBYTES, "hardware": describe(torch.device("cpu"))},
+            **{"complete": "all" if is_complete else "**not all**", "modules": len(modules)},
+            **{"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__},
+        )
+    )
 
 
 def _pair_row(result: Result) -> str:
@@ -219,6 +220,15 @@ def _pair_row(result: Result) -> str:
     assert isinstance(pair, Pair)
     teacher = pair.teacher if pair.pixels == PIXELS else f"{pair.teacher} ({pair.pixels} pixels)"
     return _row(result, [pair.family, teacher, pair.student, pair.grows], [f"{result.rounding:.0e}"])
+
+
+def _network_row(result: Result) -> str:
+    network = result.case
+    assert isinstance(network, Network)
+    options = ", ".join(f"{key}={value}" for key, value in network.options.items() if key != "img_size")
+    name = f"{network.model} ({options})" if options else network.model
+    wider = f"{result.wider[0]} of {result.wider[1]}"
+    return _row(result, [network.module, name, str(network.pixels), wider], [])
 
 
 def _row(result: Result, names: list[str], between: list[str]) -> str:
@@ -238,53 +248,6 @@ def _expression(spec: dict[str, Any]) -> str:
     """Write the call that builds a network."""
     arguments = (f"{key}={value!r}" for key, value in spec.items() if key != "_target_")
     return f"{spec['_target_'].rsplit('.', 1)[1]}({', '.join(arguments)})"
-
-
-def timm_page(results: Sequence[Result]) -> str:
-    """Write the page of timm's networks, as markdown."""
-    modules = timm.list_modules()
-    complete = Counter(result.case.key for result in results) == Counter(modules)
-    lines = [
-        "# timm",
-        "",
-        "The smallest network, by parameters, of every module of timm that defines an architecture, widened by",
-        f"`net2net.widen(model, example, {FACTOR})`: all free hidden widths grow by half, and the model keeps its own",
-        "forward pass. Each network was made to look trained in float64: no bias, scale or head is constant, and batch",
-        "norms hold disturbed statistics of images. It was then compared with its former self, on 2 images that the",
-        "growth had not seen. The images are the smallest on which no parameter loses its effect.",
-        "",
-        f"- **Result:** {len(results)} networks: {summarise(results)}",
-        f"- **Modules:** {'all' if complete else '**not all**'} {len(modules)} of `timm.list_modules()`, "
-        "one network each",
-        f"- **Exact:** largest |before - after| at most {EXACT:.0e} of the largest |output|",
-        "- **Layers wider:** weights with more units than before, of all weights with more axes than one",
-        "- **Alive:** standard deviation of the output between the images over its mean size; a network under "
-        f"{ALIVE:.0e} proves nothing",
-        "- **Seconds:** of `net2net.widen` with its check, on one core",
-        f"- **Limits:** {SECONDS} s of one core, with the construction of the network, and {GIBIBYTES} GiB",
-        f"- **Versions:** torch {torch.__version__}, timm {timm.__version__}",
-        f"- **Hardware:** {describe(torch.device('cpu'))}",
-        "- **Command:** `python scripts/zoo.py --page timm`",
-        "",
-        "| Module | Network | Pixels | Layers wider | Parameters, M | Alive | Error | Seconds | Verdict |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
-        *map(_network_row, results),
-        "",
-    ]
-    if failed := [result for result in results if result.reason]:
-        lines += ["## Not grown", ""]
-        lines += [f"- **{str(result.case).split()[-1]}** ({result.verdict}): “{result.reason}”" for result in failed]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def _network_row(result: Result) -> str:
-    network = result.case
-    assert isinstance(network, Network)
-    options = ", ".join(f"{key}={value}" for key, value in network.options.items() if key != "img_size")
-    name = f"{network.model} ({options})" if options else network.model
-    wider = f"{result.wider[0]} of {result.wider[1]}"
-    return _row(result, [network.module, name, str(network.pixels), wider], [])
 
 
 # -- the command line ---------------------------------------------------------------------------------------------

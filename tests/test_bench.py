@@ -1,4 +1,4 @@
-"""The benchmarks, on networks and runs that take no time."""
+"""The benchmarks, on networks that take no time."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_a_bar_is_met_or_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["grwth"], "there is no part grwth: there are startup, training, loader, growth, memory, runs"),
+        (["grwth"], "there is no part grwth: there are startup, training, loader, growth, memory"),
         (["loader", "--photos", "/nowhere"], "/nowhere has no folder train: --photos takes a folder with train/CLASS"),
     ],
 )

@@ -1,5 +1,6 @@
 """The status of runs: what is done, running, waiting, failed or stopped, told from their files alone."""
 
+import itertools
 import json
 import os
 import socket
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import simulated
 
 from experiments import files, sweep
+from experiments.config import ARMS
 from experiments.run_log import COLUMNS, write_curve
-from scripts import bench, status
+from scripts import status
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
@@ -134,20 +137,15 @@ def test_no_runs(tmp_path: Path, capsys: Capture) -> None:
     assert "There are no runs in" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_many_runs_are_simulated_and_the_scripts_measured(capfd: Capture) -> None:
-    bench.main(["runs", "--runs", "20", "--rows", "5"])
-    out = capfd.readouterr().out.splitlines()
-    assert out[0] == "20 runs of 5 rows"
-    assert [line[:14].strip() for line in out[1:]] == ["status", "collect", "collect again", "figures"]
-    assert all(float(line.split()[-2]) > 0 for line in out[1:])
-
-
 @pytest.mark.system
 def test_collecting_while_runs_go_on(tmp_path: Path) -> None:
     """Runs are written as train.py writes them, one after another, while they are collected again and again."""
     source, runs, results = tmp_path / "source", tmp_path / "runs", tmp_path / "results"
-    bench.simulate(source, 60, 20)
+    for seed, arm in itertools.product(range(12), ("teacher", *ARMS[:4])):
+        folder = source / "simulated" / f"seed{seed}" / arm
+        record = simulated.make_manifest(arm, seed, {"experiment": "simulated"})
+        rows = simulated.make_curve([row / 20 for row in range(20)])
+        simulated.write_run(folder / "curve.csv", folder / "manifest.json", rows, record)
     program = """
 import json, sys
 from pathlib import Path
