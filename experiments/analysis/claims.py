@@ -311,7 +311,7 @@ def _what_would_decide(found: Estimate, low: float, high: float, headline: bool)
 def tabulate_budgets(name: str, results: Results) -> tuple[list[str], list[list[str]]]:
     """Return the table of a frontier, an experiment whose cases are budgets: its heads, and its lines of cells.
 
-    It says which share of each budget of random_init every arm needs; FRONTIER in pages.py explains the columns.
+    It says which share of each budget of random_init every arm needs; `frontier` in texts.yaml explains the columns.
     """
     arms = [arm for arm in ("net2net", "random_pad", "teacher_continued") if arm in results.arms]
     heads = ["budget of `random_init`", *(f"`{arm}`" for arm in arms)]

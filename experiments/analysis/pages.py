@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from pandas import Series
 from rich import box
 from rich.table import Table
@@ -18,6 +19,8 @@ from .figures import PAPER
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS
 
 COMMAND = "python scripts/figures.py"
+TEXTS: Any = OmegaConf.load(Path(__file__).with_name("texts.yaml"))
+Cells = tuple[list[str], list[list[str]]]  # of a table: its heads, and its lines
 
 
 def describe_agreement(manifests: Iterable[dict[str, Any]]) -> str:
@@ -44,7 +47,7 @@ def format_steps(row: Series) -> str:
     return f"{row['reached_step_mean']:.0f}" + ("" if reached == n else f" ({reached} of {n})")
 
 
-def tabulate_arms(results: Results) -> tuple[list[str], list[list[str]]]:
+def tabulate_arms(results: Results) -> Cells:
     """Return the table of an experiment's arms: its heads, and a line of cells an arm."""
     size, unit = cost_unit(results.runs)
     heads = ["arm", "n", "test accuracy at step 0 (%)", "final test accuracy (%)", "target: holdout accuracy (%)"]
@@ -79,7 +82,7 @@ def make_terminal_table(experiment_dir: Path) -> Table:
     return table
 
 
-def tabulate_costs(results: Results) -> tuple[list[str], list[list[str]]] | None:
+def tabulate_costs(results: Results) -> Cells | None:
     """Return the table of what each arm needs to reach the target, over the seeds that do; None if none does."""
     groups = results.runs[results.runs["target"].notna()].groupby(level="arm", sort=False)
     columns = [f"reached_{total}{column}" for total in ("", "total_") for column in COSTS]
@@ -208,11 +211,11 @@ def experiment_section(name: str, results: Results) -> str:
     parts = [
         _section_head(name, facts, "Accuracy of each arm over training steps and over compute"),
         *([f"![Figure {number} of the paper](figures/paper_figure_{number}.png)"] if number else []),
-        f"The target is the final holdout accuracy of `{curves.find_target(results)}`.",
+        TEXTS.target.format(target=curves.find_target(results)),
         markdown_table(*tabulate_arms(results), code=True),
     ]
     if costs := tabulate_costs(results):
-        parts += [COSTS_TO_TARGET, markdown_table(*costs, code=True)]
+        parts += [TEXTS.costs, markdown_table(*costs, code=True)]
     return "\n\n".join(parts)
 
 
@@ -223,10 +226,9 @@ def cases_section(name: str, results: Results) -> str:
     facts = collect_facts(results) | ({} if search else {"Cases": describe_cases(results)})
     parts = [_section_head(name, facts, f"Accuracy {kind}")]
     if search:
-        parts.append("Final holdout accuracy (%) at each multiple of `schedule.lr`, the best of each line in bold.")
-        return "\n\n".join([*parts, markdown_table(*_tabulate_search(results))])
+        return "\n\n".join([*parts, TEXTS.search, markdown_table(*_tabulate_search(results))])
     if frontier:
-        parts += [FRONTIER, markdown_table(*tabulate_budgets(name, results))]
+        parts += [TEXTS.frontier, markdown_table(*tabulate_budgets(name, results))]
     parts.append(markdown_table(*_tabulate_cases(results)))
     best = [f"`{arm}` `{case}` ({100 * accuracy:.2f} %)" for arm, (case, accuracy) in cases.best_cases(results).items()]
     if best and not frontier:
@@ -234,7 +236,7 @@ def cases_section(name: str, results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _tabulate_cases(results: Results) -> tuple[list[str], list[list[str]]]:
+def _tabulate_cases(results: Results) -> Cells:
     """Return the table of how every arm of every case starts and ends, and what it costs."""
     size, unit = cost_unit(results.runs)
     heads = ["case", "arm", "n", "test accuracy at step 0 (%), lowest–highest"]
@@ -248,7 +250,7 @@ def _tabulate_cases(results: Results) -> tuple[list[str], list[list[str]]]:
     return [*heads, f"{unit}, own", f"{unit}, with teacher's"], lines
 
 
-def _tabulate_search(results: Results) -> tuple[list[str], list[list[str]]]:
+def _tabulate_search(results: Results) -> Cells:
     """Return the table of a search of rates: a line for each budget and arm, its highest accuracy in bold."""
     table = cases.tabulate_rates(results)
     lines: list[list[str]] = []
@@ -281,11 +283,14 @@ def count_verdicts(findings: Iterable[Finding]) -> str:
 
 def results_page(results: Results, findings: list[Finding]) -> str:
     """Return the text of results/README.md."""
-    parts = [INTRODUCTION]
+    parts = [TEXTS.introduction.format(command=COMMAND)]
     if findings:
         heads = ["claim", "source", "paper", "ours", "verdict", "config", "command"]
         lines = [claim_line(finding) for finding in findings]
-        parts += ["## Claims", CLAIMS.format(verdicts=count_verdicts(findings)), markdown_table(heads, lines)]
+        parts += [
+            TEXTS.claims.format(verdicts=count_verdicts(findings), seeds=CLAIM_SEEDS, headline_seeds=HEADLINE_SEEDS),
+            markdown_table(heads, lines),
+        ]
     plain = [name for name, found in results.experiments.items() if found == [""]]
     parts += [experiment_section(name, results.select(name)) for name in plain]
     parts += [cases_section(name, results.select(name)) for name in results.experiments if name not in plain]
@@ -333,38 +338,3 @@ def trials_block(folder: Path) -> str:
     heads = ["optimizer, initial rate", "warm-up", "run", "length", "seed", "holdout accuracy (%)"]
     table = markdown_table(heads, [cells for _, cells in sorted(lines)])
     return f"{table}\n\nOne run each. Generated by `{COMMAND}` from `results/trials`."
-
-
-INTRODUCTION = f"""<!-- Generated by `{COMMAND}` from curves/. Do not edit: the next run overwrites it. -->
-# Results
-
-`{COMMAND}` makes this page from the curves in [curves/](curves). `python scripts/collect.py` has copied them there
-from finished runs, with the manifest of each.
-
-Numbers are means over seeds. The lowest and the highest seed stand in brackets, and are bands in the figures, unless a
-table says otherwise. Steps to target are the first evaluated step at which an arm's holdout accuracy, and that of the
-next evaluation, is at least the target. The target is the final holdout accuracy of the target arm of the same student
-and seed, or the teacher's where there is no such arm. Where only some seeds reach it, the mean is over those, and the
-brackets say how many. FLOPs are those of training. "With teacher's" adds what the teacher cost to the arms that start
-from it; the cost of a teacher that was grown itself contains that of the network before it. "Top-1 as teacher's" says
-on how many test images, over all seeds, the student's first choice is the teacher's before it is trained, and gives the
-largest relative error of its outputs; both are computed in float64."""
-
-CLAIMS = f"""Each claim is a test in [claims.yaml](claims.yaml), judged from the curves alone: {{verdicts}}.
-Differences and ratios are paired by seed. Their 95 % interval stands in brackets: Student's t
-([statistics.py](../experiments/analysis/statistics.py)). A claim holds if all of the interval lies where the claim
-says, and fails if none of it does. With fewer than {CLAIM_SEEDS} seeds there is no verdict, and with fewer than
-{HEADLINE_SEEDS} there is none on a headline. Where a claim is undecided, the table says what would decide it. The best
-of several cases is chosen for each seed by the holdout accuracy of the other seeds. Of so many tests at 95 % some are
-wrong by chance: a claim that holds narrowly, alone among its kind, is weak evidence. Seeds differ in the networks'
-first weights and in the order and crops of the images. The split of the images is always the same. In the commands
-`data.root` is the name of the folder that had the images; without `data` and `data.root` CIFAR-10 is downloaded."""
-
-COSTS_TO_TARGET = """The cost of reaching the target, for each arm: the mean over the seeds that reached it. \
-Compare FLOPs; the seconds are rough, because the machines had other work."""
-
-FRONTIER = """The first table says which share of the FLOPs of `random_init` an arm needs to end as well as it does: the
-geometric mean over seeds, its 95 % interval, and n. Between the budgets that were run it is interpolated. ≤ and ≥ stand
-where the smallest budget is already enough, or the largest is not. "Untrained already" means that the grown network is
-as good without training. The last column reads the same run as a curve: after which share of the steps its
-holdout accuracy reaches the final one of `random_init`, under one schedule."""

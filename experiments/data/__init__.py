@@ -1,14 +1,12 @@
 """Data sets: a name and a folder become a training, a holdout and a test split.
 
-`sources.py` knows the data sets by name. `image_folder.py` reads pictures from disk, `splits.py` holds out a part of
-the training images. A split gives batches from memory (`in_memory.py`) or from disk (`streamed.py`); `batching.py` has
-what both share.
+`sources.py` knows the data sets by name and divides them, `image_folder.py` reads pictures from disk. A split gives
+batches from memory (`in_memory.py`) or from disk (`streamed.py`); `batching.py` has what both share.
 """
 
 from .batching import complete_batches
 from .in_memory import Images
-from .sources import load
-from .splits import Splits
+from .sources import Splits, load
 from .streamed import Folder
 
 __all__ = ["Folder", "Images", "Splits", "complete_batches", "load"]

@@ -1,10 +1,8 @@
 """Images that do not fit in memory: picture files, decoded and augmented by worker processes."""
 
 import atexit
-import math
 import multiprocessing
 import os
-import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
 
 from ..config import ExperimentError
 from ..randomness import derive_seed
 from .batching import WHOLE, epoch_order, normaliser, ordered_batches
 from .image_folder import crop_centre, read_picture
 
-AREA = (0.08, 1.0)  # the share of a picture that a random crop takes
-RATIO = (3 / 4, 4 / 3)  # its width by its height
+AREA, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # the share of a picture that a random crop takes; its width by its height
 SPARE = 2  # a picture may be decoded smaller if the crop keeps so many times the pixels that are asked for
 
 Decode = Callable[[str, int], Image.Image]  # a file and its index -> a square picture, RGB
@@ -101,49 +99,29 @@ def _decode_crop(size: int, flip: bool, seed: int, epoch: int, file: str, index:
 def random_crop(file: str, size: int, flip: bool, seed: int) -> Image.Image:
     """Decode a random part of a picture, resized to a square; with `flip`, half of them are mirrored.
 
-    A JPEG of whose pixels a large part is asked for is decoded at 1/2, 1/4 or 1/8 of its size, as long as the part
-    keeps `SPARE` times the pixels of the square. On photographs this changes the grey levels by 2 % at most (root mean
-    square) and halves the time. torchvision's RandomResizedCrop needs a quarter more time, even where a picture is too
-    small for that.
+    The part is drawn as torchvision's RandomResizedCrop draws it, which takes a quarter more time. A JPEG of whose
+    pixels a large part is asked for is decoded at 1/2, 1/4 or 1/8 of its size, as long as the part keeps `SPARE` times
+    the pixels of the square. On photographs this changes the grey levels by 2 % at most (root mean square) and halves
+    the time.
     """
-    draw = random.Random(seed)
-    mirror = draw.random() < 0.5 and flip
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)
-    full = (0, 0)
+    full, box = (0, 0), [0, 0, 0, 0]
 
     def prepare(opened: Image.Image) -> None:
-        nonlocal box, full
-        full = opened.size
-        box = random_box(*full, draw)
-        times = min(box[2] - box[0], box[3] - box[1]) // (SPARE * size)
+        nonlocal full, box
+        full, box = opened.size, RandomResizedCrop.get_params(opened, AREA, RATIO)  # pyright: ignore[reportArgumentType]
+        times = min(box[2:]) // (SPARE * size)
         if times > 1:
             opened.draft(None, (full[0] // times, full[1] // times))  # pyright: ignore[reportArgumentType]
 
-    image = read_picture(file, prepare)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        mirror = torch.rand(1).item() < 0.5 and flip
+        image = read_picture(file, prepare)
+    top, left, height, width = box
     across, down = (now / once for now, once in zip(image.size, full, strict=True))
-    left, top, right, bottom = box
-    part = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
-    image = image.resize((size, size), Image.Resampling.BILINEAR, part)
+    right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, (left * across, top * down, right, bottom))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
-
-
-def random_box(width: int, height: int, draw: random.Random) -> tuple[int, int, int, int]:
-    """Draw the left, top, right and bottom side of a part, distributed as torchvision's RandomResizedCrop does.
-
-    Its share of the area is uniform, its ratio log-uniform, its place uniform. A part that does not fit is drawn again,
-    up to ten times; then it is the largest part in the centre.
-    """
-    low, high = (math.log(ratio) for ratio in RATIO)
-    for _ in range(10):
-        area = draw.uniform(*AREA) * width * height
-        ratio = math.exp(draw.uniform(low, high))
-        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < across <= width and 0 < down <= height:
-            left, top = draw.randint(0, width - across), draw.randint(0, height - down)
-            return left, top, left + across, top + down
-    across, down = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
-    left, top = (width - across) // 2, (height - down) // 2
-    return left, top, left + across, top + down
 
 
 class _Pool:

@@ -4,7 +4,6 @@ import io
 import itertools
 import os
 import pickle
-import random
 import subprocess
 import sys
 import tarfile
@@ -30,8 +29,8 @@ from experiments.config import Data, ExperimentError
 from experiments.data import Images, complete_batches, image_folder, load, streamed
 from experiments.data.image_folder import crop_centre
 from experiments.data.in_memory import crop_and_flip, mean_and_std
-from experiments.data.splits import hold_out
-from experiments.data.streamed import random_box, random_crop
+from experiments.data.sources import hold_out
+from experiments.data.streamed import AREA, RATIO, random_crop
 from experiments.randomness import derive_seed, generator
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -458,23 +457,6 @@ def test_a_picture_that_cannot_be_read_ends_an_epoch_and_not_the_workers(stream:
     assert same(train.batches(4, 0, 0), expected)
 
 
-@pytest.mark.parametrize("shape", [(400, 500), (500, 400), (30, 1000), (1000, 30), (3, 3)])
-def test_random_parts_are_drawn_as_torchvision_draws_them(shape: tuple[int, int]):
-    height, width = shape
-    draw = random.Random(0)
-    boxes = torch.tensor([random_box(width, height, draw) for _ in range(2000)]).double()
-    left, top, right, bottom = boxes.unbind(1)
-    assert bool((left >= 0).all() and (top >= 0).all() and (right <= width).all() and (bottom <= height).all())
-    torch.manual_seed(0)
-    template = torch.empty(3, height, width)
-    drawn = [RandomResizedCrop.get_params(template, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(2000)]
-    theirs = torch.tensor(drawn).double()
-    ours = torch.stack([top, left, bottom - top, right - left], 1)
-    for quantile in (0.0, 0.1, 0.5, 0.9, 1.0):
-        found, expected = (values.quantile(quantile, 0) for values in (ours, theirs))
-        assert torch.allclose(found, expected, atol=max(1.0, 0.05 * max(shape))), quantile
-
-
 def test_a_random_part_has_the_pixels_of_torchvision_and_half_are_mirrored(tmp_path: Path):
     file = tmp_path / "a.png"
     image = Image.fromarray(pixels(60, 80, 3))
@@ -482,10 +464,9 @@ def test_a_random_part_has_the_pixels_of_torchvision_and_half_are_mirrored(tmp_p
     flips = []
     for seed in range(40):
         found = np.array(random_crop(str(file), 16, True, seed)).astype(int)
-        draw = random.Random(seed)
-        flips.append(draw.random() < 0.5)
-        left, top, right, bottom = random_box(80, 60, draw)
-        usual = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [16, 16])
+        torch.manual_seed(seed)
+        flips.append(torch.rand(1).item() < 0.5)
+        usual = v2.functional.resized_crop(image, *RandomResizedCrop.get_params(image, AREA, RATIO), [16, 16])
         expected = np.array(v2.functional.horizontal_flip(usual) if flips[-1] else usual).astype(int)
         # The outermost pixels are interpolated with what lies beyond the part, and not cut off there.
         assert np.abs(found - expected)[2:-2, 2:-2].max() <= 1
