@@ -21,10 +21,6 @@ NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
-class _DamagedError(Exception):
-    """The file is not as it was written."""
-
-
 def exists(folder: Path) -> bool:
     """Return whether the folder holds a checkpoint."""
     return any((folder / name).exists() for name in (NEWEST, PREVIOUS))
@@ -38,22 +34,32 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
     files.write(folder / NEWEST, buffer.getbuffer(), keep=folder / PREVIOUS)
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """Return the newest checkpoint, or the previous one with a warning; ExperimentError if neither can be read."""
-    return _load(folder)[0]
+def load(folder: Path, repair: bool = False) -> dict[str, Any]:
+    """Return the newest checkpoint, or the previous one with a warning; ExperimentError if neither can be read.
+
+    With `repair` a damaged file is removed, so that the next save does not keep it as the previous one.
+    """
+    faults: list[str] = []
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        if not path.exists():  # a process may have been killed between the two renames of a save
+            continue
+        try:
+            state = _read(path)
+        except (OSError, ValueError) as error:
+            faults.append(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})")
+            continue
+        if faults:
+            print(f"Warning: {faults[0]}; continuing from {path.name}.", file=sys.stderr)
+        if faults and repair:
+            (folder / NEWEST).unlink()
+        return state
+    what = "; ".join(faults) or f"There is no checkpoint in {folder}"
+    raise ExperimentError(f"{what}: delete {folder} to run this stage anew.")
 
 
 def resume(folder: Path) -> dict[str, Any]:
-    """Return the state that a run in this folder continues from: its checkpoint, or the state before the first step.
-
-    A damaged checkpoint is removed, so that the next save does not keep it as the previous one.
-    """
-    if not exists(folder):
-        return {"step": 0, "rows": [], "seconds": 0.0, "meter": None}
-    state, is_damaged = _load(folder)
-    if is_damaged:
-        (folder / NEWEST).unlink(missing_ok=True)
-    return state
+    """Return the state that a run in this folder continues from: its checkpoint, or the state before the first step."""
+    return load(folder, repair=True) if exists(folder) else {"step": 0, "rows": [], "seconds": 0.0, "meter": None}
 
 
 def drop_previous(folder: Path) -> None:
@@ -61,37 +67,16 @@ def drop_previous(folder: Path) -> None:
     (folder / PREVIOUS).unlink(missing_ok=True)
 
 
-def _load(folder: Path) -> tuple[dict[str, Any], bool]:
-    """The state, and whether the newest file is damaged."""
-    faults: list[str] = []
-    for path in (folder / NEWEST, folder / PREVIOUS):
-        if not path.exists():  # a process may have been killed between the two renames of a save
-            continue
-        try:
-            state = _read(path)
-        except _DamagedError as error:
-            faults.append(f"{path} cannot be read ({error})")
-            continue
-        for fault in faults:
-            print(f"Warning: {fault}; continuing from {path.name}.", file=sys.stderr)
-        return state, bool(faults)
-    what = "; ".join(faults) or f"There is no checkpoint in {folder}"
-    raise ExperimentError(f"{what}: delete {folder} to run this stage anew.")
-
-
 def _read(path: Path) -> dict[str, Any]:
-    """Read and verify one file."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _DamagedError(error.strerror or type(error).__name__) from error
+    """Read and verify one file; a ValueError says what is wrong with it."""
+    content = path.read_bytes()
     body = memoryview(content)[:-_DIGEST_SIZE]
     if hashlib.sha256(body).digest() != content[-_DIGEST_SIZE:]:
-        raise _DamagedError("its checksum is wrong")
+        raise ValueError("its checksum is wrong")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file may make the reader fail in any way
-        raise _DamagedError(type(error).__name__) from error
+        raise ValueError(type(error).__name__) from error
     if not isinstance(state, dict) or not {"network", "optimizer", "step", "rows"} <= set(state):
-        raise _DamagedError("it is not one of this project")
+        raise ValueError("it is not one of this project")
     return state

@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO
 
@@ -263,16 +264,7 @@ def _nearest_key(key: str) -> str:
 
 def _list_keys() -> list[str]:
     """Every setting by its dotted name, and the groups of settings."""
-    keys: list[str] = []
-    open_nodes: list[tuple[str, DictConfig]] = [("", OmegaConf.structured(Config))]
-    while open_nodes:
-        prefix, node = open_nodes.pop()
-        for key in node:
-            keys.append(f"{prefix}{key}")
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none():
-                open_nodes.append((f"{prefix}{key}.", child))
-    return keys
+    return [*(field.name for field in fields(Config)), *flatten(asdict(Config()))]
 
 
 register()  # a job that was sent to another process composes its configuration there

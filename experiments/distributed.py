@@ -40,20 +40,10 @@ class Ranks:
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone; return its result, or raise its ExperimentError, on every rank."""
-        if self.count == 1:
-            return work()
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                outcome = [(work(), None)]
-            except ExperimentError as error:
-                outcome = [(None, error)]
-        dist.broadcast_object_list(outcome, src=0, device=CPU)
-        value, error = outcome[0]
-        if error is not None:
-            error.shared = True
-            raise error
-        return value
+        outcome = [self.on_all(lambda: work() if self.rank == 0 else None)]
+        if self.count > 1:
+            dist.broadcast_object_list(outcome, src=0, device=CPU)
+        return outcome[0]  # type: ignore[return-value]
 
     def on_all(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank and return its result; an ExperimentError of any rank is raised by all."""
@@ -101,11 +91,7 @@ class Ranks:
     def enter_on_first(self, context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
         """Enter the context on rank 0 alone; the block begins on every rank when that has happened."""
         with ExitStack() as stack:
-
-            def enter() -> None:
-                stack.enter_context(context())
-
-            self.on_first(enter)
+            self.on_first(lambda: stack.enter_context(context()))
             yield
 
     def share(self, images: int) -> slice:

@@ -55,8 +55,14 @@ def mirror(
         yield lambda row: None
         return
     run = _attempt(lambda: _start(config, name, manifest), console)
+
+    def log(row: Mapping[str, float]) -> None:
+        if row["step"] > last_step:
+            cells = {key: value for key, value in row.items() if key != "step"}
+            _attempt(lambda: run.log(cells, step=int(row["step"])), console)
+
     try:
-        yield lambda row: row["step"] > last_step and _attempt(lambda: _log(run, row), console)
+        yield log
     finally:
         _attempt(lambda: run.finish(), console)
 
@@ -96,7 +102,3 @@ def _start(config: Config, name: str, manifest: Mapping[str, Any]) -> Any:
             **{"init_timeout": TIMEOUT, "finish_timeout": TIMEOUT, "finish_timeout_raises": True},
         ),
     )
-
-
-def _log(run: Any, row: Mapping[str, float]) -> None:
-    run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))

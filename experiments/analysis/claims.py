@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,6 @@ def _compare(column: str, other: str) -> Callable[[list[Operand], list[Operand]]
     return take
 
 
-def _measure_accuracy(of: list[Operand]) -> Estimate | None:
-    return statistics.estimate(list(100 * _single(of).runs["final"]))
-
-
 def _measure_mismatch(of: list[Operand]) -> Estimate | None:
     counts = [record["step0"] for record in _single(of).runs["manifest"] if record.get("step0")]
     return statistics.estimate([100 * (1 - one["agree"] / one["of"]) for one in counts]) if counts else None
@@ -244,10 +241,6 @@ def _measure_budget(of: list[Operand], against: list[Operand], cost: str = "flop
     return _ratio(costs, notes)
 
 
-def _measure_total_budget(of: list[Operand], against: list[Operand]) -> Estimate | None:
-    return _measure_budget(of, against, "total_flops")
-
-
 def _ratio(costs: list[tuple[Reached, Reached]], notes: dict[str, list[bool]]) -> Estimate | None:
     """Return the ratio of the costs, with a note on the seeds that each of `notes` marks."""
     if not costs:
@@ -268,7 +261,9 @@ class Measure:
 
 OVER = "over the final one of the other"
 MEASURES = {
-    "accuracy": Measure(_measure_accuracy, "% test accuracy", pair=False),
+    "accuracy": Measure(
+        lambda of: statistics.estimate(list(100 * _single(of).runs["final"])), "% test accuracy", pair=False
+    ),
     "final": Measure(_compare("final", "final"), "points of final test accuracy"),
     "start": Measure(_compare("start", "final"), f"points of test accuracy at step 0, {OVER}"),
     "lowest": Measure(_compare("lowest", "final"), f"points of test accuracy at its lowest, {OVER}"),
@@ -276,7 +271,9 @@ MEASURES = {
     "mismatch": Measure(_measure_mismatch, "% of the test images are classified otherwise", pair=False),
     "steps": Measure(_measure_steps, "× the steps to the target", ratio=True),
     "budget": Measure(_measure_budget, "× the budget", ratio=True),
-    "total_budget": Measure(_measure_total_budget, "× the budget, teachers' included", ratio=True),
+    "total_budget": Measure(
+        partial(_measure_budget, cost="total_flops"), "× the budget, teachers' included", ratio=True
+    ),
 }
 
 
