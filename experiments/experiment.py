@@ -1,6 +1,7 @@
 """The experiment: train a teacher, fill the student once for each arm, train all arms alike, compare the curves."""
 
 import copy
+import importlib
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,6 @@ from torch import nn
 import net2net
 
 from . import arms, checkpoint, files, progress
-from .analysis import figures, pages
 from .config import (
     CONTINUED,
     FIRST,
@@ -97,6 +97,8 @@ def _show_results(run: Run, stages: Stages, may_be_empty: bool) -> Path | None:
         names = [name for name in stages if name != TEACHER]
         if may_be_empty and not any(is_complete(run.folder / name, run.settings(*stages[name])) for name in names):
             return None
+        # They load pandas and matplotlib, which takes seconds that no training has to wait for.
+        pages, figures = (importlib.import_module(f"experiments.analysis.{name}") for name in ("pages", "figures"))
         run.console.print(pages.make_terminal_table(run.experiment))
         return figures.draw_runs(run.experiment)
 

@@ -48,6 +48,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "experiments.experiment",
+        "experiments.analysis.pages",
         "experiments.command",
         "sklearn.datasets",
         "matplotlib.figure",

@@ -170,7 +170,7 @@ def draw_panel(
         if arm == TEACHER:
             ax.plot(x, band["mean"], **{**TEACHER_LINE, "linestyle": "-"}, label=teacher or TEACHER)
             continue
-        ax.plot(x, band["mean"], **looks[arm], markevery=_place_markers(place, len(x)), label=arm)
+        _plot_curve(ax, x, band["mean"], arm, place, looks[arm])
         if len(results.of_arm(arm).runs) > 1:
             ax.fill_between(x, band["low"], band["high"], color=looks[arm]["color"], alpha=0.15, linewidth=0)
     if TEACHER in run and teacher is None:
@@ -181,10 +181,10 @@ def draw_panel(
     ax.set_xlim(left=0)
 
 
-def _place_markers(place: int, points: int) -> tuple[int, int]:
-    """Begin the markers of each curve elsewhere, so that curves that coincide are still told apart."""
-    every = math.ceil(points / MARKERS) or 1
-    return place % every, every
+def _plot_curve(ax: Axes, x: Any, y: Any, label: str, place: int, look: dict[str, Any]) -> None:
+    """Plot a curve. The markers of each begin elsewhere, so that curves that coincide are still told apart."""
+    every = math.ceil(len(x) / MARKERS) or 1
+    ax.plot(x, y, **look, markevery=(place % every, every), label=label)
 
 
 def draw_runs(experiment_dir: Path) -> Path:
@@ -210,8 +210,7 @@ def _draw_frontier(name: str, results: Results) -> Figure:
     for ax, column, heading in zip((own, total), ("flops", "total_flops"), headings, strict=True):
         for arm in list_arms(results):
             arm_lines = lines.xs(arm, level="arm")
-            heights, errors = _bars(arm_lines["final"])
-            _draw_bars(ax, arm, arm_lines[column] / size, heights, lines=True, yerr=errors)
+            _draw_bars(ax, arm, arm_lines["final"], arm_lines[column] / size, upright=True)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         ax.set_xlabel(f"training compute ({unit})")
@@ -253,7 +252,12 @@ def _draw_ends(name: str, results: Results) -> Figure:
     figure = Figure(figsize=(WIDTH, max(3.2, 1.5 + 0.3 * len(cases))))
     if few:
         left, right = figure.subplots(1, 2)
-        _draw_learning(left, name, results)
+        for place, (case, look) in enumerate(zip(cases, CASE_LOOKS, strict=False)):
+            mean = make_band(results.select(name, case), "net2net", "test_accuracy")["mean"]
+            _plot_curve(left, mean.index, mean, case, place, _style(look, place))
+        left.set_xlabel("training steps")
+        left.set_ylabel("test accuracy (%)")
+        left.legend(fontsize=7.5)
         left.set_title("(a) net2net, by step", loc="left")
         right.set_title("(b) at the end", loc="left")
     else:
@@ -261,16 +265,6 @@ def _draw_ends(name: str, results: Results) -> Figure:
     _draw_rows(right, results, lines, costs=not few)
     _finish(figure, f"{name}\n{describe_seeds(lines['n'], BARS)}", right, columns=4)
     return figure
-
-
-def _draw_learning(ax: Axes, name: str, results: Results) -> None:
-    """Draw the test accuracy of net2net over steps: a line a case."""
-    for place, (case, look) in enumerate(zip(results.experiments[name], CASE_LOOKS, strict=False)):
-        mean = make_band(results.select(name, case), "net2net", "test_accuracy")["mean"]
-        ax.plot(mean.index, mean, **_style(look, place), markevery=_place_markers(place, len(mean)), label=case)
-    ax.set_xlabel("training steps")
-    ax.set_ylabel("test accuracy (%)")
-    ax.legend(fontsize=7.5)
 
 
 def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> None:
@@ -282,8 +276,7 @@ def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> Non
         ends = lines["final"].xs(arm, level="arm")
         # Arms of a case stand one above the other, so that equal ones do not hide each other.
         rows = [heights[case] + 0.13 * ((len(rivals[case]) - 1) / 2 - rivals[case].index(arm)) for case in ends.index]
-        middles, errors = _bars(ends)
-        _draw_bars(ax, arm, middles, rows, lines=False, xerr=errors)
+        _draw_bars(ax, arm, ends, rows, upright=False)
     size, unit = cost_unit(results.runs)
     spent = lines[["flops", "total_flops"]].max(axis=1).groupby(level="case").max() / size
     names = [f"{case}, {spent[case]:.3g} {unit} in all" if costs else case for case in cases]
@@ -292,16 +285,16 @@ def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> Non
     ax.set_xlabel("test accuracy (%)")
 
 
-def _bars(found: Iterable[Estimate]) -> tuple[list[float], list[list[float]]]:
-    """Return means, and the lengths of the bars to both ends of their intervals, in per cent; 0 for a single seed."""
+def _draw_bars(ax: Axes, arm: str, found: Iterable[Estimate], at: Any, upright: bool) -> None:
+    """Draw an arm's means with their intervals, in per cent, `at` these places; upright ones are joined by a line."""
     ends = [(one.mean - one.low, one.high - one.mean) for one in found]
     lengths = [[100 * end if math.isfinite(end) else 0.0 for end in side] for side in zip(*ends, strict=True)]
-    return [100 * one.mean for one in found], lengths
-
-
-def _draw_bars(ax: Axes, arm: str, x: Any, y: Any, lines: bool, **errors: Any) -> None:
-    look = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | ({} if lines else {"linestyle": "none"})
-    ax.errorbar(x, y, **look, capsize=2, elinewidth=0.8, label=arm, **errors)
+    means = [100 * one.mean for one in found]
+    look = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | {"capsize": 2, "elinewidth": 0.8, "label": arm}
+    if upright:
+        ax.errorbar(at, means, yerr=lengths, **look)
+    else:
+        ax.errorbar(means, at, xerr=lengths, **look | {"linestyle": "none"})
 
 
 def _finish(figure: Figure, title: str, ax: Axes, columns: int) -> None:
