@@ -23,6 +23,7 @@ from .config import ExperimentError
 from .files import write
 
 Point = dict[str, float]  # column of curve.csv -> value; NaN where the cell is empty
+MANIFEST = "manifest.json"
 COLUMNS: tuple[str, ...] = (
     *("step", "epoch", "examples", "seconds", "flops"),
     *("train_loss", "train_accuracy", "holdout_loss", "holdout_accuracy", "test_loss", "test_accuracy"),
@@ -56,26 +57,36 @@ def parse_curve(data: bytes, name: str | Path) -> list[Point]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest as readable JSON."""
-    write(folder / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    write(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest in a folder, or None if there is none; ExperimentError if it cannot be read."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest in a file, or None if there is none; ExperimentError if it cannot be read."""
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
         if not {"settings", "complete"} <= set(manifest):
             raise ValueError("settings or complete is missing")
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, TypeError) as error:
-        raise ExperimentError(f"{path} is no manifest ({error}): delete {folder} to run this stage anew.") from error
+        raise ExperimentError(f"{path} is no manifest ({error}): remove its arm and run it again.") from error
     return manifest
 
 
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def read_complete(curve: Path, manifest: Path) -> tuple[bytes, dict[str, Any]] | None:
+    """Return the bytes of a finished arm's curve and its manifest, or None while the arm is unfinished.
+
+    A file that is no manifest, or that was written for another curve, is an ExperimentError.
+    """
+    record = read_manifest(manifest)
+    if record is None or record["complete"] is not True or not curve.exists():
+        return None
+    data = curve.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record.get("curve_sha256"):
+        raise ExperimentError(
+            f"The curve {curve} does not match curve_sha256 in its manifest: remove its arm and run it again."
+        )
+    return data, record
 
 
 def list_processes(

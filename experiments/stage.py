@@ -5,6 +5,7 @@ the hash is of all that determines it, and each seed has a link to it beside its
 grown, from a network that is trained in the same way; its curve then begins with what that one has cost.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
 
     If it holds a run with other settings, complete or not, raises an ExperimentError that shows the difference.
     """
-    manifest = run_log.read_manifest(folder)
+    manifest = run_log.read_manifest(folder / run_log.MANIFEST)
     if manifest is None:
         if checkpoint.exists(folder):
             raise ExperimentError(
@@ -67,7 +68,9 @@ def run_stage(
     manifest: dict[str, Any] = {}
     if run.ranks.rank == 0:
         manifest = _describe_stage(run, job, arm, student, network, state["step"]) | facts
-        before = run_log.read_manifest(job.folder) or {}  # what was measured before its first step still holds
+        before = (
+            run_log.read_manifest(job.folder / run_log.MANIFEST) or {}
+        )  # what was measured before its first step still holds
         manifest |= {key: before[key] for key in ("growth", "step0", "before", "grown_from") if key in before}
         run_log.write_manifest(job.folder, manifest)
     last_step = state["rows"][-1]["step"] if state["rows"] else -1
@@ -80,8 +83,9 @@ def run_stage(
     if run.ranks.rank == 0:
         if arm != TEACHER:  # others need the teacher's weights: it keeps its reserve
             checkpoint.drop_previous(job.folder)
+        curve = job.folder / "curve.csv"
         manifest["processes"][-1]["to"] = job.total
-        manifest |= {"complete": True, "curve_sha256": run_log.checksum(job.folder / "curve.csv")}
+        manifest |= {"complete": True, "curve_sha256": hashlib.sha256(curve.read_bytes()).hexdigest()}
         run_log.write_manifest(job.folder, manifest)
 
 
@@ -103,7 +107,7 @@ def _describe_stage(run: Run, job: Job, arm: str, student: str | None, network: 
         "teacher": TEACHER if arm in STARTS_FROM_TEACHER else None,
         "complete": False,
         **provenance,
-        "processes": run_log.list_processes(run_log.read_manifest(job.folder), provenance, first),
+        "processes": run_log.list_processes(run_log.read_manifest(job.folder / run_log.MANIFEST), provenance, first),
     }
 
 
@@ -142,7 +146,7 @@ def _grow_teacher(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str,
     transfer = arms.fill("net2net", first, network.to(run.device), run.config, run.images)
     assert isinstance(transfer, net2net.Transfer)
     state = run.ranks.on_first(lambda: checkpoint.load(_place(earlier)))
-    origin = run.ranks.on_first(lambda: run_log.read_manifest(_place(earlier))) or {}
+    origin = run.ranks.on_first(lambda: run_log.read_manifest(_place(earlier) / run_log.MANIFEST)) or {}
     facts = {
         "growth": {"record": str(transfer), "seconds": time.perf_counter() - started},
         "before": {key: state["rows"][-1][key] for key in ("examples", "seconds", "flops")},

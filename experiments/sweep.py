@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import files
 from .config import FOLDER, Config, ExperimentError, arm_folders, flatten, nearest
+from .run_log import MANIFEST, read_manifest
 
 GROUPS = ("data", "scale", "experiment")  # `data=digits` names a file of settings, and none of the settings in it
 RESERVED = ("experiment", "case", "cases", "seed", "runs")  # say which run it is, so no case may set them
@@ -147,14 +148,8 @@ def note_failure(config: Config, explain: Callable[[Exception], str], new: bool)
 def _unfinished(config: Config) -> list[Path]:
     """The folders of the run's arms that are not complete."""
     seed = Path(config.runs) / config.name / f"seed{config.seed}"
-    return [seed / arm for arm in arm_folders(config.students, config.arms) if not _is_complete(seed / arm)]
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "manifest.json").read_bytes())["complete"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    folders = [seed / arm for arm in arm_folders(config.students, config.arms)]
+    return [folder for folder in folders if not (read_manifest(folder / MANIFEST) or {}).get("complete")]
 
 
 @contextmanager

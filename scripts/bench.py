@@ -57,7 +57,6 @@ def verdict(value: float, bar: float, unit: str = "", at_least: bool = False) ->
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long the work takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -70,15 +69,10 @@ def summarise(pairs: Iterable[tuple[float, float]]) -> tuple[float, float, float
 
 
 def print_startup() -> None:
-    """Print how long questions take that need no torch."""
     for question in QUESTIONS:
-        ask = partial(
-            subprocess.run, [sys.executable, ROOT / "train.py", *question.split()], check=True, capture_output=True
-        )
+        command = [sys.executable, ROOT / "train.py", *question.split()]
+        ask = partial(subprocess.run, command, check=True, capture_output=True)
         print(f"train.py {question}: {verdict(statistics.median(seconds(ask) for _ in range(5)), 1.0, ' s')}")
-
-
-# -- the training loop --------------------------------------------------------------------------------------------
 
 
 class Alternate(Follower):
@@ -103,7 +97,7 @@ class Alternate(Follower):
         self.pairs.append((real, self.started - started))
 
     def row(self, row: object) -> None:
-        """Ignore evaluations: one precedes the first step, the next one follows the last."""
+        """Evaluations are not timed: one precedes the first step, the next one follows the last."""
 
     def now(self) -> float:
         """Return the time at which the device has done its work."""
@@ -155,9 +149,6 @@ def print_training(steps: int) -> None:
         print(f"speed of the loop relative to the bare one {verdict(ratio, 0.97, at_least=True)}")
 
 
-# -- photographs from disk ----------------------------------------------------------------------------------------
-
-
 def torchvision_epoch(root: Path, files: int, size: int, batch_size: int, workers: int) -> Epoch:
     """Return an epoch of torchvision's reference pipeline, whose workers live on between epochs, as ours do."""
     steps = [
@@ -205,9 +196,6 @@ def print_loader(rounds: int, photos: str | None) -> None:
     print(f"{files} photographs, {workers} workers: torchvision {theirs:,.0f} images/s, ours {ours:,.0f} images/s")
     print(f"ours relative to torchvision's {verdict(ratio, 1.0, at_least=True)}")
     print(f"ours relative to what the network consumes {verdict(ours / consumed, 1.0, at_least=True)}")
-
-
-# -- growth -------------------------------------------------------------------------------------------------------
 
 
 def time_growth(make_teacher: Make, make_student: Make, images: Tensor, rounds: int) -> list[tuple[float, float]]:
@@ -268,7 +256,6 @@ def print_memory() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the parts that are asked for; by default all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure; default: all")
     parser.add_argument("--rounds", type=int, default=8, help="of loader and growth (default: %(default)s)")

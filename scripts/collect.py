@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from experiments.analysis.curves import find_arms, find_differences, find_experiments, read_complete
+from experiments.analysis.curves import find_arms, find_differences, find_experiments
 from experiments.config import ExperimentError
 from experiments.files import write
-from experiments.run_log import parse_curve
+from experiments.run_log import parse_curve, read_complete
 
 # An absolute path inside a longer text, but not the slashes of a URL, of `a/b` or of `~/a`.
 _PATH = re.compile(r"(?<![\w.~/-])/(?!/)[^\s'\"`,;:=()\[\]{}]+")

@@ -20,10 +20,10 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.analysis.curves import describe_differences, find_arms, find_experiments, read_complete
+from experiments.analysis.curves import describe_differences, find_arms, find_experiments
 from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
 from experiments.run import digest, stage_settings
-from experiments.run_log import parse_curve
+from experiments.run_log import parse_curve, read_complete
 
 ROOT = Path(__file__).resolve().parents[1]
 Records = dict[tuple[int, str], dict[str, Any]]  # seed and arm -> manifest
@@ -109,8 +109,13 @@ def check_folder(folder: Path, records: Records) -> Iterator[tuple[int, str, str
                 yield seed, arm, "it started from another teacher than the one beside it"
 
 
-def check_commits(record: dict[str, Any], history: set[str]) -> Iterator[str]:
-    """Yield what is wrong with the commits that made a curve, or the network that it is grown from."""
+def check_commits(record: dict[str, Any], history: set[str] | None) -> Iterator[str]:
+    """Yield what is wrong with the commits that made a curve, or the network that it is grown from.
+
+    Nothing is checked without a history.
+    """
+    if history is None:
+        return
     processes = [record, *record.get("processes", []), *record.get("grown_from", {}).get("processes", [])]
     for commit, dirty in dict.fromkeys((process.get("commit"), process.get("dirty")) for process in processes):
         if dirty is not False:
@@ -124,15 +129,15 @@ def find_faults(results: Path, history: set[str] | None) -> Iterator[str]:
     """Yield a line for each thing that is wrong with a committed curve; without a history commits are not checked."""
     for place, folder in find_folders(results).items():
         records: Records = {}
+        found: list[tuple[int, str, str]] = []
         for seed, arm, curve, manifest in find_arms(folder):
-            found, record = check_files(place, seed, arm, curve, manifest)
-            yield from (f"{place}/seed{seed}/{arm}: {fault}" for fault in found)
+            faults, record = check_files(place, seed, arm, curve, manifest)
             if record:
                 records[seed, arm] = record
-        yield from (f"{place}/seed{seed}/{arm}: {fault}" for seed, arm, fault in check_folder(folder, records))
-        if history is not None:
-            for (seed, arm), record in records.items():
-                yield from (f"{place}/seed{seed}/{arm}: {fault}" for fault in check_commits(record, history))
+                faults += check_commits(record, history)
+            found += [(seed, arm, fault) for fault in faults]
+        for seed, arm, fault in [*found, *check_folder(folder, records)]:
+            yield f"{place}/seed{seed}/{arm}: {fault}"
 
 
 def main(arguments: list[str] | None = None) -> int:

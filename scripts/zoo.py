@@ -71,9 +71,6 @@ class Result:
         return f"{self.verdict:8} {error:8} {self.seconds:6.1f} s  {self.case}  {self.reason or ''}".rstrip()
 
 
-# -- measurements -------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def variation(model: nn.Module, images: Tensor) -> float:
     """Return the output's standard deviation between images, relative to its mean size."""
@@ -165,9 +162,6 @@ def _send(network: Network, sender: Connection) -> None:
         sender.send(measure_network(network))
 
 
-# -- the pages ----------------------------------------------------------------------------------------------------
-
-
 def summarise(results: Iterable[Result]) -> str:
     """Count the verdicts, for a page; faults are bold."""
     count = Counter(result.verdict for result in results)
@@ -248,9 +242,6 @@ def _expression(spec: dict[str, Any]) -> str:
     """Write the call that builds a network."""
     arguments = (f"{key}={value!r}" for key, value in spec.items() if key != "_target_")
     return f"{spec['_target_'].rsplit('.', 1)[1]}({', '.join(arguments)})"
-
-
-# -- the command line ---------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:

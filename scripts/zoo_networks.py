@@ -96,7 +96,6 @@ def build_timm(network: Network) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the parameters of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -107,9 +106,6 @@ def images(count: int, pixels: int, seed: int) -> Tensor:
     """
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     return draw(count, 3, 1, 1) + draw(count, 3, pixels, pixels)
-
-
-# -- variants of torchvision's networks, whose constructors take widths in a roundabout way -----------------------
 
 
 def vgg(layers: Sequence[int | str], batch_norm: bool) -> VGG:

@@ -60,7 +60,7 @@ def summarise_cases(results: Results) -> DataFrame:
 
 def holdout_by_case(results: Results, arm: str) -> DataFrame:
     """Return the holdout accuracy that the arm ends with: a row a seed, a column a case."""
-    groups = results.of_arm(arm).runs["holdout"].groupby(level="case", sort=False)
+    groups = results.select(arm=arm).runs["holdout"].groupby(level="case", sort=False)
     return DataFrame({case: ends.droplevel(["experiment", "case", "arm"]) for case, ends in groups})
 
 

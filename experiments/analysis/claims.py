@@ -143,7 +143,7 @@ def find_operands(results: Results, text: str) -> list[Operand]:
     """Return what an operand names: one run of an arm, or the run of each case if it names none; [] if not run."""
     name, _, arm = text.partition(":")
     experiment, _, case = name.partition("/")
-    selected = results.of_arm(arm).select(experiment, case if case not in ("", "best") else None)
+    selected = results.select(experiment, case if case not in ("", "best") else None, arm)
     evaluations = dict(iter(selected.curves.groupby(level="case")))
     found: list[Operand] = []
     for key, group in selected.runs.groupby(level="case"):

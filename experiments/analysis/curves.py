@@ -4,8 +4,6 @@ Both tables are indexed by experiment, case ("" where the experiment has no case
 folder is: `net2net`, or `wider_net2net` where an experiment has several students.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from omegaconf import OmegaConf
 from pandas import DataFrame, Series
 
 from ..config import CONFIGS, STARTS_FROM_TEACHER, TEACHER, ExperimentError, flatten, ordered, split_arm
-from ..run_log import parse_curve
+from ..run_log import parse_curve, read_complete
 
 INDEX = ["experiment", "case", "arm", "seed"]
 COSTS = ["step", "examples", "flops", "seconds"]  # columns of a curve that say what was spent so far
@@ -52,17 +50,13 @@ class Results:
     curves: DataFrame
     runs: DataFrame
 
-    def select(self, experiment: str, case: str | None = None) -> "Results":
-        """Return the results of one experiment, or of one of its cases."""
-        tables: list[DataFrame] = []
-        for table in (self.curves, self.runs):
-            keep = table.index.get_level_values("experiment") == experiment
-            tables.append(table[keep if case is None else keep & (table.index.get_level_values("case") == case)])
+    def select(self, experiment: str | None = None, case: str | None = None, arm: str | None = None) -> "Results":
+        """Return the results of one experiment, of one of its cases, or of one arm."""
+        tables: list[DataFrame] = [self.curves, self.runs]
+        for level, name in {"experiment": experiment, "case": case, "arm": arm}.items():
+            if name is not None:
+                tables = [table[table.index.get_level_values(level) == name] for table in tables]
         return Results(*tables)
-
-    def of_arm(self, arm: str) -> "Results":
-        """Return the results of one arm."""
-        return Results(*(table[table.index.get_level_values("arm") == arm] for table in (self.curves, self.runs)))
 
     @property
     def arms(self) -> list[str]:
@@ -121,29 +115,6 @@ def read_config(experiment: str) -> dict[str, Any]:
     path = CONFIGS / "experiment" / f"{experiment}.yaml"
     config: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
     return config
-
-
-def read_complete(curve: Path, manifest: Path) -> tuple[bytes, dict[str, Any]] | None:
-    """Return the bytes of a finished arm's curve and its manifest, or None while the arm is unfinished.
-
-    A manifest that is no JSON object, or that was written for another curve, is an ExperimentError.
-    """
-    try:
-        record = json.loads(manifest.read_bytes())
-        data = curve.read_bytes()
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        record, data = None, b""
-    if not isinstance(record, dict):
-        raise ExperimentError(f"The manifest {manifest} is not a JSON object: remove its arm and run it again.")
-    if record.get("complete") is not True:
-        return None
-    if hashlib.sha256(data).hexdigest() != record.get("curve_sha256"):
-        raise ExperimentError(
-            f"The curve {curve} does not match curve_sha256 in its manifest: remove its arm and run it again."
-        )
-    return data, record
 
 
 def load_all(directory: Path) -> Results:

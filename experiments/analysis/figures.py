@@ -76,7 +76,7 @@ def make_band(results: Results, arm: str, column: str) -> DataFrame:
 
     `flops` are those from the teacher's start, NaN where the arm starts from a teacher that was not run.
     """
-    curve = results.of_arm(arm).curves
+    curve = results.select(arm=arm).curves
     spent = curve["flops"] + results.runs["teacher_flops"].reindex(curve.index)
     table = DataFrame({"step": curve["step"], "value": 100 * curve[column], "flops": spent})
     seeds = curve.index.get_level_values("seed").nunique()
@@ -171,10 +171,10 @@ def draw_panel(
             ax.plot(x, band["mean"], **{**TEACHER_LINE, "linestyle": "-"}, label=teacher or TEACHER)
             continue
         _plot_curve(ax, x, band["mean"], arm, place, looks[arm])
-        if len(results.of_arm(arm).runs) > 1:
+        if len(results.select(arm=arm).runs) > 1:
             ax.fill_between(x, band["low"], band["high"], color=looks[arm]["color"], alpha=0.15, linewidth=0)
     if TEACHER in run and teacher is None:
-        end = results.of_arm(TEACHER).curves.groupby(level=INDEX)[column].last().mean()
+        end = results.select(arm=TEACHER).curves.groupby(level=INDEX)[column].last().mean()
         ax.axhline(100 * end, **TEACHER_LINE, label="teacher at its end")
     ax.set_title(heading, loc="left")
     ax.set_xlabel(f"training compute with teacher's ({unit})" if flops else "training steps")
@@ -290,7 +290,11 @@ def _draw_bars(ax: Axes, arm: str, found: Iterable[Estimate], at: Any, upright: 
     ends = [(one.mean - one.low, one.high - one.mean) for one in found]
     lengths = [[100 * end if math.isfinite(end) else 0.0 for end in side] for side in zip(*ends, strict=True)]
     means = [100 * one.mean for one in found]
-    look = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | {"capsize": 2, "elinewidth": 0.8, "label": arm}
+    look: dict[str, Any] = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | {
+        "capsize": 2,
+        "elinewidth": 0.8,
+        "label": arm,
+    }
     if upright:
         ax.errorbar(at, means, yerr=lengths, **look)
     else:

@@ -148,7 +148,7 @@ def test_a_page_names_its_own_commands_and_not_those_that_trained_its_teacher(re
     ]
     changed = Results(selected.curves, selected.runs.assign(manifest=manifests))
     assert "another" not in pages.collect_facts(changed)["Command"]
-    assert pages.collect_facts(changed.of_arm("teacher"))["Command"] == "`python train.py experiment=another`"
+    assert pages.collect_facts(changed.select(arm="teacher"))["Command"] == "`python train.py experiment=another`"
 
 
 def test_the_budgets_of_a_frontier(results: Results) -> None:

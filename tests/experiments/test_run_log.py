@@ -24,8 +24,8 @@ def test_a_curve_has_the_columns_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"3", b'{"complete": true}', b"\xff\xfe\x00"])
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(ExperimentError, match=r"manifest\.json is no manifest \(.*\): delete .* to run this stage"):
-        run_log.read_manifest(tmp_path)
+    with pytest.raises(ExperimentError, match=r"manifest\.json is no manifest \(.*\): remove its arm and run it again"):
+        run_log.read_manifest(tmp_path / "manifest.json")
 
 
 def test_new_modules_are_uncommitted_changes_and_without_git_nobody_knows(

@@ -80,7 +80,7 @@ def test_who_reads_while_another_writes_sees_whole_files(tmp_path: Path) -> None
         assert {len(row) for row in table} == {len(run_log.COLUMNS)}
         assert [row[0] for row in table[1:]] == [f"{1.5 * step:.6g}" for step in range(1, len(table))]
         run_log.parse_curve(text.encode(), "curve")
-        manifest = run_log.read_manifest(tmp_path)
+        manifest = run_log.read_manifest(tmp_path / "manifest.json")
         assert manifest is not None and len(manifest["text"]) == 5000
         lengths.add(len(table))
         read += 1
