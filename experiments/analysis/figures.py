@@ -290,7 +290,7 @@ def _draw_bars(ax: Axes, arm: str, found: Iterable[Estimate], at: Any, upright: 
     ends = [(one.mean - one.low, one.high - one.mean) for one in found]
     lengths = [[100 * end if math.isfinite(end) else 0.0 for end in side] for side in zip(*ends, strict=True)]
     means = [100 * one.mean for one in found]
-    look: dict[str, Any] = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | {
+    look: Any = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | {
         "capsize": 2,
         "elinewidth": 0.8,
         "label": arm,

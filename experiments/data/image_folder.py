@@ -5,14 +5,13 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from .. import files
 from ..config import ExperimentError
@@ -20,63 +19,46 @@ from ..config import ExperimentError
 ANOTHER_CACHE = "set data.cache, or the variable NET2NET_CACHE, to a folder that can"
 _log = logging.getLogger(__name__)
 
-Samples = list[tuple[str, int]]  # picture files with the numbers of their classes, class after class
+
+class Pictures(ImageFolder):
+    """The pictures of FOLDER/CLASS, at any depth, by class; names that start with a dot are left out."""
+
+    def __init__(self, folder: Path) -> None:
+
+        def is_picture(file: str) -> bool:
+            return "/." not in file.removeprefix(str(folder)) and file.lower().endswith(IMG_EXTENSIONS)
+
+        try:
+            super().__init__(folder, is_valid_file=is_picture)
+        except (FileNotFoundError, ValueError) as error:
+            raise ExperimentError(
+                f"{str(error).strip()} Put the pictures of each class in {folder}/CLASS/ ({', '.join(IMG_EXTENSIONS)})."
+            ) from None
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names of the classes, sorted, and their numbers."""
+        names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        return names, {name: number for number, name in enumerate(names)}
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The pictures of a folder, and the names of their classes, sorted."""
-
-    train: Samples
-    test: Samples
-    classes: list[str]
-
-
-def find_tree(root: str | None, data: str, tests: tuple[str, ...]) -> Tree:
-    """List the pictures of ROOT/train and of the first folder in `tests`; names that start with a dot are left out.
-
-    `data` is the name of the data set, for messages.
-    """
+def find_pictures(root: str | None, data: str, tests: tuple[str, ...]) -> tuple[Pictures, Pictures]:
+    """List the pictures of ROOT/train, and of the first folder in `tests`; `data` names the data set, for messages."""
     parts = f"train/ and {' or '.join(f'{test}/' for test in tests)}"
     if root is None:
         raise ExperimentError(f"data.root is not set: data={data} needs data.root=FOLDER with {parts} in it.")
     if not os.path.isdir(root):
         raise ExperimentError(f"data.root={root} is not a folder: set it to a folder with {parts} in it.")
-    train = Path(root, "train")
-    test = next((folder for name in tests if (folder := Path(root, name)).is_dir()), None)
-    if test is None or not train.is_dir():
+    folder = next((folder for name in tests if (folder := Path(root, name)).is_dir()), None)
+    if folder is None or not Path(root, "train").is_dir():
         inside = ", ".join(sorted(os.listdir(root))[:5]) or "nothing"
         raise ExperimentError(f"data.root={root} needs {parts}, each with a folder per class, but holds {inside}.")
-    classes, others = _list_classes(train), _list_classes(test)
-    if lone := sorted(set(classes) ^ set(others)):
-        where = "; ".join(f"{name} is only in {'train' if name in classes else test.name}/" for name in lone[:3])
-        raise ExperimentError(f"The class folders of {train} and {test} differ ({where}): make them the same.")
-    return Tree(_list_pictures(train, classes), _list_pictures(test, classes), classes)
-
-
-def _list_classes(folder: Path) -> list[str]:
-    """List the class folders, sorted."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    if not names:
-        raise ExperimentError(f"{folder} has no class folders: put the pictures of each class in {folder}/CLASS/.")
-    return names
-
-
-def _list_pictures(folder: Path, classes: list[str]) -> Samples:
-    """List the pictures of every class, at any depth, as torchvision's ImageFolder does."""
-    skipped = len(str(folder))
-
-    def is_picture(file: str) -> bool:
-        return "/." not in file[skipped:] and file.lower().endswith(IMG_EXTENSIONS)
-
-    numbers = {name: number for number, name in enumerate(classes)}
-    samples = make_dataset(str(folder), numbers, is_valid_file=is_picture, allow_empty=True)
-    for number in sorted(set(numbers.values()) - {label for _, label in samples}):
-        raise ExperimentError(
-            f"The class folder {folder / classes[number]} has no images ({', '.join(IMG_EXTENSIONS)}): add some, or"
-            " remove this class from every part."
+    train, test = Pictures(Path(root, "train")), Pictures(folder)
+    if lone := sorted(set(train.classes) ^ set(test.classes)):
+        where = "; ".join(
+            f"{name} is only in {'train' if name in train.classes else folder.name}/" for name in lone[:3]
         )
-    return samples
+        raise ExperimentError(f"The class folders of {train.root} and {folder} differ ({where}): make them the same.")
+    return train, test
 
 
 def read_picture(file: str, prepare: Callable[[Image.Image], object] | None = None) -> Image.Image:
@@ -109,12 +91,12 @@ def crop_centre(image: Image.Image, side: int, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def decode_tree(tree: Tree, root: str, size: int, cache: str) -> dict[str, NDArray[np.uint8]]:
-    """Decode the pictures of a tree once, uint8 (N, 3, size, size) under "train" and "test"; keep them in `cache`.
+def decode_all(train: Pictures, test: Pictures, root: str, size: int, cache: str) -> dict[str, NDArray[np.uint8]]:
+    """Decode pictures below `root` once, uint8 (N, 3, size, size) under "train" and "test"; keep them in `cache`.
 
-    They are decoded again if a file of the tree or the size changes, or if the cache's file cannot be read.
+    They are decoded again if one of the files or the size changes, or if the cache's file cannot be read.
     """
-    parts = {"train": [file for file, _ in tree.train], "test": [file for file, _ in tree.test]}
+    parts = {"train": [file for file, _ in train.samples], "test": [file for file, _ in test.samples]}
     count = sum(map(len, parts.values()))
     needed = 2 * count * 3 * size * size  # as arrays, and as splits
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,6 +5,7 @@ import importlib
 import os
 import socket
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from ..config import Data, ExperimentError, nearest
 from ..files import writable
 from ..randomness import generator
-from .image_folder import ANOTHER_CACHE, Samples, decode_tree, find_tree
+from .image_folder import ANOTHER_CACHE, Pictures, decode_all, find_pictures
 from .in_memory import Images, mean_and_std
 from .streamed import Folder
 
@@ -129,39 +130,37 @@ def _fetch_cifar10(folder: Path) -> None:
 
 def _image_folder(config: Data, seed_split: int) -> Splits:
     """Decode a folder of pictures into memory."""
-    tree = find_tree(config.root, config.name, ("test", "val"))
+    pictures = find_pictures(config.root, config.name, ("test", "val"))
     root = str(config.root)
-    pixels = decode_tree(tree, root, config.size, config.cache)
-    train = torch.from_numpy(pixels["train"]), _labels(tree.train)
-    test = torch.from_numpy(pixels["test"]), _labels(tree.test)
-    description = f"image folder {Path(root).resolve().name}, {len(tree.train):,} train / {len(tree.test):,} test"
+    pixels = decode_all(*pictures, root, config.size, config.cache)
+    train, test = (
+        (torch.from_numpy(pixels[name]), torch.tensor(part.targets))
+        for name, part in zip(("train", "test"), pictures, strict=True)
+    )
+    description = f"image folder {Path(root).resolve().name}, {len(train[1]):,} train / {len(test[1]):,} test"
     return _in_memory(config, seed_split, train, test, description)
 
 
 def _imagenet(config: Data, seed_split: int) -> Splits:
     """Stream a folder of pictures from disk."""
-    tree = find_tree(config.root, config.name, ("val",))
-    kept, held = hold_out(_labels(tree.train), config.holdout, generator("holdout", seed_split))
+    train, test = find_pictures(config.root, config.name, ("val",))
+    kept, held = hold_out(torch.tensor(train.targets), config.holdout, generator("holdout", seed_split))
 
-    def folder(samples: Samples) -> Folder:
-        files = np.array([os.fsencode(file) for file, _ in samples])
-        return Folder(files, _labels(samples), IMAGENET_MEAN, IMAGENET_STD, config.size, config.workers, config.flip)
+    def folder(pictures: Pictures, chosen: Iterable[int]) -> Folder:
+        files = np.array([os.fsencode(pictures.samples[index][0]) for index in chosen])
+        labels = torch.tensor([pictures.targets[index] for index in chosen])
+        return Folder(files, labels, IMAGENET_MEAN, IMAGENET_STD, config.size, config.workers, config.flip)
 
     return Splits(
-        train=folder([tree.train[index] for index in kept.tolist()]),
-        holdout=folder([tree.train[index] for index in held.tolist()]),
-        test=folder(tree.test),
-        classes=len(tree.classes),
+        train=folder(train, kept.tolist()),
+        holdout=folder(train, held.tolist()),
+        test=folder(test, range(len(test))),
+        classes=len(train.classes),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        description=f"ImageNet tree {Path(str(config.root)).resolve().name}, {len(tree.classes):,} classes,"
-        f" {len(tree.train):,} train / {len(tree.test):,} test",
+        description=f"ImageNet tree {Path(str(config.root)).resolve().name}, {len(train.classes):,} classes,"
+        f" {len(train):,} train / {len(test):,} test",
     )
-
-
-def _labels(samples: Samples) -> Tensor:
-    """Return the numbers of the classes of pictures."""
-    return torch.tensor([label for _, label in samples])
 
 
 def _in_memory(config: Data, seed_split: int, train: Labelled, test: Labelled, description: str) -> Splits:

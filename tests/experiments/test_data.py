@@ -374,16 +374,19 @@ def test_an_unreadable_picture_is_named(config: Data, root: Path, suffix: str, d
     [
         ([], r"bare needs train/ and test/ or val/.* but holds nothing"),
         (["train"], r"bare needs train/ and test/ or val/.* but holds train\."),
-        (["train/cat", "test"], r"bare/test has no class folders: put the pictures .*bare/test/CLASS"),
-        (["train/cat", "test/cat"], r"class folder .*train/cat has no images \(.jpg.*: add some, or remove"),
-        (["train/cat", "test/wolf"], r"differ \(cat is only in train/; wolf is only in test/\): make them"),
+        (["train/cat/a.png", "test"], r"class folder in .*bare/test\. Put the pictures .*bare/test/CLASS"),
+        (["train/cat/a.png", "test/cat"], r"no valid file for the classes cat\. Put the pictures .*test/CLASS/ \(.jpg"),
+        (["train/cat/a.png", "test/wolf/a.png"], r"differ \(cat is only in train/; wolf is only in test/\): make them"),
     ],
 )
 def test_what_is_missing_in_a_tree_is_named(tmp_path: Path, config: Data, folders: list[str], message: str):
     bare = tmp_path / "bare"
     bare.mkdir()
-    for folder in folders:
-        (bare / folder).mkdir(parents=True)
+    for name in folders:
+        folder = (bare / name).parent if name.endswith(".png") else bare / name
+        folder.mkdir(parents=True)
+        if name.endswith(".png"):
+            (bare / name).touch()
     config.root = str(bare)
     with pytest.raises(ExperimentError, match=message):
         load(config)
