@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from pandas import DataFrame, Series
 
 from ..config import CONFIGS, STARTS_FROM_TEACHER, TEACHER, ExperimentError, flatten, ordered, split_arm
-from ..run_log import parse_curve, read_complete
+from ..run_log import MANIFEST, parse_curve, read_complete
 
 INDEX = ["experiment", "case", "arm", "seed"]
 COSTS = ["step", "examples", "flops", "seconds"]  # columns of a curve that say what was spent so far
@@ -82,14 +82,17 @@ def find_arms(directory: Path) -> list[tuple[int, str, Path, Path]]:
     The folder has the layout of `runs`, seed<k>/<arm>/curve.csv, or that of `results/curves`, seed<k>/<arm>.csv.
     """
     found: list[tuple[int, str, Path, Path]] = []
-    for folder in directory.glob("seed*"):
-        match = re.fullmatch(r"seed(\d+)", folder.name)
-        if match is None or not folder.is_dir():
-            continue
-        entries = {p.name: (p / "curve.csv", p / "manifest.json") for p in folder.iterdir() if p.is_dir()}
-        entries |= {p.stem: (p, p.with_suffix(".json")) for p in folder.glob("*.csv")}
-        found += [(int(match[1]), arm, *entries[arm]) for arm in ordered(entries) if not arm.startswith(".")]
-    return sorted(found, key=lambda entry: entry[0])
+    for seed, folder in sorted(_find_seeds(directory).items()):
+        entries = {p.name: (p / "curve.csv", p / MANIFEST) for p in folder.glob("[!.]*/")}
+        entries |= {p.stem: (p, p.with_suffix(".json")) for p in folder.glob("[!.]*.csv")}
+        found += [(seed, arm, *entries[arm]) for arm in ordered(entries)]
+    return found
+
+
+def _find_seeds(directory: Path) -> dict[int, Path]:
+    """Return the folder of each seed, seed<k>."""
+    matches = {re.fullmatch(r"seed(\d+)", folder.name): folder for folder in directory.glob("seed*/")}
+    return {int(match[1]): folder for match, folder in matches.items() if match}
 
 
 def find_experiments(directory: Path) -> dict[str, Path]:
@@ -97,17 +100,11 @@ def find_experiments(directory: Path) -> dict[str, Path]:
 
     A folder counts if it has a seed in it. Experiments are sorted by name, cases as in the experiment's configuration.
     """
-    folders = [folder for pattern in ("*/seed*", "*/*/seed*") for folder in directory.glob(pattern) if folder.is_dir()]
-    found = {folder.parent for folder in folders if re.fullmatch(r"seed\d+", folder.name)}
-    names = {path.relative_to(directory).as_posix(): path for path in found}
-    order: list[str] = []
-    for experiment in {name.partition("/")[0] for name in names}:
-        order += [f"{experiment}/{case}" for case in read_config(experiment).get("cases") or {}]
-
-    def place(name: str) -> tuple[str, int, str]:
-        return name.partition("/")[0], order.index(name) if name in order else len(order), name
-
-    return {name: names[name] for name in sorted(names, key=place)}
+    found: list[Path] = []
+    for experiment in sorted(directory.glob("*/")):
+        cases = [experiment / case for case in read_config(experiment.name).get("cases") or {}]
+        found += [experiment, *cases, *(folder for folder in sorted(experiment.glob("*/")) if folder not in cases)]
+    return {folder.relative_to(directory).as_posix(): folder for folder in found if _find_seeds(folder)}
 
 
 def read_config(experiment: str) -> dict[str, Any]:
