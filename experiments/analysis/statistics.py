@@ -92,15 +92,11 @@ def crossing(points: Sequence[tuple[float, float]], target: float) -> Reached:
     It is interpolated in the logarithm of the cost. If the smallest cost reaches the target, less might have done; if
     none reaches it, more than the largest is needed.
     """
-    before: tuple[float, float] | None = None
-    for cost, accuracy in points:
-        if accuracy >= target:
-            if before is None:
-                return Reached(cost, -1)
-            share = (target - before[1]) / (accuracy - before[1])
-            return Reached(before[0] * (cost / before[0]) ** share)
-        before = cost, accuracy
-    return Reached(points[-1][0], 1)
+    above = next((place for place, (_, accuracy) in enumerate(points) if accuracy >= target), None)
+    if not above:
+        return Reached(points[-1][0], 1) if above is None else Reached(points[0][0], -1)
+    (less, below), (more, reached) = points[above - 1 : above + 1]
+    return Reached(less * (more / less) ** ((target - below) / (reached - below)))
 
 
 def log_ratio(costs: Sequence[tuple[Reached, Reached]]) -> Estimate:
