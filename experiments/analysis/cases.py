@@ -10,7 +10,7 @@ from pandas import DataFrame, Series
 
 from ..config import ARMS, TEACHER, ordered, split_arm
 from . import statistics
-from .curves import Results, find_differences, own_manifests, read_config
+from .curves import Results, find_differences, own_manifests, read_config, summarise
 
 SEARCHED = ("schedule.epochs", "rates.", "case")  # the settings in which the cases of a search of rates may differ
 
@@ -40,22 +40,16 @@ def case_manifests(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def summarise_cases(results: Results) -> DataFrame:
-    """Return one row for each case and arm, over its seeds: `n` seeds and means of the columns of `Results.runs`.
+    """Return the table of `summarise` for the students, with `final` as an Estimate.
 
-    `start` has its mean, min and max, as in `start_min`; `final` is an Estimate.
+    `total_flops` is NaN where not all seeds know it.
     """
-    groups = student_runs(results).groupby(level=["case", "arm"], sort=False)
-    table = groups.agg(
-        n=("final", "size"),
-        start_mean=("start", "mean"),
-        start_min=("start", "min"),
-        start_max=("start", "max"),
-        holdout=("holdout", "mean"),
-        flops=("flops", "mean"),
-    )
-    total = groups["total_flops"].mean().where(groups["total_flops"].count() == table["n"])
-    final = Series({key: statistics.estimate(list(runs["final"])) for key, runs in groups}, dtype=object)
-    return table.assign(final=final.reindex(table.index), total_flops=total)
+    runs = student_runs(results)
+    groups = runs.groupby(level=["case", "arm"], sort=False)
+    final = Series({key: statistics.estimate(list(ends)) for key, ends in groups["final"]}, dtype=object)
+    table = summarise(Results(results.curves, runs))
+    total = table["total_flops_mean"].where(table["total_flops_count"] == table["n"])
+    return table.assign(final=final.reindex(table.index), flops=table["flops_mean"], total_flops=total)
 
 
 def holdout_by_case(results: Results, arm: str) -> DataFrame:

@@ -225,16 +225,21 @@ def find_target(results: Results) -> str:
     return target if any(split_arm(arm)[1] == target for arm in results.arms) else TEACHER
 
 
-def summarise_arms(results: Results) -> DataFrame:
-    """Return one row an arm of one experiment, or of one case, in reading order: `n` seeds, `final_mean` and so on.
+def summarise(results: Results) -> DataFrame:
+    """Return one row for each case and arm of one experiment: `n` seeds, `final_mean` and so on.
 
     Each column has its mean, min and max over the seeds that have it, and their count.
     """
-    groups = results.runs.groupby(level="arm", sort=False)
-    columns = ["start", "final", "target", "reached_step", "flops", "total_flops"]
+    groups = results.runs.groupby(level=["case", "arm"], sort=False)
+    columns = ["start", "final", "holdout", "target", "reached_step", "flops", "total_flops"]
     table = groups[columns].agg(["mean", "min", "max", "count"])
     table.columns = [f"{column}_{statistic}" for column, statistic in table.columns]
-    return table.assign(n=groups.size()).loc[results.arms]
+    return table.assign(n=groups.size())
+
+
+def summarise_arms(results: Results) -> DataFrame:
+    """Return that table of an experiment without cases, or of one case: a row an arm, in reading order."""
+    return summarise(results).droplevel("case").loc[results.arms]
 
 
 def _replace_arm(index: pd.Index, arms: list[str]) -> pd.MultiIndex:

@@ -121,8 +121,7 @@ def draw(name: str, results: Results, path: Path, formats: tuple[str, ...] = FOR
     for ax in (over_steps, enlarged):
         ax.set_ylabel("accuracy (%)")
     seeds = results.runs.groupby(level="arm").size()
-    _finish(figure, f"{name}: {describe_seeds(seeds)}", over_flops, columns=3)
-    return save(figure, path, formats)
+    return save(_finish(figure, f"{name}: {describe_seeds(seeds)}", over_flops, columns=3), path, formats)
 
 
 @matplotlib.rc_context(fname=STYLE)
@@ -141,8 +140,7 @@ def draw_paper(name: str, results: Results, path: Path, formats: tuple[str, ...]
     training.set_ylabel("accuracy (%)")
     seeds = results.runs.groupby(level="arm").size()[arms]
     title = f"Figure {number} of the paper, from {name}\n{describe_seeds(seeds)}"
-    _finish(figure, title, validation, columns=3)
-    return save(figure, path, formats)
+    return save(_finish(figure, title, validation, columns=3), path, formats)
 
 
 def draw_panel(
@@ -217,8 +215,7 @@ def _draw_frontier(name: str, results: Results) -> Figure:
         ax.set_title(heading, loc="left")
     own.set_ylabel("final test accuracy (%)")
     title = f"{name}: budgets of {', '.join(results.experiments[name])}"
-    _finish(figure, f"{title}\n{describe_seeds(lines['n'], BARS)}", own, columns=4)
-    return figure
+    return _finish(figure, f"{title}\n{describe_seeds(lines['n'], BARS)}", own, columns=4)
 
 
 def _draw_search(name: str, results: Results) -> Figure:
@@ -240,8 +237,7 @@ def _draw_search(name: str, results: Results) -> Figure:
         ax.set_xlabel("initial rate (multiples of schedule.lr)")
     for ax in axes[:, 0]:
         ax.set_ylabel("holdout accuracy (%)")
-    _finish(figure, f"{name}: {describe_seeds(summarise_cases(results)['n'])}", axes[0, 0], columns=5)
-    return figure
+    return _finish(figure, f"{name}: {describe_seeds(summarise_cases(results)['n'])}", axes[0, 0], columns=5)
 
 
 def _draw_ends(name: str, results: Results) -> Figure:
@@ -263,8 +259,7 @@ def _draw_ends(name: str, results: Results) -> Figure:
     else:
         right = figure.subplots()
     _draw_rows(right, results, lines, costs=not few)
-    _finish(figure, f"{name}\n{describe_seeds(lines['n'], BARS)}", right, columns=4)
-    return figure
+    return _finish(figure, f"{name}\n{describe_seeds(lines['n'], BARS)}", right, columns=4)
 
 
 def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> None:
@@ -301,11 +296,12 @@ def _draw_bars(ax: Axes, arm: str, found: Iterable[Estimate], at: Any, upright: 
         ax.errorbar(means, at, xerr=lengths, **look | {"linestyle": "none"})
 
 
-def _finish(figure: Figure, title: str, ax: Axes, columns: int) -> None:
-    """Add the title, and below the panels the legend of one of them."""
+def _finish(figure: Figure, title: str, ax: Axes, columns: int) -> Figure:
+    """Return the figure with its title, and below the panels the legend of one of them."""
     figure.suptitle(title, fontsize=10)
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    return figure
 
 
 def save(figure: Figure, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:

@@ -244,7 +244,7 @@ def _tabulate_cases(results: Results) -> Cells:
     lines: list[list[str]] = []
     for (case, arm), row in cases.summarise_cases(results).iterrows():
         mean, low, high = (f"{100 * getattr(row['final'], name):.2f}" for name in ("mean", "low", "high"))
-        ends = [mean if row["n"] == 1 else f"{mean} ({low} to {high})", f"{100 * row['holdout']:.2f}"]
+        ends = [mean if row["n"] == 1 else f"{mean} ({low} to {high})", f"{100 * row['holdout_mean']:.2f}"]
         costs = [f"{row[column] / size:.3g}".replace("nan", "–") for column in ("flops", "total_flops")]
         lines.append([f"`{case}`", f"`{arm}`", str(row["n"]), format_percent(row, "start"), *ends, *costs])
     return [*heads, f"{unit}, own", f"{unit}, with teacher's"], lines
