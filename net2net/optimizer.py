@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .fill.gather import gather
-from .fill.shares import entrywise
+from .fill.gather import entrywise, gather
 from .network import unwrap
 from .record import NEW, How, Origin, Record
 from .tensors import merge_groups, named_tensors

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from .attempts import Attempt, first_that_serves, list_attempts, restore_on_refusal
 from .equivalence import assert_equivalent
 from .errors import TransferError
-from .fill.calibrate import calibrate as measure_norms
 from .fill.fill import SPLITS, add_noise, fill
+from .fill.new_layers import calibrate as measure_norms
 from .network import Example, Inputs, unwrap
 from .optimizer import gradients, optimizer_state
 from .plan.names import Rename

@@ -9,8 +9,8 @@ from ..errors import TransferError
 from ..record import NEW, How, Origin, Record
 from ..tensors import computed, merge_groups, named_tensors, parametrised
 from .gather import gather
-from .identity import fill_new
 from .isometry import mix, mixing_matrix
+from .new_layers import fill_new
 
 SPLITS = ("equal", "uneven", "paired")
 

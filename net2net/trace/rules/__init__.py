@@ -9,7 +9,7 @@ arguments, `first_labels`, `spread`, `CannotFollow`, and the rules that fit whol
 from ..facts import Call, Labels
 from ..graph import Trace
 from ..units import spread
-from . import layers, norms, products, recurrent, rewrites, scales  # noqa: F401 (they register their rules)
+from . import layers, norms, recurrent, rewrites  # noqa: F401 (they register their rules)
 from .elementwise import pointwise
 from .movement import movement
 from .reductions import channelwise, lengthwise

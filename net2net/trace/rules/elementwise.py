@@ -1,5 +1,6 @@
 """Elementwise functions: the result carries its operands' units, and units that meet are one unit."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,9 +12,13 @@ from ...network import tensors_in
 from ..activations import NOTHING, Chain, Passage, Range, add_ranges, apply_gate, range_after
 from ..facts import Call, Key, Labels, Layer, LayerKind
 from ..graph import Trace
-from .registry import CannotFollow, factor_in, first_norm_of_sum, names, rule
-from .scales import LINEAR, ROLES, gain_of_result, record_scale
+from ..units import spread
+from .registry import CannotFollow, factor_in, first_labels, first_norm_of_sum, names, rule
 
+LINEAR = names("mul div neg to float double half bfloat16 dropout detach clone contiguous identity")
+HOMOGENEOUS = names("relu leaky_relu abs")  # f(kx) = k f(x) for k > 0
+SUMS = names("add sub where masked_fill")
+ROLES = {"mul": "factor", "add": "shift", "sub": "shift"}  # of a parameter with one entry for each unit
 ZERO_AT_ZERO = LINEAR | names("relu relu6 leaky_relu elu selu celu gelu silu mish tanh hardtanh hardswish abs")
 POINTWISE = """
     relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid hardtanh hardswish hardsigmoid softplus logsigmoid
@@ -95,7 +100,7 @@ def _combine(
         elif (labels := trace.labels(x)) is not None:
             units = trace.units.combine(units, labels.units.broadcast_to(shape), call)
             operands.append(labels)
-            scales |= record_scale(trace, call, x, operands[0])
+            scales |= _record_scale(trace, call, x, operands[0])
         elif any(not _is_uniform(x.reshape(padded), dim) for dim in shared):  # zeros, ones serve every width
             trace.units.pin(units, f"{call} joins it to a constant of its own width")
     return _Meeting(units, operands, scales, constants)
@@ -121,7 +126,7 @@ def _label_result(
         meeting.units,
         *labels,
         norms=meeting.scales,
-        gain=gain_of_result(trace, call, labels, [x.dtype for x in activations]),
+        gain=_gain_of_result(trace, call, labels, [x.dtype for x in activations]),
         linear=is_sum and all(each.linear for each in labels),
         after_norm=alone.after_norm if alone is not None and name in ZERO_AT_ZERO else None,
         first_norm=first_norm_of_sum(labels) if is_sum else None,
@@ -192,3 +197,50 @@ def blend(trace: Trace, call: Call) -> None:
     trace.label(call.out, replace(after, range=before.range if is_identity else None))
     if chains := trace.chains.get(before.passage.carrier or ""):
         chains.pop()  # a new layer does not meet the activation: a new blend has the amount zero
+
+
+def _gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes: Sequence[torch.dtype]) -> float:
+    """Return the number in front of an elementwise result of `operands`, the first of which are activations."""
+    # Where nothing that reads the result can undo the number, the trace notes it: both networks need the same there.
+    first = operands[0].gain
+    if call.plain in LINEAR and len(operands) == 1:
+        absorbed = operands[0].result_of in trace.seen_as.scale_absorbed
+        return first if absorbed else first * factor_in(trace, call)
+    if call.plain == "mul":
+        return math.prod(labels.gain for labels in operands)
+    if call.plain in HOMOGENEOUS and len(operands) == 1 and first > 0:
+        return first
+    # A mask has no size.
+    gains = {labels.gain for labels, dtype in zip(operands, dtypes, strict=False) if dtype != torch.bool}
+    alone = len(operands) == len(dtypes) == len(call.tensors)
+    numbers = [x for x in call.args if isinstance(x, (int, float)) and not isinstance(x, bool)]
+    if gains != {1.0} and not (call.plain in ("add", "sub") and len(gains) == 1 and alone and not numbers):
+        scaled = [labels for labels in operands if labels.gain != 1.0]
+        units = torch.cat([torch.unique(trace.units.drop_repeats(labels.units)) for labels in scaled])
+        key = trace.units.key(f"number before {call.plain}", call.module)
+        trace.fixed_gains[key] = (tuple(labels.gain for labels in scaled), units, str(call))
+    # A sum keeps the number beside what is added: softmax asks for it.
+    return gains.pop() if call.plain in SUMS and len(gains) == 1 else 1.0
+
+
+def _record_scale(trace: Trace, call: Call, parameter: Tensor, labels: Labels) -> set[str]:
+    """Record a parameter with one entry for each unit, such as layer scale; return its name, if it is one."""
+    name, role = trace.parameters.name_of(parameter), ROLES.get(call.plain)
+    if name is None or role is None:
+        return set()
+    trace.add(Layer(LayerKind.SCALE, name, {role: name}, None, labels.sources, labels.norms_since))
+    return {name}
+
+
+@rule("prelu")
+def prelu(trace: Trace, call: Call) -> None:
+    """Learned slopes: one for all units, or one for each unit along axis 1."""
+    x, weight = call.args[0], call.arg(1, "weight")
+    labels, slopes = first_labels(trace, call), trace.labels(weight)
+    units = labels.units
+    if slopes is not None:
+        units = trace.units.combine(units, spread(slopes.units, 1 if x.dim() > 1 else 0, x.shape), call)
+    name = trace.parameters.name_of(weight)
+    if name is not None:
+        trace.add(Layer(LayerKind.SCALE, name, {"slope": name}, None, labels.sources, labels.norms_since))
+    trace.label(call.out, Labels.of(units, labels, norms=[name] if name else (), after_norm=labels.after_norm))
