@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import TransferError
 from ..record import MEAN, NEW, ZERO, Axis
 from ..trace.facts import Layer
-from ..trace.graph import Trace
+from ..trace.units import rank
 from .plan import Plan
 from .sign_pairs import signs
 
@@ -17,13 +17,6 @@ def merged_groups(plan: Plan, theirs: str) -> tuple[int, int]:
     """Return how many groups a layer of the teacher has, and how many of them are one in the student."""
     times = plan.teacher.seen_as.merged_groups.get(theirs, 1)
     return (plan.teacher.layers[theirs].options["groups"], times) if times > 1 else (1, 1)
-
-
-def labels_of(trace: Trace, name: str, dim: int) -> Tensor | None:
-    """Return the labels of a tensor's axis; of one inside groups those of every group in turn."""
-    if name in trace.parameters.inner and dim == 1:
-        return trace.parameters.inner[name][0]
-    return trace.parameters.axes[name][dim] if name in trace.parameters.axes else None
 
 
 def unit_axis(
@@ -123,16 +116,6 @@ def _number_parts(roots: Tensor, apart: Tensor) -> Tensor:
     return numbers
 
 
-def rank(values: Tensor) -> Tensor:
-    """Count how often each entry's value has occurred before it."""
-    order = torch.argsort(values, stable=True)
-    ordered = values[order]
-    start = torch.searchsorted(ordered, ordered)
-    counts = torch.empty_like(values)
-    counts[order] = torch.arange(len(values)) - start
-    return counts
-
-
 def _number_means(plan: Plan, index: Tensor, roots: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the index with a code for every mean, and the teacher's entries that each code is the mean of."""
     # The k-th entry of a unit holds the mean of the k-th entries of the units that it is the mean of.
@@ -197,10 +180,10 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
 
 def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:
     """Return the axis of a kernel of other `sizes` (mine, theirs), with the teacher's taps at the same places."""
-    here, there = (_along(each, size, dim) for each, size in zip((layer, other), sizes, strict=True))
+    here, there = (kernel_options(each, size, dim) for each, size in zip((layer, other), sizes, strict=True))
     if here == there:
         return None
-    (mine, shorter), (theirs, shorter_there) = _tap_places(**here), _tap_places(**there)
+    (mine, shorter), (theirs, shorter_there) = tap_places(**here), tap_places(**there)
     resized = shorter != shorter_there and here["stride"] == 1 and not layer.options["transposed"]
     if set(theirs) - set(mine) or resized or here["stride"] != there["stride"]:
         text = "{taps} taps, padding {padding}, stride {stride}, dilation {dilation}"
@@ -212,18 +195,17 @@ def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) ->
     return make_axis(torch.tensor([where.get(place, ZERO) for place in mine]), True)
 
 
-def _along(layer: Layer, taps: int, dim: int) -> dict[str, Any]:
+def kernel_options(layer: Layer, taps: int, dim: int) -> dict[str, Any]:
     """Return the options of a kernel along one axis."""
     options = {what: layer.options.get(what, 1) for what in ("stride", "dilation", "padding", "outer")}
     return {"taps": taps} | {what: o[dim] if isinstance(o, (tuple, list)) else o for what, o in options.items()}
 
 
-def _tap_places(
-    taps: int, dilation: int, padding: int | str, outer: tuple[int, int], **_: Any
-) -> tuple[list[int], int]:
+def tap_places(taps: int, dilation: int, padding: int | str, outer: tuple[int, int], **_: Any) -> tuple[list[int], int]:
     """Return where each tap of a kernel looks, and by how much its result is shorter than its input."""
-    shorter = 0 if padding == "same" else dilation * (taps - 1) - 2 * (padding if isinstance(padding, int) else 0)
+    reach = dilation * (taps - 1)
     if isinstance(padding, str):
-        padding = dilation * (taps - 1) // 2 if padding == "same" else 0
-    before, behind = outer
-    return [tap * dilation - padding - before for tap in range(taps)], shorter - before - behind
+        before, around = (reach // 2, reach) if padding == "same" else (0, 0)
+    else:
+        before, around = padding, 2 * padding
+    return [tap * dilation - before - outer[0] for tap in range(taps)], reach - around - sum(outer)

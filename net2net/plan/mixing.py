@@ -18,7 +18,7 @@ from ..errors import used_differently
 from ..record import Matrix, Mixed
 from ..trace.facts import NO_NORM, Layer, LayerKind, Norm, NormKind
 from ..trace.graph import Trace
-from ..trace.units import in_order
+from ..trace.units import in_order, rank
 from .traces import Networks
 
 TensorNames = tuple[str | None, str | None]  # of the weight and the bias of a norm
@@ -84,9 +84,11 @@ def _can_rotate(networks: Networks, stream: Stream, behind: dict[str, Norm], pas
     elsewhere += [labels for pair in networks.student_units.relations.values() for labels in pair]
     elsewhere += [*(c.left for c in trace.contractions), *(labels for labels, _ in networks.student_units.pinned)]
     elsewhere += [norm.units for norm in trace.norms if norm.kind != NormKind.LAYER or norm.name not in every]
+    affine = [(name, norm) for norm in every.values() for name in norm.tensors.values()]
     return (
         not any(on(labels) for labels in elsewhere)
-        and all(_sees_one_row(networks, stream, norm) for norm in every.values())
+        and all(len(norm.units) == 1 and _even(stream, roots[norm.units]) for norm in every.values())
+        and all(trace.parameters.tensors[name].shape == norm.units.shape[1:] for name, norm in affine)
         and all(
             layer.name in every if layer.kind == LayerKind.NORM else _is_linear(networks, stream, layer, behind)
             for layer in layers
@@ -99,13 +101,6 @@ def _even(stream: Stream, roots: Tensor) -> bool:
     """Tell whether the roots are the channels of the stream, each equally often."""
     found, times = torch.unique(roots, return_counts=True)
     return torch.equal(found, torch.unique(stream.units)) and len(torch.unique(times)) == 1
-
-
-def _sees_one_row(networks: Networks, stream: Stream, norm: Norm) -> bool:
-    """Tell whether a norm sees one row of the channels, and has an entry for each."""
-    shapes = {tuple(networks.student.parameters.tensors[name].shape) for name in norm.tensors.values()}
-    one = len(norm.units) == 1 and _even(stream, networks.student_roots[norm.units])
-    return one and shapes <= {(norm.units.shape[1],)}
 
 
 def _is_linear(networks: Networks, stream: Stream, layer: Layer, behind: dict[str, Norm]) -> bool:
@@ -133,9 +128,8 @@ def find_rotations(networks: Networks, streams: list[Stream]) -> dict[str, tuple
         for layer in networks.student.layers.values():
             for name, dim, how, norm in _list_rotations(networks, stream, layer):
                 if (other := networks.names[name]) is not None:
-                    mine = networks.student_roots[_labels(networks.student, name, dim)]
-                    theirs = networks.teacher_roots[_labels(networks.teacher, other, dim)]
-                    rows, columns = _channels(mine, stream.units, name), _channels(theirs, stream.theirs, name)
+                    rows = _channels(networks.student, networks.student_roots, (name, dim), stream.units)
+                    columns = _channels(networks.teacher, networks.teacher_roots, (other, dim), stream.theirs)
                     widths = len(stream.theirs), len(stream.units)
                     found[name] += (Mixed(dim, how, stream.begins, widths, norm, rows, columns),)
     return dict(found)
@@ -165,25 +159,11 @@ def _list_rotations(networks: Networks, stream: Stream, layer: Layer) -> Iterato
             yield layer.name, read_axis[layer.name], Matrix.BEHIND, affine
 
 
-def _labels(trace: Trace, name: str, dim: int) -> Tensor:
-    """Return the labels of one axis of a tensor, or of the elements of a norm's."""
-    if name in trace.parameters.values:
-        return trace.parameters.values[name]
-    labels = trace.parameters.axes[name][dim] if name in trace.parameters.axes else None
-    if labels is None:
-        raise used_differently(name)
-    return labels
-
-
-def _channels(roots: Tensor, channels: Tensor, name: str) -> Tensor:
-    """Return every entry's channel; a channel's second entry is that of the second position."""
+def _channels(trace: Trace, roots: Tensor, axis: tuple[str, int], channels: Tensor) -> Tensor:
+    """Return the channel of every entry of an axis; a channel's second entry is that of the second position."""
+    name, dim = axis
+    labels = trace.parameters.values.get(name, trace.parameters.axis_labels(name, dim))
     place = {root: k for k, root in enumerate(channels.tolist())}
-    seen = torch.zeros(len(place), dtype=torch.long)
-    found = []
-    for root in roots.tolist():
-        if root not in place:
-            raise used_differently(name)
-        k = place[root]
-        found.append(k + len(place) * int(seen[k]))
-        seen[k] += 1
-    return torch.tensor(found)
+    if labels is None or not place.keys() >= set(roots[labels].tolist()):
+        raise used_differently(name)
+    return torch.tensor([place[root] for root in roots[labels].tolist()]) + len(place) * rank(roots[labels])

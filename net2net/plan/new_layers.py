@@ -8,6 +8,7 @@ from ..errors import TransferError
 from ..record import Fill, How, Origin
 from ..trace.activations import largest_change
 from ..trace.facts import Layer, LayerKind
+from .axes import kernel_options, tap_places
 from .plan import Plan
 
 _NEUTRAL = {"factor": Fill.ONE, "slope": Fill.ONE, "taps": Fill.TAP}  # by role; bias, shift and amount are zero
@@ -55,28 +56,18 @@ def _check_activations(plan: Plan, layer: Layer) -> None:
 
 def _check_kernel(layer: Layer, kernel: tuple[int, ...]) -> None:
     """Raise TransferError if a kernel cannot hand on every place as it is."""
-    stride, why = layer.options.get("stride", 1), None
+    along = [kernel_options(layer, taps, dim) for dim, taps in enumerate(kernel)]
+    why = None
     if layer.options.get("transposed"):
         why = "it is a transposed convolution"
-    elif any(s != 1 for s in (stride if isinstance(stride, (tuple, list)) else [stride])):
-        why = f"its stride is {stride}, not 1"
-    elif any(k % 2 == 0 for k in kernel):
+    elif any(options["stride"] != 1 for options in along):
+        why = f"its stride is {layer.options['stride']}, not 1"
+    elif any(taps % 2 == 0 for taps in kernel):
         why = f"its kernel {kernel} is even and has no centre"
-    elif kernel and not _keeps_size(layer, kernel):
+    elif any(places[len(places) // 2] or shorter for places, shorter in (tap_places(**options) for options in along)):
         why = f"its padding {layer.options['padding']} does not keep the size under a kernel of {kernel}"
     if why is not None:
         raise TransferError(f"The new layer {layer.name} cannot be an identity: {why}.")
-
-
-def _keeps_size(layer: Layer, kernel: tuple[int, ...]) -> bool:
-    """Tell whether the result of a convolution is as large as its input."""
-    padding, dilation = layer.options["padding"], layer.options["dilation"]
-    if isinstance(padding, str):
-        return padding == "same"
-    paddings = padding if isinstance(padding, (tuple, list)) else (padding,) * len(kernel)
-    dilations = dilation if isinstance(dilation, (tuple, list)) else (dilation,) * len(kernel)
-    around = zip(paddings, dilations, kernel, layer.options["outer"], strict=True)
-    return all(2 * (p + outer) == d * (k - 1) for p, d, k, both in around for outer in both)
 
 
 def new_origins(plan: Plan) -> dict[str, Origin]:

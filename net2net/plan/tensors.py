@@ -9,7 +9,7 @@ from ..errors import TransferError, used_differently
 from ..record import NEW, ZERO, Axis, Fill, How, Origin, Record
 from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.facts import Layer, LayerKind
-from .axes import kernel_axis, labels_of, make_axis, merged_groups, passed_entries, reading_axis, unit_axis
+from .axes import kernel_axis, make_axis, merged_groups, passed_entries, reading_axis, unit_axis
 from .new_layers import densify, new_origins
 from .plan import Plan
 from .sign_pairs import signs
@@ -98,7 +98,7 @@ def shared_origin(plan: Plan, name: str) -> Origin:
         return Origin(How.SHARED, theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=rotations)
     axes, rows = {}, None
     for dim in range(mine.dim()):
-        units, source = labels_of(plan.student, name, dim), labels_of(plan.teacher, theirs, dim)
+        units, source = student.axis_labels(name, dim), teacher.axis_labels(theirs, dim)
         if units is not None and source is not None:
             axes[dim], scaled = unit_axis(plan, name, (units, source), dim, student.read_axis.get(name) == dim)
             rows = scaled if dim == 0 else rows

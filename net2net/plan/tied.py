@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..errors import TransferError
 from ..record import NEW, Axis, Origin
 from ..trace.facts import Layer, LayerKind
-from .axes import labels_of, unit_axis
+from .axes import unit_axis
 from .plan import Plan
 
 
@@ -54,7 +54,7 @@ def _embedding_axis(plan: Plan, name: str) -> Axis:
     """Return the axis of a tied table as an embedding: the norm before the reader turns what pads it into zero."""
     dim, theirs = plan.student.parameters.read_axis[name], plan.names[name]
     assert theirs is not None
-    units, source = labels_of(plan.student, name, dim), labels_of(plan.teacher, theirs, dim)
+    units, source = plan.student.parameters.axes[name][dim], plan.teacher.parameters.axes[theirs][dim]
     assert units is not None and source is not None
     axis, _ = unit_axis(plan, name, (units, source), dim, False)
     if bool((axis.index == NEW).any()):

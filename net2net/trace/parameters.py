@@ -105,6 +105,12 @@ class Parameters:
             self._units.unite(units, part)
         return part
 
+    def axis_labels(self, name: str, dim: int) -> Tensor | None:
+        """Return the labels of a tensor's axis; of one inside groups those of every group in turn."""
+        if name in self.inner and dim == 1:
+            return self.inner[name][0]
+        return self.axes[name][dim] if name in self.axes else None
+
     def inside(self, name: str, groups: int, units: Tensor | None = None) -> Tensor:
         """Let axis 1 of the tensor `name` carry `units`, one row of them for each of its groups; return the labels."""
         if name not in self.inner:

@@ -186,6 +186,15 @@ def in_order(values: Tensor) -> Tensor:
     return torch.tensor(list(dict.fromkeys(values.tolist())), dtype=torch.long)
 
 
+def rank(values: Tensor) -> Tensor:
+    """Count how often each entry's value has occurred before it."""
+    order = torch.argsort(values, stable=True)
+    ordered = values[order]
+    counts = torch.empty_like(values)
+    counts[order] = torch.arange(len(values)) - torch.searchsorted(ordered, ordered)
+    return counts
+
+
 def compact(units: Tensor) -> Tensor:
     """Return the same labels with length 1 on the axes along which they are repeated in memory."""
     return units[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in units.stride())]
