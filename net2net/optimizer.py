@@ -61,9 +61,8 @@ def _carry(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor
     in_pairs = any(axis.reads and axis.signed for axis in origin.axes.values())
     if origin.tied or averaged or in_pairs or origin.turn is not None or origin.mixed:
         return unknown
-    axes = {
-        dim: replace(axis, index=axis.index.clamp(min=NEW), reads=False, means=()) for dim, axis in origin.axes.items()
-    }
+    written = {dim: axis.index.clamp(min=NEW) for dim, axis in origin.axes.items()}
+    axes = {dim: replace(origin.axes[dim], index=index, reads=False, means=()) for dim, index in written.items()}
     plain = Origin(How.SHARED, origin.teacher, axes, origin.flat)
     value = gather(source, unknown, plain, torch.Generator(), "equal")
     shape = value.shape

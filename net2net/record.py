@@ -194,30 +194,21 @@ def read_record(path: str | Path) -> Record:
         raise TransferError(f"{path} is no record of a transfer: {error}") from error
 
 
-def _origin(
-    how: str, fill: str, axes: dict, of: list, rows: list | None, merged: list, mixed: Sequence[dict] = (), **rest
-) -> Origin:
+def _origin(axes: dict, rows: list | None, mixed: Sequence[dict] = (), **rest) -> Origin:
     """Return an origin from its JSON."""
-    return Origin(
-        How(how),
-        fill=Fill(fill),
-        axes={int(dim): _axis(**axis) for dim, axis in axes.items()},
-        of=(of[0], of[1]),
-        rows=None if rows is None else torch.tensor(rows, dtype=torch.double),
-        merged=(merged[0], merged[1]),
-        mixed=tuple(_mixed(**one) for one in mixed),
-        **rest,
-    )
+    rest |= {"how": How(rest["how"]), "fill": Fill(rest["fill"])}
+    rest |= {name: tuple(rest[name]) for name in ("of", "merged")}
+    rest |= {"rows": None if rows is None else torch.tensor(rows, dtype=torch.double)}
+    axes = {int(dim): _axis(**axis) for dim, axis in axes.items()}
+    return Origin(axes=axes, mixed=tuple(_mixed(**one) for one in mixed), **rest)
 
 
 def _mixed(how: str, widths: list, norm: list, rows: list, columns: list, **rest) -> Mixed:
-    """Return a rotated axis from its JSON."""
     places = {"rows": torch.tensor(rows), "columns": torch.tensor(columns)}
     return Mixed(how=Matrix(how), widths=(widths[0], widths[1]), norm=(norm[0], norm[1]), **places, **rest)
 
 
 def _axis(index: list, first: list, share: list, means: list, **rest) -> Axis:
-    """Return an axis from its JSON."""
     return Axis(
         torch.tensor(index, dtype=torch.long),
         torch.tensor(first, dtype=torch.bool),

@@ -17,30 +17,23 @@ def look_trained(model: nn.Module, images: Tensor | None = None, seed: int = 0) 
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        _disturb(parameter, generator)
+        noise = _draw(torch.randn, parameter, generator)
+        if parameter.numel() == max(parameter.shape, default=1):
+            positive = bool((parameter > 0).all())  # it may have to stay so, as a variance or a logarithm's base must
+            parameter *= 0.5 + _draw(torch.rand, parameter, generator)
+            parameter += 0.3 * (noise.abs() if positive else noise)
+        elif not parameter.any():  # a matrix of zeros would hide all that precedes it
+            parameter += noise / parameter[0].numel() ** 0.5
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_var is not None]
     for norm in norms:
         _disturb_statistics(norm, generator)
     model.eval()
     if images is not None:
-        hooks = [
-            norm.register_forward_pre_hook(lambda norm, inputs: _measure(norm, inputs[0], generator)) for norm in norms
-        ]
+        hooks = [norm.register_forward_pre_hook(lambda n, x: _measure(n, x[0], generator)) for norm in norms]
         model(images)
         for hook in hooks:
             hook.remove()
     return model
-
-
-def _disturb(parameter: Tensor, generator: torch.Generator) -> None:
-    """Change a vector away from its constant, and replace a matrix of zeros, which would hide all that precedes it."""
-    noise = _draw(torch.randn, parameter, generator)
-    if parameter.numel() == max(parameter.shape, default=1):
-        positive = bool((parameter > 0).all())  # it may have to stay so, as a variance or a logarithm's base must
-        parameter *= 0.5 + _draw(torch.rand, parameter, generator)
-        parameter += 0.3 * (noise.abs() if positive else noise)
-    elif not parameter.any():
-        parameter += noise / parameter[0].numel() ** 0.5
 
 
 def _measure(norm: nn.Module, values: Tensor, generator: torch.Generator) -> None:
@@ -54,7 +47,6 @@ def _measure(norm: nn.Module, values: Tensor, generator: torch.Generator) -> Non
 
 
 def _disturb_statistics(norm: _BatchNorm, generator: torch.Generator) -> None:
-    """Shift the running mean and scale the running variance by random amounts."""
     assert norm.running_mean is not None and norm.running_var is not None
     mean, var = norm.running_mean, norm.running_var
     mean += 0.3 * var.sqrt() * _draw(torch.randn, mean, generator)
@@ -62,5 +54,4 @@ def _disturb_statistics(norm: _BatchNorm, generator: torch.Generator) -> None:
 
 
 def _draw(distribution: Callable[..., Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a tensor of the shape, type and device of `like`."""
     return distribution(like.shape, generator=generator, dtype=like.dtype).to(like.device)

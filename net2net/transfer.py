@@ -51,7 +51,6 @@ class Transfer(Record):
         optimizer_state(self, old, new, *self._networks())
 
     def _networks(self) -> tuple[nn.Module, nn.Module]:
-        """Return the teacher and the student, or raise TransferError."""
         teacher, student = (None, None) if self.models is None else (ref() for ref in self.models)
         if teacher is None or student is None:
             raise TransferError("This record knows of no networks: say which by record.of(teacher, student).")
@@ -203,9 +202,8 @@ def replay(record: Record, teacher: nn.Module, student: nn.Module) -> None:
         mine = {name: tuple(tensor.shape) for name, tensor in named_tensors(unwrap(model)).items()}
         if mine != theirs:
             name = next(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-            raise TransferError(
-                f"The record is of another {which}: {name} is {mine.get(name)} here, {theirs.get(name)} there."
-            )
+            here, there = mine.get(name), theirs.get(name)
+            raise TransferError(f"The record is of another {which}: {name} is {here} here, {there} there.")
     try:
         fill(unwrap(teacher), unwrap(student), record)
     except (KeyError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
@@ -213,7 +211,6 @@ def replay(record: Record, teacher: nn.Module, student: nn.Module) -> None:
 
 
 def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split: str, depth: str) -> None:
-    """Raise TransferError if an argument of `transfer` is not one that it knows."""
     if not 0 <= noise < math.inf:
         raise TransferError(f"The noise is {noise}: it is a standard deviation, a number of 0 or more.")
     if split not in SPLITS:
@@ -225,6 +222,5 @@ def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split
 
 
 def _plan(traces: Traces, attempt: Attempt, generator: torch.Generator) -> Plan:
-    """Return the plan of one attempt."""
     pair = traces.comparable(attempt.rename, attempt.absorb)
     return make_plan(pair, attempt.rename, generator, attempt.passing_all, attempt.in_pairs)

@@ -94,9 +94,7 @@ def _result_of(traced: Trace, name: str) -> tuple[int, int]:
     if labels is not None:
         axes = [dim for dim, size in enumerate(traced.units.drop_repeats(labels.units).shape) if size > 1]
     if labels is None or len(axes) != 1:
-        raise TransferError(
-            f"The result of {name} is not one tensor with one axis of units: no layer can stand behind it."
-        )
+        raise TransferError(f"No layer can stand behind {name}: its result is not one tensor with one axis of units.")
     (axis,), rank = axes, labels.units.dim()
     if axis not in (1, rank - 1):
         raise TransferError(f"The units of {name} are on axis {axis}: a layer behind it wants them on axis 1, or last.")
@@ -104,7 +102,6 @@ def _result_of(traced: Trace, name: str) -> tuple[int, int]:
 
 
 def _layer(units: int, dims: int) -> nn.Module:
-    """Make a linear layer, or a convolution of kernel 3 that keeps the size."""
     if dims == 0:
         return nn.Linear(units, units)
     return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](units, units, 3, padding=1)

@@ -1,7 +1,7 @@
 """The unit groups of a network: which layers grow together, how wide they are, and what holds them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +60,6 @@ class Description:
 
 
 def _list_some(names: tuple[str, ...], most: int = 3) -> str:
-    """List the first names, and count the others."""
     shown = ", ".join(names[:most])
     return f"{shown} +{len(names) - most}" if len(names) > most else shown
 
@@ -99,7 +98,12 @@ def describe_trace(traced: Trace) -> Description:
     for layer in layers:
         members[int(number[roots[layer.produces]][0])].append(layer)
     readers = _collect(((layer.reads, layer.module) for layer in layers if layer.reads is not None), number[roots])
-    carriers = _collect(_list_carriers(traced, {layer.name for layer in layers}), number[roots])
+    # Tensors with an entry for each unit, of layers that produce none.
+    entries = {name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None}
+    entries = (entries | traced.parameters.values).items()
+    producers = {layer.name for layer in layers}
+    held = ((units, name.rpartition(".")[0] or name) for name, units in entries if name not in producers)
+    carriers = _collect(held, number[roots])
     seen = [(n.units, n.module or "in the network", n.kind) for n in traced.norms if n.kind != NormKind.EXTREME]
     kinds = {NormKind.MEAN: "mean"}
     norms = _collect(((units, f"{kinds.get(kind, 'norm')} {where}") for units, where, kind in seen), roots)
@@ -130,14 +134,6 @@ def _collect(pairs: Iterable[tuple[Tensor, str]], number: Tensor) -> dict[int, d
         for k in torch.unique(number[labels]).tolist():
             found[k][name] = None
     return found
-
-
-def _list_carriers(traced: Trace, producers: set[str]) -> Iterator[tuple[Tensor, str]]:
-    """List the tensors that have an entry for each unit and produce none: those units, and the module."""
-    axes = {name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None}
-    for name, labels in (axes | traced.parameters.values).items():
-        if name not in producers:
-            yield labels, name.rpartition(".")[0] or name
 
 
 def _width(traced: Trace, layer: Layer) -> int:

@@ -84,9 +84,8 @@ def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
     try:
         copied = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError) as error:
-        raise TransferError(
-            f"{type(model).__name__} cannot be copied: {error}. Make the larger one yourself, and use net2net.transfer."
-        ) from error
+        why = f"{type(model).__name__} cannot be copied: {error}"
+        raise TransferError(f"{why}. Make the larger one yourself, and use net2net.transfer.") from error
     for place in [place for place, held in vars(copied).items() if isinstance(held, Record)]:
         del copied.__dict__[place]
     theirs = dict(model.named_parameters())
@@ -104,7 +103,6 @@ def attach_record(grown: nn.Module, record: Record) -> None:
 
 
 def _set_parametrised(module: nn.Module, weight: str, value: Tensor, name: str) -> None:
-    """Set a parametrised weight to a value of another shape."""
     refuse_spectral_norm(module, weight, name)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns that buffers are resized
@@ -176,7 +174,6 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
 
 
 def _set_channels(module: _ConvNd, shape: torch.Size, old: torch.Size) -> None:
-    """Let the channels and groups of a convolution follow its weight."""
     first, second = module.out_channels, module.in_channels  # of axis 0, and of axis 1 in all groups
     if module.transposed:
         first, second = second, first

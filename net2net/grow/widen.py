@@ -62,9 +62,8 @@ def widen(
     state = (generator or torch.Generator().manual_seed(0)).get_state()
 
     def grow(factors: Factors, follow_all: bool = False) -> nn.Module:
-        copied, put_back = _make_runnable(
-            model, inputs, traced, count_copies(traced, parts, factors), follow_all=follow_all
-        )
+        count = count_copies(traced, parts, factors)
+        copied, put_back = _make_runnable(model, inputs, traced, count, follow_all=follow_all)
         draws = torch.Generator()
         draws.set_state(state)
         try:
@@ -87,9 +86,8 @@ def widen(
     free = [k for k, group in enumerate(description.groups) if group.free]
     if widths < 1 or not free:
         why = "; ".join(f"{group.layers[0]}: {group.state}" for group in description.groups[:5])
-        raise TransferError(
-            f"No width of {type(model).__name__} is free to grow by {widths}: {why or 'it has no layers'}."
-        )
+        name = type(model).__name__
+        raise TransferError(f"No width of {name} is free to grow by {widths}: {why or 'it has no layers'}.")
     runnable, _ = _grow_most(try_shapes, dict.fromkeys(free, float(widths)))  # a width in the code itself stays
     return _grow_most(grow, runnable)[1]
 
@@ -112,7 +110,6 @@ def _make_runnable(
 
 
 def _check_width(width: object, what: str) -> None:
-    """Raise TransferError if a width is no positive number."""
     if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < float("inf"):
         raise TransferError(f"{width!r} is no width for {what}: give a factor (a float) or a number of units (an int).")
 

@@ -9,8 +9,7 @@ from ..errors import TransferError
 from ..record import MEAN, NEW, ZERO, Axis
 from ..trace.facts import Layer
 from ..trace.units import rank
-from .plan import Plan
-from .sign_pairs import signs
+from .plan import Labels, Plan
 
 
 def merged_groups(plan: Plan, theirs: str) -> tuple[int, int]:
@@ -19,9 +18,7 @@ def merged_groups(plan: Plan, theirs: str) -> tuple[int, int]:
     return (plan.teacher.layers[theirs].options["groups"], times) if times > 1 else (1, 1)
 
 
-def unit_axis(
-    plan: Plan, name: str, labels: tuple[Tensor, Tensor], dim: int, reads: bool
-) -> tuple[Axis, Tensor | None]:
+def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> tuple[Axis, Tensor | None]:
     """Return one axis of a tensor that both networks have, of these labels (mine, theirs), and each entry's factor."""
     units, source = labels
     inner = plan.student.parameters.inner.get(name)
@@ -157,7 +154,6 @@ def _match_inside(plan: Plan, name: str, units: Tensor, source: Tensor, groups: 
 
 
 def _check_complete(name: str, index: Tensor, entries: int, dim: int) -> None:
-    """Raise TransferError if an entry of the teacher's is lost."""
     if lost := entries - len(torch.unique(index[index >= 0])):
         raise TransferError(
             f"{name} has no counterpart of {lost} of the {entries} units that the teacher's has on axis {dim}: the "
@@ -176,6 +172,16 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
             f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more "
             f"than its teacher. They move as a whole{why}."
         )
+
+
+def signs(patterns: Tensor, activation: int | None = None) -> Tensor:
+    """Return every unit's sign (from a bit for each activation) before one activation, or the product over all."""
+    if activation is not None:
+        return 1.0 - 2.0 * (patterns >> activation & 1).double()
+    product = torch.ones(len(patterns), dtype=torch.double)
+    for k in range(int(patterns.max()).bit_length()):
+        product = product * signs(patterns, k)
+    return product
 
 
 def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:

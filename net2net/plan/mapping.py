@@ -89,7 +89,6 @@ def map_units(
 
 
 def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
-    """Find what the units of the student, and of the teacher, are tied to."""
     mine: Owners = defaultdict(dict)
     theirs: Owners = defaultdict(dict)
     roots, teacher_roots = networks.student_roots, networks.teacher_roots
@@ -143,19 +142,15 @@ def _find_families(unit_map: UnitMap) -> list[Family]:
     found = []
     for key, pair in pairs.items():
         (mine, theirs), name = pair, key.where or "the network"
-        levels, teacher_levels = (_levels(*each) for each in zip(pair, unit_map.ties, strict=True))
+        levels, teacher_levels = (
+            torch.tensor([_level(unit, ties.owners) for unit in units.tolist()], dtype=torch.long)
+            for units, ties in zip(pair, unit_map.ties, strict=True)
+        )
         for level in torch.unique(levels).tolist():
             # Behind a new layer the student's units may belong to nothing where the teacher's do.
             same = theirs[teacher_levels == level]
             found.append(Family(name, mine[levels == level], same if len(same) else theirs, level, len(mine)))
     return found
-
-
-def _levels(units: Tensor, ties: Ties) -> Tensor:
-    """Return how many units above it each unit belongs to."""
-    if not ties.owners:
-        return torch.zeros_like(units)
-    return torch.tensor([_level(unit, ties.owners) for unit in units.tolist()])
 
 
 def _level(unit: int, owners: Owners, below: tuple[int, ...] = ()) -> int:
@@ -206,10 +201,8 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
         free = in_order(mine[unit_map.g[mine] == NEW])
         missing = in_order(theirs[~torch.isin(theirs, unit_map.g[mine])])
         if len(free) < len(missing):
-            raise TransferError(
-                f"The student joins units of {family.name} with units that the teacher keeps apart, "
-                "so no mapping of units serves both."
-            )
+            joined = f"The student joins units of {family.name} with units that the teacher keeps apart"
+            raise TransferError(f"{joined}, so no mapping of units serves both.")
         unit_map.g[free[: len(missing)]] = missing
 
 
@@ -264,12 +257,9 @@ def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
 
 
 def _check_copies(unit_map: UnitMap, mine: Tensor, theirs: Tensor, name: str) -> None:
-    """Raise TransferError if one of the units copies a unit that is not one of `theirs`."""
     if not bool((torch.isin(unit_map.g[mine], theirs) | (unit_map.g[mine] < 0)).all()):
-        raise TransferError(
-            f"Units of {name} meet units of another layer that copy another teacher unit; "
-            "the teacher joins these layers differently."
-        )
+        meet = f"Units of {name} meet units of another layer that copy another teacher unit"
+        raise TransferError(f"{meet}; the teacher joins these layers differently.")
 
 
 def _check_family(unit_map: UnitMap, family: Family) -> None:

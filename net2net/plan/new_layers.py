@@ -24,10 +24,8 @@ def check_identities(plan: Plan) -> None:
                 "mean away: no weight brings it back. Put it into a branch of its own."
             )
         if layer.kind == LayerKind.NORM and not layer.tensors.keys() >= {"weight", "mean"}:
-            raise TransferError(
-                f"The new batch norm {layer.name} cannot undo its own normalisation: it has no affine parameters or no "
-                "running statistics."
-            )
+            why = "it has no affine parameters or no running statistics"
+            raise TransferError(f"The new batch norm {layer.name} cannot undo its own normalisation: {why}.")
         if layer.kind == LayerKind.MIX or "taps" in layer.tensors:
             _check_activations(plan, layer)
             _check_kernel(layer, tuple(plan.student.parameters.tensors[name].shape[2:]))
@@ -55,7 +53,6 @@ def _check_activations(plan: Plan, layer: Layer) -> None:
 
 
 def _check_kernel(layer: Layer, kernel: tuple[int, ...]) -> None:
-    """Raise TransferError if a kernel cannot hand on every place as it is."""
     along = [kernel_options(layer, taps, dim) for dim, taps in enumerate(kernel)]
     why = None
     if layer.options.get("transposed"):

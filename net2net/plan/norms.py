@@ -69,7 +69,6 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
 
 
 def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:
-    """Return the error of a norm that sees other units than its teacher's."""
     needs = "the mean over all units, which stays what it is only if each is copied equally often"
     if norm.kind == NormKind.EXTREME:
         needs = "the largest or smallest of all units, and some are new here"

@@ -15,9 +15,10 @@ from .mapping import map_units
 from .mixing import find_rotations, find_streams
 from .names import Rename, key_converter, teacher_names
 from .norms import adjust_norms, norm_kinds
-from .roles import Roles, assign_roles, unite_passed
-from .sign_pairs import find_sign_pairs
+from .roles import Roles, assign_roles, find_sign_pairs, unite_passed
 from .traces import Networks
+
+Labels = tuple[Tensor, Tensor]  # of one axis in the student and in the teacher
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class Plan(Networks):
     patterns: Tensor  # of the units of those layers, a bit for the sign before each activation
     rotations: dict[str, tuple[Mixed, ...]]  # tensors on rotated streams, and which of their axes are rotated how
     # A memo: the four tensors of a batch norm carry the same labels. Keys are the ids of labels, which it keeps alive.
-    producing_axes: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], Axis, Tensor | None]] = field(
-        default_factory=dict
-    )
+    producing_axes: dict[tuple[int, int], tuple[Labels, Axis, Tensor | None]] = field(default_factory=dict)
 
     @cached_property
     def copies(self) -> Tensor:

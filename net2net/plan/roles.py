@@ -1,8 +1,16 @@
-"""What each layer that the teacher lacks becomes: an identity, a branch that adds zero, or one with fresh weights."""
+"""What each layer that the teacher lacks becomes: an identity, a branch that adds zero, or one with fresh weights.
+
+An activation that is not idempotent lets no single unit through an identity. Where f(x) - f(-x) = slope * x for every x
+(SiLU, GELU, hard swish, softplus, ReLU, leaky ReLU), a sign pair passes: a new layer of twice the width produces a unit
+and its negative, and the layer that reads them takes the difference. Behind a second activation it takes four. A gate
+(squeeze-excite) whose last layer gives zeros is one number for all inputs, which the next layer undoes.
+"""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from ..errors import TransferError
+from ..trace.activations import Bends
 from ..trace.facts import Layer, LayerKind
 from ..trace.graph import Trace
 from ..trace.units import Units
@@ -75,7 +83,6 @@ def assign_roles(teacher: Trace, student: Trace, units: Units, names: Names, pas
 
 
 def _units_of(layers: Iterable[Layer], units: Units) -> set[int]:
-    """Return the units that any of the layers produces."""
     return {root for layer in layers if layer.produces is not None for root in units.find(layer.produces).tolist()}
 
 
@@ -115,3 +122,21 @@ def unite_passed(student: Trace, units: Units, identity: Collection[str], in_pai
         reads, produces = layer.reads, layer.produces
         if layer.kind == LayerKind.MIX and reads is not None and produces is not None and len(reads) == len(produces):
             units.unite(produces, reads)
+
+
+def find_sign_pairs(layers: Iterable[Layer], passing: Collection[str], idle: Collection[str]) -> dict[str, Bends]:
+    """Find the activations that units of new layers `passing` meet in pairs; what `idle` layers read is ignored."""
+    found: dict[str, Bends] = {}
+    for layer in layers:
+        if layer.kind not in (LayerKind.MIX, LayerKind.OUTPUT) or layer.name in idle:
+            continue
+        whole = all(carrier in passing for carrier, _ in layer.passage.bends) and layer.norms_since <= set(passing)
+        met = layer.passage.bends if layer.passage.bends and whole else ()
+        for source in layer.sources & set(passing):
+            mine = met if met and met[0][0] == source else ()
+            if found.setdefault(source, mine) != mine:
+                raise TransferError(f"The units of the new {source} are read both before an activation and behind it.")
+    found = {source: met for source, met in found.items() if met}
+    if not found:
+        raise TransferError("No new layer passes units on through an activation that pairs of them could pass.")
+    return found

@@ -9,10 +9,9 @@ from ..errors import TransferError, used_differently
 from ..record import NEW, ZERO, Axis, Fill, How, Origin, Record
 from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.facts import Layer, LayerKind
-from .axes import kernel_axis, make_axis, merged_groups, passed_entries, reading_axis, unit_axis
+from .axes import kernel_axis, make_axis, merged_groups, passed_entries, reading_axis, signs, unit_axis
 from .new_layers import densify, new_origins
 from .plan import Plan
-from .sign_pairs import signs
 from .tied import is_tied, untie
 
 
@@ -167,7 +166,6 @@ def new_origin(plan: Plan, name: str, new: dict[str, Origin]) -> Origin:
 
 
 def _passing_origin(plan: Plan, layer: Layer) -> Origin:
-    """Return the origin of the weight of a new layer that passes its units through."""
     assert layer.produces is not None and layer.reads is not None
     inner = plan.student.parameters.inner.get(layer.name)
     read = passed_entries(plan, layer.reads), plan.student_roots[layer.reads]

@@ -84,9 +84,8 @@ class Trace:
     def label(self, out: Tensor, labels: Labels) -> None:
         """Attach `labels` to the activation `out`."""
         if labels.units.shape != out.shape:
-            raise TransferError(
-                f"The labels {tuple(labels.units.shape)} do not fit the activation {tuple(out.shape)}: a rule is wrong."
-            )
+            shapes = f"{tuple(labels.units.shape)} do not fit the activation {tuple(out.shape)}"
+            raise TransferError(f"The labels {shapes}: a rule is wrong.")
         out._net2net_labels = labels  # type: ignore[attr-defined]
 
     def add(self, layer: Layer) -> None:

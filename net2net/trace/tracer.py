@@ -106,9 +106,7 @@ def _module_names(model: nn.Module, mode: _Mode) -> Iterator[None]:
     for name, module in model.named_modules():
         # Before the user's own, which may raise: what leaves a module has entered it.
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name), prepend=True))
-        hooks.append(
-            module.register_forward_hook(lambda _, __, out, name=name: mode.leave(name, out), always_call=True)
-        )
+        hooks.append(module.register_forward_hook(lambda *a, name=name: mode.leave(name, a[2]), always_call=True))
     try:
         yield
     finally:

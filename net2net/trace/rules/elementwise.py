@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def convert(trace: Trace, call: Call) -> None:
 
 def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     """Label the elementwise result of `operands`, which may be activations, parameters and constants."""
-    out = call.results[0]
+    out, name = call.results[0], call.plain
     if any(x.dim() > out.dim() for x in operands) or (out.dim() and out.shape != _broadcast_shape(operands)):
         raise CannotFollow(f"{call} changes what an element is")
     activations = [x for x in operands if trace.is_activation(x)]
@@ -54,8 +54,27 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         if (first := _parameter_in_front(trace, call, others, len(operands))) is None:
             return
         activations, others = [first], [x for x in others if x is not first]
-    meeting = _combine(trace, call, activations, others, out.shape)
-    trace.label(out, _label_result(trace, call, operands, activations, meeting))
+    labels = [known for x in activations if (known := trace.labels(x))]
+    units, *rest = (known.units.broadcast_to(out.shape) for known in labels)
+    for other in rest:
+        units = trace.units.combine(units, other, call)
+    units, scales, constants = _combine_others(trace, call, units, others, labels)
+    alone = labels[0] if len(labels) == len(operands) == 1 else None
+    # A mask that is the same for all units may multiply a plain sum: stochastic depth, for one.
+    count = len([x for x in operands if x.numel() > 1]) - (constants if name == "mul" else 0)
+    is_product = name in ("mul", "div") and len(labels) > 1
+    is_sum = name in (LINEAR | {"add", "sub"}) and not is_product and len(labels) == count
+    result_range, chain = _range_and_chain(trace, call, labels, len(operands))
+    state = {
+        "gain": _gain_of_result(trace, call, labels, [x.dtype for x in activations]),
+        "linear": is_sum and all(each.linear for each in labels),
+        "after_norm": alone.after_norm if alone is not None and name in ZERO_AT_ZERO else None,
+        "first_norm": first_norm_of_sum(labels) if is_sum else None,
+        "passage": _passage(trace, call, labels, len(operands), len(activations)),
+        "range": result_range,
+        "chain": chain,
+    }
+    trace.label(out, Labels.of(units, *labels, norms=scales, **state))
 
 
 def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], count: int) -> Tensor | None:
@@ -71,69 +90,32 @@ def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], coun
     return parameters[0]
 
 
-@dataclass(frozen=True)
-class _Meeting:
-    """The operands that meet in an elementwise call."""
-
-    units: Tensor  # of the result
-    operands: list[Labels]  # the labels of the activations, then of parameters
-    scales: set[str]  # names of parameters with one entry for each unit
-    constants: int  # how many other operands are the same for all units
-
-
-def _combine(
-    trace: Trace, call: Call, activations: Sequence[Tensor], others: Sequence[Tensor], shape: torch.Size
-) -> _Meeting:
-    """Unite the units that meet in an elementwise call; pin what meets a constant that serves one width only."""
-    operands = [labels for x in activations if (labels := trace.labels(x))]
-    units, *rest = (labels.units.broadcast_to(shape) for labels in operands)
-    for other in rest:
-        units = trace.units.combine(units, other, call)
+def _combine_others(
+    trace: Trace, call: Call, units: Tensor, others: Sequence[Tensor], labels: list[Labels]
+) -> tuple[Tensor, set[str], int]:
+    """Let activations of these `units` meet parameters and constants, and append the parameters' labels to `labels`."""
+    # Returned: the units, the names of parameters with one entry for each unit, and how many operands are the same for
+    # all units.
     scales: set[str] = set()
     constants = 0
     for x in others:
-        padded = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
+        padded = (1,) * (units.dim() - x.dim()) + tuple(x.shape)
         varying = [dim for dim, size in enumerate(trace.units.drop_repeats(units).shape) if size > 1]
         shared = [dim for dim in varying if padded[dim] > 1]
         if not shared and Key(trace.parameters.owner_of(x) or "") not in trace.seen_as.as_grouped:
             constants += not trace.follows(x)
-        elif (labels := trace.labels(x)) is not None:
-            units = trace.units.combine(units, labels.units.broadcast_to(shape), call)
-            operands.append(labels)
-            scales |= _record_scale(trace, call, x, operands[0])
+        elif (known := trace.labels(x)) is not None:
+            units = trace.units.combine(units, known.units.broadcast_to(units.shape), call)
+            labels.append(known)
+            scales |= _record_scale(trace, call, x, labels[0])
         elif any(not _is_uniform(x.reshape(padded), dim) for dim in shared):  # zeros, ones serve every width
             trace.units.pin(units, f"{call} joins it to a constant of its own width")
-    return _Meeting(units, operands, scales, constants)
+    return units, scales, constants
 
 
 def _is_uniform(constant: Tensor, dim: int) -> bool:
     """Tell whether a constant is the same all along an axis."""
     return not constant.is_meta and torch.equal(constant, constant.narrow(dim, 0, 1).expand_as(constant))
-
-
-def _label_result(
-    trace: Trace, call: Call, operands: Sequence[Tensor], activations: Sequence[Tensor], meeting: _Meeting
-) -> Labels:
-    """Return the labels of an elementwise result, with all that is known of its values."""
-    name, labels = call.plain, meeting.operands
-    alone = labels[0] if len(labels) == len(operands) == 1 else None
-    # A mask that is the same for all units may multiply a plain sum: stochastic depth, for one.
-    count = len([x for x in operands if x.numel() > 1]) - (meeting.constants if name == "mul" else 0)
-    is_product = name in ("mul", "div") and len(labels) > 1
-    is_sum = name in (LINEAR | {"add", "sub"}) and not is_product and len(labels) == count
-    result_range, chain = _range_and_chain(trace, call, labels, len(operands))
-    return Labels.of(
-        meeting.units,
-        *labels,
-        norms=meeting.scales,
-        gain=_gain_of_result(trace, call, labels, [x.dtype for x in activations]),
-        linear=is_sum and all(each.linear for each in labels),
-        after_norm=alone.after_norm if alone is not None and name in ZERO_AT_ZERO else None,
-        first_norm=first_norm_of_sum(labels) if is_sum else None,
-        passage=_passage(trace, call, labels, len(operands), len(activations)),
-        range=result_range,
-        chain=chain,
-    )
 
 
 def _passage(trace: Trace, call: Call, labels: Sequence[Labels], count: int, activations: int) -> Passage:

@@ -86,7 +86,12 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
             trace.parameters.axis(name, read_axis, reads, read_entries)
         produced = trace.parameters.axis(name, produced_axis, None, produced_entries)
     trace.parameters.read_axis[name] = read_axis
-    _add_bias(trace, product.bias, produced)
+    if product.bias is not None:
+        if (part := trace.parameters.weight(product.bias)) is not None:
+            axis, entries = part.axes[0]
+            trace.parameters.axis(part.name, axis, produced, entries)
+        elif (entries := trace.labels(product.bias)) is not None:
+            trace.units.unite(entries.units.reshape(-1), produced)
     _record_layer(trace, product, weight, (reads, produced))
     units = spread(produced, product.dim, call.out.shape)
     state = {"linear": True, "passage": Passage(carrier=name, rest=0.0), "range": ALL, "result_of": name}
@@ -94,20 +99,8 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
 
 
 def _tensor_names(trace: Trace, product: Product, weight: str) -> dict[str, str]:
-    """Return the names of a layer's tensors by their roles."""
     bias = trace.parameters.name_of(product.bias)
     return {"weight": weight} | ({} if bias is None else {"bias": bias})
-
-
-def _add_bias(trace: Trace, bias: Tensor | None, produced: Tensor) -> None:
-    """Let the entries of a bias be those of the units produced."""
-    if bias is None:
-        return
-    if (part := trace.parameters.weight(bias)) is not None:
-        axis, entries = part.axes[0]
-        trace.parameters.axis(part.name, axis, produced, entries)
-    elif (labels := trace.labels(bias)) is not None:
-        trace.units.unite(labels.units.reshape(-1), produced)
 
 
 def _record_layer(trace: Trace, product: Product, weight: Weight, units: tuple[Tensor | None, Tensor]) -> None:
@@ -195,21 +188,17 @@ def matmul(trace: Trace, call: Call) -> None:
         raise CannotFollow(f"{call} multiplies vectors")
     left, right = trace.labels(a), trace.labels(b)
     if left is None or right is None:
-        return _multiply_by_constant(trace, call, left, right)
+        labels, dim = (left, -1) if left is not None else (right, -2)
+        assert labels is not None
+        # A constant matrix has one size in both networks.
+        units = trace.units.tie_along(labels.units, [labels.units.dim() + dim], f"{call} multiplies it with a constant")
+        units = units.broadcast_to((*call.out.shape[:-2], *units.shape[-2:])).expand(call.out.shape)
+        return trace.label(call.out, Labels.of(units, labels))
     _contract(trace, call, left, right)
 
 
 def _is_weight(trace: Trace, factor: Tensor) -> bool:
     return factor.dim() == 2 and not trace.is_activation(factor) and trace.parameters.weight(factor) is not None
-
-
-def _multiply_by_constant(trace: Trace, call: Call, left: Labels | None, right: Labels | None) -> None:
-    """A constant matrix has one size in both networks."""
-    labels, dim = (left, -1) if left is not None else (right, -2)
-    assert labels is not None
-    units = trace.units.tie_along(labels.units, [labels.units.dim() + dim], f"{call} multiplies it with a constant")
-    shape = call.out.shape
-    trace.label(call.out, Labels.of(units.broadcast_to((*shape[:-2], *units.shape[-2:])).expand(shape), labels))
 
 
 def _contract(trace: Trace, call: Call, left: Labels, right: Labels) -> None:

@@ -136,7 +136,6 @@ def _pad_units(trace: Trace, call: Call, units: Tensor, dim: int, amount: tuple[
 
 
 def _resize(units: Tensor, dim: int, size: int) -> list[int]:
-    """Return the shape of `units` with another size on one axis."""
     return [size if d == dim else n for d, n in enumerate(units.shape)]
 
 
