@@ -197,7 +197,7 @@ def read_record(path: str | Path) -> Record:
 def _origin(axes: dict, rows: list | None, mixed: Sequence[dict] = (), **rest) -> Origin:
     """Return an origin from its JSON."""
     rest |= {"how": How(rest["how"]), "fill": Fill(rest["fill"])}
-    rest |= {name: tuple(rest[name]) for name in ("of", "merged")}
+    rest |= {name: (rest[name][0], rest[name][1]) for name in ("of", "merged")}
     rest |= {"rows": None if rows is None else torch.tensor(rows, dtype=torch.double)}
     axes = {int(dim): _axis(**axis) for dim, axis in axes.items()}
     return Origin(axes=axes, mixed=tuple(_mixed(**one) for one in mixed), **rest)

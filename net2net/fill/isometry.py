@@ -45,9 +45,10 @@ def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
     if mixed.begins is None:
         rotation = _random_isometry(channels, wider, torch.Generator().manual_seed(0))
     else:
-        if not bool(theirs[mixed.begins].isfinite().all()):
+        weight = theirs[mixed.begins].detach().double()
+        if not bool(weight.isfinite().all()):
             raise TransferError(f"{mixed.begins} of the teacher is not finite: no wider norm can do what it does.")
-        rotation, before, first = find_isometries(theirs[mixed.begins], wider)
+        rotation, before, first = find_isometries(tuple(weight.tolist()), wider)
         if mixed.how == Matrix.FIRST:
             return ratio * first[mixed.rows]
         if mixed.how == Matrix.BEFORE:
@@ -67,17 +68,12 @@ def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
     return matrix
 
 
-def find_isometries(weight: Tensor, wider: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find Q (wider, channels), A (wider, channels) and new weights (wider), float64, for the weight of a norm."""
+@lru_cache(maxsize=4)
+def find_isometries(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find Q (wider, channels), A (wider, channels) and new weights (wider), float64, for the weights of a norm."""
     # Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). Most
     # weights have a solution if `wider` is larger by three at least, and shares a divisor with the number of channels
-    # if that is large; the same weights have the same one.
-    return _find_isometries(tuple(weight.detach().double().tolist()), wider)
-
-
-@lru_cache(maxsize=4)
-def _find_isometries(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find them block by block: every block of channels keeps the ratio of the two widths."""
+    # if that is large. It is found block by block: every block of channels keeps the ratio of the two widths.
     weight = torch.tensor(weights, dtype=torch.double)
     channels, scale = len(weight), weight.abs().mean().clamp(min=torch.finfo(torch.double).tiny)
     units = math.gcd(channels, wider)

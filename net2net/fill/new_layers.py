@@ -1,7 +1,7 @@
 """Fill layers that the teacher lacks, and measure the statistics of new batch norms (paper, section 3.4)."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -73,7 +73,7 @@ def calibrate(
 def _measure(passes_on: dict[nn.Module, bool]) -> Iterator[None]:
     """While the block runs, these batch norms, and no others, average the statistics of the batches."""
     # A norm that passes its units through hands on its input, so that the layers behind it see the teacher's values.
-    hooks, momentum = [], {}
+    momentum = {norm: norm.momentum for norm in passes_on}
 
     def begin(norm: nn.Module, _: tuple) -> None:
         norm.training = True
@@ -82,15 +82,15 @@ def _measure(passes_on: dict[nn.Module, bool]) -> Iterator[None]:
         norm.training = False
         return inputs[0] if passes_on[norm] else output
 
-    for norm in passes_on:
-        momentum[norm], norm.momentum = norm.momentum, None  # type: ignore[assignment]
-        norm.reset_running_stats()  # type: ignore[operator]
-        hooks += [norm.register_forward_pre_hook(begin), norm.register_forward_hook(end)]
     try:
-        yield
+        with ExitStack() as hooks:
+            for norm in passes_on:
+                norm.momentum = None  # type: ignore[assignment]
+                norm.reset_running_stats()  # type: ignore[operator]
+                hooks.enter_context(norm.register_forward_pre_hook(begin))
+                hooks.enter_context(norm.register_forward_hook(end))
+            yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for norm, value in momentum.items():
             norm.momentum = value
             norm.num_batches_tracked.zero_()  # type: ignore[operator]

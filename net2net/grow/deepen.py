@@ -94,7 +94,7 @@ def _result_of(traced: Trace, name: str) -> tuple[int, int]:
     if labels is not None:
         axes = [dim for dim, size in enumerate(traced.units.drop_repeats(labels.units).shape) if size > 1]
     if labels is None or len(axes) != 1:
-        raise TransferError(f"No layer can stand behind {name}: its result is not one tensor with one axis of units.")
+        raise TransferError(f"The result of {name} is not one tensor with one axis of units, as a layer needs it.")
     (axis,), rank = axes, labels.units.dim()
     if axis not in (1, rank - 1):
         raise TransferError(f"The units of {name} are on axis {axis}: a layer behind it wants them on axis 1, or last.")

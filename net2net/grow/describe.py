@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..network import Example, Inputs, unwrap
 from ..trace.facts import Layer, NormKind
 from ..trace.graph import Trace
-from ..trace.groups import close
 from ..trace.tracer import trace
 
 
@@ -90,7 +89,7 @@ def describe(model: nn.Module, example: Example) -> Description:
 
 def describe_trace(traced: Trace) -> Description:
     """Return the groups of units of a network that was traced already. Closes the groups of its units."""
-    close(traced.units)
+    traced.units.close()
     roots = traced.units.roots()
     layers = [layer for layer in traced.mixers if layer.produces is not None]
     number = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))

@@ -10,7 +10,6 @@ from ..record import Axis, Mixed
 from ..trace.activations import Bends
 from ..trace.facts import Key, Norm
 from ..trace.graph import Trace
-from ..trace.groups import close
 from .mapping import map_units
 from .mixing import find_rotations, find_streams
 from .names import Rename, key_converter, teacher_names
@@ -98,10 +97,10 @@ def make_plan(
     idle = roles.silent | roles.fresh
     sign_pairs = find_sign_pairs(student.layers.values(), roles.identity, idle) if in_pairs else {}
     unite_passed(student, units, roles.identity, sign_pairs)
-    close(units)
+    units.close()
     convert = key_converter(names)
     nested = {other for key in units.relations if key.inside is not None and (other := convert(key)) is not None}
-    close(teacher_units, nested)
+    teacher_units.close(nested)
     known = (teacher, student, names, teacher_units, units, teacher_units.roots(), units.roots())
     networks = Networks(*known)
     streams = find_streams(networks, roles.identity)

@@ -12,7 +12,6 @@ from ..trace.facts import Layer, LayerKind
 from .axes import kernel_axis, make_axis, merged_groups, passed_entries, reading_axis, signs, unit_axis
 from .new_layers import densify, new_origins
 from .plan import Plan
-from .tied import is_tied, untie
 
 
 def make_record(
@@ -30,8 +29,8 @@ def make_record(
             raise TransferError(f"The norm {norm.module} would see padding, and has no weight to undo what it does.")
         for role, name in norm.tensors.items():
             origins[name] = _beside_padding(origins[name], role, factor)
-    for name in [name for name in origins if is_tied(plan, name)]:
-        origins |= untie(plan, name, origins)
+    for name in [name for name in origins if _is_tied(plan, name)]:
+        origins |= _untie(plan, name, origins)
     if depth == "dense":
         origins |= densify(plan, origins)
     originals = plan.teacher.parameters.originals, plan.student.parameters.originals
@@ -154,25 +153,20 @@ def new_origin(plan: Plan, name: str, new: dict[str, Origin]) -> Origin:
     """Return the origin of a tensor that the teacher lacks; `new` are those of new layers that are not fresh."""
     layer = plan.student.layers.get(name)
     if name in new:
-        if layer is not None and layer.kind == LayerKind.MIX and name in plan.roles.identity:
-            return _passing_origin(plan, layer)
         if layer is not None and layer.kind == LayerKind.SCALE and layer.reads is not None:  # a depthwise filter
             return replace(new[name], rows=_row_signs(plan, name, layer.reads))
-        return new[name]
+        if layer is None or layer.kind != LayerKind.MIX or name not in plan.roles.identity:
+            return new[name]
+        assert layer.produces is not None and layer.reads is not None
+        _, groups = plan.student.parameters.inner.get(layer.name, (None, 1))
+        producing = make_axis(passed_entries(plan, layer.produces), False)
+        reading = reading_axis(plan, passed_entries(plan, layer.reads), plan.student_roots[layer.reads], groups)
+        state = {"factor": _slope_factor(plan, layer), "rows": _row_signs(plan, layer.name, layer.produces)}
+        return Origin(How.IDENTITY, axes={0: producing, 1: reading}, fill=Fill.PASS, **state)
     for each in plan.student.layers.values():  # a bias that only the student has, on a layer of both
         if name in (each.tensors.get("bias"), each.tensors.get("shift")) and each.name not in plan.roles.fresh:
             return Origin(How.IDENTITY, fill=Fill.ZERO)
     return Origin(How.FRESH)
-
-
-def _passing_origin(plan: Plan, layer: Layer) -> Origin:
-    assert layer.produces is not None and layer.reads is not None
-    inner = plan.student.parameters.inner.get(layer.name)
-    read = passed_entries(plan, layer.reads), plan.student_roots[layer.reads]
-    producing = make_axis(passed_entries(plan, layer.produces), False)
-    axes = {0: producing, 1: reading_axis(plan, *read, 1 if inner is None else inner[1])}
-    rows = _row_signs(plan, layer.name, layer.produces)
-    return Origin(How.IDENTITY, axes=axes, fill=Fill.PASS, factor=_slope_factor(plan, layer), rows=rows)
 
 
 def _row_signs(plan: Plan, name: str, units: Tensor) -> Tensor | None:
@@ -182,3 +176,66 @@ def _row_signs(plan: Plan, name: str, units: Tensor) -> Tensor | None:
             if carrier == name:
                 return signs(plan.patterns[plan.student_roots[units]], k)
     return None
+
+
+def _is_tied(plan: Plan, name: str) -> bool:
+    """Tell whether a tensor is a table of embeddings and the weight of a layer, and grows."""
+    parameters = plan.student.parameters
+    layer, axis = plan.student.layers.get(name), parameters.read_axis.get(name)
+    if layer is None or axis is None or not layer.options.get("embedding"):
+        return False
+    labels = parameters.axes[name][axis]
+    if labels is None:
+        return False
+    copied = plan.g[plan.student_roots[labels]]
+    return bool(((copied < 0) | (plan.copies[copied] > 1)).any())  # a code's number of copies does not matter
+
+
+def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
+    """Return the origins of a tied table, and of what takes its shares."""
+    # As an embedding it needs whole copies, as a layer shares. The norm, or the layers, in front of the reading layer
+    # take the shares instead.
+    student, axis = plan.student, plan.student.parameters.read_axis[name]
+    layer = student.layers[name]
+    norm = student.layers.get(layer.after_norm or "")
+    before = [student.layers[source] for source in sorted(layer.sources) if source in student.layers]
+    if norm is not None and "weight" in norm.tensors and _readers(plan, norm.name) == [name]:
+        takers = [norm]
+    elif layer.linear and before and all(_can_take_shares(plan, other, name) for other in before):
+        takers = before
+    else:
+        raise TransferError(
+            f"{name} embeds and is read by a layer: its copies would have to be whole for the one and shared out "
+            "for the other. That is exact only if a norm with a weight, or a layer, stands before that layer, and "
+            "before no other."
+        )
+    units, source = student.parameters.axes[name][axis], plan.teacher.parameters.axes[plan.names[name] or ""][axis]
+    assert units is not None and source is not None
+    # Of the table as an embedding: the norm before the reader turns what pads it into zero.
+    whole, _ = unit_axis(plan, name, (units, source), axis, False)
+    if bool((whole.index == NEW).any()):
+        raise TransferError(
+            f"{name} embeds and is read by a layer, and grows by units that its teacher lacks: what is fresh for "
+            "the one would have to be zero for the other."
+        )
+    share = origins[name].axes[axis].share
+    made = {name: replace(origins[name], axes=origins[name].axes | {axis: whole}, tied=True)}
+    for tensor in {taker.tensors[role] for taker in takers for role in taker.tensors.keys() & {"weight", "bias"}}:
+        rows = origins[tensor].rows
+        made[tensor] = replace(origins[tensor], rows=share if rows is None else rows * share, tied=True)
+    return made
+
+
+def _readers(plan: Plan, name: str) -> list[str]:
+    """List the layers that read what a layer produces, or what a norm passes on."""
+    layers = plan.student.layers.values()
+    return [other.name for other in layers if name in other.sources | other.norms_since]
+
+
+def _can_take_shares(plan: Plan, layer: Layer, reader: str) -> bool:
+    """Tell whether the units of `layer` may be scaled for the one layer that reads them."""
+    parameters = plan.student.parameters
+    if layer.kind != LayerKind.MIX or layer.name == reader or plan.names[layer.name] is None:
+        return False
+    first = parameters.axes[layer.name][0] is layer.produces and parameters.read_axis[layer.name] != 0
+    return first and _readers(plan, layer.name) == [reader]

@@ -6,8 +6,8 @@ views, so almost no memory). Data movement is applied to the labels themselves; 
 otherwise is one short rule (`rules`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -75,7 +75,10 @@ class _Mode(TorchFunctionMode):
         self.trace = result
         self.modules = [""]  # the modules that are running, the innermost last
 
-    def leave(self, name: str, out: Any) -> None:
+    def enter(self, name: str, *_: Any) -> None:
+        self.modules.append(name)
+
+    def leave(self, name: str, module: nn.Module, args: tuple, out: Any) -> None:
         self.modules.pop()
         if isinstance(out, Tensor) and (labels := self.trace.labels(out)) is not None:
             self.trace.outputs[name] = labels
@@ -99,25 +102,15 @@ class _Mode(TorchFunctionMode):
         return out
 
 
-@contextmanager
-def _module_names(model: nn.Module, mode: _Mode) -> Iterator[None]:
-    """Tell `mode` which modules are running, while the block runs."""
-    hooks = []
-    for name, module in model.named_modules():
-        # Before the user's own, which may raise: what leaves a module has entered it.
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: mode.modules.append(name), prepend=True))
-        hooks.append(module.register_forward_hook(lambda *a, name=name: mode.leave(name, a[2]), always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> Any:
     """Run the network in one mode, and let `result` learn from every call."""
     mode = _Mode(result)
-    with _module_names(model, mode), in_mode(model, training):
+    with ExitStack() as hooks, in_mode(model, training):
+        for name, module in model.named_modules():
+            # Before the user's own, which may raise: what leaves a module has entered it.
+            enter, leave = partial(mode.enter, name), partial(mode.leave, name)
+            hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
+            hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         inputs = inputs.map(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled
         for position, x in enumerate(inputs.tensors):
             if x.is_floating_point() or x.is_complex():

@@ -108,14 +108,12 @@ def _combine_others(
             units = trace.units.combine(units, known.units.broadcast_to(units.shape), call)
             labels.append(known)
             scales |= _record_scale(trace, call, x, labels[0])
-        elif any(not _is_uniform(x.reshape(padded), dim) for dim in shared):  # zeros, ones serve every width
-            trace.units.pin(units, f"{call} joins it to a constant of its own width")
+        else:
+            constant = x.reshape(padded)
+            rows = [constant.narrow(dim, 0, 1).expand_as(constant) for dim in shared]
+            if x.is_meta or not all(torch.equal(constant, row) for row in rows):  # zeros, ones serve every width
+                trace.units.pin(units, f"{call} joins it to a constant of its own width")
     return units, scales, constants
-
-
-def _is_uniform(constant: Tensor, dim: int) -> bool:
-    """Tell whether a constant is the same all along an axis."""
-    return not constant.is_meta and torch.equal(constant, constant.narrow(dim, 0, 1).expand_as(constant))
 
 
 def _passage(trace: Trace, call: Call, labels: Sequence[Labels], count: int, activations: int) -> Passage:
