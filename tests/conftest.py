@@ -15,16 +15,9 @@ from experiments.training import Job
 
 # The digits, a network of 3,000 weights, twenty steps: a second per arm.
 TINY = (
-    "experiment=quickstart",
-    "model.slim=0.03",
-    "schedule.epochs=20it",
-    "schedule.evaluate=10it",
-    "schedule.lr=0.01",
-    "growth.calibrate=64",
-    "device=cpu",
-    "precision=float32",
-    "layout=channels_last",
-    "logger=none",
+    *("experiment=quickstart", "model.slim=0.03", "growth.calibrate=64"),
+    *("schedule.epochs=20it", "schedule.evaluate=10it", "schedule.lr=0.01"),
+    *("device=cpu", "precision=float32", "layout=channels_last", "logger=none"),
 )
 
 
@@ -55,18 +48,6 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(name="composed")
-def composed_fixture() -> Callable[..., Config]:
-    """Give tests the function `composed`."""
-    return composed
-
-
-@pytest.fixture(name="cases")
-def cases_fixture() -> Callable[..., list[Config]]:
-    """Give tests the function `cases`."""
-    return cases
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Config]:
     """Return a function that makes the smallest experiment, with more settings if given. It writes to tmp_path/runs."""
@@ -80,11 +61,17 @@ def job(tmp_path: Path) -> Job:
 
 
 @pytest.fixture
-def train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Return a function that runs the smallest experiment in an empty folder and returns its exit status."""
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return a function that runs the command line in an empty folder and returns its exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    return lambda *arguments: command.main([*TINY, "runs=runs", *arguments])
+    return lambda *arguments: command.main(list(arguments))
+
+
+@pytest.fixture
+def train_py(command_line: Callable[..., int]) -> Callable[..., int]:
+    """Return a function that runs the smallest experiment in an empty folder and returns its exit status."""
+    return lambda *arguments: command_line(*TINY, "runs=runs", *arguments)
 
 
 @pytest.fixture(scope="session")

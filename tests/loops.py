@@ -1,13 +1,21 @@
 """The smallest training run: a network of four channels, twelve steps, images of noise."""
 
 import csv
-from collections.abc import Mapping
+import signal
+import time
+from collections.abc import Callable, Container, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from experiments import training
 from experiments.config import Config, Data, Schedule
 from experiments.data import Images, Splits, load
 from experiments.machine import Arithmetic
@@ -18,16 +26,24 @@ CPU = torch.device("cpu")
 
 
 class Quiet:
-    """A follower that remembers the steps that it was told of."""
+    """A follower that remembers the steps that it was told of, and does something at one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, at: int = 0, action: Callable[[], object] = lambda: None) -> None:
         self.steps: list[int] = []
+        self.at, self.action = at, action
 
     def advance(self, step: int, loss: float) -> None:
         self.steps.append(step)
+        if step == self.at:
+            self.action()
 
     def row(self, row: Mapping[str, float]) -> None:
         pass
+
+
+def signalled(number: int, step: int) -> Quiet:
+    """A follower that sends this process a signal during a step."""
+    return Quiet(step, partial(signal.raise_signal, number))
 
 
 def images(count: int, seed: int) -> Images:
@@ -69,14 +85,43 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def pictures(root: Path) -> None:
-    """A tree of small pictures, made up, in two classes."""
-    from PIL import Image
+def interrupt(patch: pytest.MonkeyPatch, name: str, calls: Container[int], fault: Callable[[], object]) -> None:
+    """Have a fault happen when a function of the training loop is called, at these calls, of which the first is 1."""
+    real, made = getattr(training, name), 0
 
-    draw = torch.Generator().manual_seed(0)
-    for part, count in (("train", 40), ("val", 8)):
-        for label in ("a", "b"):
+    def with_fault(*arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made in calls:
+            fault()
+        return real(*arguments)
+
+    patch.setattr(training, name, with_fault)
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence on stderr, which has to be all that is there."""
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line)
+    assert line.startswith("Error: ")
+    return line
+
+
+def wait_for(path: Path, text: str = "") -> None:
+    """Wait until a file is there and has this text in it."""
+    for _ in range(6000):
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{path} never says {text!r}")
+
+
+def pictures(root: Path, side: int = 20, **parts: dict[str, int]) -> Path:
+    """Write a tree of small pictures, made up: for each part how many are in each class. Return its root."""
+    draw = np.random.default_rng(0)
+    for part, classes in (parts or {"train": {"a": 40, "b": 40}, "val": {"a": 8, "b": 8}}).items():
+        for label, count in classes.items():
             (root / part / label).mkdir(parents=True)
             for number in range(count):
-                pixels = torch.randint(256, (20, 20, 3), dtype=torch.uint8, generator=draw).numpy()
+                pixels = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / part / label / f"{number}.png")
+    return root

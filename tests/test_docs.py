@@ -12,7 +12,8 @@ import torch
 from experiments.config import CONFIGS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+DOCS = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+PAGES = sorted(["README.md", "CONTRIBUTING.md", "results/README.md", *DOCS])
 HEADERS = sorted(f"configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.yaml"))
 ROUNDING = re.compile(r"\d\.\d\de-\d\d")  # differs from machine to machine
 
@@ -43,12 +44,12 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_some_pages_have_code() -> None:
+def test_some_pages_have_code():
     assert {page for page in PAGES if blocks(page)} >= {"README.md", "docs/growing-your-own.md", "docs/exactness.md"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_every_block_prints_what_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -58,7 +59,7 @@ def test_every_block_prints_what_is_shown(page: str, tmp_path: Path, monkeypatch
         assert same(shown, printed.getvalue()), f"{code}\nprints\n{printed.getvalue()}"
 
 
-def test_what_is_not_printed_is_not_accepted() -> None:
+def test_what_is_not_printed_is_not_accepted():
     line = "12 units; max |difference| 2.00e-07\n"
     assert same(line, line) and same(line, line.replace("2.00", "1.23")) and same("12...\n", line)
     assert not same(line, line.replace("12", "13"))
@@ -67,7 +68,7 @@ def test_what_is_not_printed_is_not_accepted() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_lead_somewhere(page):
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", read(page)):
         file = (ROOT / page).parent / target if target else ROOT / page
         assert file.exists(), target
@@ -76,7 +77,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, *HEADERS])
-def test_every_command_that_is_named_exists(page: str) -> None:
+def test_every_command_that_is_named_exists(page):
     text = read(page)
     for name in re.findall(r"train\.py.* experiment=([a-z_]\w*)", text):
         assert (CONFIGS / "experiment" / f"{name}.yaml").exists(), name

@@ -9,6 +9,7 @@ and exits with 0 if they do, with 1 if not.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
@@ -28,35 +29,18 @@ from experiments import checkpoint
 from experiments.command import main as train_py
 
 SETTINGS = (
-    "experiment=quickstart",
-    *("model.name=resnet", "+model.blocks=1", "~model.slim", "~model.stem"),
-    *("teacher.width=0.25", "students.wider.width=0.5"),
-    "schedule.epochs=60it",
-    "schedule.evaluate=20it",
-    "growth.calibrate=64",
-    "arms=[net2net]",
-    "target=net2net",
-    "device=cpu",
-    "precision=float32",
-    "layout=channels_last",
-    "logger=none",
+    *("experiment=quickstart", "model.name=resnet", "+model.blocks=1", "~model.slim", "~model.stem"),
+    *("teacher.width=0.25", "students.wider.width=0.5", "growth.calibrate=64", "arms=[net2net]", "target=net2net"),
+    *("schedule.epochs=60it", "schedule.evaluate=20it"),
+    *("device=cpu", "precision=float32", "layout=channels_last", "logger=none"),
 )
 STAGES = ("teacher", "net2net")
 
 # Importing torch takes longer than a run: one process imports it, and is forked for every run.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        "experiments.experiment",
-        "experiments.analysis.pages",
-        "experiments.command",
-        "sklearn.datasets",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-        "torch._dynamo",
-        "torch.utils.flop_counter",
-    ]
-)
+modules = "experiments.experiment experiments.command experiments.analysis.pages sklearn.datasets matplotlib.figure"
+modules += " matplotlib.backends.backend_agg torch._dynamo torch.utils.flop_counter"
+context.set_forkserver_preload(modules.split())
 
 
 def start(settings: Sequence[str], folder: Path, log: Path) -> BaseProcess:
@@ -82,11 +66,12 @@ def run(settings: list[str], folder: Path, log: Path) -> None:
 
 
 def product(seed: Path) -> dict[str, Any]:
-    """Read what must not differ between two runs of a seed: curves without seconds, weights, optimizer states."""
+    """Read what must not differ between two runs of a seed: curves without seconds, weights, and so on."""
     found: dict[str, Any] = {}
     for stage in STAGES:
         lines = (seed / stage / "curve.csv").read_text().splitlines()
         found[f"{stage} curve"] = [[cell for n, cell in enumerate(line.split(",")) if n != 3] for line in lines]
+        found[f"{stage} step0"] = json.loads((seed / stage / "manifest.json").read_text()).get("step0")
         state = checkpoint.load(seed / stage)
         found[f"{stage} network"], found[f"{stage} optimizer"] = state["network"], state["optimizer"]
     return found

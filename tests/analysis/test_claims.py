@@ -1,11 +1,11 @@
 """Claims: their verdicts on curves made up for the purpose, and that the committed ones name what exists."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import cases
 from pandas import DataFrame, Series
 from simulated import make_curve
 
@@ -14,7 +14,7 @@ from experiments.analysis import claims, curves, pages
 from experiments.analysis.claims import Claim, Finding, read_claims
 from experiments.analysis.curves import make_results
 from experiments.analysis.statistics import HEADLINE_SEEDS
-from experiments.config import Config, ExperimentError, split_arm
+from experiments.config import ExperimentError, split_arm
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = read_claims(ROOT / "results/claims.yaml")
@@ -89,13 +89,13 @@ FAST, NEVER = [0.5, 0.7, 0.7, 0.8], [0.5, 0.6, 0.6, 0.65]
         ),
     ],
 )
-def test_verdicts(of: Seeds, against: Seeds, measure: str, region: dict[str, Any], verdict: str, value: str) -> None:
+def test_verdicts(of, against, measure, region, verdict, value):
     made = make_runs({"e": {"net2net": of, "random_init": against}})
     found = judge(made, measure, "e:net2net", "e:random_init", **region)
     assert (found.verdict, found.value[: len(value)]) == (verdict, value)
 
 
-def test_what_was_not_run_is_not_judged() -> None:
+def test_what_was_not_run_is_not_judged():
     made = make_runs({"e": {"net2net": [[0, 0.6]] * 3}})
     for of, against in (("e:net2net", "e:random_init"), ("f:net2net", "e:net2net"), ("e/best:random_pad", "e:net2net")):
         found = judge(made, "final", of, against)
@@ -106,21 +106,21 @@ def test_what_was_not_run_is_not_judged() -> None:
     assert judge(made, "mismatch", "e:net2net", below=50).verdict.startswith("undecided")
 
 
-def test_one_evaluation_above_the_target_alone_is_not_enough() -> None:
+def test_one_evaluation_above_the_target_alone_is_not_enough():
     seeds = [make_curve([0.1, 0.7, 0.6, 0.7, 0.8]), make_curve([0.1, 0.7]), make_curve([0.1, 0.6, 0.6])]
     table = DataFrame([row | {"seed": seed} for seed, rows in enumerate(seeds) for row in rows]).set_index("seed")
     reached = curves.find_first_reach(table, Series(0.7, range(3)))["step"]
     assert dict(reached) == {0: 30, 1: 10}  # the last evaluation has no next one
 
 
-def test_runs_of_different_settings_are_not_judged_together() -> None:
+def test_runs_of_different_settings_are_not_judged_together():
     made = make_runs({"e": {"net2net": GOOD, "random_init": LOW}})
     made["e", "random_init", 2][0]["config"]["schedule"] = {"lr": 0.5}
     said = judge(made, "final", "e:net2net", "e:random_init").verdict
     assert said == "undecided (its runs differ in `schedule.lr` (None, 0.5))"
 
 
-def test_arms_of_one_case_that_were_trained_differently_are_not_judged_together() -> None:
+def test_arms_of_one_case_that_were_trained_differently_are_not_judged_together():
     made = make_runs({"e": {"net2net": GOOD, "random_init": LOW, "teacher": LOW}})
     for (_, arm, _), (record, _) in made.items():
         if arm == "net2net":
@@ -147,7 +147,7 @@ def frontier(net2net: list[float], random_init: list[float], seeds: int = 3) -> 
     return make_runs(arms, budgets)
 
 
-def test_the_budget_is_interpolated_between_those_that_were_run() -> None:
+def test_the_budget_is_interpolated_between_those_that_were_run():
     made = frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75])
     found = judge(made, "budget", "f:net2net", "f/4ep:random_init", below=1)
     assert (found.verdict, found.value) == ("holds", "0.71 × the budget (0.71 to 0.71), n = 3")  # 2 * sqrt(2) of 4
@@ -167,7 +167,7 @@ def test_the_budget_is_interpolated_between_those_that_were_run() -> None:
         judge(made, "final", "f:net2net", "f/1ep:random_init")
 
 
-def test_of_seeds_that_lack_a_budget_nothing_is_interpolated() -> None:
+def test_of_seeds_that_lack_a_budget_nothing_is_interpolated():
     made = frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75], seeds=4)
     whole = judge(made, "budget", "f:net2net", "f/4ep:random_init", below=1).value
     del made["f/2ep", "net2net", 1]  # between 1 and 4 it would be elsewhere
@@ -175,7 +175,7 @@ def test_of_seeds_that_lack_a_budget_nothing_is_interpolated() -> None:
     assert left == whole.replace("n = 4", "n = 3")
 
 
-def test_the_best_case_is_chosen_on_the_holdout_and_measured_on_the_test_images() -> None:
+def test_the_best_case_is_chosen_on_the_holdout_and_measured_on_the_test_images():
     ends = {"low": 0.5, "high": 0.7, "mid": 0.6}
     made = make_runs({f"t/{name}": {"net2net": [[0, end]] * 3, "random_init": LOW[:3]} for name, end in ends.items()})
     for seed in range(3):
@@ -187,7 +187,7 @@ def test_the_best_case_is_chosen_on_the_holdout_and_measured_on_the_test_images(
         judge(made, "steps", "t/best:net2net", "t/low:random_init", below=1)
 
 
-def test_the_best_case_of_a_seed_is_that_of_the_others() -> None:
+def test_the_best_case_of_a_seed_is_that_of_the_others():
     # Each case has luck in one seed. Chosen by the same seed, it would look a hundred times as good.
     lucky = DataFrame({case: [0.5 + 0.1 * (seed == place) for seed in range(3)] for place, case in enumerate("abc")})
     assert all(lucky.at[seed, case] == 0.5 for seed, case in analysis_cases.choose_cases(lucky).items())
@@ -197,7 +197,7 @@ def test_the_best_case_of_a_seed_is_that_of_the_others() -> None:
     assert analysis_cases.choose_cases(DataFrame()) == {}
 
 
-def test_the_best_case_is_not_known_until_all_were_run() -> None:
+def test_the_best_case_is_not_known_until_all_were_run():
     cases = analysis_cases.find_planned("ablation_rate", "net2net")
     assert cases == {"x0.1", "x0.3", "x1", "x3", "x10"}
     made = make_runs({f"ablation_rate/{case}": {"net2net": [[0, 0.5]] * 3} for case in cases})
@@ -208,7 +208,7 @@ def test_the_best_case_is_not_known_until_all_were_run() -> None:
     assert analysis_cases.find_planned("grow_schedule", "random_init") == {"start", "start_half", "start_double"}
 
 
-def test_average_accuracy_is_an_area() -> None:
+def test_average_accuracy_is_an_area():
     seeds = make_curve([0.0, 0.4, 0.4]), make_curve([0.0, 0.4, 0.4], at=[0, 10, 50])
     table = DataFrame([row | {"seed": seed} for seed, rows in enumerate(seeds) for row in rows]).set_index("seed")
     assert list(curves.average_over_training(table)) == pytest.approx([0.3, (0.2 * 10 + 0.4 * 40) / 50])
@@ -227,13 +227,13 @@ def test_average_accuracy_is_an_area() -> None:
         ("paper: p, measure: budget, against: 'e:b', within: 0.9", "0.9 is no end of budget: ratios are above 0, and"),
     ],
 )
-def test_a_malformed_claim_is_named(tmp_path: Path, entry: str, message: str) -> None:
+def test_a_malformed_claim_is_named(tmp_path, entry, message):
     (tmp_path / "claims.yaml").write_text(f"- {{claim: c, source: s, of: 'e:a', {entry}}}\n")
     with pytest.raises(ExperimentError, match=f"the claim 'c': .*{re.escape(message)}"):
         read_claims(tmp_path / "claims.yaml")
 
 
-def test_the_committed_claims_cover_the_paper_and_some_are_headlines() -> None:
+def test_the_committed_claims_cover_the_paper_and_some_are_headlines():
     assert len(COMMITTED) > 30
     sources = " ".join(one.source for one in COMMITTED)
     assert all(section in sources for section in ("3.3", "3.4", "4.2", "4.3", "4.4", "appendix A"))
@@ -244,9 +244,7 @@ OPERANDS = sorted({text for one in COMMITTED for text in (one.of, one.against) i
 
 
 @pytest.mark.parametrize("experiment", sorted({re.split("[/:]", text)[0] for text in OPERANDS}))
-def test_every_operand_is_an_arm_of_a_case_of_an_experiment(
-    cases: Callable[..., list[Config]], experiment: str
-) -> None:
+def test_every_operand_is_an_arm_of_a_case_of_an_experiment(experiment):
     configs = cases(f"experiment={experiment}")
     for text in (text for text in OPERANDS if re.split("[/:]", text)[0] == experiment):
         name, _, label = text.partition(":")

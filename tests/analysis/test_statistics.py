@@ -8,7 +8,7 @@ import pytest
 from experiments.analysis.statistics import Reached, crossing, estimate, log_ratio, seeds_needed, verdict
 
 
-def test_an_interval_by_hand() -> None:
+def test_an_interval_by_hand():
     found = estimate([1.0, 2.0, 4.0])
     assert (found.n, found.mean) == (3, pytest.approx(7 / 3))
     half = 4.30265 * math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2) / math.sqrt(3)
@@ -18,32 +18,7 @@ def test_an_interval_by_hand() -> None:
         assert (estimate(values).low, estimate(values).high) == pytest.approx((values[0], values[0]))
 
 
-@pytest.mark.parametrize("n", [3, 5])
-def test_intervals_cover_as_often_as_they_say(n: int) -> None:
-    found = [estimate(values) for values in np.random.default_rng(n).normal(size=(1000, n)).tolist()]
-    assert np.mean([one.low <= 0 <= one.high for one in found]) > 0.935  # 0.95 within two standard errors
-
-
-@pytest.mark.parametrize(
-    ("values", "region", "headline", "said"),
-    [
-        ([1.0, 1.1, 0.9], (0, math.inf), False, "holds"),
-        ([-1.0, -1.1, -0.9], (0, math.inf), False, "fails"),
-        ([1.0, -0.5, 0.9], (0, math.inf), False, "undecided"),
-        ([1.0, 1.1, 0.9], (-0.5, 0.5), False, "fails"),
-        ([0.01, 0.02, 0.0], (-0.5, 0.5), False, "holds"),
-        ([0.4, 0.5, 0.6], (-0.5, 0.5), False, "undecided"),
-        ([5.0], (0, math.inf), False, "undecided"),
-        ([5.0, 5.0], (0, math.inf), False, "undecided"),  # never on fewer than three, however equal
-        ([5.0, 5.0, 5.0, 5.0], (0, math.inf), True, "undecided"),  # nor a headline on fewer than five
-        ([5.0, 5.0, 5.0, 5.0, 5.0], (0, math.inf), True, "holds"),
-    ],
-)
-def test_verdicts(values: list[float], region: tuple[float, float], headline: bool, said: str) -> None:
-    assert verdict(estimate(values), *region, headline=headline) == said
-
-
-def test_the_seeds_that_it_would_take_are_the_seeds_that_it_takes() -> None:
+def test_the_seeds_that_it_would_take_are_the_seeds_that_it_takes():
     rng = np.random.default_rng(0)
     observed = estimate([1.0, 3.0, -1.0, 1.0])  # mean 1, deviation 1.63
     assert verdict(observed, 0, math.inf) == "undecided"
@@ -58,7 +33,7 @@ def test_the_seeds_that_it_would_take_are_the_seeds_that_it_takes() -> None:
     assert seeds_needed(estimate([1.0, -1.0, 0.001]), 0, math.inf) is None  # thousands
 
 
-def test_costs_to_a_target() -> None:
+def test_costs_to_a_target():
     points = [(1.0, 0.5), (2.0, 0.6), (4.0, 0.8), (8.0, 0.7)]
     assert crossing(points, 0.6) == Reached(2.0)
     assert crossing(points, 0.7) == Reached(pytest.approx(2 * math.sqrt(2)))
@@ -66,7 +41,7 @@ def test_costs_to_a_target() -> None:
     assert crossing(points, 0.81) == Reached(8.0, 1)
 
 
-def test_ratios_of_costs() -> None:
+def test_ratios_of_costs():
     found = log_ratio([(Reached(1.0), Reached(2.0)), (Reached(2.0), Reached(4.0)), (Reached(1.0), Reached(4.0))])
     assert math.exp(found.mean) == pytest.approx((1 / 16) ** (1 / 3))
     assert verdict(found, -math.inf, 0) == "undecided"
@@ -74,7 +49,7 @@ def test_ratios_of_costs() -> None:
     assert verdict(log_ratio(same), -math.inf, 0) == "holds"
 
 
-def test_what_is_known_from_one_side_decides_on_that_side_alone() -> None:
+def test_what_is_known_from_one_side_decides_on_that_side_alone():
     below = log_ratio([(Reached(1.0, -1), Reached(4.0)), (Reached(1.1), Reached(4.0)), (Reached(1.0), Reached(4.0))])
     assert below.low == -math.inf and verdict(below, -math.inf, 0) == "holds"
     assert verdict(below, math.log(0.2), 0) == "undecided"
@@ -100,7 +75,7 @@ def test_what_is_known_from_one_side_decides_on_that_side_alone() -> None:
 
 
 @pytest.mark.parametrize("side", [-1, 1])
-def test_of_bounds_alone_the_weakest_ends_the_interval(side: int) -> None:
+def test_of_bounds_alone_the_weakest_ends_the_interval(side):
     found = log_ratio([(Reached(share, side), Reached(1.0)) for share in (0.5, 0.5, 0.9)])
     low, high = (-math.inf, math.log(0.9)) if side == -1 else (math.log(0.5), math.inf)
     assert (found.low, found.high) == (low, high)

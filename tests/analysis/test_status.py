@@ -1,24 +1,19 @@
 """The status of runs: what is done, running, waiting, failed or stopped, told from their files alone."""
 
-import itertools
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import simulated
+from torture import context
 
 from experiments import files, sweep
-from experiments.config import ARMS
 from experiments.run_log import COLUMNS, write_curve
-from scripts import status
+from scripts import collect, status
 
-Capture = pytest.CaptureFixture[str]
-ROOT = Path(__file__).parents[2]
+CURVES = Path(__file__).parents[2] / "results/curves"
 
 
 def begin(folder: Path, epoch: float | None = None, **changes: object) -> None:
@@ -38,18 +33,16 @@ def look(folder: Path) -> status.Stage:
 
 def lock(folder: Path, host: str) -> None:
     """The lock that a process of this host, which has ended, has left in the folder."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    (folder / files.LOCK).write_text(f"process {process.pid} on {host} since 2026-01-01 00:00:00")
+    (folder / files.LOCK).write_text(f"process {2**22 + 1} on {host} since 2026-01-01 00:00:00")  # a number too high
 
 
-def test_a_finished_run(tmp_path: Path) -> None:
+def test_a_finished_run(tmp_path):
     begin(tmp_path, 4, complete=True)
     (tmp_path / sweep.FAILURE).write_text("of before")
     assert look(tmp_path) == status.Stage("done", accuracy=0.512)
 
 
-def test_a_run_whose_owner_lives_is_running_and_says_how_long_it_will_be(tmp_path: Path) -> None:
+def test_a_run_whose_owner_lives_is_running_and_says_how_long_it_will_be(tmp_path):
     begin(tmp_path, 3, processes=[{"from": 10}])
     with files.hold(tmp_path):
         now = time.time()
@@ -62,13 +55,13 @@ def test_a_run_whose_owner_lives_is_running_and_says_how_long_it_will_be(tmp_pat
     assert look(tmp_path).state == "stopped"
 
 
-def test_a_run_that_was_killed_is_stopped(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_is_stopped(tmp_path):
     begin(tmp_path, 1.5)
     lock(tmp_path, socket.gethostname())
     assert str(look(tmp_path)) == "stopped 1.5/4ep 51.20"
 
 
-def test_a_run_on_another_machine_runs_as_long_as_it_writes(tmp_path: Path) -> None:
+def test_a_run_on_another_machine_runs_as_long_as_it_writes(tmp_path):
     begin(tmp_path, 1)
     lock(tmp_path, "another-machine")
     assert look(tmp_path).state == "running"
@@ -80,7 +73,7 @@ def test_a_run_on_another_machine_runs_as_long_as_it_writes(tmp_path: Path) -> N
     assert look(tmp_path).state == "running"
 
 
-def test_the_failed_run_says_its_last_line_until_it_runs_again(tmp_path: Path) -> None:
+def test_the_failed_run_says_its_last_line_until_it_runs_again(tmp_path):
     begin(tmp_path, 2)
     (tmp_path / sweep.FAILURE).write_text("quickstart seed0 net2net: Two lines:\nthe last.\n")
     assert look(tmp_path) == status.Stage("failed", "2/4ep", 0.512, failure="the last.")
@@ -88,7 +81,7 @@ def test_the_failed_run_says_its_last_line_until_it_runs_again(tmp_path: Path) -
         assert look(tmp_path).state == "running"
 
 
-def test_what_is_half_there_is_no_error(tmp_path: Path) -> None:
+def test_what_is_half_there_is_no_error(tmp_path):
     assert look(tmp_path) == status.Stage("waiting")
     for manifest in ("", "[]", "{", '{"settings": {}}'):
         (tmp_path / "manifest.json").write_text(manifest)
@@ -96,7 +89,7 @@ def test_what_is_half_there_is_no_error(tmp_path: Path) -> None:
         assert look(tmp_path).state in ("waiting", "stopped")
 
 
-def test_the_table_of_arms_by_seeds(tmp_path: Path, capsys: Capture) -> None:
+def test_the_table_of_arms_by_seeds(tmp_path, capsys):
     experiment = tmp_path / "quickstart"
     begin(experiment / "seed0/net2net", 4, complete=True)
     begin(experiment / "seed0/random_init", 1)
@@ -114,7 +107,7 @@ def test_the_table_of_arms_by_seeds(tmp_path: Path, capsys: Capture) -> None:
     assert ["sweep/case:", "1", "done"] in lines
 
 
-def test_many_seeds_are_counted(tmp_path: Path, capsys: Capture) -> None:
+def test_many_seeds_are_counted(tmp_path, capsys):
     for seed in range(40):
         begin(tmp_path / f"quickstart/seed{seed}/net2net", 4, complete=seed % 2 == 0)
     assert status.main([str(tmp_path)]) == 0
@@ -124,7 +117,7 @@ def test_many_seeds_are_counted(tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.slow
-def test_the_status_of_real_runs_changes_nothing(finished: Path, capsys: Capture) -> None:
+def test_the_status_of_real_runs_changes_nothing(finished, capsys):
     runs = finished.parents[1]
     before = {path: path.lstat().st_mtime_ns for path in runs.rglob("*")}
     assert status.main([str(runs)]) == 0
@@ -132,42 +125,34 @@ def test_the_status_of_real_runs_changes_nothing(finished: Path, capsys: Capture
     assert before == {path: path.lstat().st_mtime_ns for path in runs.rglob("*")}
 
 
-def test_no_runs(tmp_path: Path, capsys: Capture) -> None:
+def test_no_runs(tmp_path, capsys):
     assert status.main([str(tmp_path)]) == 1
     assert "There are no runs in" in capsys.readouterr().err
 
 
+def write_runs(runs: Path) -> None:
+    """Write the committed runs of an experiment as train.py writes them, one after another."""
+    for manifest in sorted(CURVES.glob("ablation_rate/**/*.json")):
+        folder, record = runs / manifest.relative_to(CURVES).with_suffix(""), json.loads(manifest.read_text())
+        lines = manifest.with_suffix(".csv").read_text().splitlines(keepends=True)
+        files.write(folder / "manifest.json", json.dumps(record | {"complete": False, "curve_sha256": None}).encode())
+        for rows in [*range(2, len(lines), 6), len(lines)]:
+            files.write(folder / "curve.csv", "".join(lines[:rows]).encode(), flush=False)
+        files.write(folder / "manifest.json", json.dumps(record).encode(), flush=False)
+
+
 @pytest.mark.system
-def test_collecting_while_runs_go_on(tmp_path: Path) -> None:
-    """Runs are written as train.py writes them, one after another, while they are collected again and again."""
-    source, runs, results = tmp_path / "source", tmp_path / "runs", tmp_path / "results"
-    for seed, arm in itertools.product(range(12), ("teacher", *ARMS[:4])):
-        folder = source / "simulated" / f"seed{seed}" / arm
-        record = simulated.make_manifest(arm, seed, {"experiment": "simulated"})
-        rows = simulated.make_curve([row / 20 for row in range(20)])
-        simulated.write_run(folder / "curve.csv", folder / "manifest.json", rows, record)
-    program = """
-import json, sys
-from pathlib import Path
-from experiments.files import write
-source, runs = map(Path, sys.argv[1:])
-for manifest in sorted(source.rglob("manifest.json")):
-    folder, record = runs / manifest.parent.relative_to(source), json.loads(manifest.read_text())
-    lines = (manifest.parent / "curve.csv").read_text().splitlines(keepends=True)
-    write(folder / "manifest.json", json.dumps(record | {"complete": False, "curve_sha256": None}).encode())
-    for rows in [*range(2, len(lines), 6), len(lines)]:
-        write(folder / "curve.csv", "".join(lines[:rows]).encode(), flush=False)
-    write(folder / "manifest.json", json.dumps(record).encode(), flush=False)
-"""
+def test_collecting_while_runs_go_on(tmp_path, capsys):
+    runs, results = tmp_path / "runs", tmp_path / "results"
     runs.mkdir()
-    writer = subprocess.Popen([sys.executable, "-c", program, str(source), str(runs)], cwd=ROOT)
-    collect = [sys.executable, "-m", "scripts.collect", "--runs", runs, "--results", results]
-    said, going = [], True
+    writer = context.Process(target=write_runs, args=(runs,))
+    writer.start()
+    times, going = 0, True
     while going:
-        going = writer.poll() is None  # once more after its end
-        said.append(subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert writer.returncode == 0 and len(said) > 1
-    assert said[-1].endswith("60 collected, 0 skipped, 0 refused\n")
-    for curve in source.rglob("curve.csv"):
-        name = curve.parent.relative_to(source)
-        assert (results / "curves" / name.with_suffix(".csv")).read_bytes() == curve.read_bytes()
+        going = writer.is_alive()  # once more after its end
+        assert collect.main(["--runs", str(runs), "--results", str(results)]) == 0
+        times += 1
+    assert writer.exitcode == 0 and times > 1
+    assert capsys.readouterr().out.endswith(" collected, 0 skipped, 0 refused\n")
+    for committed in CURVES.glob("ablation_rate/**/*.csv"):
+        assert (results / "curves" / committed.relative_to(CURVES)).read_bytes() == committed.read_bytes()

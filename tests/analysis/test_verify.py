@@ -19,7 +19,6 @@ except verify.ExperimentError:
     HISTORY = None
 needs_history = pytest.mark.skipif(HISTORY is None, reason="a shallow clone or no checkout: there is no history")
 
-Capture = pytest.CaptureFixture[str]
 PLACE = "curves/wider_inception/seed0/net2net"
 TEACHER = "curves/wider_inception/seed0/teacher"
 
@@ -52,7 +51,7 @@ def edit(place: Path, changes: dict[str, Any]) -> None:
 
 @needs_history
 @pytest.mark.slow
-def test_the_committed_curves_verify() -> None:
+def test_the_committed_curves_verify():
     assert list(verify.find_faults(ROOT / "results", HISTORY)) == []
 
 
@@ -81,14 +80,14 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 
 @needs_history
 @pytest.mark.parametrize(("changes", "expected"), CHANGES, ids=[expected for _, expected in CHANGES])
-def test_a_changed_manifest_is_found(copied: Path, changes: dict[str, Any], expected: str) -> None:
+def test_a_changed_manifest_is_found(copied, changes, expected):
     edit(copied / PLACE, changes)
     found = list(verify.find_faults(copied, HISTORY))
     assert all(fault.startswith(f"{PLACE}: ") for fault in found)
     assert any(expected in fault for fault in found)
 
 
-def test_curves_in_the_place_of_others_are_found(copied: Path) -> None:
+def test_curves_in_the_place_of_others_are_found(copied):
     (copied / f"{PLACE}.csv").unlink()
     for source, experiment, arm, whose in (
         ("wider_inception/seed1/net2net", "wider_inception", "net2net", "wider of seed 1"),
@@ -101,7 +100,7 @@ def test_curves_in_the_place_of_others_are_found(copied: Path) -> None:
 
 
 @needs_history
-def test_what_lacks_its_company_is_found(copied: Path) -> None:
+def test_what_lacks_its_company_is_found(copied):
     copy("curves/design_space/seed0/teacher", copied / TEACHER)
     (fault,) = verify.find_faults(copied, HISTORY)
     assert fault == f"{PLACE}: it started from another teacher than the one beside it"
@@ -113,7 +112,7 @@ def test_what_lacks_its_company_is_found(copied: Path) -> None:
 
 
 @needs_history
-def test_seeds_of_other_settings_are_found(copied: Path) -> None:
+def test_seeds_of_other_settings_are_found(copied):
     for arm in ("net2net", "teacher"):
         copy(f"curves/wider_inception/seed1/{arm}", copied / f"curves/wider_inception/seed1/{arm}")
     assert list(verify.find_faults(copied, HISTORY)) == []
@@ -123,7 +122,7 @@ def test_seeds_of_other_settings_are_found(copied: Path) -> None:
 
 
 @needs_history
-def test_a_changed_curve_is_found_and_ends_with_1(copied: Path, capsys: Capture) -> None:
+def test_a_changed_curve_is_found_and_ends_with_1(copied, capsys):
     assert verify.main(["--results", str(copied)]) == 0
     assert capsys.readouterr().out == "2 curves checked, 0 faults\n"
     curve = copied / f"{PLACE}.csv"
@@ -136,7 +135,7 @@ def test_a_changed_curve_is_found_and_ends_with_1(copied: Path, capsys: Capture)
     assert verify.main(["--results", str(copied / "nothing")]) == 1
 
 
-def test_a_shallow_clone_is_told(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_shallow_clone_is_told(copied, monkeypatch, capsys):
     monkeypatch.setattr(verify, "read_history", lambda: None)
     edit(copied / PLACE, {"commit": "0" * 40, "command": "+ seed=2,0,1"})
     assert verify.main(["--results", str(copied)]) == 0
@@ -144,6 +143,6 @@ def test_a_shallow_clone_is_told(copied: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @needs_history
-def test_history_is_that_of_this_checkout() -> None:
+def test_history_is_that_of_this_checkout():
     head = subprocess.check_output(["git", "-C", ROOT, "rev-parse", "HEAD"], text=True).strip()
     assert HISTORY is not None and head in HISTORY

@@ -1,23 +1,20 @@
 """Cases: each is run as an experiment of its own, and the command line has the last word."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
+from conftest import cases
 
 from experiments.analysis import curves
-from experiments.config import Config, ExperimentError
+from experiments.config import ExperimentError
 from scripts import collect
-
-Cases = Callable[..., list[Config]]
 
 SHORT = "+cases.short={schedule.epochs: 4it, schedule.evaluate: 2it}"
 NOISY = "+cases.noisy={growth: {noise: 0.5}, rates: {net2net: 0.3}, schedule.epochs: 4it, schedule.evaluate: 4it}"
 
 
-def test_a_case_changes_what_it_names_in_dotted_or_nested_keys_and_nothing_else(cases: Cases) -> None:
+def test_a_case_changes_what_it_names_in_dotted_or_nested_keys_and_nothing_else():
     (plain,) = cases("experiment=quickstart")
     assert (plain.case, plain.name) == (None, "quickstart")
     short, noisy = cases("experiment=quickstart", SHORT, NOISY)
@@ -29,13 +26,13 @@ def test_a_case_changes_what_it_names_in_dotted_or_nested_keys_and_nothing_else(
     assert asdict(short) | changed == asdict(plain)
 
 
-def test_lists_and_new_arguments_of_a_network_can_be_changed(cases: Cases) -> None:
+def test_lists_and_new_arguments_of_a_network_can_be_changed():
     (config,) = cases("experiment=quickstart", "+cases.a={arms: [net2net], students.wider.extra_pairs: 1}")
     assert config.arms == ["net2net"]
     assert config.students == {"wider": {"width": 1.0, "extra_pairs": 1}}
 
 
-def test_what_the_command_line_names_no_case_changes(cases: Cases) -> None:
+def test_what_the_command_line_names_no_case_changes():
     short, _ = cases("experiment=quickstart", SHORT, NOISY, "schedule.epochs=9it", "+students.wider={width: 0.9}")
     assert (short.schedule.epochs, short.schedule.evaluate) == ("9it", "2it")
     # but a group of settings that is chosen by name is no setting
@@ -54,15 +51,13 @@ def test_what_the_command_line_names_no_case_changes(cases: Cases) -> None:
         ("case=shor", r"quickstart has no case 'shor' \(did you mean 'short'\?\)\. There are: short"),
     ],
 )
-def test_a_wrong_case_is_answered_in_a_sentence(cases: Cases, case: str, said: str) -> None:
+def test_a_wrong_case_is_answered_in_a_sentence(case, said):
     with pytest.raises(ExperimentError, match=said):
         cases("experiment=quickstart", SHORT, case)
 
 
 @pytest.mark.slow
-def test_cases_run_one_after_another_also_after_one_that_fails_and_are_collected(
-    train_py: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cases_run_one_after_another_also_after_one_that_fails_and_are_collected(train_py, tmp_path, capsys):
     words = ["arms=[random_init]", "schedule.epochs=4it", "schedule.evaluate=4it"]
     rates = {"low": 0.1, "absurd": 1e30, "high": 2}
     words += [f"+cases.{name}={{rates.random_init: {rate}}}" for name, rate in rates.items()]

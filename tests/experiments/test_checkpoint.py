@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +32,17 @@ def signed(content: object) -> bytes:
     return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
 
 
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "truncated": lambda content: content[:-1],
-    "empty": lambda content: b"",
-    "first": lambda content: bytes([content[0] ^ 4]) + content[1:],
-    "last": lambda content: content[:-1] + bytes([content[-1] ^ 4]),
-}
-
-
-def test_it_comes_back_and_torch_reads_it_too(folder: Path) -> None:
+def test_it_comes_back_and_torch_reads_it_too(folder):
     found = checkpoint.load(folder)
     assert torch.equal(found["network"]["w"], torch.full((300,), 2.0)) and found["step"] == 2
     assert torch.load(folder / NEWEST, weights_only=True)["step"] == 2
     assert sorted(path.name for path in folder.iterdir()) == [PREVIOUS, NEWEST]
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_one_is_noticed_and_the_one_before_is_used(
-    folder: Path, how: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("length", [0, -1])  # empty, truncated
+def test_a_damaged_one_is_noticed_and_the_one_before_is_used(folder, length, capsys):
     content = (folder / NEWEST).read_bytes()
-    (folder / NEWEST).write_bytes(DAMAGES[how](content))
+    (folder / NEWEST).write_bytes(content[:length])
     assert checkpoint.load(folder)["step"] == 1
     err = capsys.readouterr().err
     assert err == f"Warning: {folder}/{NEWEST} cannot be read (its checksum is wrong); continuing from {PREVIOUS}.\n"
@@ -65,7 +54,7 @@ def test_a_damaged_one_is_noticed_and_the_one_before_is_used(
     assert checkpoint.load(folder)["step"] == 3  # and not what was damaged
 
 
-def test_every_single_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_every_single_flipped_bit_is_noticed(tmp_path):
     checkpoint.save(tmp_path, state(1))
     content = bytearray((tmp_path / NEWEST).read_bytes())
     for place in range(0, len(content), 7):
@@ -76,7 +65,7 @@ def test_every_single_flipped_bit_is_noticed(tmp_path: Path) -> None:
         content[place] ^= 1 << place % 8
 
 
-def test_two_damaged_ones_are_refused(folder: Path) -> None:
+def test_two_damaged_ones_are_refused(folder):
     for name in (NEWEST, PREVIOUS):
         (folder / name).write_bytes((folder / name).read_bytes()[:-1])
     said = rf"{NEWEST} cannot be read \(its checksum is wrong\); .*{PREVIOUS} cannot .*: delete {folder} to run this"
@@ -84,18 +73,11 @@ def test_two_damaged_ones_are_refused(folder: Path) -> None:
         checkpoint.load(folder)
 
 
-def test_between_the_two_renames_of_a_save_the_one_before_is_there(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_between_the_two_renames_of_a_save_the_one_before_is_there(folder, capsys):
     (folder / NEWEST).rename(folder / PREVIOUS)
     assert checkpoint.exists(folder)
     assert checkpoint.resume(folder)["step"] == 2
     assert capsys.readouterr().err == ""  # nothing is lost
-
-
-def test_a_folder_without_one_starts_at_the_beginning(tmp_path: Path) -> None:
-    assert not checkpoint.exists(tmp_path / "absent")
-    assert checkpoint.resume(tmp_path / "absent")["step"] == 0
 
 
 @pytest.mark.parametrize(
@@ -106,7 +88,7 @@ def test_a_folder_without_one_starts_at_the_beginning(tmp_path: Path) -> None:
         (state(1) | {"network": Path("x")}, "UnpicklingError"),  # a class: to load it would be to run it
     ],
 )
-def test_what_is_whole_but_no_checkpoint_is_refused(tmp_path: Path, content: object, said: str) -> None:
+def test_what_is_whole_but_no_checkpoint_is_refused(tmp_path, content, said):
     (tmp_path / NEWEST).write_bytes(signed(content))
     with pytest.raises(ExperimentError, match=rf"cannot be read \({said}\): delete "):
         checkpoint.load(tmp_path)

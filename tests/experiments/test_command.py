@@ -1,26 +1,20 @@
 """The command line: what is wrong with it is said in one sentence, at once, and nothing is left behind."""
 
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from loops import error_of
 
 from experiments.config import Config, ExperimentError, check, steps
+from experiments.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
-Main = Callable[..., int]
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """The sentence on stderr, which has to be all that is there."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("Error: ")
-    return lines[0]
 
 
 TYPOS = [  # what is typed, what is answered
@@ -41,9 +35,7 @@ TYPOS = [  # what is typed, what is answered
 
 
 @pytest.mark.parametrize(("typed", "said"), TYPOS)
-def test_a_wrong_word_is_answered_in_one_sentence(
-    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str], typed: str, said: str
-) -> None:
+def test_a_wrong_word_is_answered_in_one_sentence(train_py, tmp_path, capsys, typed, said):
     assert train_py(typed) == 1
     assert said in error_of(capsys)
     assert list(tmp_path.rglob("*.*")) == []  # nothing was trained, and no log was written
@@ -63,6 +55,7 @@ WRONG: dict[str, tuple[Any, str]] = {  # setting -> a value that no run can have
     "schedule.momentum": (1.0, "schedule.momentum is 1.0: it has to be below 1."),
     "schedule.weight_decay": (float("nan"), "schedule.weight_decay is nan"),
     "schedule.teacher_epochs": ("0it", "schedule.teacher_epochs is 0it"),
+    "schedule.first_epochs": ("4it", "schedule.first_epochs is set, but no `first` network"),
     "growth.warmup": ("-1it", "growth.warmup is -1it: The duration '-1it'"),
     "students.a/b": ({}, "The student 'a/b' cannot name a folder of its own"),
     "data.holdout": (1.0, "data.holdout is 1.0: choose a share between 0 and 1"),
@@ -70,7 +63,7 @@ WRONG: dict[str, tuple[Any, str]] = {  # setting -> a value that no run can have
 
 
 @pytest.mark.parametrize("key", WRONG)
-def test_a_value_that_no_run_can_have_is_refused(key: str) -> None:
+def test_a_value_that_no_run_can_have_is_refused(key):
     config = Config(experiment="any", students={"wider": {}})
     check(config)  # the defaults are sound
     value, said = WRONG[key]
@@ -88,7 +81,7 @@ def test_a_value_that_no_run_can_have_is_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("duration", "expected"), [("6ep", 60), ("0.5ep", 5), ("500it", 500), (" 2.ep", 20), ("0it", 0)]
 )
-def test_durations(duration: str, expected: int) -> None:
+def test_durations(duration, expected):
     assert steps(duration, 10) == expected
 
 
@@ -112,15 +105,13 @@ def run_without_torch(*typed: str) -> subprocess.CompletedProcess[str]:
         ("seed=1", 2, "python train.py experiment=quickstart seed=1"),
     ],
 )
-def test_questions_and_typos_are_answered_before_torch_is_loaded(typed: str, status: int, said: str) -> None:
+def test_questions_and_typos_are_answered_before_torch_is_loaded(typed, status, said):
     done = run_without_torch(*typed.split())
     assert done.returncode == status and "Traceback" not in done.stderr
     assert said in done.stdout + done.stderr
 
 
-def test_a_run_says_what_it_does_and_leaves_one_folder(
-    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_says_what_it_does_and_leaves_one_folder(train_py, tmp_path, capsys):
     fast = ["arms=[random_init]", "schedule.epochs=2it", "schedule.evaluate=2it"]
     assert train_py(*fast) == 0
     out, err = capsys.readouterr()
@@ -133,12 +124,16 @@ def test_a_run_says_what_it_does_and_leaves_one_folder(
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_an_interruption_says_how_to_continue(
-    train_py: Main, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(config: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("experiments.experiment.load", stop)
-    assert train_py() == 130
-    assert capsys.readouterr().err == "\nInterrupted. Run the same command again to continue.\n"
+@pytest.mark.parametrize(
+    ("stop", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted. Run"),
+        (Interrupted(signal.SIGINT, "net2net stopped"), 130, "Interrupted. net2net stopped. Run"),
+        (Interrupted(signal.SIGTERM, "net2net stopped"), 143, "Stopped by SIGTERM. net2net stopped. Run"),
+        (Interrupted(signal.SIGUSR2, "net2net stopped"), 140, "Stopped by SIGUSR2. net2net stopped. Run"),
+    ],
+)
+def test_an_interruption_says_how_to_continue(train_py, capsys, monkeypatch, stop, status, said):
+    monkeypatch.setattr("experiments.experiment.load", MagicMock(side_effect=stop))
+    assert train_py() == status
+    assert capsys.readouterr().err == f"\n{said} the same command again to continue.\n"

@@ -1,14 +1,14 @@
 """Every configuration composes, says what it claims, and describes networks that the transfer can carry."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import cases, composed
 
 from experiments import arms, command, flops
-from experiments.config import Config, check, steps
+from experiments.config import check, steps
 from experiments.models import build
 
 ROOT = Path(__file__).parents[2]
@@ -18,9 +18,7 @@ SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
 
 @pytest.mark.parametrize("scale", [None, *(pytest.param(scale, marks=pytest.mark.slow) for scale in SCALES)])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every_scale(
-    cases: Callable[..., list[Config]], experiment: str, scale: str | None
-) -> None:
+def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every_scale(experiment, scale):
     text = (ROOT / f"configs/experiment/{experiment}.yaml").read_text()
     line = re.search(r"^# Command +python train\.py (.+)$", text, re.M)
     assert line
@@ -39,7 +37,7 @@ def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every
     assert len(set(names)) == len(names)
 
 
-def test_every_open_question_that_is_named_is_in_the_paper_notes() -> None:
+def test_every_open_question_that_is_named_is_in_the_paper_notes():
     known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "docs/reproduction.md").read_text(), re.M))
     assert known
     patterns = ("experiments/**/*.py", "net2net/**/*.py", "configs/experiment/*.yaml")
@@ -52,9 +50,7 @@ def test_every_open_question_that_is_named_is_in_the_paper_notes() -> None:
     ("experiment", "scale"),
     [*((name, "cpu") for name in EXPERIMENTS if name != "design_space_imagenet"), ("wider_inception", "imagenet")],
 )
-def test_every_student_can_be_filled_from_its_teacher(
-    cases: Callable[..., list[Config]], experiment: str, scale: str
-) -> None:
+def test_every_student_can_be_filled_from_its_teacher(experiment, scale):
     configs = cases(f"experiment={experiment}", f"scale={scale}")
     done: list[object] = []
     for config in configs:
@@ -83,9 +79,7 @@ def test_every_student_can_be_filled_from_its_teacher(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["grow_schedule", "grow_schedule_wider"])
-def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(
-    cases: Callable[..., list[Config]], experiment: str
-) -> None:
+def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(experiment):
     spent: dict[str, float] = {}
     for config in cases(f"experiment={experiment}"):
         epochs = steps(config.schedule.epochs, 351)
@@ -112,9 +106,7 @@ OF_ONE_SIZE = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", OF_ONE_SIZE)
-def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(
-    cases: Callable[..., list[Config]], monkeypatch: pytest.MonkeyPatch, experiment: str
-) -> None:
+def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(monkeypatch, experiment):
     assert {"quickstart", "wider_imagenette", "frontier_wider"} <= set(OF_ONE_SIZE)
     found = []
     for scale in ("cpu", "gpu"):  # what a machine may choose
@@ -125,9 +117,7 @@ def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(
     assert all(one == found[0] for one in found)
 
 
-def test_the_scale_follows_the_machine_unless_it_is_named(
-    composed: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scale_follows_the_machine_unless_it_is_named(monkeypatch):
     monkeypatch.setattr(command, "default_scale", lambda: "gpu")
     assert composed("experiment=wider_inception").scale == "gpu"
     assert composed("experiment=wider_inception", "scale=cpu").scale == "cpu"

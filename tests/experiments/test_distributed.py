@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,22 +12,85 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
-from loops import Quiet, images, network, small_job, without_seconds
-from ranked import plain
+import torture
+from conftest import composed
+from loops import Quiet, network, signalled, small_job, without_seconds
+from rich.console import Console
+from torch import Tensor, nn
 
-from experiments import checkpoint
+from experiments import arms, checkpoint
 from experiments.config import ExperimentError
+from experiments.data import Images, load
 from experiments.distributed import ALONE, Ranks, join
-from experiments.training import train
+from experiments.run import Run
+from experiments.signals import Interrupted
+from experiments.training import Job, train
 
 ROOT = Path(__file__).parents[2]
-Ranked = tuple[Path, list[dict[str, Any]]]  # the folder in which two processes of ranked.py ran; what each found
-SMALL = (
-    *(setting for setting in TINY if not setting.startswith("model.")),
-    *("model.name=resnet", "+model.blocks=1", "~model.slim", "~model.stem"),
-    *("teacher.width=0.25", "students.wider.width=0.5"),
-)
+Ranked = tuple[Path, list[dict[str, Any]]]  # the folder in which two processes ran; what each found
+
+# -- what each of the two processes does --------------------------------------------------------------------------
+
+
+def plain() -> nn.Module:
+    """No batch norm, no dropout: a batch may be divided."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+
+def outcome(net: nn.Module, job: Job, follower: Quiet | None = None) -> dict[str, Any]:
+    """The curve and the weights of a run; where it stopped, if it did."""
+    try:
+        rows, stopped = train(net, job, follower or Quiet()), ""
+    except (Interrupted, ExperimentError) as error:
+        rows, stopped = [], f"{type(error).__name__} {error}"
+    return {"rows": rows, "stopped": stopped, "network": {k: v.clone() for k, v in net.state_dict().items()}}
+
+
+def unreadable(job: Job) -> Job:
+    """On rank 1 the seventh batch cannot be read."""
+
+    class Unreadable(Images):
+        def batches(self, *arguments: Any, **named: Any):
+            for number, batch in enumerate(super().batches(*arguments, **named)):
+                if job.ranks.rank == 1 and named["epoch"] == 2 and number == 0:
+                    raise ExperimentError("The image 6 cannot be read.")
+                yield batch
+
+    train = Unreadable(**vars(job.splits.train))
+    return replace(job, splits=replace(job.splits, train=train))
+
+
+def grown(own: Ranks, *settings: str) -> dict[str, Tensor]:
+    """The weights of a student that this rank has filled."""
+    config = composed(*settings)
+    run = Run(config, load(config.data), torch.device("cpu"), Console(quiet=True), own)
+    teacher, student = run.make_network(None), run.make_network("wider")
+    arms.fill("net2net", teacher, student, config, run.images)
+    return student.state_dict()
+
+
+def main(folder: Path) -> None:
+    """What torchrun starts; each process leaves rank<k>.pt."""
+    torch.set_num_threads(1)
+    own = join()
+
+    def job(name: str) -> Job:
+        return replace(small_job(folder / name), ranks=own)
+
+    found = {
+        "grown": {"stopped": "", "rows": [], "network": grown(own, *sys.argv[2:])},
+        "plain": outcome(plain(), job("plain")),
+        "norm": outcome(network(), job("norm")),
+        "stopped": outcome(network(), job("stopped"), signalled(signal.SIGTERM, 5 if own.rank == 1 else 0)),
+        "resumed": outcome(network(), job("stopped")),
+        "unreadable": outcome(network(), unreadable(job("unreadable"))),
+        "readable": outcome(network(), job("unreadable")),
+    }
+    torch.save(found, folder / f"rank{own.rank}.pt")
+
+
+# -- and what comes of it -----------------------------------------------------------------------------------------
 
 
 def torchrun(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -43,16 +107,16 @@ def torchrun(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> Ranked:
-    """The folder in which two processes of ranked.py ran, and what each found."""
+    """The folder in which two processes ran, and what each found."""
     folder = tmp_path_factory.mktemp("ranked")
-    done = torchrun(str(ROOT / "tests/experiments/ranked.py"), str(folder), *SMALL, folder=folder)
+    done = torchrun(__file__, str(folder), *torture.SETTINGS, folder=folder)
     assert done.returncode == 0, done.stderr
     return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("name", ["grown", "plain", "norm", "stopped", "resumed", "unreadable", "readable"])
-def test_all_ranks_end_with_the_same_weights(ranked: Ranked, name: str) -> None:
+def test_all_ranks_end_with_the_same_weights(ranked, name):
     one, other = (found[name] for found in ranked[1])
     assert one["stopped"] == other["stopped"]
     assert without_seconds(one["rows"]) == without_seconds(other["rows"])
@@ -62,7 +126,7 @@ def test_all_ranks_end_with_the_same_weights(ranked: Ranked, name: str) -> None:
 
 
 @pytest.mark.system
-def test_without_batch_norm_the_curve_is_that_of_one_process(ranked: Ranked, tmp_path: Path) -> None:
+def test_without_batch_norm_the_curve_is_that_of_one_process(ranked, tmp_path):
     net = plain()
     rows = train(net, small_job(tmp_path / "alone"), Quiet())
     found = ranked[1][0]["plain"]
@@ -78,7 +142,7 @@ def test_without_batch_norm_the_curve_is_that_of_one_process(ranked: Ranked, tmp
 
 
 @pytest.mark.system
-def test_with_batch_norm_it_is_another(ranked: Ranked, tmp_path: Path) -> None:
+def test_with_batch_norm_it_is_another(ranked, tmp_path):
     rows = train(network(), small_job(tmp_path / "alone"), Quiet())
     found = ranked[1][0]["norm"]["rows"]
     assert found[0]["test_loss"] == pytest.approx(rows[0]["test_loss"])  # before the first step there is no difference
@@ -86,7 +150,7 @@ def test_with_batch_norm_it_is_another(ranked: Ranked, tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_continue(ranked: Ranked) -> None:
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_continue(ranked):
     folder, found = ranked
     assert {each["stopped"]["stopped"] for each in found} == {"Interrupted arm stopped at step 5 of 12"}
     for rank in range(2):
@@ -97,7 +161,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_continue(ranked: Ra
 
 
 @pytest.mark.system
-def test_what_one_rank_cannot_read_is_said_by_all_and_what_was_learned_is_saved(ranked: Ranked) -> None:
+def test_what_one_rank_cannot_read_is_said_by_all_and_what_was_learned_is_saved(ranked):
     _, found = ranked
     assert {each["unreadable"]["stopped"] for each in found} == {"ExperimentError The image 6 cannot be read."}
     for rank in range(2):  # it went on from the sixth step, with the meter's sums of before
@@ -105,16 +169,10 @@ def test_what_one_rank_cannot_read_is_said_by_all_and_what_was_learned_is_saved(
 
 
 @pytest.mark.system
-def test_numbers_are_reduced_and_decisions_are_those_of_rank_0(ranked: Ranked) -> None:
-    for rank, found in enumerate(ranked[1]):
-        assert (found["sum"], found["most"], found["first"], found["in_turn"]) == ([3.0, 1.0], [1, 3], 0, rank)
-
-
-@pytest.mark.system
-def test_an_experiment_of_two_processes(tmp_path: Path) -> None:
-    settings = [*SMALL, "runs=runs", "arms=[net2net,random_init]", "schedule.epochs=6it", "schedule.evaluate=3it"]
-    settings += ["+first.width=0.125"]  # the teacher is grown, too
-    done = torchrun(str(ROOT / "train.py"), *settings, folder=tmp_path)
+def test_an_experiment_of_two_processes(tmp_path):
+    settings = "runs=runs arms=[net2net,random_init] schedule.epochs=6it schedule.evaluate=3it"
+    settings += " +first.width=0.125"  # the teacher is grown, too
+    done = torchrun(str(ROOT / "train.py"), *torture.SETTINGS, *settings.split(), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("figure    runs/quickstart/figure.png") == 1
     assert "Warning" not in done.stderr
@@ -133,7 +191,7 @@ def test_an_experiment_of_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_a_wrong_command_one_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_wrong_command_one_rank_speaks(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     for rank, lines in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
@@ -142,21 +200,18 @@ def test_of_a_wrong_command_one_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> 
         assert done.returncode == 1 and done.stderr.count("(did you mean 'seed'?)") == lines
 
 
-def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_there_is_one_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")  # as MPI or Slurm may set it for another purpose
     assert join() is ALONE
     assert ALONE.sum(1, 2.5) == [1, 2.5] and ALONE.maximum(3, 0) == [3, 0]
     assert ALONE.wrap(net := network(), torch.device("cpu")) is net
 
 
-@pytest.mark.parametrize("augment", [True, False])
-def test_shares_make_the_batch(augment: bool) -> None:
-    split = replace(images(28, 1), pad=1, flip=True)
-    whole = list(split.batches(8, 1, 0, augment=augment))
-    shares = [list(split.batches(8, 1, 0, augment=augment, share=Ranks(rank, 4).share(8))) for rank in range(4)]
-    for number, (pixels, labels) in enumerate(whole):
-        assert torch.equal(torch.cat([share[number][0] for share in shares]), pixels)
-        assert torch.equal(torch.cat([share[number][1] for share in shares]), labels)
-    assert sum(len(labels) for rank in range(3) for _, labels in split.ordered(4, rank, 3)) == 28
+def test_ranks_share_a_batch_evenly_or_not_at_all():
+    assert [Ranks(rank, 4).share(8) for rank in range(4)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
     with pytest.raises(ExperimentError, match=r"which 3 processes cannot share: choose a multiple of 3"):
         Ranks(0, 3).share(8)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

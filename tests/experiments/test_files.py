@@ -6,36 +6,33 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+from loops import wait_for
 from torture import context
 
 from experiments import files
 from experiments.config import ExperimentError
 
 
-def fail_with(number: int) -> Callable[..., None]:
+def failing(number: int) -> MagicMock:
     """Return a function that fails as the system call does."""
-
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return fail
+    return MagicMock(side_effect=OSError(number, os.strerror(number)))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_full_disk_leaves_the_previous_file(tmp_path, monkeypatch, call):
     files.write(tmp_path / "a", b"before")
-    monkeypatch.setattr(files.os, call, fail_with(errno.ENOSPC))
+    monkeypatch.setattr(files.os, call, failing(errno.ENOSPC))
     with pytest.raises(ExperimentError, match=r"a cannot be written \(No space left on device\): make room"):
         files.write(tmp_path / "a", b"after")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"before"
 
 
-def test_folders_are_made_and_a_file_in_their_place_is_refused(tmp_path: Path) -> None:
+def test_folders_are_made_and_a_file_in_their_place_is_refused(tmp_path):
     files.write(tmp_path / "new" / "a", b"1")
     assert (tmp_path / "new" / "a").read_bytes() == b"1"
     assert list(files.writable(tmp_path / "other", "").iterdir()) == []
@@ -48,7 +45,7 @@ def test_folders_are_made_and_a_file_in_their_place_is_refused(tmp_path: Path) -
         pytest.fail("held")
 
 
-def test_a_held_folder_is_refused_and_left_clean(tmp_path: Path) -> None:
+def test_a_held_folder_is_refused_and_left_clean(tmp_path):
     with files.hold(tmp_path / "arm"):
         (tmp_path / "arm" / ".left.partial").touch()
         said = f"arm is being written by process {os.getpid()} on {socket.gethostname()}: let that run end"
@@ -62,8 +59,8 @@ def test_a_held_folder_is_refused_and_left_clean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(fcntl, "flock", fail_with(number))
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", failing(number))
     said = rf"The folder .*arm cannot be locked \({os.strerror(number)}\)"
     with pytest.raises(ExperimentError, match=said), files.hold(tmp_path / "arm"):
         pytest.fail("held")
@@ -72,15 +69,12 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
 # -- with other processes -----------------------------------------------------------------------------------------
 
 
-def hold_for(folder: Path, seconds: float, fork: bool = False) -> None:
-    """Hold the folder's lock; then name the process, and a worker that it has forked, in a file beside the folder."""
+def hold_with_worker(folder: Path) -> None:
+    """Hold the folder's lock, and name a worker that is forked meanwhile in a file beside the folder."""
     with files.hold(folder):
-        worker = os.fork() if fork else 0
-        if fork and not worker:
-            time.sleep(60)
-            os._exit(0)
-        (folder.parent / "held").write_text(str(worker))
-        time.sleep(seconds)
+        if worker := os.fork():
+            (folder.parent / "worker").write_text(str(worker))
+        time.sleep(60)
 
 
 def count(folder: Path, times: int) -> None:
@@ -90,23 +84,15 @@ def count(folder: Path, times: int) -> None:
             (folder / "number").write_text(str(number + 1))
 
 
-def wait_for(path: Path) -> None:
-    for _ in range(6000):
-        if path.exists():
-            return
-        time.sleep(0.01)
-    pytest.fail(f"{path} does not come")
-
-
 @pytest.mark.system
-def test_a_killed_owner_and_its_workers_hold_nothing(tmp_path: Path) -> None:
-    owner = context.Process(target=hold_for, args=(tmp_path / "arm", 60, True))
+def test_a_killed_owner_and_its_workers_hold_nothing(tmp_path):
+    owner = context.Process(target=hold_with_worker, args=(tmp_path / "arm",))
     owner.start()
-    wait_for(tmp_path / "held")
+    wait_for(tmp_path / "worker")
     time.sleep(0.1)
     with pytest.raises(files.BusyError, match=f"process {owner.pid} on "), files.hold(tmp_path / "arm"):
         pytest.fail("held twice")
-    worker = int((tmp_path / "held").read_text())
+    worker = int((tmp_path / "worker").read_text())
     os.kill(owner.pid or 0, signal.SIGKILL)
     owner.join()
     try:
@@ -118,25 +104,7 @@ def test_a_killed_owner_and_its_workers_hold_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_who_waits_is_told_once_whom_it_waits_for_and_may_be_interrupted(tmp_path: Path) -> None:
-    owner = context.Process(target=hold_for, args=(tmp_path / "arm", 2))
-    owner.start()
-    wait_for(tmp_path / "held")
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C's
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        with pytest.raises(KeyboardInterrupt), files.hold(tmp_path / "arm", lambda owner: None):
-            pytest.fail("held twice")
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    owners: list[str] = []
-    with files.hold(tmp_path / "arm", owners.append):
-        assert owners == [f"process {owner.pid} on {socket.gethostname()}"]
-    owner.join()
-
-
-@pytest.mark.system
-def test_processes_that_wait_never_write_at_once(tmp_path: Path) -> None:
+def test_processes_that_wait_never_write_at_once(tmp_path):
     (tmp_path / "number").write_text("0")
     counters = [context.Process(target=count, args=(tmp_path, 20)) for _ in range(4)]
     for counter in counters:

@@ -17,7 +17,7 @@ def count(network: nn.Module, *kinds: type[nn.Module]) -> int:
 
 
 @pytest.mark.parametrize(("stem", "last"), [(224, 7), (32, 4), (8, 2)])
-def test_the_papers_network_has_25_to_47_layers_in_11_modules_for_any_size_of_images(stem: int, last: int) -> None:
+def test_the_papers_network_has_25_to_47_layers_in_11_modules_for_any_size_of_images(stem, last):
     network = inception(stem=stem, slim=0.03).eval()
     assert network.depth() == (25, 47)
     assert len(network.blocks) == 11
@@ -28,7 +28,7 @@ def test_the_papers_network_has_25_to_47_layers_in_11_modules_for_any_size_of_im
     assert seen[0][2:] == (last, last)
 
 
-def test_every_convolution_is_a_full_layer() -> None:
+def test_every_convolution_is_a_full_layer():
     network = inception(slim=0.05, extra_pairs=1, pairs_on_top=1)
     full = [
         part for part in network.modules() if isinstance(part, nn.Sequential) and isinstance(part[0:1][0], nn.Conv2d)
@@ -45,9 +45,7 @@ def test_every_convolution_is_a_full_layer() -> None:
         ({"extra_pairs": 1, "pairs_on_top": 1}, 11 * (4 + 2), (47, 91)),
     ],
 )
-def test_a_deeper_network_has_more_layers_beside_those_of_the_standard_one(
-    changes: dict[str, float], more: int, depth: tuple[int, int]
-) -> None:
+def test_a_deeper_network_has_more_layers_beside_those_of_the_standard_one(changes, more, depth):
     standard, deeper = inception(slim=0.05), inception(slim=0.05, **changes)
     assert deeper.depth() == depth
     assert count(deeper, nn.Conv2d) - count(standard, nn.Conv2d) == more
@@ -55,7 +53,7 @@ def test_a_deeper_network_has_more_layers_beside_those_of_the_standard_one(
     assert all(tensors[name].shape == tensor.shape for name, tensor in standard.state_dict().items())
 
 
-def test_width_leaves_the_stem_alone_and_the_numbers_of_parameters_are_known() -> None:
+def test_width_leaves_the_stem_alone_and_the_numbers_of_parameters_are_known():
     """A change of the architecture changes these numbers, and then the experiments have to run again."""
     with torch.device("meta"):
         wide, narrow, resnet = inception(), inception(width=0.3**0.5), build({"name": "resnet"}, 10, 3)
@@ -66,7 +64,7 @@ def test_width_leaves_the_stem_alone_and_the_numbers_of_parameters_are_known() -
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "densenet121", "googlenet", "inception_v3", "mobilenet_v2"])
-def test_torchvision_by_name_gives_logits_in_both_modes(name: str) -> None:
+def test_torchvision_by_name_gives_logits_in_both_modes(name):
     with torch.device("meta"):
         network = build({"name": name}, 7, 3)
         for mode in (True, False):
@@ -83,7 +81,7 @@ def test_torchvision_by_name_gives_logits_in_both_modes(name: str) -> None:
         ({"name": "resnet18"}, 1, "reads 3 channels, the images have 1"),
     ],
 )
-def test_what_does_not_exist_is_named(spec: dict, channels: int, message: str) -> None:
+def test_what_does_not_exist_is_named(spec, channels, message):
     with pytest.raises(ExperimentError, match=message):
         build(spec, 10, channels)
 
@@ -97,7 +95,7 @@ def test_what_does_not_exist_is_named(spec: dict, channels: int, message: str) -
         ({"name": "resnet", "blocks": 5, "inner": 3}, 32, 2),
     ],
 )
-def test_networks_for_cifar_have_the_depth_of_their_paper(spec: dict, depth: int, shortcuts: int) -> None:
+def test_networks_for_cifar_have_the_depth_of_their_paper(spec, depth, shortcuts):
     network = build(spec | {"width": 0.25}, 7, 1).eval()
     assert count(network, nn.Conv2d, nn.Linear) - shortcuts == depth
     assert sum(isinstance(m, nn.Conv2d) for name, m in network.named_modules() if "shortcut" in name) == shortcuts

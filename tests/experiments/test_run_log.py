@@ -3,7 +3,8 @@
 import hashlib
 import json
 import subprocess
-from pathlib import Path
+from contextlib import suppress
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -13,7 +14,7 @@ from experiments.config import ExperimentError
 from experiments.run_log import COLUMNS
 
 
-def test_a_curve_has_the_columns_in_their_order(tmp_path: Path) -> None:
+def test_a_curve_has_the_columns_in_their_order(tmp_path):
     rows = [{"step": 0, "test_accuracy": 1 / 3, "flops": 123456789012}, {"step": 5, "seconds": 2.0}]
     run_log.write_curve(tmp_path, rows)
     lines = (tmp_path / "curve.csv").read_text().splitlines()
@@ -21,16 +22,27 @@ def test_a_curve_has_the_columns_in_their_order(tmp_path: Path) -> None:
     assert lines[1:] == ["0,,,,123456789012,,,,,,0.333333", "5,,,2,,,,,,,"]
 
 
+def test_who_reads_while_another_writes_sees_whole_files(tmp_path, monkeypatch):
+    def write(rows: list[dict[str, float]]) -> tuple[bytes, bytes]:
+        with suppress(ExperimentError):
+            run_log.write_curve(tmp_path, rows)
+        with suppress(ExperimentError):
+            run_log.write_manifest(tmp_path, {"rows": rows})
+        return (tmp_path / "curve.csv").read_bytes(), (tmp_path / "manifest.json").read_bytes()
+
+    first = write([{"step": 0}])
+    monkeypatch.setattr("experiments.files.os.replace", MagicMock(side_effect=OSError(28, "No space left on device")))
+    assert write([{"step": 0}, {"step": 5}]) == first  # nothing is there until it is moved into place, at once
+
+
 @pytest.mark.parametrize("content", [b"", b"3", b'{"complete": true}', b"\xff\xfe\x00"])
-def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_manifest_that_is_none_is_refused(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ExperimentError, match=r"manifest\.json is no manifest \(.*\): remove its arm and run it again"):
         run_log.read_manifest(tmp_path / "manifest.json")
 
 
-def test_new_modules_are_uncommitted_changes_and_without_git_nobody_knows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_modules_are_uncommitted_changes_and_without_git_nobody_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log, "__file__", str(tmp_path / "experiments/run_log.py"))
     assert run_log.describe_provenance()["commit"] == "" and run_log.describe_provenance()["dirty"] is None
     (tmp_path / "experiments").mkdir()
@@ -48,7 +60,7 @@ def test_new_modules_are_uncommitted_changes_and_without_git_nobody_knows(
 ARMS = ["teacher", "net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"]
 
 
-def test_a_finished_run_has_three_files_an_arm(finished: Path) -> None:
+def test_a_finished_run_has_three_files_an_arm(finished):
     assert sorted(path.name for path in finished.iterdir()) == sorted(ARMS)
     for arm in ARMS:
         assert sorted(path.name for path in (finished / arm).iterdir()) == [
@@ -62,7 +74,7 @@ def test_a_finished_run_has_three_files_an_arm(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_manifest_of_a_finished_arm(finished: Path, arm: str) -> None:
+def test_the_manifest_of_a_finished_arm(finished, arm):
     manifest = json.loads((finished / arm / "manifest.json").read_text())
     assert manifest["complete"] is True
     assert manifest["experiment"] == "quickstart" and manifest["arm"] == arm and manifest["seed"] == 0

@@ -1,8 +1,6 @@
 """Which settings determine which stage: what the teacher alone has, what its heirs have, what names it."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +10,15 @@ from loops import read_rows, run_of
 from rich.console import Console
 
 from experiments import arms, stage
-from experiments.config import TEACHER, Config
+from experiments.config import TEACHER
 from experiments.experiment import run_experiment
 from experiments.run import stage_config
 from experiments.training import make_batches
 
-Tiny = Callable[..., Config]
-Main = Callable[..., int]
 SHORT = ("schedule.epochs=6it", "schedule.evaluate=2it", "schedule.teacher_epochs=8it")
 
 
-def test_the_teachers_schedule_is_its_own(tiny: Tiny) -> None:
+def test_the_teachers_schedule_is_its_own(tiny):
     config = tiny("schedule.teacher_decay=constant", "schedule.teacher_epochs=8it", "growth.warmup=3it")
     names = (TEACHER, "net2net", "random_init", "teacher_continued")
     schedules = {arm: stage_config(config, arm).schedule for arm in names}
@@ -35,9 +31,6 @@ def test_the_teachers_schedule_is_its_own(tiny: Tiny) -> None:
     }
     plain = tiny("schedule.warmup=2it")
     assert {stage_config(plain, arm).schedule.warmup for arm in (TEACHER, "net2net", "random_init")} == {"2it"}
-    run = run_of(config)
-    totals = [run.job(TEACHER, None, 1.0).total, run.job("random_init", "wider", 1.0).total]
-    assert totals == [8, int(length.removesuffix("it"))]
 
 
 HEIRS = {TEACHER, "net2net", "teacher_continued"}
@@ -48,6 +41,7 @@ CHANGES: dict[str, set[str]] = {  # a setting -> the stages that it changes
     "growth.warmup=3it": HEIRS - {TEACHER},
     "growth.optimizer_state=carried": HEIRS - {TEACHER},
     "growth.split=paired": {"net2net"},
+    "rates.net2net=0.5": {"net2net"},
     "students.wider.width=0.9": {"net2net", "random_init"},
     **{key: HEIRS | {"random_init"} for key in ("schedule.lr=0.02", "seed=1", "precision=bfloat16", "data.pad=0")},
     **{key: HEIRS | {"random_init"} for key in ("+model.extra_pairs=1", "schedule.batch_size=16")},
@@ -57,7 +51,7 @@ CHANGES: dict[str, set[str]] = {  # a setting -> the stages that it changes
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_stage_depends_on_what_it_is_trained_with_and_on_nothing_else(tiny: Tiny, change: str) -> None:
+def test_a_stage_depends_on_what_it_is_trained_with_and_on_nothing_else(tiny, change):
     plain, other = run_of(tiny()), run_of(tiny(change))
     stages = ((TEACHER, None), ("net2net", "wider"), ("random_init", "wider"), ("teacher_continued", None))
     for arm, student in stages:
@@ -65,13 +59,13 @@ def test_a_stage_depends_on_what_it_is_trained_with_and_on_nothing_else(tiny: Ti
     assert (plain.teacher != other.teacher) == (TEACHER in CHANGES[change])
 
 
-def test_other_images_are_another_teachers(tiny: Tiny) -> None:
+def test_other_images_are_another_teachers(tiny):
     run, other = run_of(tiny()), run_of(tiny())
     other.splits.train.images[0, 0, 0, 0] ^= 1
     assert run.teacher != other.teacher
 
 
-def test_what_a_grown_teacher_depends_on(composed: Tiny) -> None:
+def test_what_a_grown_teacher_depends_on():
     base = [*torture.SETTINGS, "+first.width=0.125"]
     teacher = run_of(composed(*base)).teacher
     changes = ["first.width=0.2", "schedule.first_epochs=4it", "rates.net2net=3", "growth.noise=0.1"]
@@ -83,23 +77,20 @@ def test_what_a_grown_teacher_depends_on(composed: Tiny) -> None:
     assert not {"first", "rate", "growth"} & settings.keys() and "first_epochs" not in settings["schedule"]
 
 
-def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny: Tiny) -> None:
+def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny):
     run = run_of(tiny("schedule.teacher_augment=false"))
     plain = next(run.splits.train.batches(32, epoch=0, seed=0, augment=False))[0]
-    seen = {
-        name: next(make_batches(run.job(name, student, 1.0), 0))[0]
-        for name, student in ((TEACHER, None), ("random_init", "wider"), ("teacher_continued", None))
-    }
-    assert torch.equal(seen[TEACHER], plain)
-    assert not torch.equal(seen["random_init"], plain)
-    assert torch.equal(seen["random_init"], seen["teacher_continued"])
+    stages = ((TEACHER, None), ("random_init", "wider"), ("teacher_continued", None))
+    teacher, student, continued = (next(make_batches(run.job(*stage, 1.0), 0))[0] for stage in stages)
+    assert torch.equal(teacher, plain) and not torch.equal(student, plain)
+    assert torch.equal(student, continued)
 
 
 # -- the optimizer's state ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer(tmp_path: Path) -> None:
+def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer(tmp_path):
     found = {}
     for state in ("carried", "dropped"):
         words = (*SHORT, f"growth.optimizer_state={state}", "students.wider.width=0.5477", f"runs={tmp_path}/{state}")
@@ -111,7 +102,7 @@ def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer
 
 
 @pytest.mark.slow
-def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have_none(tiny: Tiny) -> None:
+def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have_none(tiny):
     config = tiny(*SHORT, "growth.optimizer_state=carried", "growth.split=equal", "+students.wider.extra_pairs=1")
     run = run_of(config)
     teacher, student = run.make_network(None), run.make_network("wider")
@@ -132,9 +123,7 @@ def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have
 
 
 @pytest.mark.slow
-def test_an_arm_that_diverges_does_not_stop_the_others(
-    train_py: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_arm_that_diverges_does_not_stop_the_others(train_py, tmp_path, capsys):
     assert train_py(*SHORT, "arms=[random_init,teacher_continued]", "rates.random_init=1e30") == 1
     assert "random_init: " in (error := capsys.readouterr().err) and "not finite at step" in error
     folder = tmp_path / "runs/quickstart/seed0"

@@ -60,7 +60,7 @@ def wait(what: str, happened: Callable[[], object], driver: subprocess.Popen[str
     pytest.fail(f"{what}: not within {seconds} s")
 
 
-def test_a_preempted_and_a_requeued_job_continue_where_they_were(slurm: Environment, tmp_path: Path) -> None:
+def test_a_preempted_and_a_requeued_job_continue_where_they_were(slurm, tmp_path):
     pictures(tmp_path / "tree")
     name = f"net2net-test-{os.getpid()}"
     command = [sys.executable, ROOT / "train.py", "-m", *TINY, "arms=net2net,random_pad,random_init"]

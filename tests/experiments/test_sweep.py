@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torture
-from conftest import TINY
-from loops import read_rows
+from conftest import TINY, composed
+from filelock import FileLock
+from loops import error_of, read_rows
 from omegaconf import OmegaConf
 
 from experiments import command, files, sweep
@@ -22,26 +22,19 @@ from experiments.config import Config, ExperimentError
 from experiments.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
-Main = Callable[..., int]
-
-
-def train(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    """A sweep of a small experiment, as the terminal starts it, in the folder."""
-    small = [setting for setting in torture.SETTINGS if not setting.startswith(("arms", "target"))]
-    command = [sys.executable, ROOT / "train.py", "-m", *small, *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums are made in the order that the number of threads gives
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.system
-def test_the_local_launcher_makes_the_same_curves_and_a_failing_job_stops_no_other(tmp_path: Path) -> None:
-    arms = "arms=random_pad,net2net,random_init_low_lr"
-    wild = "rates={net2net: 0.1, random_init: 1.0, random_pad: 1e30, random_init_low_lr: 1e30, teacher_continued: 0.1}"
-    short = ("schedule.epochs=12it", "schedule.evaluate=6it", "growth.calibrate=16")
-    ends = {
-        launcher: train(tmp_path, arms, wild, *short, f"hydra/launcher={launcher}", f"runs={launcher}", *more)
-        for launcher, more in {"basic": (), "local": ("hydra.launcher.n_jobs=2",)}.items()
-    }
+def test_the_local_launcher_makes_the_same_curves_and_a_failing_job_stops_no_other(tmp_path):
+    small = [setting for setting in torture.SETTINGS if not setting.startswith(("arms", "target"))]
+    small += ["schedule.epochs=12it", "schedule.evaluate=6it", "growth.calibrate=16"]
+    small += ["arms=random_pad,net2net,random_init_low_lr", "rates.random_pad=1e30", "rates.random_init_low_lr=1e30"]
+    # Sums are made in the order that the number of threads gives.
+    places = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    ends = {}
+    for launcher, more in {"basic": [], "local": ["hydra.launcher.n_jobs=2"]}.items():
+        words = ["train.py", "-m", *small, f"hydra/launcher={launcher}", f"runs={tmp_path}/{launcher}", *more]
+        ends[launcher] = subprocess.run([sys.executable, *words], **places, capture_output=True, text=True)
     for launcher, end in ends.items():
         assert end.returncode == 1
         said = [line for line in end.stderr.splitlines() if line.startswith("Error: ")]
@@ -55,13 +48,16 @@ def test_the_local_launcher_makes_the_same_curves_and_a_failing_job_stops_no_oth
             assert json.loads((run / "manifest.json").read_text())["complete"]
             assert not (run / sweep.FAILURE).exists()
             assert len(read_rows(run)) == 3 and read_rows(run) == read_rows(tmp_path / "basic/quickstart/seed0" / arm)
+        # Whichever job came first trained the teacher, once; the other one waited for it.
+        teacher = json.loads((tmp_path / launcher / "quickstart/seed0/teacher/manifest.json").read_text())
+        assert [(process["from"], process["to"]) for process in teacher["processes"]] == [(0, 12)]
     manifest = json.loads((tmp_path / "local/quickstart/seed0/net2net/manifest.json").read_text())
     assert manifest["command"].startswith("python train.py ") and " arms=net2net" in manifest["command"]
     out = ends["local"].stdout
-    assert "quickstart seed0 net2net: begun, log in local/.multirun/logs/quickstart_seed0_net2net.txt" in out
+    log = tmp_path / "local/.multirun/logs/quickstart_seed0_net2net.txt"
+    assert f"quickstart seed0 net2net: begun, log in {log}" in out
     assert "quickstart seed0 net2net: done" in out and "random_pad: done" not in out
-    log = (tmp_path / "local/.multirun/logs/quickstart_seed0_net2net.txt").read_text()
-    assert "step     12/12" in log and "step     12/12" not in out
+    assert "step     12/12" in log.read_text() and "step     12/12" not in out
 
 
 @pytest.fixture
@@ -77,9 +73,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return asked
 
 
-def test_a_sweep_is_planned_and_what_failed_is_noted(
-    train_py: Main, failing: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_is_planned_and_what_failed_is_noted(train_py, failing, tmp_path, capsys):
     assert train_py("-m", "seed=0,1", "arms=net2net,random_init") == 1
     assert [(config.seed, config.arms) for config in failing] == [
         (seed, [arm]) for seed in (0, 1) for arm in ("net2net", "random_init")
@@ -96,9 +90,7 @@ def test_a_sweep_is_planned_and_what_failed_is_noted(
     assert set(sweep.read_failures()) == {text.strip() for text in notes.values()}
 
 
-def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_what_it_runs(
-    train_py: Main, failing: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_its_runs(train_py, failing, tmp_path, monkeypatch):
     train_py("-m", "seed=0,1", "arms=[net2net,random_init]")
     monkeypatch.setattr("experiments.experiment.run_experiment", lambda *_, **__: None)
     assert train_py("-m", "seed=1,2", "arms=net2net") == 0
@@ -109,9 +101,7 @@ def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_what_it_runs(
     assert left == ["seed0/net2net", "seed0/random_init", "seed1/random_init"]
 
 
-def test_sweeps_that_start_together_lose_nothing_of_the_plan(
-    composed: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sweeps_that_start_together_lose_nothing_of_the_plan(tmp_path, monkeypatch):
     config = OmegaConf.structured(composed(*TINY, f"runs={tmp_path}"))
     read = sweep.read_plan
 
@@ -126,14 +116,19 @@ def test_sweeps_that_start_together_lose_nothing_of_the_plan(
     assert read(tmp_path / "quickstart").keys() == {"0", "1", "2"}
 
 
-def test_who_finds_a_folder_taken_leaves_no_note_in_it(train_py: Main, failing: list[Config], tmp_path: Path) -> None:
+def test_an_arm_that_another_run_writes_is_refused_and_in_a_sweep_left_out(train_py, tmp_path, capsys):
     folder = tmp_path / "runs/quickstart/seed0/random_init"
     with files.hold(folder):
         assert train_py("arms=[random_init]") == 1
-    assert not list(tmp_path.rglob(sweep.FAILURE))
+        assert f"random_init is being written by process {os.getpid()} on " in error_of(capsys)
+        assert train_py("-m", "arms=random_init") == 0
+        out, err = capsys.readouterr()
+        assert "random_init            skipped: runs/quickstart/seed0/random_init is being written by" in out
+        assert err == "" and "figure    " not in out
+        assert [path.name for path in folder.iterdir()] == [files.LOCK]  # no note, and nothing else
 
 
-def test_a_plan_names_the_cases_and_the_students(train_py: Main, failing: list[Config], tmp_path: Path) -> None:
+def test_a_plan_names_the_cases_and_the_students(train_py, failing, tmp_path):
     cases = "+cases.two={students: {deeper: {extra_pairs: 1}}}"
     train_py("-m", "seed=0", cases, "+cases.other={arms: [random_init]}", "case=two,other")
     arms = ["net2net", "random_pad", "random_init", "random_init_low_lr"]
@@ -143,9 +138,7 @@ def test_a_plan_names_the_cases_and_the_students(train_py: Main, failing: list[C
     assert [config.name for config in failing] == ["quickstart/two", "quickstart/other"]
 
 
-def test_a_single_run_that_fails_at_once_leaves_nothing_and_later_it_leaves_why(
-    train_py: Main, failing: list[Config], tmp_path: Path
-) -> None:
+def test_a_single_run_that_fails_at_once_leaves_nothing_and_later_it_leaves_why(train_py, failing, tmp_path):
     assert train_py() == 1
     assert not list(tmp_path.rglob(sweep.FAILURE))
     folder = tmp_path / "runs/quickstart/seed0/random_init"
@@ -162,26 +155,20 @@ def test_a_single_run_that_fails_at_once_leaves_nothing_and_later_it_leaves_why(
         (("-m", "hydra/launcher=slrum"), "(did you mean 'hydra/launcher/slurm'?)"),
     ],
 )
-def test_a_launcher_that_cannot_be_used_is_refused_in_a_sentence(
-    train_py: Main,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    typed: tuple[str, ...],
-    said: str,
-) -> None:
+def test_a_launcher_that_cannot_be_used_is_refused_in_a_sentence(train_py, capsys, monkeypatch, typed, said):
     monkeypatch.setenv("PATH", "")
     assert train_py(*typed) == 1
     assert said in capsys.readouterr().err
 
 
-def test_what_ends_a_job_is_told_from_process_to_process() -> None:
+def test_what_ends_a_job_is_told_from_process_to_process():
     stopped = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "net2net stopped at step 3 of 9")))
     assert (stopped.number, str(stopped)) == (signal.SIGTERM, "net2net stopped at step 3 of 9")
     failed = pickle.loads(pickle.dumps(command.JobFailed("seed0: The images are gone.", elsewhere=True)))
     assert (failed.sentence, failed.elsewhere) == ("seed0: The images are gone.", True)
 
 
-def test_as_many_runs_at_once_as_gpus_or_else_as_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_runs_at_once_as_gpus_or_else_as_cores(monkeypatch):
     monkeypatch.setattr("joblib.cpu_count", lambda: 12)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [sweep.runs_at_once(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [2, 2, 12, 1]
@@ -189,29 +176,20 @@ def test_as_many_runs_at_once_as_gpus_or_else_as_cores(monkeypatch: pytest.Monke
     assert sweep.runs_at_once("auto") == 12
 
 
-@pytest.mark.slow
-def test_each_process_takes_a_gpu_of_its_own_and_gives_it_back_however_it_ends(tmp_path: Path) -> None:
-    program = (
-        "import os, sys; from experiments import sweep; sweep.take_gpu(); sweep.take_gpu();"
-        "print(os.environ['CUDA_VISIBLE_DEVICES'], 'torch' in sys.modules, flush=True); sys.stdin.read()"
-    )
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "3,GPU-5", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    processes: list[subprocess.Popen[str]] = []
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+def test_each_process_takes_a_gpu_of_its_own_and_gives_it_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    def start() -> str:
-        processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes))
-        gpu, torch = processes[-1].stdout.readline().split()  # type: ignore[union-attr]
-        assert torch == "False"
-        return gpu
+    def take() -> tuple[str, list[FileLock]]:
+        """What a process takes, and the lock that the kernel frees when the process ends."""
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+        monkeypatch.setattr(sweep, "_gpu_locks", [])
+        sweep.take_gpu()
+        sweep.take_gpu()  # it has one
+        return os.environ["CUDA_VISIBLE_DEVICES"], sweep._gpu_locks
 
-    try:
-        assert [start(), start()] == ["3", "GPU-5"]
-        assert [start(), start()] == ["3", "GPU-5"]  # more processes than GPUs share them evenly
-        processes[1].kill()
-        processes[1].wait()
-        assert start() == "GPU-5"
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    (one, _), (two, (lock,)) = take(), take()
+    assert (one, two) == ("3", "GPU-5")
+    others = [take(), take()]
+    assert [gpu for gpu, _ in others] == ["3", "GPU-5"]  # more processes than GPUs share them evenly
+    lock.release()
+    assert take()[0] == "GPU-5"

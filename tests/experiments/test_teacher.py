@@ -4,21 +4,23 @@ import json
 import os
 import shutil
 import signal
-import time
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torture
-from loops import run_of
+from conftest import composed
+from loops import interrupt, run_of, wait_for
 from rich.console import Console
 
 from experiments import checkpoint, experiment, files, stage, training
 from experiments.analysis.curves import find_targets
 from experiments.analysis.curves import load as load_results
-from experiments.config import ARMS, Config, ExperimentError, check
+from experiments.config import Config, ExperimentError, check
 from experiments.run_log import parse_curve
 
 Make = Callable[..., Config]
@@ -27,7 +29,7 @@ ONE_ARM = ("arms=random_pad", "target=random_pad")
 
 
 @pytest.fixture
-def small(composed: Make, tmp_path: Path) -> Make:
+def small(tmp_path: Path) -> Make:
     """A smaller experiment than the smallest; eight steps a stage."""
     return lambda *settings: composed(torture.SETTINGS[0], *SMALL, f"runs={tmp_path}/runs", *settings)
 
@@ -46,130 +48,73 @@ def trained_teacher(runs: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.fixture
-def trained_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one number a training step; the speed that is measured for the announcement does not count."""
+def train_step(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Counts the training steps but for those that measure the speed for the announcement."""
     monkeypatch.setattr(experiment, "_announce", lambda *_: None)
-    found: list[int] = []
-    step = training.train_step
-
-    def counted(*arguments: Any) -> Any:
-        found.append(1)
-        return step(*arguments)
-
-    monkeypatch.setattr(training, "train_step", counted)
-    return found
+    monkeypatch.setattr(training, "train_step", MagicMock(wraps=training.train_step))
+    return training.train_step
 
 
 @pytest.mark.system
-def test_arms_of_several_experiments_at_once_train_it_once_and_wait(small: Make, tmp_path: Path) -> None:
-    processes = {}
-    for name in ("one", "two"):
-        for arm in ARMS:
-            config = small(f"arms={arm}", f"target={arm}")
-            config.experiment = name
-            log = tmp_path / f"{name}-{arm}.txt"
-            processes[log] = torture.context.Process(target=compare, args=(config, log))
-    with files.hold(tmp_path / "runs/teachers" / run_of(config).teacher):  # or the first may end before others come
-        for process in processes.values():
-            process.start()
-        while sum(log.exists() and "waits for process" in log.read_text() for log in processes) < 2:
-            assert any(process.is_alive() for process in processes.values())
-            time.sleep(0.1)
-    for process in processes.values():
-        process.join()
-    assert {process.exitcode for process in processes.values()} == {0}
-    folder, manifest = trained_teacher(tmp_path / "runs")
-    assert manifest["complete"] and [(p["from"], p["to"]) for p in manifest["processes"]] == [(0, 8)]
-    logs = {log.stem: log.read_text() for log in processes}
-    need = {name for name in logs if "random_init" not in name}
-    assert len([name for name, text in logs.items() if "teacher                step" in text]) == 1
-    waited = [name for name, text in logs.items() if "waits for process" in text]
-    assert len(waited) >= 2 and set(waited) <= need
-    for name in need:
-        assert logs[name].count("waits for process") == (name in waited)
-        label, _, arm = name.partition("-")
-        seed = tmp_path / "runs" / label / "seed0"
-        assert os.readlink(seed / "teacher") == f"../../teachers/{folder.name}"
-        manifest = json.loads((seed / arm / "manifest.json").read_text())
-        assert manifest["complete"] and manifest["settings"]["teacher"] == folder.name
-    assert not list((tmp_path / "runs").rglob(".*"))
-
-
-@pytest.mark.system
-def test_who_waits_continues_where_a_killed_trainer_was(small: Make, tmp_path: Path) -> None:
+def test_who_finds_it_in_training_waits_and_continues_where_a_killed_trainer_was(small, tmp_path):
     # Long enough that the teacher is not done before it is killed, however late the kill comes.
-    settings = (*ONE_ARM, "schedule.epochs=8it", "schedule.teacher_epochs=200it")
+    settings = (*ONE_ARM, "schedule.teacher_epochs=200it")
     compare(small(*settings, f"runs={tmp_path}/whole"))
-    logs = [tmp_path / f"{number}.txt" for number in range(3)]
     processes = []
-    for number, log in enumerate(logs):
-        config = small(*settings, "checkpoint_seconds=0")
+    for number, said in enumerate(("step      4/200", "waits for process")):
+        config, log = small(*settings, "checkpoint_seconds=0"), tmp_path / f"{number}.txt"
         config.experiment = f"experiment{number}"
         processes.append(torture.context.Process(target=compare, args=(config, log)))
         processes[-1].start()
-    killed: list[int] = []
-    while len(killed) < 2:
-        assert sum(process.is_alive() for process in processes) > 2 - len(killed), "a teacher was done too early"
-        time.sleep(0.01)
-        for number, log in enumerate(logs):
-            text = log.read_text() if log.exists() else ""
-            reached = "teacher                step      4/200" in text
-            reached |= bool(killed) and "teacher                step" in text
-            if number not in killed and reached and processes[number].is_alive():
-                os.kill(processes[number].pid or 0, signal.SIGKILL)
-                killed.append(number)
-                break
-    for process in processes:
-        process.join()
-    assert sorted(process.exitcode or 0 for process in processes) == [-9, -9, 0]
+        wait_for(log, f"teacher                {said}")
+    trainer, waiter = processes
+    os.kill(trainer.pid or 0, signal.SIGKILL)
+    waiter.join()
+    assert waiter.exitcode == 0
+    assert log.read_text().count(f"waits for process {trainer.pid} on {socket.gethostname()}, which trains it") == 1
     folder, manifest = trained_teacher(tmp_path / "runs")
-    worked = [(process["from"], process["to"]) for process in manifest["processes"]]
-    assert worked[0][0] == 0 and worked[-1][1] == 200 and len(worked) > 1
-    assert [to for _, to in worked[:-1]] == [start for start, _ in worked[1:]]
+    first, second = [(process["from"], process["to"]) for process in manifest["processes"]]
+    assert first[0] == 0 and first[1] == second[0] and second[1] == 200
     whole, _ = trained_teacher(tmp_path / "whole")
     assert whole.name == folder.name
     assert torture.equal(checkpoint.load(folder)["network"], checkpoint.load(whole)["network"])
+    assert not list((tmp_path / "runs").rglob(".*"))
 
 
-def test_another_experiment_uses_it_also_after_a_move(small: Make, tmp_path: Path, trained_steps: list[int]) -> None:
+def test_another_experiment_uses_it_also_after_a_move(small, tmp_path, train_step):
     compare(small(*ONE_ARM))
     other = small("arms=random_pad", "target=random_init", "students.wider.width=0.6")
     other.experiment = "other"
     compare(other)
-    assert len(trained_steps) == 8 + 8 + 8  # the teacher and two arms
+    assert train_step.call_count == 8 + 8 + 8  # the teacher and two arms
     (tmp_path / "runs").rename(tmp_path / "moved")  # the links are relative
     other.runs = f"{tmp_path}/moved"
     compare(other)
-    assert len(trained_steps) == 24
+    assert train_step.call_count == 24
     # Figure and table follow the experiment's own configuration, not that of the teacher's first user.
     manifests = load_results(tmp_path / "moved/other").runs["manifest"]
     assert manifests.xs("teacher", level="arm").iloc[0]["experiment"] == "quickstart"
     assert find_targets(manifests) == {("other", ""): "random_init"}
 
 
-def test_the_arms_of_another_teacher_are_refused(small: Make, tmp_path: Path) -> None:
+def test_the_arms_of_another_teacher_are_refused(small, tmp_path):
     compare(small(*ONE_ARM))
     other = small(*ONE_ARM, "teacher.width=0.3")
-    said = r"seed0/teacher holds a run made with other settings:\n  network.width: "
-    with pytest.raises(ExperimentError, match=said):
+    with pytest.raises(ExperimentError, match=r"seed0/teacher holds a run made with other .*:\n  network.width: "):
         compare(other)
     (tmp_path / "runs/quickstart/seed0/teacher").unlink()
-    with pytest.raises(
-        ExperimentError, match=r"seed0/random_pad holds a run made with other .*:\n  teacher: \w+ there,"
-    ):
+    with pytest.raises(ExperimentError, match=r"seed0/random_pad holds a run made .*:\n  teacher: \w+ there,"):
         compare(other)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [True, False])
-def test_a_damaged_one_is_not_taken_for_trained(small: Make, tmp_path: Path, last: bool, capsys: Any) -> None:
+def test_a_damaged_one_is_not_taken_for_trained(small, tmp_path, last, capsys):
     config = small(*ONE_ARM)
     compare(config)
     folder, manifest = trained_teacher(tmp_path / "runs")
     whole = checkpoint.load(folder)["network"]
-    content = bytearray((folder / "checkpoint.pt").read_bytes())
-    content[1000] ^= 1
-    (folder / "checkpoint.pt").write_bytes(content)
+    (folder / "checkpoint.pt").write_bytes(b"")
     if last:  # the reserve is of the last step, too: only the evaluation was missing
         checkpoint.save(tmp_path / "new", checkpoint.load(folder) | {"network": whole, "step": 8})
         shutil.copy(tmp_path / "new/checkpoint.pt", folder / "checkpoint.previous.pt")
@@ -188,9 +133,7 @@ def test_a_damaged_one_is_not_taken_for_trained(small: Make, tmp_path: Path, las
 
 
 @pytest.mark.slow
-def test_a_copy_without_links_is_used_and_a_link_to_what_is_gone_is_made_anew(
-    small: Make, tmp_path: Path, trained_steps: list[int]
-) -> None:
+def test_a_copy_without_links_is_used_and_a_link_to_what_is_gone_is_made_anew(small, tmp_path, train_step):
     config = small(*ONE_ARM)
     seed = tmp_path / "runs/quickstart/seed0"
     seed.mkdir(parents=True)
@@ -201,11 +144,11 @@ def test_a_copy_without_links_is_used_and_a_link_to_what_is_gone_is_made_anew(
     shutil.rmtree(tmp_path / "copy/quickstart/seed0/random_pad")
     config.runs = f"{tmp_path}/copy"
     compare(config)
-    assert len(trained_steps) == 8 + 8 + 8
+    assert train_step.call_count == 8 + 8 + 8
     assert not (tmp_path / "copy/teachers").exists()
 
 
-def test_no_lock_is_left(small: Make, tmp_path: Path) -> None:
+def test_no_lock_is_left(small, tmp_path):
     compare(small())
     assert not list(tmp_path.rglob(".*"))
     for name in ("teacher", "net2net"):  # as of a process that was killed after its last word
@@ -220,16 +163,14 @@ GROWN = ("arms=net2net", "+first.width=0.125", "schedule.first_epochs=4it")
 
 
 @pytest.mark.slow
-def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
+def test_a_teacher_that_is_grown_itself(small, tmp_path):
     log = tmp_path / "log.txt"
     config = small(*GROWN, "schedule.teacher_epochs=8it")
     compare(config, log)
     run = run_of(config)
-    assert run.earlier is not None
-    places = {
-        name: tmp_path / "runs/teachers" / one.teacher for name, one in (("first", run.earlier), ("teacher", run))
-    }
-    assert {path.name for path in (tmp_path / "runs/teachers").iterdir()} == {path.name for path in places.values()}
+    folders = {"first": run.earlier.teacher, "teacher": run.teacher}
+    places = {name: tmp_path / "runs/teachers" / folder for name, folder in folders.items()}
+    assert {path.name for path in (tmp_path / "runs/teachers").iterdir()} == set(folders.values())
     points = {name: parse_curve((path / "curve.csv").read_bytes(), path) for name, path in places.items()}
     manifests = {name: json.loads((path / "manifest.json").read_text()) for name, path in places.items()}
     end, start, last = points["first"][-1], points["teacher"][0], points["teacher"][-1]
@@ -254,7 +195,7 @@ def test_a_teacher_that_is_grown_itself(small: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_grown_teacher_can_start_with_the_state_of_the_optimizer(small: Make, tmp_path: Path) -> None:
+def test_a_grown_teacher_can_start_with_the_state_of_the_optimizer(small, tmp_path):
     ends = {}
     for state in ("dropped", "carried"):
         config = small(*GROWN[:2], f"growth.optimizer_state={state}", f"runs={tmp_path}/{state}")
@@ -266,24 +207,13 @@ def test_a_grown_teacher_can_start_with_the_state_of_the_optimizer(small: Make, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 6])  # steps, of which the first network has four
-def test_a_grown_teacher_is_the_same_after_an_interruption(
-    small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
+def test_a_grown_teacher_is_the_same_after_an_interruption(small, tmp_path, monkeypatch, at):
     settings = (*GROWN, "schedule.teacher_epochs=4it")
     whole = small(*settings, f"runs={tmp_path}/whole")
     compare(whole)
     config = small(*settings, "checkpoint_seconds=0")
-    made, step = 0, training.train_step
-
-    def interrupted_step(*arguments: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made > at:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "train_step", interrupted_step)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "train_step", {at + 1}, MagicMock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compare(config)
     compare(config)
@@ -294,7 +224,7 @@ def test_a_grown_teacher_is_the_same_after_an_interruption(
     assert [len(one["processes"]) for one in (manifest["grown_from"], manifest)] == ([2, 1] if at == 3 else [1, 2])
 
 
-def test_a_teacher_that_cannot_be_grown_is_refused_before_anything_is_trained(small: Make, tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_be_grown_is_refused_before_anything_is_trained(small, tmp_path):
     with pytest.raises(ExperimentError, match=r"cannot grow from `first` .* is smaller"):
         compare(small("arms=net2net", "+first.width=1.0"))
     assert not (tmp_path / "runs/teachers").exists()
@@ -303,5 +233,3 @@ def test_a_teacher_that_cannot_be_grown_is_refused_before_anything_is_trained(sm
     config.arms = ["random_init"]
     with pytest.raises(ExperimentError, match=r"set it"):
         check(config)
-    with pytest.raises(ExperimentError, match=r"first_epochs is set, but no `first` network"):
-        check(small("schedule.first_epochs=4it"))

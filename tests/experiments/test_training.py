@@ -1,15 +1,17 @@
 """The training loop and what it stands on: optimizer, schedule, FLOPs, device, the lines on the terminal."""
 
+import itertools
 import math
-import os
 import signal
 from dataclasses import replace
+from functools import partial
 from io import StringIO
-from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torture
 from loops import CPU, Quiet, network, same, without_seconds
 from rich.console import Console
 from torch import Tensor, nn
@@ -19,14 +21,14 @@ from experiments.config import DivergedError, ExperimentError, Schedule
 from experiments.distributed import ALONE
 from experiments.machine import Arithmetic, choose_arithmetic
 from experiments.optimizers import make_optimizer, rate_at
-from experiments.randomness import derive_seed, seed_layers
+from experiments.randomness import seed_layers
 from experiments.run_log import parse_curve
-from experiments.training import Job, evaluate, train
+from experiments.training import evaluate, set_rate, train
 
 # -- the loop -----------------------------------------------------------------------------------------------------
 
 
-def test_the_curve_has_a_row_at_step_0_and_at_every_evaluation(job: Job) -> None:
+def test_the_curve_has_a_row_at_step_0_and_at_every_evaluation(job):
     net = network()
     before = evaluate(net, job.splits.test.ordered(8))
     rows = train(net, job, Quiet())
@@ -46,37 +48,22 @@ def test_the_curve_has_a_row_at_step_0_and_at_every_evaluation(job: Job) -> None
 
 
 @pytest.mark.parametrize(("killed", "saved"), [(3, 0), (4, 3), (6, 4), (12, 9)])
-def test_a_killed_run_continues_bit_for_bit_from_its_last_epoch_or_evaluation(
-    job: Job, tmp_path: Path, killed: int, saved: int
-) -> None:
+def test_a_killed_run_continues_bit_for_bit_from_its_last_epoch_or_evaluation(job, tmp_path, killed, saved):
     whole = network()
     rows = train(whole, replace(job, folder=tmp_path / "whole"), Quiet())
 
-    class KilledError(Exception):
-        """As if the machine went away."""
-
-    class Dies(Quiet):
-        def advance(self, step: int, loss: float) -> None:
-            if step == killed:
-                raise KilledError
-
-    with pytest.raises(KilledError):
-        train(network(), job, Dies())
+    with pytest.raises(ConnectionError):  # as if the machine went away
+        train(network(), job, Quiet(killed, MagicMock(side_effect=ConnectionError)))
     resumed, follower = network(), Quiet()
-    with torch.no_grad():
-        for parameter in resumed.parameters():
-            parameter.zero_()  # everything has to come from the checkpoint
-    if not saved:
-        resumed = network()
+    for parameter in resumed.parameters():
+        parameter.data.zero_()  # everything has to come from the checkpoint
     assert without_seconds(train(resumed, job, follower)) == without_seconds(rows)
     assert follower.steps == list(range(saved + 1, 13))
     assert same(resumed, whole)
-    states = [checkpoint.load(folder)["optimizer"]["state"] for folder in (job.folder, tmp_path / "whole")]
-    for key, state in states[0].items():
-        assert all(torch.equal(torch.as_tensor(state[name]), torch.as_tensor(states[1][key][name])) for name in state)
+    assert torture.equal(*(checkpoint.load(folder)["optimizer"] for folder in (job.folder, tmp_path / "whole")))
 
 
-def test_a_run_killed_between_checkpoint_and_curve_writes_the_whole_curve(job: Job) -> None:
+def test_a_run_killed_between_checkpoint_and_curve_writes_the_whole_curve(job):
     train(network(), job, Quiet())
     curve = (job.folder / "curve.csv").read_bytes()
     (job.folder / "curve.csv").write_bytes(b"".join(curve.splitlines(keepends=True)[:-1]))
@@ -86,16 +73,12 @@ def test_a_run_killed_between_checkpoint_and_curve_writes_the_whole_curve(job: J
     assert (job.folder / "curve.csv").read_bytes() == curve
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done, step = 0, training.train_step
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(job, monkeypatch):
+    real, steps = training.train_step, itertools.count(1)
 
     def diverge(*arguments: Any) -> tuple[Tensor, Tensor]:
-        nonlocal done
-        done += 1
-        logits, loss = step(*arguments)
-        return logits, loss * (float("inf") if done == 7 else 1)
+        logits, loss = real(*arguments)
+        return logits, loss * (math.inf if next(steps) == 7 else 1)
 
     monkeypatch.setattr(training, "train_step", diverge)
     with pytest.raises(DivergedError, match="The loss is not finite at step 7; the last good checkpoint is kept"):
@@ -103,7 +86,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert checkpoint.load(job.folder)["step"] == 6
 
 
-def test_the_step_is_named_when_losses_are_looked_at_in_batches() -> None:
+def test_the_step_is_named_when_losses_are_looked_at_in_batches():
     meter = training._Meter(CPU, None, ALONE)
     meter.device = torch.device("meta")  # not the CPU: it waits
     for step in range(49):
@@ -113,26 +96,26 @@ def test_the_step_is_named_when_losses_are_looked_at_in_batches() -> None:
         meter.check()
 
 
-def test_a_rate_that_is_too_high_never_leaves_a_broken_checkpoint(job: Job) -> None:
+def test_a_checkpoint_of_another_network_is_refused(job):
+    train(network(), job, Quiet())
+    with pytest.raises(ExperimentError, match=f"is another network's: delete {job.folder} to run this stage anew"):
+        train(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), job, Quiet())
+
+
+def test_a_rate_that_is_too_high_never_leaves_a_broken_checkpoint(job):
     with pytest.raises(DivergedError, match=r"(The loss|A weight) is not finite at step \d+; .* lower schedule\.lr"):
         train(network(), replace(job, rate=1e38), Quiet())
-    for value in checkpoint.load(job.folder)["network"].values():
-        assert bool(value.isfinite().all())
+    assert all(bool(value.isfinite().all()) for value in checkpoint.load(job.folder)["network"].values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(job: Job) -> None:
-    class Breaks(Quiet):
-        def advance(self, step: int, loss: float) -> None:
-            if step == 6:
-                net[0].weight.data[0] = float("nan")  # type: ignore[index, union-attr]
-
+def test_weights_that_are_not_finite_are_not_saved(job):
     net = network()
     with pytest.raises(DivergedError, match="A weight is not finite at step 6"):
-        train(net, job, Breaks())
+        train(net, job, Quiet(6, lambda: net[0].weight.data[0].fill_(math.nan)))
     assert checkpoint.load(job.folder)["step"] == 4
 
 
-def test_evaluation_is_in_eval_mode_over_all_images(job: Job) -> None:
+def test_evaluation_is_in_eval_mode_over_all_images(job):
     net = network()
     loss, accuracy = evaluate(net, job.splits.test.ordered(3))  # 10 images: the last batch is small
     net.eval()
@@ -142,7 +125,7 @@ def test_evaluation_is_in_eval_mode_over_all_images(job: Job) -> None:
     assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
-def test_in_bfloat16_evaluation_and_weights_are_still_float32(job: Job) -> None:
+def test_in_bfloat16_evaluation_and_weights_are_still_float32(job):
     expected = train(network(), replace(job, epochs="1it"), Quiet())
     net = network()
     other = replace(job, folder=job.folder / "b", arithmetic=Arithmetic("bfloat16"), epochs="1it")
@@ -153,68 +136,47 @@ def test_in_bfloat16_evaluation_and_weights_are_still_float32(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_step_trains_the_same_weights_under_their_own_names(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[nn.Module] = []
-    real = torch.compile
-
-    def compile_without_code(net: nn.Module) -> nn.Module:
-        compiled.append(net)
-        return real(net, backend="eager")  # type: ignore[return-value]
-
+def test_a_compiled_step_trains_the_same_weights_under_their_own_names(job, monkeypatch):
+    compile_without_code = MagicMock(side_effect=partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch, "compile", compile_without_code)
     plain, other = network(), network()
     train(plain, replace(job, folder=job.folder / "plain"), Quiet())
-    assert not compiled
+    compile_without_code.assert_not_called()
     train(other, replace(job, arithmetic=Arithmetic(compile=True)), Quiet())
-    assert compiled == [other]
+    compile_without_code.assert_called_once_with(other)
     assert checkpoint.load(job.folder)["network"].keys() == plain.state_dict().keys()
     for one, two in zip(plain.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.allclose(one, two, atol=1e-5)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_handler_is_restored(job: Job) -> None:
-    class PressesTwice(Quiet):
-        def advance(self, step: int, loss: float) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
+def test_a_second_ctrl_c_stops_at_once_and_the_handler_is_restored(job):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(network(), job, PressesTwice())
+        train(network(), job, Quiet(1, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]))
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_layers_draw_from_the_seed_of_the_step() -> None:
+def test_layers_draw_from_the_seed_of_the_step():
     drawn = []
     for parts in ((0, "dropout", 1), (0, "dropout", 2), (0, "dropout", 1)):
         seed_layers(CPU, *parts)
         drawn.append(torch.rand(4))
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
-    torch.manual_seed(derive_seed(0, "dropout", 1))
-    assert torch.equal(torch.rand(4), drawn[0])
 
 
 # -- the optimizer and its schedule -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay", ["linear", "constant"])
-def test_the_rate_of_a_step_is_that_of_the_schedule(job: Job, monkeypatch: pytest.MonkeyPatch, decay: str) -> None:
-    job.config.schedule.decay = decay
-    used: list[set[float]] = []
-    step = training.train_step
-
-    def spy(net: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> tuple[Tensor, Tensor]:
-        used.append({group["lr"] for group in optimizer.param_groups})
-        return step(net, optimizer, *rest)
-
-    monkeypatch.setattr(training, "train_step", spy)
-    train(network(), job, Quiet())
-    assert used == [{0.01 * rate_at(step, 12, 2, decay)} for step in range(12)]
+def test_the_rate_of_a_step_is_that_of_the_schedule(job):
+    optimizer = make_optimizer(network(), job.config.schedule)
+    for decay in ("linear", "constant"):
+        job.config.schedule.decay = decay
+        for step in range(12):
+            set_rate(optimizer, job, step)
+            assert {group["lr"] for group in optimizer.param_groups} == {0.01 * rate_at(step, 12, 2, decay)}
 
 
-def test_the_rate_warms_up_and_then_falls_to_zero_or_stays() -> None:
+def test_the_rate_warms_up_and_then_falls_to_zero_or_stays():
     rates = [rate_at(step, 10, 3, "linear") for step in range(10)]
     assert rates[:4] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
     assert rates[3:] == pytest.approx([1 - k / 7 for k in range(7)])  # the step after the last would have 0
@@ -223,7 +185,7 @@ def test_the_rate_warms_up_and_then_falls_to_zero_or_stays() -> None:
     assert [rate_at(step, 2, 3, "linear") for step in range(2)] == [0.25, 0.5]  # a warm-up longer than the run
 
 
-def test_weight_decay_spares_biases_and_batch_norm() -> None:
+def test_weight_decay_spares_biases_and_batch_norm():
     net = network()
     for name in ("rmsprop", "sgd"):
         optimizer = make_optimizer(net, Schedule(optimizer=name, weight_decay=0.1))
@@ -237,7 +199,7 @@ def test_weight_decay_spares_biases_and_batch_norm() -> None:
 # -- FLOPs, device and arithmetic ---------------------------------------------------------------------------------
 
 
-def test_flops_are_two_a_multiplication_and_counting_changes_nothing() -> None:
+def test_flops_are_two_a_multiplication_and_counting_changes_nothing():
     # A 3x3 convolution from 2 to 4 channels on 6x6 pixels, padded; then 144 to 5.
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     convolution, linear = 2 * 4 * 2 * 3 * 3 * 6 * 6, 2 * 144 * 5
@@ -252,7 +214,7 @@ def test_flops_are_two_a_multiplication_and_counting_changes_nothing() -> None:
         flops.count(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Flatten()), 1, 2)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine.pick_device("auto") == CPU
     with pytest.raises(ExperimentError, match="torch finds no GPU: use device=cpu"):
@@ -268,9 +230,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     ("flags", "expected"),
     [("sse avx2", "float32 contiguous"), ("avx512_bf16", "bfloat16 channels_last")],
 )
-def test_the_arithmetic_follows_the_processor_unless_it_is_forced(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: str
-) -> None:
+def test_the_arithmetic_follows_the_processor_unless_it_is_forced(monkeypatch, tmp_path, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     assert str(choose_arithmetic(CPU, "auto", "auto", False)) == expected
@@ -279,9 +239,7 @@ def test_the_arithmetic_follows_the_processor_unless_it_is_forced(
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
-def test_the_arithmetic_follows_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
-) -> None:
+def test_the_arithmetic_follows_the_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.version, "cuda", "12")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -292,7 +250,7 @@ def test_the_arithmetic_follows_the_gpu(
             choose_arithmetic(gpu, "tf32", "auto", False)
 
 
-def test_tf32_is_allowed_within_a_step_alone() -> None:
+def test_tf32_is_allowed_within_a_step_alone():
     def is_allowed() -> tuple[bool, bool]:
         return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
@@ -308,7 +266,7 @@ ROW = {"step": 0, "holdout_accuracy": 0.1, "test_accuracy": 0.125}
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_line_an_evaluation_or_a_bar_on_a_terminal(terminal: bool) -> None:
+def test_a_line_an_evaluation_or_a_bar_on_a_terminal(terminal):
     text = StringIO()
     console = Console(file=text, force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
     with progress.Follower(console, "net2net", 100, 0, 32) as follower:

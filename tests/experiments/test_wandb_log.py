@@ -2,14 +2,13 @@
 
 import itertools
 import sys
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 import yaml
+from conftest import composed
 from rich.console import Console
 
 from experiments import wandb_log
@@ -22,7 +21,6 @@ MANIFEST = {
     "processes": [{"started": "2026-01-01T00:00:00+00:00"}],
 }
 ROWS = [{"step": 0, "test_accuracy": 0.1}, {"step": 5, "test_accuracy": 0.2}]
-FAST = ("arms=[random_init]", "schedule.epochs=2it", "schedule.evaluate=2it", "logger=wandb")
 
 
 @pytest.fixture(autouse=True)
@@ -34,38 +32,17 @@ def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-class Service:
-    """A W&B that notes how it is called, and of which one call fails."""
-
-    def __init__(self, failing: str) -> None:
-        self.failing, self.calls, self.options = failing, [], {}
-        self.Settings = SimpleNamespace
-
-    def call(self, name: str) -> None:
-        self.calls.append(name)
-        if name == self.failing:
-            raise RuntimeError("the network\nis [gone]")
-
-    def init(self, **options: Any) -> "Service":
-        self.options = options
-        self.call("init")
-        return self
-
-    def log(self, row: dict[str, float], step: int) -> None:
-        self.call(f"log {step} {row}")
-
-    def finish(self) -> None:
-        self.call("finish")
-
-
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Service]:
-    def make(failing: str) -> Service:
-        made = Service(failing)
-        monkeypatch.setitem(sys.modules, "wandb", made)  # type: ignore[arg-type]
-        return made
+def wandb(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """A W&B that notes how it is called."""
+    service = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    return service
 
-    return make
+
+def calls(service: MagicMock) -> list[str]:
+    """What was called, but for the settings."""
+    return [name.rpartition(".")[2] for name, _, _ in service.mock_calls if name != "Settings"]
 
 
 def mirror_rows(tmp_path: Path, name: str = "net2net", last_step: int = -1) -> str:
@@ -78,70 +55,57 @@ def mirror_rows(tmp_path: Path, name: str = "net2net", last_step: int = -1) -> s
     return text.getvalue()
 
 
-LOGGED = ["log 0 {'test_accuracy': 0.1}", "log 5 {'test_accuracy': 0.2}"]
-
-
 @pytest.mark.parametrize(
-    ("failing", "calls"),
+    ("failing", "made"),
     [
         ("init", ["init"]),
-        (LOGGED[0], ["init", LOGGED[0]]),
-        ("finish", ["init", *LOGGED, "finish"]),
-        ("", ["init", *LOGGED, "finish"]),
+        ("log", ["init", "log"]),
+        ("finish", ["init", "log", "log", "finish"]),
+        ("", ["init", "log", "log", "finish"]),
     ],
 )
-def test_a_failure_is_said_once_and_ends_the_mirror_of_the_process(
-    service: Callable[[str], Service], tmp_path: Path, failing: str, calls: list[str]
-) -> None:
-    made = service(failing)
+def test_a_failure_is_said_once_and_ends_the_mirror_of_the_process(wandb, tmp_path, failing, made):
+    if failing:
+        owner = wandb if failing == "init" else wandb.init.return_value
+        getattr(owner, failing).side_effect = RuntimeError("the network\nis [gone]")
     said = mirror_rows(tmp_path)
-    assert made.calls == calls
+    assert calls(wandb) == made
     assert said.count("W&B fails (RuntimeError: the network is [gone]). Training continues") == bool(failing)
     mirror_rows(tmp_path)
-    assert made.calls == calls * (1 if failing else 2)
+    assert calls(wandb) == made * (1 if failing else 2)
 
 
-def test_a_stage_keeps_its_identity_and_repeats_no_row(service: Callable[[str], Service], tmp_path: Path) -> None:
-    made = service("")
+def test_a_stage_keeps_its_identity_and_repeats_no_row(wandb, tmp_path):
     mirror_rows(tmp_path)
-    first = made.options
+    first = wandb.init.call_args.kwargs
     assert (first["resume"], first["mode"], first["group"]) == ("allow", "offline", "any")
-    made.calls.clear()
+    log = wandb.init.return_value.log
+    assert log.call_args_list == [call({"test_accuracy": 0.1}, step=0), call({"test_accuracy": 0.2}, step=5)]
     mirror_rows(tmp_path, last_step=0)
-    assert made.calls == ["init", LOGGED[1], "finish"] and made.options["id"] == first["id"]
+    assert log.call_args_list[2:] == [call({"test_accuracy": 0.2}, step=5)]
+    assert wandb.init.call_args.kwargs["id"] == first["id"]
+
+
+def test_without_wandb_installed_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert mirror_rows(tmp_path).startswith("W&B fails (ModuleNotFoundError: ")
 
 
 @pytest.mark.slow
-def test_without_wandb_installed_the_experiment_runs(
-    train_py: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
-    assert train_py(*FAST) == 0
-    assert "W&B fails (ModuleNotFoundError: " in capsys.readouterr().out
-    assert (tmp_path / "runs/quickstart/seed0/random_init/curve.csv").exists()
-
-
-@pytest.mark.slow
-def test_offline_a_folder_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_a_folder_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert mirror_rows(tmp_path) == ""
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize(("name", "variable"), [("first", "ANY"), ("teacher", "WANDB_SWEEP_ID")])
-def test_what_belongs_to_no_arm_is_not_mirrored(
-    service: Callable[[str], Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, variable: str
-) -> None:
+def test_what_belongs_to_no_arm_is_not_mirrored(wandb, monkeypatch, tmp_path, name, variable):
     monkeypatch.setenv(variable, "any")
-    made = service("")
     mirror_rows(tmp_path, name)
-    assert made.calls == []
+    assert wandb.mock_calls == []
 
 
-def test_the_sweep_file_drives_the_command_line(composed: Callable[..., Config]) -> None:
+def test_the_sweep_file_drives_the_command_line():
     sweep = yaml.safe_load((ROOT / "configs/wandb_sweep.yaml").read_text())
     assert (ROOT / sweep["program"]).is_file() and sweep["metric"]["name"] in COLUMNS
     swept = {key: choice.get("values") or [choice["value"]] for key, choice in sweep["parameters"].items()}
