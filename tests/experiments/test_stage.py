@@ -62,7 +62,7 @@ def test_a_run_made_with_other_settings_is_refused_by_them(train_py, copied, cap
 
 def test_one_job_at_a_time_draws_the_figure_of_all_curves(train_py, copied, monkeypatch):
     draw = MagicMock(side_effect=lambda folder: (folder / files.LOCK).read_text())
-    monkeypatch.setattr("experiments.experiment.figures.draw_runs", draw)
+    monkeypatch.setattr("experiments.analysis.figures.draw_runs", draw)
     assert train_py() == 0
     draw.assert_called_once_with(Path("runs/quickstart"))
 
