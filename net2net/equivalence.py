@@ -103,7 +103,6 @@ def assert_equivalent(
 
 
 def _refuse_if_different(measured: Equivalence, tolerance: float, where: str, identities: Collection[str]) -> None:
-    """Raise TransferError if the difference is larger than `tolerance`, or not a number."""
     if not measured.max_relative <= tolerance:
         new = sorted(identities) or ["none"]
         raise TransferError(

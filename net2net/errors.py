@@ -28,4 +28,5 @@ class TransferError(Exception):
 
 def used_differently(name: str) -> TransferError:
     """Return the error of a tensor that the two networks do not use for the same."""
-    return TransferError(f"The forward pass uses {name} differently in the teacher and in the student.")
+    where = "in the teacher and in the student, or in one of them not at all"
+    return TransferError(f"The forward pass uses {name} differently {where}.")

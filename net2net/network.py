@@ -89,7 +89,6 @@ class Inputs:
 
 
 def _draw_like(x: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
-    """Draw a tensor like `x`, with another number of rows if `rows` is given."""
     if x.layout != torch.strided:
         return x
     shape = (rows, *x.shape[1:]) if rows and x.dim() else x.shape

@@ -131,7 +131,6 @@ def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.
 
 
 def _carry_state(state: Mapping, parameter: Tensor, source: Tensor, origin: Origin, kind: type) -> dict:
-    """Return the state of one parameter of the student from that of the teacher's parameter `source`."""
     carried = {}
     for key, value in state.items():
         power = 1 if key in FIRST_MOMENTS else 2 if key in SECOND_MOMENTS else None

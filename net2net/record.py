@@ -169,7 +169,6 @@ def save_record(record: Record, path: str | Path) -> None:
 
 
 def _to_json(value: object) -> object:
-    """Return what JSON writes for a dataclass or a tensor."""
     if is_dataclass(value):
         return vars(value)
     assert isinstance(value, Tensor)
@@ -195,7 +194,6 @@ def read_record(path: str | Path) -> Record:
 
 
 def _origin(axes: dict, rows: list | None, mixed: Sequence[dict] = (), **rest) -> Origin:
-    """Return an origin from its JSON."""
     rest |= {"how": How(rest["how"]), "fill": Fill(rest["fill"])}
     rest |= {name: (rest[name][0], rest[name][1]) for name in ("of", "merged")}
     rest |= {"rows": None if rows is None else torch.tensor(rows, dtype=torch.double)}

@@ -80,7 +80,5 @@ def _set_parametrised(student: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise TransferError(f"The parametrisation of {name} cannot be given a weight: {error}") from error
         eps = torch.finfo(value.dtype).eps
         if not torch.allclose(held, value, rtol=eps**0.75, atol=eps):
-            raise TransferError(
-                f"The parametrisation of {name} cannot hold the weight that the student needs. A spectral norm, for "
-                "one, fixes the size of the whole matrix, which shared weights change."
-            )
+            why = "A spectral norm, for one, fixes the size of the whole matrix, which shared weights change."
+            raise TransferError(f"The parametrisation of {name} cannot hold the weight that the student needs. {why}")

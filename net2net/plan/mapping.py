@@ -278,7 +278,6 @@ def _check_family(unit_map: UnitMap, family: Family) -> None:
 
 
 def _check_pins(networks: Networks) -> None:
-    """Raise TransferError if a layer grows whose units are pinned in one of the networks."""
     sides = ((networks.student_units, networks.student_roots, 0), (networks.teacher_units, networks.teacher_roots, 1))
     for units, roots, side in sides:
         why: dict[int, str] = {}

@@ -19,10 +19,8 @@ def check_identities(plan: Plan) -> None:
     for name in plan.roles.identity:
         layer = plan.student.layers[name]
         if layer.options.get("across"):
-            raise TransferError(
-                f"The new norm {layer.name} stands in the way of units that the teacher passes on, and takes their "
-                "mean away: no weight brings it back. Put it into a branch of its own."
-            )
+            why = "no weight brings back the mean that it takes away"
+            raise TransferError(f"The new norm {layer.name} cannot be an identity: {why}. Give it a branch of its own.")
         if layer.kind == LayerKind.NORM and not layer.tensors.keys() >= {"weight", "mean"}:
             why = "it has no affine parameters or no running statistics"
             raise TransferError(f"The new batch norm {layer.name} cannot undo its own normalisation: {why}.")

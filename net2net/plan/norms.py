@@ -75,5 +75,5 @@ def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:
     elif norm.kind == NormKind.LAYER:
         needs += ", or if means can be added to them, which the layers before it cannot do"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"
-    where = norm.module or "in the network"
-    return TransferError(f"The {what} {where} has {width} units and its teacher {teacher_width}: it takes {needs}.")
+    widths = f"has {width} units and its teacher {teacher_width}"
+    return TransferError(f"The {what} {norm.module or 'in the network'} {widths}: it takes {needs}.")

@@ -55,12 +55,6 @@ class _New:
             waiting += (self.layers[name].sources & self.mixers) - passed
         return found
 
-    def produced(self, name: str, units: Units) -> set[int]:
-        """Return the units that a new layer produces."""
-        produces = self.layers[name].produces
-        assert produces is not None
-        return set(units.find(produces).tolist())
-
 
 def assign_roles(teacher: Trace, student: Trace, units: Units, names: Names, passing_all: bool) -> Roles:
     """Decide what each layer that only the student has becomes."""
@@ -71,14 +65,15 @@ def assign_roles(teacher: Trace, student: Trace, units: Units, names: Names, pas
     identity = _needed_identities(teacher, new)
     if passing_all:
         kept = _units_of(new.readers, units)
-        identity |= {name for name in new.mixers if not kept & new.produced(name, units)}
+        identity |= {name for name in new.mixers if not kept & _units_of([new.layers[name]], units)}
     # A norm is an identity if it lies on the way of units that a reader needs, not if it sees a silent branch alone.
     for reader in [*new.readers, *(new.layers[name] for name in identity)]:
         for name in reader.norms_since & new.layers.keys():
             if new.layers[name].sources - (new.mixers - identity):
                 identity.add(name)
     carried = _units_of((x for x in student.mixers if x.name not in new.layers or x.name in identity), units)
-    silent = {_branch_end(new, name) for name in new.mixers - identity if carried & new.produced(name, units)}
+    idle = new.mixers - identity
+    silent = {_branch_end(new, name) for name in idle if carried & _units_of([new.layers[name]], units)}
     return Roles(frozenset(identity), frozenset(silent), frozenset(new.layers.keys() - identity - silent))
 
 

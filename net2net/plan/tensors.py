@@ -48,10 +48,9 @@ def _check_numbers(plan: Plan) -> None:
         if theirs is None or theirs[0] == numbers or bool(torch.isin(plan.student_roots[units], queries).any()):
             continue
         here, there = (", ".join(f"{number:.4g}" for number in each) for each in (numbers, theirs[0]))
-        raise TransferError(
-            f"{call} takes units that are multiplied by {here} here and by {there} in the teacher, and no layer "
-            "behind it can undo that: let the number be the teacher's, or put it behind a layer alone."
-        )
+        differ = f"{call} takes units that are multiplied by {here} here and by {there} in the teacher"
+        advice = "let the number be the teacher's, or put it behind a layer alone"
+        raise TransferError(f"{differ}, and no layer behind it can undo that: {advice}.")
 
 
 def _check_modules(plan: Plan, student: nn.Module) -> None:
@@ -101,10 +100,7 @@ def shared_origin(plan: Plan, name: str) -> Origin:
             axes[dim], scaled = unit_axis(plan, name, (units, source), dim, student.read_axis.get(name) == dim)
             rows = scaled if dim == 0 else rows
         elif units is not None or source is not None:
-            raise TransferError(
-                f"The forward pass of one network only follows units along axis {dim} of {name}: the teacher and "
-                "the student use it differently, or one of them not at all."
-            )
+            raise used_differently(f"axis {dim} of {name}")
         elif (axis := _other_axis(plan, name, theirs, dim)) is not None:
             axes[dim] = axis
     merged = merged_groups(plan, theirs)

@@ -155,7 +155,6 @@ def _as_function(call: Call) -> Callable[[Tensor], Tensor]:
 
 
 def _broadcast_shape(operands: Sequence[Tensor]) -> torch.Size | None:
-    """Return the common shape of the operands, None if they have none."""
     try:
         return torch.broadcast_tensors(*operands)[0].shape  # torch.broadcast_shapes imports sympy, for seconds
     except RuntimeError:

@@ -53,7 +53,6 @@ def movement(trace: Trace, call: Call) -> None:
 
 
 def _move_view(trace: Trace, call: Call, parameter: Tensor) -> None:
-    """Remember the results as views of a parameter."""
     view = trace.parameters.view(parameter)
     if view is None:
         return

@@ -71,7 +71,6 @@ def group_norm(trace: Trace, call: Call) -> None:
 
 
 def _activation(trace: Trace, call: Call) -> Labels:
-    """Return the labels of what a norm sees."""
     if not trace.is_activation(call.args[0]):
         raise CannotFollow(f"{call} normalises a parameter")
     return first_labels(trace, call)

@@ -16,19 +16,15 @@ from torch import Tensor, nn
 from .registry import rule
 
 State = tuple[Tensor, ...]  # the output, and the cell of an LSTM
+Activation = Callable[[Tensor], Tensor]
 Step = Callable[[Tensor, Tensor | None, State | None], State]  # (from the input, from the last state, last state)
 
 
-def _gates(from_input: Tensor, from_state: Tensor | None, count: int) -> list[Tensor]:
-    """Return the sums of both, gate by gate, so that each gate meets its own."""
-    gates = from_input.chunk(count, -1)
-    if from_state is None:
-        return list(gates)
-    return [a + b for a, b in zip(gates, from_state.chunk(count, -1), strict=True)]
-
-
 def _lstm(from_input: Tensor, from_state: Tensor | None, state: State | None) -> State:
-    enter, forget, new, leave = _gates(from_input, from_state, 4)
+    gates = from_input.chunk(4, -1)
+    if from_state is not None:  # gate by gate, so that each gate meets its own
+        gates = [a + b for a, b in zip(gates, from_state.chunk(4, -1), strict=True)]
+    enter, forget, new, leave = gates
     cell = enter.sigmoid() * new.tanh()
     if state is not None:
         cell = forget.sigmoid() * state[1] + cell
@@ -44,9 +40,7 @@ def _gru(from_input: Tensor, from_state: Tensor | None, state: State | None) -> 
     return ((1 - update) * new + (update * state[0] if state is not None else 0.0),)
 
 
-def _simple(
-    activation: Callable[[Tensor], Tensor], from_input: Tensor, from_state: Tensor | None, state: State | None
-) -> State:
+def _simple(activation: Activation, from_input: Tensor, from_state: Tensor | None, _: State | None) -> State:
     return (activation(from_input if from_state is None else from_input + from_state),)
 
 
