@@ -1,6 +1,6 @@
 """The zoo: every entry of its tables can be built, and a fault cannot pass for a success."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,23 +26,18 @@ def find(key: str) -> Pair:
     return next(pair for pair in PAIRS if pair.key == key)
 
 
-@pytest.fixture(scope="module")
-def shapes() -> Iterator[Callable[[str], dict[str, torch.Size]]]:
+@cache
+def shapes(name: str) -> dict[str, torch.Size]:
     """The parameters' shapes of a network by name, built without memory."""
     original = BlockParams.from_init_params
 
     def on_the_cpu(**options: float) -> BlockParams:
         with torch.device("cpu"):  # it computes widths with tensors
-            return original(**options)  # pyright: ignore[reportArgumentType]
+            return original(**options)
 
-    @cache
-    def shapes_of(name: str) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            return {name: parameter.shape for name, parameter in build(name).named_parameters()}
-
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         patch.setattr(BlockParams, "from_init_params", on_the_cpu)
-        yield shapes_of
+        return {name: parameter.shape for name, parameter in build(name).named_parameters()}
 
 
 def test_the_tables_are_complete_and_name_nothing_twice() -> None:
@@ -55,7 +50,7 @@ def test_the_tables_are_complete_and_name_nothing_twice() -> None:
 
 
 @pytest.mark.parametrize("family", sorted({pair.family for pair in PAIRS}))
-def test_every_pair_is_a_step_up_of_its_kind(shapes: Callable[[str], dict[str, torch.Size]], family: str) -> None:
+def test_every_pair_is_a_step_up_of_its_kind(family: str) -> None:
     for pair in (pair for pair in PAIRS if pair.family == family):
         teacher, student = shapes(pair.teacher), shapes(pair.student)
         assert sum(shape.numel() for shape in student.values()) > sum(shape.numel() for shape in teacher.values())
@@ -99,10 +94,7 @@ def test_a_network_that_is_too_slow_or_dies_is_a_fault(monkeypatch: pytest.Monke
     ids=["weight", "bias", "statistics", "nan", "crash"],
 )
 def test_a_fault_is_counted(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    verdict: str,
-    change: Callable[[nn.Module], object],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verdict: str, change: Callable
 ) -> None:
     def transfer(teacher: nn.Module, student: nn.Module, example: Tensor) -> None:
         net2net.transfer(teacher, student, example)
@@ -117,8 +109,7 @@ def test_a_fault_is_counted(
 
 def test_a_dead_teacher_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def die(model: nn.Module, *_: object, **__: object) -> nn.Module:
-        with torch.no_grad():
-            model.get_parameter("classifier.3.weight").zero_()
+        nn.init.zeros_(model.get_parameter("classifier.3.weight"))
         return model.eval()
 
     monkeypatch.setattr(zoo, "look_trained", die)
