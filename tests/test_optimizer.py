@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import BAR, change_axes, refused, trained
+from checks import BAR, change_axes, refused, state, trained, unchanged
 from networks import Net, attention, chain, conv, grouped, images, mlp, residual, tied
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -50,69 +50,73 @@ def kernels(size: int, n: int = 4) -> nn.Module:
     )
 
 
-def rectified(n: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, n), nn.PReLU(n), nn.Linear(n, 2))
-
-
-def recurrent(kind: type[nn.RNNBase], n: int) -> Net:
-    return Net({"r": kind(3, n), "o": nn.Linear(n, 2)}, lambda net, x: net.o(net.r(x)[0]))
-
-
 def positions(n: int) -> Net:
     """More positions than the example has."""
     parts = {"e": nn.Linear(3, n), "pos": nn.Parameter(torch.randn(1, 9, n)), "o": nn.Linear(n, 2)}
     return Net(parts, lambda net, x: net.o((net.e(x) + net.pos[:, : x.shape[1]]).tanh()))
 
 
-def blended(n: int) -> nn.Module:
-    """With a scalar."""
-    return nn.Sequential(nn.Linear(3, n), Blend(torch.tanh), nn.Linear(n, 5))
+def recurrent(kind: type[nn.RNNBase], n: int) -> Net:
+    return Net({"r": kind(3, n), "o": nn.Linear(n, 2)}, lambda net, x: net.o(net.r(x)[0]))
+
+
+def gated(width: int, gate: bool) -> Net:
+    """A new gate, a half of every unit, which the layer behind it reads doubly."""
+    parts = {"a": conv(3, width, bias=True), "gate": SqueezeExcitation(width, 2) if gate else nn.Identity()}
+    return Net(parts | {"b": conv(width, 4)}, lambda net, x: net.b(net.gate(F.relu(net.a(x)))).mean((2, 3)))
 
 
 def words(n: int) -> nn.Module:
     return nn.Sequential(nn.Embedding(7, n), nn.RMSNorm(n, eps=1e-6), nn.Flatten(), nn.Linear(5 * n, 4))
 
 
+def rows() -> Tensor:
+    return images(6, 3)
+
+
+def tokens() -> Tensor:
+    return images(3, 5, 3)
+
+
+# name -> (network, the teacher's widths, the student's, inputs)
 CASES = {
-    "convolution, batch norm": (lambda: chain(3, 4), lambda: chain(7, 13), images),
-    "seven times": (lambda: chain(3, 4), lambda: chain(21, 28), images),
-    "deeper": (lambda: chain(3, 4), lambda: chain(7, 9, new=1), images),
-    "linear": (lambda: mlp(3, 4, 5, 2), lambda: mlp(3, 9, 13, 2), lambda: images(6, 3)),
-    "groups that grow": (lambda: grouped(2, 4, 4), lambda: grouped(2, 8, 8), images),
-    "more groups": (lambda: grouped(2, 4, 4), lambda: grouped(4, 4, 4), images),
-    "depthwise, a gate": (lambda: residual(4), lambda: residual(8), images),
-    "a slope of every unit": (lambda: rectified(4), lambda: rectified(9), lambda: images(6, 3)),
-    "a scalar": (lambda: blended(4), lambda: blended(9), lambda: images(6, 3)),
-    "tied": (lambda: tied(4), lambda: tied(8), images),
-    "tied, uneven counts": (lambda: tied(4), lambda: tied(11), images),
-    "more heads": (lambda: attention(2), lambda: attention(4, 16), lambda: images(3, 5, 3)),
-    "wider heads": (lambda: attention(2), lambda: attention(2, 16), lambda: images(3, 5, 3)),
-    "layer norm doubled": (lambda: attention(2), lambda: attention(2, 8, 16, 30), lambda: images(3, 5, 3)),
-    "all of it": (lambda: attention(2), lambda: attention(4, 16, 24, 24), lambda: images(3, 5, 3)),
-    "embedding, rms norm": (lambda: words(4), lambda: words(12), lambda: torch.randint(7, (3, 5))),
-    "kernels": (lambda: kernels(3), lambda: kernels(5, 7), images),
-    "groups in fewer, larger ones": (lambda: grouped(3, 2, 3), lambda: grouped(2, 4, 6), images),
-    "positions": (lambda: positions(4), lambda: positions(8), lambda: images(3, 5, 3)),
-    **{
-        kind.__name__: (lambda k=kind: recurrent(k, 4), lambda k=kind: recurrent(k, 8), lambda: images(3, 5, 3))
-        for kind in (nn.LSTM, nn.GRU, nn.RNN)
-    },
+    "convolution, batch norm": (chain, (3, 4), (7, 13), images),
+    "seven times": (chain, (3, 4), (21, 28), images),
+    "deeper": (lambda new, *widths: chain(*widths, new=new), (0, 3, 4), (1, 7, 9), images),
+    "linear": (mlp, (3, 4, 5, 2), (3, 9, 13, 2), rows),
+    "groups that grow": (grouped, (2, 4, 4), (2, 8, 8), images),
+    "more groups": (grouped, (2, 4, 4), (4, 4, 4), images),
+    "groups in fewer, larger ones": (grouped, (3, 2, 3), (2, 4, 6), images),
+    "depthwise, a gate": (residual, (4,), (8,), images),
+    "a new gate": (gated, (4, False), (7, True), images),
+    "a slope of every unit": (lambda n: mlp(3, n, 2, act=lambda: nn.PReLU(n)), (4,), (9,), rows),
+    "a scalar": (lambda n: mlp(3, n, 2, act=lambda: Blend(torch.tanh)), (4,), (9,), rows),
+    "tied": (tied, (4,), (8,), images),
+    "tied, uneven counts": (tied, (4,), (11,), images),
+    "more heads": (attention, (2,), (4, 16), tokens),
+    "wider heads": (attention, (2,), (2, 16), tokens),
+    "layer norm doubled": (attention, (2,), (2, 8, 16, 30), tokens),
+    "all of it": (attention, (2,), (4, 16, 24, 24), tokens),
+    "embedding, rms norm": (words, (4,), (12,), lambda: torch.randint(7, (3, 5))),
+    "kernels": (kernels, (3,), (5, 7), images),
+    "positions": (positions, (4,), (8,), tokens),
+    **{kind.__name__: (recurrent, (kind, 4), (kind, 8), tokens) for kind in (nn.LSTM, nn.GRU, nn.RNN)},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_predicted_gradients_are_autograds(name: str) -> None:
-    make, larger, inputs = CASES[name]
+    make, narrow, wide, inputs = CASES[name]
     for seed in range(3):
-        teacher, student = look_trained(make(), seed=seed), look_trained(larger(), seed=seed + 9)
+        teacher, student = look_trained(make(*narrow), seed=seed), look_trained(make(*wide), seed=seed + 9)
         record = transfer(teacher, student, inputs(), generator=torch.Generator().manual_seed(seed))
         assert all(wrong <= BAR for wrong in errors(record, teacher, student, inputs()))
 
 
 @pytest.mark.parametrize("name", ["convolution, batch norm", "more groups", "more heads", "layer norm doubled"])
 def test_without_the_share_the_prediction_is_wrong(name: str) -> None:
-    make, larger, inputs = CASES[name]
-    teacher, student = trained(make(), larger())
+    make, narrow, wide, inputs = CASES[name]
+    teacher, student = trained(make(*narrow), make(*wide))
     record = transfer(teacher, student, inputs())
     spoilt = change_axes(record, lambda axis: replace(axis, share=torch.ones_like(axis.share)))
     assert max(errors(spoilt, teacher, student, inputs())) > 0.1
@@ -129,11 +133,7 @@ def test_what_the_teachers_gradient_does_not_say_is_not_a_number() -> None:
 
 def test_padding_of_a_layer_norm_is_not_predicted_as_if_it_were_a_copy() -> None:
     """What is predicted at all is right also where the width is no multiple of the teacher's."""
-
-    def make(n: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(3, n), nn.LayerNorm(n), nn.Linear(n, n), nn.Tanh(), nn.Linear(n, 4))
-
-    x, (teacher, student) = images(6, 3), trained(make(8), make(12))
+    x, (teacher, student) = rows(), trained(*(mlp(3, n, n, 4, act=lambda n=n: nn.LayerNorm(n)) for n in (8, 12)))
     record = transfer(teacher, student, x)
     assert record.eps
     assert not any(wrong > BAR for wrong in errors(record, teacher, student, x))
@@ -172,11 +172,11 @@ def test_the_state_is_that_of_a_student_that_had_been_there_all_the_time(kind: s
     old = OPTIMIZERS[kind](teacher.parameters())
     history = take_steps(teacher, old, 4)
     record = transfer(teacher, student, images())
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    before = state(student)
     new = OPTIMIZERS[kind](student.parameters())
     record.optimizer_state(old, new)
-    assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
-    twin = look_trained(chain(7, 9), seed=3)
+    assert unchanged(student, before)
+    twin = chain(7, 9)
     by_hand = OPTIMIZERS[kind](twin.parameters())
     for theirs in history:
         predicted = record.gradients(theirs)
@@ -191,23 +191,16 @@ def test_the_state_is_that_of_a_student_that_had_been_there_all_the_time(kind: s
                 assert torch.allclose(value, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())), key
             else:
                 assert value == expected
-    assert [{**group, "params": 0} for group in new.param_groups] == [
-        {**group, "params": 0} for group in old.param_groups
-    ]
+    mine, theirs = ([{**group, "params": 0} for group in each.param_groups] for each in (new, old))
+    assert mine == theirs
     take_steps(student, new)
 
 
-def gated(width: int, gate: bool) -> Net:
-    """A new gate, a half of every unit, which the layer behind it reads doubly."""
-    parts = {"a": conv(3, width, bias=True), "gate": SqueezeExcitation(width, 2) if gate else nn.Identity()}
-    return Net(parts | {"b": conv(width, 4)}, lambda net, x: net.b(net.gate(F.relu(net.a(x)))).mean((2, 3)))
-
-
-@pytest.mark.parametrize("name", [*CASES, "a new gate"])
+@pytest.mark.parametrize("name", CASES)
 def test_the_moments_are_those_of_the_predicted_gradient(name: str) -> None:
     """After one step of Adam they are the gradient and its square, times numbers."""
-    make, larger, inputs = (CASES | {"a new gate": (lambda: gated(4, False), lambda: gated(7, True), images)})[name]
-    teacher, student = trained(make(), larger())
+    make, narrow, wide, inputs = CASES[name]
+    teacher, student = trained(make(*narrow), make(*wide))
     record, x = transfer(teacher, student, inputs()), inputs()
     old, new = (Adam(model.parameters(), betas=(0.5, 0.75)) for model in (teacher, student))
     theirs = gradients(teacher, x, torch.ones_like(teacher(x)))
@@ -241,9 +234,8 @@ def test_groups_rates_and_steps_are_kept() -> None:
         schedule.step()
     new = AdamW(student.parameters())  # in one group: the old one's groups count
     transfer(teacher, student, images()).optimizer_state(old, new)
-    assert [(g["lr"], g["weight_decay"], g["initial_lr"]) for g in new.param_groups] == [
-        (g["lr"], g["weight_decay"], g["initial_lr"]) for g in old.param_groups
-    ]
+    for mine, theirs in zip(new.param_groups, old.param_groups, strict=True):
+        assert all(mine[key] == theirs[key] for key in ("lr", "weight_decay", "initial_lr"))
     first = {name for name, p in student.named_parameters() if any(p is q for q in new.param_groups[0]["params"])}
     theirs = dict(teacher.named_parameters())
     assert first == {name for name, _ in student.named_parameters() if name not in theirs or theirs[name].dim() > 1}
