@@ -91,9 +91,12 @@ class Operation:
 
 class Step(NamedTuple):
     name: str
-    text: str
     out: Value
     make: Make
+    choices: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.choices} -> {self.out}"
 
 
 GROWTHS: dict[str, Callable[["Draw", int], int]] = {
@@ -141,13 +144,12 @@ class Draw:
             operation = self.pick([o for o in allowed if o.family == family])
         first: list[Step] = []
         if any(n % operation.by for n in x.width) or x.width[0] < operation.least:
-            y = self.width(by=operation.by, least=operation.least)
-            first, x = [Step("mix", f"mix -> {x.to(y)}", x.to(y), mix(x, y))], x.to(y)
+            y = x.to(self.width(by=operation.by, least=operation.least))
+            first, x = [Step("mix", y, mix(x, y.width))], y
         outer, self.log, self.depth = self.log, [], self.depth + operation.nests
-        out, make = operation.build(self, x)
-        text = f"{operation.name}({', '.join(self.log)}) -> {out}"
+        step = Step(operation.name, *operation.build(self, x), f"({', '.join(self.log)})")
         self.log, self.depth = outer, self.depth - operation.nests
-        return [*first, Step(operation.name, text, out, make)]
+        return [*first, step]
 
     def body(self, x: Value, y: Two) -> Make:
         """Operations that keep the positions, then a layer to `y` units."""
@@ -155,8 +157,9 @@ class Draw:
         for _ in range(self.pick([0, 1, 2])):
             steps += self.steps(last, keeps=True)
             last = steps[-1].out
-        self.log.append(f"[{'; '.join([*(step.text for step in steps), f'mix -> {last.to(y)}'])}]")
-        return lambda i: nn.Sequential(*(step.make(i) for step in steps), mix(last, y)(i))
+        steps.append(Step("mix", last.to(y), mix(last, y)))
+        self.log.append(f"[{'; '.join(map(str, steps))}]")
+        return lambda i: nn.Sequential(*(step.make(i) for step in steps))
 
 
 # -- how an operation is written -------------------------------------------------------------------------------------
@@ -439,9 +442,8 @@ functions("order", KINDS, {
     "tensor_index": lambda x, v: v[(slice(None), evens_first(x, v)) if x.axis > 0 else (..., evens_first(x, v))],
     "list_index": lambda x, v: v.movedim(x.axis, 1)[:, evens_first(x, v).tolist()].movedim(1, x.axis),
 })
-functions("order", KINDS, {
-    "shuffle": lambda x, v: v.movedim(x.axis, -1).unflatten(-1, (2, -1)).mT.flatten(-2).movedim(-1, x.axis),
-}, by=2)
+functions("order", KINDS, {"shuffle": lambda x, v: (
+    v.movedim(x.axis, -1).unflatten(-1, (2, -1)).mT.flatten(-2).movedim(-1, x.axis))}, by=2)
 functions("order", PLACED, {
     "flip_places": lambda x, v: v.flip(x.places), "roll_places": lambda x, v: v.roll(1, x.places[-1]),
 })
@@ -454,19 +456,16 @@ functions("layout", SPATIAL, {
     "to_sequence": lambda x, v: v.flatten(2).mT,
     "permute": lambda x, v: v.movedim(1, -1).reshape(len(v), -1, v.shape[1]),
 }, lambda x: Value("sequence", x.width, (whole(x),)), keeps=False, when=sized(1, 12))
-functions("layout", ["vector"], {
-    "unsqueeze": lambda x, v: v.unsqueeze(1),
-}, lambda x: Value("sequence", x.width, (1,)), keeps=False)
-functions("layout", ["sequence"], {
-    "to_map": lambda x, v: v.permute(0, 2, 1).unflatten(2, (1, -1)),
-}, lambda x: Value("map", x.width, (1, *x.size)), keeps=False)
+functions("layout", ["vector"], {"unsqueeze": lambda x, v: v.unsqueeze(1)},
+          lambda x: Value("sequence", x.width, (1,)), keeps=False)
+functions("layout", ["sequence"], {"to_map": lambda x, v: v.permute(0, 2, 1).unflatten(2, (1, -1))},
+          lambda x: Value("map", x.width, (1, *x.size)), keeps=False)
 functions("layout", ["map"], {
     "pixel_unshuffle": lambda x, v: F.pixel_unshuffle(v, 2),
     "to_depth": lambda x, v: torch.cat([v[:, :, a::2, b::2] for b in (0, 1) for a in (0, 1)], 1),
 }, lambda x: x.to(times(x.width, 4)).at(lambda n: n // 2), keeps=False, when=lambda x: not any(n % 2 for n in x.size))
-functions("layout", ["map"], {
-    "unfold": lambda x, v: F.unfold(v, 2),
-}, lambda x: Value("line", times(x.width, 4), (whole(x.at(lambda n: n - 1)),)), keeps=False, when=sized(2))
+functions("layout", ["map"], {"unfold": lambda x, v: F.unfold(v, 2)},
+          lambda x: Value("line", times(x.width, 4), (whole(x.at(lambda n: n - 1)),)), keeps=False, when=sized(2))
 layer("layout", "pixel_shuffle", ["map"],
       lambda x, y, i: nn.Sequential(mix(x, times(y, 4))(i), nn.PixelShuffle(2)), {},
       lambda y: y.at(lambda n: 2 * n), grows=1, keeps=False, when=sized(1, 16))
@@ -807,7 +806,7 @@ def alone(name: str, growth: str, seed: int) -> Pair:
     d, o = Draw(random.Random(f"{name} {seed}").choice, growth, 2, plain=True), OPERATIONS[name]
     x = d.pick([x for kind in o.kinds for size in SIZES[kind] if o.when(x := Value(kind, (3, 3), size))])
     y = x.to(d.width(by=o.by, least=o.least))
-    steps = [Step("mix", f"mix -> {y}", y, mix(x, y.width, 3)), *d.steps(y, o)]
+    steps = [Step("mix", y, mix(x, y.width, 3)), *d.steps(y, o)]
     return _pair(d, [x], steps, [_head(d, steps[-1].out)], (0, "tensor"))
 
 
@@ -816,13 +815,13 @@ def _start(d: Draw) -> tuple[list[Value], Step]:
     kind, y = d.one("input", *KINDS, "map", "words"), d.width()
     x = Value(kind, (3, 3), d.one("size", *SIZES[kind]))
     if kind == "words":
-        x, out = x.to((WORDS, WORDS)), Value("sequence", y, x.size)
-        return [x], Step("embedding", f"embedding -> {out}", out, lambda i: nn.Embedding(WORDS, y[i]))
+        embedding = Step("embedding", Value("sequence", y, x.size), lambda i: nn.Embedding(WORDS, y[i]))
+        return [x.to((WORDS, WORDS))], embedding
     how = d.one("start", "mix", "nothing", "sum", "shared", "cat", "film")
     if how == "nothing":
-        return [x], Step(how, f"{how} -> {x}", x, lambda i: nn.Identity())
+        return [x], Step(how, x, lambda i: nn.Identity())
     if how == "mix":
-        return [x], Step(how, f"{how} -> {x.to(y)}", x.to(y), mix(x, y, 3))
+        return [x], Step(how, x.to(y), mix(x, y, 3))
     z = {"cat": d.width(), "film": times(y, 2)}.get(how, y)
 
     def meet(net: Net, v: Tensor, w: Tensor) -> Tensor:
@@ -834,7 +833,7 @@ def _start(d: Draw) -> tuple[list[Value], Step]:
 
     out = x.to(plus(y, z) if how == "cat" else y)
     parts = {"a": mix(x, y, 3)} | ({} if how == "shared" else {"b": mix(x, z)})
-    return [x, x], Step(how, f"{how} of two inputs -> {out}", out, net(meet, **parts))
+    return [x, x], Step(how, out, net(meet, **parts), " of two inputs")
 
 
 def _head(d: Draw, x: Value, words: Two | None = None) -> Make:
@@ -872,7 +871,7 @@ def _pair(
         return dict(zip(("x", "other"), every, strict=False)) if named else tuple(every) if every[1:] else every[0]
 
     teacher = next((net for k in range(10) if alive(net := make(0, seed + k), draw)), None) or make(0, seed)
-    text = "\n".join([", ".join(d.log), *map(str, inputs), *(step.text for step in steps)])
+    text = "\n".join([", ".join(d.log), *map(str, inputs), *map(str, steps)])
     return Pair(teacher, make(1, seed + 1000), draw, text, tuple(step.name for step in steps))
 
 
