@@ -57,10 +57,10 @@ def mlp(*widths: int, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def inserted(make: Callable[[], nn.Module] | None) -> Net:
-    """A network with `make()` behind a convolution and its ReLU, or with nothing there."""
+def inserted(make: Callable[[], nn.Module] | None, reads: int = 4) -> Net:
+    """A network with `make()` behind a convolution and its ReLU, or with nothing there, and a layer that reads it."""
     return Net(
-        {"a": conv(3, 4), "extra": make() if make else nn.Identity(), "fc": nn.Linear(4, 3)},
+        {"a": conv(3, 4), "extra": make() if make else nn.Identity(), "fc": nn.Linear(reads, 3)},
         lambda net, x: net.fc(net.extra(F.relu(net.a(x))).mean((2, 3))),
     )
 

@@ -264,25 +264,22 @@ def test_an_example_without_tensors_is_refused(example: object) -> None:
 # -- auxiliary heads ----------------------------------------------------------------------------------------------
 
 
-class Branched(nn.Module):
+def branched(n: int, hidden: int) -> Net:
     """A network with an auxiliary head, as GoogLeNet's: in training mode alone it is called."""
 
-    def __init__(self, n: int, hidden: int) -> None:
-        super().__init__()
-        self.a, self.na, self.b, self.nb = conv(3, n), nn.BatchNorm2d(n), conv(n, n + 1), nn.BatchNorm2d(n + 1)
-        self.aux = nn.Sequential(nn.Conv2d(n, hidden, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * hidden, 5))
-        self.fc = nn.Linear(n + 1, 5)
+    def how(net: Net, x: Tensor) -> object:
+        x = F.relu(net.na(net.a(x)))
+        result = net.fc(F.relu(net.nb(net.b(x))).mean((2, 3)))
+        return (result, net.aux(x)) if net.training else result
 
-    def forward(self, x: Tensor) -> object:
-        x = F.relu(self.na(self.a(x)))
-        side = self.aux(x) if self.training else None
-        x = self.fc(F.relu(self.nb(self.b(x))).mean((2, 3)))
-        return (x, side) if self.training else x
+    parts = {"a": conv(3, n), "na": nn.BatchNorm2d(n), "b": conv(n, n + 1), "nb": nn.BatchNorm2d(n + 1)}
+    parts["aux"] = nn.Sequential(nn.Conv2d(n, hidden, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * hidden, 5))
+    return Net(parts | {"fc": nn.Linear(n + 1, 5)}, how)
 
 
 @pytest.mark.parametrize("split", ["equal", "uneven"])
 def test_an_auxiliary_head_is_grown_though_eval_mode_does_not_reach_it(split: str) -> None:
-    teacher, student = Branched(4, 3), Branched(9, 7)
+    teacher, student = branched(4, 3), branched(9, 7)
     grow(teacher, student, modes=("eval", "train"), split=split)
     grown = widen(teacher, images(), {"aux.0": 2.0, "a": 1.5}, split=split)
     assert grown.aux[0].weight.shape == (6, 6, 1, 1)

@@ -182,11 +182,6 @@ def first_unused(unused: bool) -> Net:
     return Net({"a": conv(3, 3), "b": conv(3, 3)}, lambda net, x: net.b(x if unused else F.relu(net.a(x))))
 
 
-def narrowed() -> Net:
-    parts = {"a": conv(3, 4), "extra": conv(4, 3), "fc": nn.Linear(3, 3)}
-    return Net(parts, lambda net, x: net.fc(net.extra(F.relu(net.a(x))).mean((2, 3))))
-
-
 def untied(n: int) -> Net:
     net = tied(n)
     net.c.weight = nn.Parameter(torch.randn(n, n))
@@ -230,7 +225,11 @@ REFUSED = {
     "a sum for a concatenation": (lambda: CONCATENATED(3), lambda: ADDED(6), r"a\.weight meet units of another layer"),
     "a sum too narrow": (lambda: CONCATENATED(3), lambda: ADDED(3), r"joins units of b\.weight.*teacher keeps apart"),
     "a layer out of use": (lambda: first_unused(False), lambda: first_unused(True), r"axis 0 of a\.weight"),
-    "a new layer too narrow": (lambda: inserted(None), narrowed, r"extra\.weight has 3 units.*4.*1 too few"),
+    "a new layer too narrow": (
+        lambda: inserted(None),
+        lambda: inserted(lambda: conv(4, 3), 3),
+        r"extra\.weight.*4, 1 too few",
+    ),
     "an example that does not fit": (lambda: mlp(5, 4, 2), lambda: mlp(5, 8, 2), r"Sequential.*\(4, 3, 6, 8\) fails"),
     "new ties": (lambda: untied(3), lambda: tied(8), r"no counterpart of the teacher's c\.weight"),
     "a spectral norm": (lambda: spectral(4), lambda: spectral(7), r"2\.weight has a spectral norm"),

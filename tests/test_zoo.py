@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from checks import BAR
 from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams
 
@@ -62,10 +63,16 @@ def test_every_pair_is_a_step_up_of_its_kind(family: str) -> None:
             assert all(new >= old for shapes in wider for new, old in zip(*shapes, strict=True)), pair
 
 
-@pytest.mark.parametrize("key", [QUICK, pytest.param("resnet18 -> resnet34", marks=pytest.mark.slow)])
-def test_a_quick_pair_is_measured(key: str) -> None:
+SLOW = (
+    *("resnet50 -> wide_resnet50_2", "resnet18 -> resnet34", "vgg11_bn -> vgg13_bn", "densenet121 -> densenet169"),
+    *("mobilenet_v2 x0.5 -> mobilenet_v2", "mnasnet0_5 -> mnasnet0_75", "efficientnet_b0 -> efficientnet_b1"),
+)
+
+
+@pytest.mark.parametrize("key", [QUICK, *(pytest.param(key, marks=pytest.mark.slow) for key in SLOW)])
+def test_a_pair_is_exact(key: str) -> None:
     result = zoo.measure_pair(find(key))
-    assert result.verdict == "exact" and result.alive > zoo.ALIVE and result.rounding > 0
+    assert result.verdict == "exact" and result.error <= BAR and result.alive > zoo.ALIVE and result.rounding > 0
 
 
 @pytest.mark.system
