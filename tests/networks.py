@@ -13,6 +13,16 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*(shape or (4, 3, 6, 8)))
 
 
+def rows() -> Tensor:
+    """Six rows of three numbers."""
+    return images(6, 3)
+
+
+def positions() -> Tensor:
+    """Two rows of five positions of three numbers."""
+    return images(2, 5, 3)
+
+
 class Net(nn.Module):
     """The parts by name, and `how` they make an output of the inputs: `how(parts, *inputs)`."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import BAR, change_axes, refused, state, trained, unchanged
-from networks import Net, attention, chain, conv, grouped, images, mlp, residual, tied
+from networks import Net, attention, chain, conv, grouped, images, mlp, positions, residual, rows, tied
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RMSprop, Rprop
@@ -50,7 +50,7 @@ def kernels(size: int, n: int = 4) -> nn.Module:
     )
 
 
-def positions(n: int) -> Net:
+def placed(n: int) -> Net:
     """More positions than the example has."""
     parts = {"e": nn.Linear(3, n), "pos": nn.Parameter(torch.randn(1, 9, n)), "o": nn.Linear(n, 2)}
     return Net(parts, lambda net, x: net.o((net.e(x) + net.pos[:, : x.shape[1]]).tanh()))
@@ -70,14 +70,6 @@ def words(n: int) -> nn.Module:
     return nn.Sequential(nn.Embedding(7, n), nn.RMSNorm(n, eps=1e-6), nn.Flatten(), nn.Linear(5 * n, 4))
 
 
-def rows() -> Tensor:
-    return images(6, 3)
-
-
-def tokens() -> Tensor:
-    return images(3, 5, 3)
-
-
 # name -> (network, the teacher's widths, the student's, inputs)
 CASES = {
     "convolution, batch norm": (chain, (3, 4), (7, 13), images),
@@ -93,14 +85,14 @@ CASES = {
     "a scalar": (lambda n: mlp(3, n, 2, act=lambda: Blend(torch.tanh)), (4,), (9,), rows),
     "tied": (tied, (4,), (8,), images),
     "tied, uneven counts": (tied, (4,), (11,), images),
-    "more heads": (attention, (2,), (4, 16), tokens),
-    "wider heads": (attention, (2,), (2, 16), tokens),
-    "layer norm doubled": (attention, (2,), (2, 8, 16, 30), tokens),
-    "all of it": (attention, (2,), (4, 16, 24, 24), tokens),
+    "more heads": (attention, (2,), (4, 16), positions),
+    "wider heads": (attention, (2,), (2, 16), positions),
+    "layer norm doubled": (attention, (2,), (2, 8, 16, 30), positions),
+    "all of it": (attention, (2,), (4, 16, 24, 24), positions),
     "embedding, rms norm": (words, (4,), (12,), lambda: torch.randint(7, (3, 5))),
     "kernels": (kernels, (3,), (5, 7), images),
-    "positions": (positions, (4,), (8,), tokens),
-    **{kind.__name__: (recurrent, (kind, 4), (kind, 8), tokens) for kind in (nn.LSTM, nn.GRU, nn.RNN)},
+    "positions": (placed, (4,), (8,), positions),
+    **{kind.__name__: (recurrent, (kind, 4), (kind, 8), positions) for kind in (nn.LSTM, nn.GRU, nn.RNN)},
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import BAR, assert_same, every_eps, refused, state, trained, unchanged
-from networks import attention, chain, grouped, images, inserted, mlp
+from networks import attention, chain, grouped, images, inserted, mlp, positions, rows
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._pytree import tree_leaves
@@ -22,10 +22,6 @@ from net2net import Transfer, equivalence, load_record, random_pad, replay, save
 pytestmark = pytest.mark.usefixtures("float64")
 
 in_a_row = partial(mlp, act=nn.Identity)
-
-
-def rows() -> Tensor:
-    return images(6, 3)
 
 
 def normed(n: int) -> nn.Module:
@@ -45,7 +41,7 @@ def gelu(units: int) -> nn.Module:
 CASES: dict[str, tuple[Callable, Callable, Callable, dict]] = {
     "wider": (lambda: chain(3, 4), lambda: chain(7, 13), images, {}),
     "deeper": (lambda: chain(3, 4), lambda: chain(7, 9, new=1), images, {}),
-    "more heads": (lambda: attention(2, 6, 8), lambda: attention(4, 12, 16), lambda: images(2, 5, 3), {}),
+    "more heads": (lambda: attention(2, 6, 8), lambda: attention(4, 12, 16), positions, {}),
     "padded norms": (lambda: padded(8), lambda: padded(13), rows, {}),
     "groups": (lambda: grouped(2, 3, 3), lambda: grouped(4, 4, 4), images, {}),
     "packed groups": (lambda: grouped(3, 2, 3), lambda: grouped(2, 5, 9), images, {}),

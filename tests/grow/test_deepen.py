@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_same, refused, state, unchanged
-from networks import Net, chain, conv, images, mlp
+from networks import Net, chain, conv, images, mlp, rows
 from torch import Tensor, nn
 
 from net2net import Blend, deepen, describe, equivalence, widen
@@ -74,7 +74,7 @@ def test_a_deeper_network_is_copied_and_its_state_goes_through_a_file(tmp_path) 
 
 @pytest.mark.parametrize("grow", [lambda m, x: widen(m, x, 1.5), lambda m, x: deepen(m, x, ["0"])])
 def test_a_grown_network_is_pickled_as_a_whole(grow: Callable, tmp_path) -> None:
-    model, x = mlp(3, 4, 2), images(6, 3)
+    model, x = mlp(3, 4, 2), rows()
     torch.save(grow(model, x), tmp_path / "network.pt")
     assert_same(model, torch.load(tmp_path / "network.pt", weights_only=False), x)
 
@@ -142,14 +142,14 @@ class Twice(nn.Sequential):
 
 def test_a_sequential_with_a_forward_pass_of_its_own_calls_the_new_layer() -> None:
     model = nn.Sequential(Twice(nn.Linear(3, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
-    grown = assert_deeper(model, lambda: images(6, 3), ["0"])
-    grown(images(6, 3)).sum().backward()
+    grown = assert_deeper(model, rows, ["0"])
+    grown(rows()).sum().backward()
     assert grown.get_parameter("0.deeper.1.amount").grad is not None
 
 
 def test_a_new_layer_has_the_dtype_of_the_layer_before_it() -> None:
     net = Net({"a": nn.Linear(3, 4).float(), "b": nn.Linear(4, 4)}, lambda net, x: net.b(net.a(x.float()).double()))
-    grown = assert_deeper(net, lambda: images(6, 3), ["b"])
+    grown = assert_deeper(net, rows, ["b"])
     assert grown.get_parameter("b.deeper.0.weight").dtype == torch.float64
 
 
@@ -169,7 +169,7 @@ def test_a_result_without_one_axis_of_units_is_refused() -> None:
     pair = Net({"a": nn.Linear(3, 4)}, lambda net, x: (net.a(x), net.a(x)))
     net = Net({"pair": pair, "fc": nn.Linear(4, 2)}, lambda net, x: net.fc(sum(net.pair(x))))
     with refused("pair is not one tensor with one axis of units"):
-        deepen(net, images(6, 3), ["pair"])
+        deepen(net, rows(), ["pair"])
 
 
 def test_wider_again_deeper_again_in_any_order() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from checks import assert_same, modes, refused, state, unchanged
-from networks import Net, attention, chain, grouped, images, mlp, residual, tied
+from networks import Net, attention, chain, grouped, images, mlp, positions, residual, rows, tied
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torchvision import models
@@ -36,14 +36,6 @@ def size(model: nn.Module, *names: str) -> list[int]:
 def sequential(*layers: nn.Module) -> Callable[[], nn.Module]:
     """Made when the default is float64."""
     return lambda: nn.Sequential(*copy.deepcopy(layers)).double()
-
-
-def rows() -> Tensor:
-    return images(6, 3)
-
-
-def positions() -> Tensor:
-    return images(2, 5, 3)
 
 
 def tokens() -> Tensor:
