@@ -1,8 +1,7 @@
 """Images that fit in memory: uint8 on the device, augmented a batch at a time (as cifar10-airbench does)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,18 +35,11 @@ class Images:
 
         A batch depends on the seed, the epoch and its number, not on the batches before it: a run that resumes at
         batch `start` sees what the uninterrupted run saw, and `share` is a part of the whole batch. Raises
-        ExperimentError at the call if the split is smaller than a batch.
+        ExperimentError if the split is smaller than a batch.
         """
-        order = epoch_order(len(self), batch_size, epoch, seed)
-        return self._batches(order, start, partial(generator, seed, "augment", epoch), augment, share)
-
-    def _batches(
-        self, order: Tensor, start: int, draw: Callable[[int], torch.Generator], augment: bool, share: slice
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Gather, augment and normalise the batches from `start` on; `draw` gives the generator of each."""
         pad, flip = (self.pad, self.flip) if augment else (0, False)
         device = self.images.device
-        order = order.to(device)
+        order = epoch_order(len(self), batch_size, epoch, seed).to(device)
         normalise = normaliser(self.mean, self.std, device)
         # The mean colour: see crop_and_flip.
         fill = (torch.tensor(self.mean, device=device) * 255).round().to(torch.uint8)
@@ -55,9 +47,9 @@ class Images:
             chosen = order[number][share]
             images = self.images.index_select(0, chosen)  # four times as fast as indexing
             if pad or flip:
-                random = draw(number)
-                shifts = torch.randint(0, 2 * pad + 1, (2, len(order[number])), generator=random)
-                mirrored = torch.randint(0, 2, (1, len(order[number])), generator=random) * flip
+                draw = generator(seed, "augment", epoch, number)
+                shifts = torch.randint(0, 2 * pad + 1, (2, batch_size), generator=draw)
+                mirrored = torch.randint(0, 2, (1, batch_size), generator=draw) * flip
                 rows, columns, mirror = torch.cat([shifts, mirrored])[:, share].to(device, non_blocking=True)
                 images = crop_and_flip(images, rows, columns, mirror.bool(), pad, fill)
             yield normalise(images), self.labels[chosen]

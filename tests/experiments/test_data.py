@@ -107,10 +107,10 @@ def test_arms_of_a_seed_share_the_stream_and_nothing_else_disturbs_it(either):
         assert not same(plain, other)  # the order alone
 
 
-def test_a_batch_larger_than_the_split_is_refused_at_the_call(either):
+def test_a_batch_larger_than_the_split_is_refused(either):
     train = load(either).train
     with pytest.raises(ExperimentError, match=rf"schedule.batch_size is 100.* only {len(train)} images: lower it"):
-        train.batches(100, 0, 0)
+        next(train.batches(100, 0, 0))
     assert complete_batches(10, 5) == 2
 
 
