@@ -15,10 +15,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, where: str) -> None:
         super().__init__(number, where)  # both, so that it can be pickled
         self.number = signal.Signals(number)
-        self.where = where
 
     def __str__(self) -> str:
-        return self.where
+        return self.args[1]
 
 
 class SignalPending(Exception):

@@ -109,13 +109,8 @@ def check_folder(folder: Path, records: Records) -> Iterator[tuple[int, str, str
                 yield seed, arm, "it started from another teacher than the one beside it"
 
 
-def check_commits(record: dict[str, Any], history: set[str] | None) -> Iterator[str]:
-    """Yield what is wrong with the commits that made a curve, or the network that it is grown from.
-
-    Nothing is checked without a history.
-    """
-    if history is None:
-        return
+def check_commits(record: dict[str, Any], history: set[str]) -> Iterator[str]:
+    """Yield what is wrong with the commits that made a curve, or the network that it is grown from."""
     processes = [record, *record.get("processes", []), *record.get("grown_from", {}).get("processes", [])]
     for commit, dirty in dict.fromkeys((process.get("commit"), process.get("dirty")) for process in processes):
         if dirty is not False:
@@ -134,7 +129,7 @@ def find_faults(results: Path, history: set[str] | None) -> Iterator[str]:
             faults, record = check_files(place, seed, arm, curve, manifest)
             if record:
                 records[seed, arm] = record
-                faults += check_commits(record, history)
+                faults += check_commits(record, history) if history is not None else ()
             found += [(seed, arm, fault) for fault in faults]
         for seed, arm, fault in [*found, *check_folder(folder, records)]:
             yield f"{place}/seed{seed}/{arm}: {fault}"
