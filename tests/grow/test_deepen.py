@@ -16,17 +16,13 @@ from net2net.testing import look_trained
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def blocks() -> nn.Module:
+def trained(seed: int = 0) -> nn.Module:
     """Blocks as torchvision's: each a nn.Sequential, and a residual one that is a module of its own."""
     parts = {"a": conv(4, 7), "n": nn.BatchNorm2d(7), "b": conv(7, 4)}
     residual = Net(parts, lambda net, x: F.gelu(x + net.b(F.gelu(net.n(net.a(x))))))
     first = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.SiLU())
     last = nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(24, 6), nn.GELU(), nn.Linear(6, 5)
-    return nn.Sequential(first, residual, *last)
-
-
-def trained(seed: int = 0) -> nn.Module:
-    return look_trained(blocks(), seed=seed)
+    return look_trained(nn.Sequential(first, residual, *last), seed=seed)
 
 
 def assert_deeper(model: nn.Module, inputs: Callable, after: list[str], **options) -> nn.Module:
@@ -160,7 +156,7 @@ def test_the_mode_of_the_model_is_that_of_the_new_layer(mode: bool) -> None:
 
 @pytest.mark.parametrize(("after", "message"), [(["9"], r"no module '9'"), (["0", "stem"], r"no module 'stem'")])
 def test_wrong_names_are_refused(after: list[str], message: str) -> None:
-    model = blocks()
+    model = trained()
     with refused(message, model):
         deepen(model, images(), after)
 
