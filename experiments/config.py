@@ -1,7 +1,8 @@
 """The settings of a run: the glossary of the project.
 
 Hydra composes `configs/` into these dataclasses; a key that is not here is a typo. Durations carry their unit: `"6ep"`
-is six passes over the training images, `"500it"` is five hundred steps. This module imports nothing heavy, so that a
+is six passes over the training images, `"500it"` is five hundred steps, and a warm-up of `"23%"` is that share of the
+training that it opens. This module imports nothing heavy, so that a
 wrong command line fails before torch is loaded.
 """
 
@@ -48,7 +49,7 @@ class Data:
     size: int = 32  # side of the square images, in pixels
     holdout: float = 0.1  # share of the training images that is held out of training
     pad: int = 4  # random crop: zero padding on each side, in pixels
-    flip: bool = True  # random horizontal flip
+    flip: bool = True  # mirror every other time that an image is seen; the first time is drawn
     workers: int = 0  # processes that decode images, for sets that do not fit in memory
 
 
@@ -63,7 +64,9 @@ class Schedule:
     optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd
     lr: float = 0.001  # initial learning rate of a network that is trained from scratch
     momentum: float = 0.9
+    bias_rate: float = 1.0  # the learning rate of biases, as a multiple of that of the weights
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0  # share of each label that is spread over all classes in the training loss
     warmup: str = "0it"  # the learning rate rises linearly from zero
     decay: str = "linear"  # the learning rate falls linearly to zero, or is constant
     teacher_decay: str | None = None  # decay of the teacher's learning rate; None: as the students'
@@ -124,16 +127,18 @@ class Config:
 
 LENGTHS = ("epochs", "teacher_epochs", "first_epochs", "evaluate")  # schedule durations of at least one step
 FOLDER = re.compile(r"(?!seed\d)\w[\w.+-]*")  # valid names of folders beside those of the seeds
-_DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it)$")
+_DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it|%)$")
 
 
-def steps(duration: str, steps_per_epoch: int) -> int:
-    """Return the number of steps in a duration, which is a number followed by `ep` (epochs) or `it` (steps)."""
+def steps(duration: str, steps_per_epoch: int, total: int | None = None) -> int:
+    """Return the number of steps in a duration: a number followed by `ep` (epochs), `it` (steps) or `%` (of `total`)."""
     match = _DURATION.match(str(duration).strip())
     if match is None:
         raise ExperimentError(f"The duration {duration!r} has no unit: write epochs as 5ep, steps as 500it.")
     number, unit = match.groups()
-    return round(float(number) * (steps_per_epoch if unit == "ep" else 1))
+    if unit == "%" and total is None:
+        raise ExperimentError(f"The duration {duration!r} is a share: only a warm-up can be one. Write 5ep or 500it.")
+    return round(float(number) * {"ep": steps_per_epoch, "it": 1, "%": (total or 0) / 100}[unit])
 
 
 def check(config: Config) -> None:
@@ -153,7 +158,8 @@ def check(config: Config) -> None:
     durations |= {"schedule.warmup": config.schedule.warmup, "growth.warmup": config.growth.warmup}
     for key, duration in durations.items():
         try:
-            if duration is not None and steps(duration, 10**9) < (not key.endswith("warmup")):
+            whole = 10**9 if key.endswith("warmup") else None
+            if duration is not None and steps(duration, 10**9, whole) < (whole is None):
                 raise ExperimentError("It has to be at least one step.")
         except ExperimentError as error:
             raise ExperimentError(f"{key} is {duration}: {error}") from error
@@ -201,6 +207,7 @@ def _check_numbers(config: Config) -> None:
         "schedule.batch_size": (schedule.batch_size, 2),  # batch norm needs two
         "schedule.momentum": (schedule.momentum, 0),
         "schedule.weight_decay": (schedule.weight_decay, 0),
+        "schedule.bias_rate": (schedule.bias_rate, 0),
         "data.size": (data.size, 1),
         "data.pad": (data.pad, 0),
         "data.workers": (data.workers, 0),
@@ -212,6 +219,8 @@ def _check_numbers(config: Config) -> None:
             raise ExperimentError(f"{key} is {number}: it has to be {least} or more.")
     if schedule.momentum >= 1:
         raise ExperimentError(f"schedule.momentum is {schedule.momentum}: it has to be below 1.")
+    if not 0 <= schedule.label_smoothing < 1:
+        raise ExperimentError(f"schedule.label_smoothing is {schedule.label_smoothing}: choose a share below 1.")
     if not 0 < data.holdout < 1:
         raise ExperimentError(f"data.holdout is {data.holdout}: choose a share between 0 and 1, for instance 0.1.")
 

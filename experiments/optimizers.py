@@ -8,12 +8,19 @@ from .config import ExperimentError, Schedule
 def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
     """Return the optimizer of a network. Weight decay spares parameters of one dimension (batch norms, biases).
 
+    Frozen parameters are left out. The groups' `rate` multiplies the learning rate: `schedule.bias_rate` for biases.
+
     RMSProp is the paper's (section 2). The paper prints neither decay nor epsilon; these are Inception's (Szegedy et
     al. 2015b: decay 0.9, epsilon 1.0) but for epsilon: docs/reproduction.md, O6.
     """
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    weights = [p for p in trained.values() if p.dim() > 1]
+    biases = [p for name, p in trained.items() if p.dim() <= 1 and name.endswith("bias")]
+    scales = [p for name, p in trained.items() if p.dim() <= 1 and not name.endswith("bias")]
     groups = [
-        {"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in network.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": weights, "weight_decay": schedule.weight_decay, "rate": 1.0},
+        {"params": scales, "weight_decay": 0.0, "rate": 1.0},
+        {"params": biases, "weight_decay": 0.0, "rate": schedule.bias_rate},
     ]
     if schedule.optimizer == "rmsprop":
         return optim.RMSprop(groups, lr=schedule.lr, alpha=0.9, eps=1e-3, momentum=schedule.momentum)

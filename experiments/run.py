@@ -17,6 +17,7 @@ from .config import CONTINUED, STARTS_FROM_TEACHER, TEACHER, Config, split_arm
 from .data import Splits
 from .distributed import ALONE, Ranks
 from .machine import Arithmetic, choose_arithmetic
+from .models.speedrun import SpeedRun
 from .training import Job
 
 # Keys of the schedule that concern other stages, or that `stage_config` has put in place for this one.
@@ -62,7 +63,12 @@ class Run:
 
     def make_network(self, student: str | None) -> nn.Module:
         """Return a student with freshly drawn weights, or the teacher for None."""
-        return arms.make_network(self.config, student, self.splits.classes, self.channels)
+        network = arms.make_network(self.config, student, self.splits.classes, self.channels)
+        if isinstance(network, SpeedRun):
+            count = min(1000, len(self.splits.train))
+            batches = self.splits.train.batches(count, epoch=0, seed=self.config.seed, augment=False)
+            network.set_from_data(next(batches)[0])
+        return network
 
     def images(self, count: int) -> Tensor:
         """Return the first `count` training images of the run's own order and augmentation (all if there are fewer)."""

@@ -68,12 +68,13 @@ def train(network: nn.Module, job: Job, follower: Follower, state: dict[str, Any
     every evaluation and after `checkpoint_seconds`. All ranks do this and end alike; rank 0 alone writes.
     """
     run = _Run(network, job, follower, state)
+    smoothing = job.config.schedule.label_smoothing
     with Requests() as requests:
         evaluate_if_due(run, requests)
         for images, labels in remaining_batches(run):
             set_rate(run.optimizer, job, run.step)
             seed_layers(job.device, job.config.seed, "dropout", run.step, *job.ranks.seed_parts)
-            logits, loss = train_step(run.learner, run.optimizer, images, labels, job.device, job.arithmetic)
+            logits, loss = train_step(run.learner, run.optimizer, images, labels, job.device, job.arithmetic, smoothing)
             run.meter.add(run.step, loss, logits, labels)
             run.step += 1
             follower.advance(run.step, run.meter.last_loss)
@@ -179,9 +180,10 @@ def make_batches(job: Job, first: int) -> Iterator[Batch]:
 def set_rate(optimizer: Optimizer, job: Job, step: int) -> None:
     """Set the learning rate of a step."""
     schedule = job.config.schedule
-    rate = job.rate * rate_at(step, job.total, steps(schedule.warmup, job.per_epoch), schedule.decay)
+    warmup = steps(schedule.warmup, job.per_epoch, job.total)
+    rate = job.rate * rate_at(step, job.total, warmup, schedule.decay)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate"]
 
 
 def train_step(
@@ -191,13 +193,14 @@ def train_step(
     labels: Tensor,
     device: torch.device,
     arithmetic: Arithmetic,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Do one step of training; return the logits (N x classes) and the mean loss of the batch, detached."""
     network.train()
     with arithmetic.step():
         with arithmetic.forward(device):
             logits = network(images)
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -19,7 +19,7 @@ class Images:
     mean: tuple[float, ...]  # of each channel, in 0..1
     std: tuple[float, ...]
     pad: int = 0  # training images are shifted by up to so many pixels
-    flip: bool = False  # half of the training images are mirrored
+    flip: bool = False  # each training image is mirrored in every other epoch
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,6 +40,9 @@ class Images:
         pad, flip = (self.pad, self.flip) if augment else (0, False)
         device = self.images.device
         order = epoch_order(len(self), batch_size, epoch, seed).to(device)
+        # Alternating flip (Jordan 2024, section 3.6): two successive epochs never show an image the same way round.
+        first = torch.randint(0, 2, (len(self),), generator=generator(seed, "flip"))
+        mirrored = ((first + epoch) % 2 * flip).bool().to(device)
         normalise = normaliser(self.mean, self.std, device)
         # The mean colour: see crop_and_flip.
         fill = (torch.tensor(self.mean, device=device) * 255).round().to(torch.uint8)
@@ -49,9 +52,8 @@ class Images:
             if pad or flip:
                 draw = generator(seed, "augment", epoch, number)
                 shifts = torch.randint(0, 2 * pad + 1, (2, batch_size), generator=draw)
-                mirrored = torch.randint(0, 2, (1, batch_size), generator=draw) * flip
-                rows, columns, mirror = torch.cat([shifts, mirrored])[:, share].to(device, non_blocking=True)
-                images = crop_and_flip(images, rows, columns, mirror.bool(), pad, fill)
+                rows, columns = shifts[:, share].to(device, non_blocking=True)
+                images = crop_and_flip(images, rows, columns, mirrored[chosen], pad, fill)
             yield normalise(images), self.labels[chosen]
 
     def ordered(self, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

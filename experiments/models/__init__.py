@@ -1,4 +1,4 @@
-"""Networks by name: the paper's Inception, a residual and a plain one for CIFAR, and torchvision's classifiers."""
+"""Networks by name: the paper's Inception, three others for CIFAR, and torchvision's classifiers."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from ..config import ExperimentError, nearest
 from .inception import Inception
 from .plain import Plain
 from .resnet import ResNet
+from .speedrun import SpeedRun
 
-OURS = {"inception": Inception, "plain": Plain, "resnet": ResNet}
+OURS = {"inception": Inception, "plain": Plain, "resnet": ResNet, "speedrun": SpeedRun}
 # torchvision builds these two with auxiliary classifiers, whose losses the training does not know.
 WITHOUT_AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
