@@ -14,10 +14,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from .arms import ARMS
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-ARMS = ("net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr")
-STARTS_FROM_TEACHER = ("net2net", "random_pad", "teacher_continued")
-CONTINUED = "teacher_continued"  # the arm without a student: the teacher itself, trained longer
 TEACHER = "teacher"  # the network that arms start from
 FIRST = "first"  # the network that the teacher itself is grown from, if it is
 OPTIMIZERS = ("rmsprop", "sgd")
@@ -80,6 +79,9 @@ class Growth:
 
     noise: float = 0.0  # noise on the incoming weights of copies, in standard deviations of each weight tensor
     split: str = "uneven"  # equal, uneven, paired: how the copies of a unit share its outgoing weights
+    shrink: float = 0.5  # share of the weights that shrink_pad_perturb keeps; the rest is fresh
+    guide_share: float = 0.5  # share of the teacher's outputs in the loss of distilled; the labels have the rest
+    guide_temperature: float = 2.0  # divides the logits that distilled compares
     calibrate: int = 1024  # number of training images that measure the statistics of new batch norms
     optimizer_state: str = "dropped"  # dropped, carried: the teacher's state, for net2net and teacher_continued
     warmup: str | None = None  # warm-up of the arms that start from the teacher; None: schedule.warmup
@@ -94,7 +96,8 @@ class Config:
     cases: dict[str, Any] = field(default_factory=dict)  # name -> the settings it changes; each runs as an experiment
     case: str | None = None  # the case to run; None: all, one after another
     seed: int = 0
-    arms: Any = field(default_factory=lambda: list(ARMS))  # a list of names, or one name (from a sweep)
+    # A list of names, or one name (from a sweep).
+    arms: Any = field(default_factory=lambda: [name for name, arm in ARMS.items() if arm.is_default])
     model: dict[str, Any] = field(default_factory=dict)  # the network that teacher and students have in common
     inception: dict[str, Any] = field(default_factory=dict)  # the size of the paper's network at this scale
     teacher: dict[str, Any] = field(default_factory=dict)  # how the teacher differs from `model`
@@ -102,7 +105,7 @@ class Config:
     first: dict[str, Any] = field(default_factory=dict)
     students: dict[str, Any] = field(default_factory=dict)  # name of each student -> how it differs from `model`
     # Initial learning rate of each arm, as a multiple of schedule.lr.
-    rates: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ARMS, 0.1) | {"random_init": 1.0})
+    rates: dict[str, float] = field(default_factory=lambda: {name: arm.rate for name, arm in ARMS.items()})
     target: str = "random_init"  # steps are counted until an arm reaches the final holdout accuracy of this one
     data: Data = field(default_factory=Data)
     schedule: Schedule = field(default_factory=Schedule)
@@ -131,7 +134,7 @@ _DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it|%)$")
 
 
 def steps(duration: str, steps_per_epoch: int, total: int | None = None) -> int:
-    """Return the number of steps in a duration: a number followed by `ep` (epochs), `it` (steps) or `%` (of `total`)."""
+    """Return the number of steps in a duration: a number followed by ep (epochs), it (steps) or % (of `total`)."""
     match = _DURATION.match(str(duration).strip())
     if match is None:
         raise ExperimentError(f"The duration {duration!r} has no unit: write epochs as 5ep, steps as 500it.")
@@ -213,14 +216,18 @@ def _check_numbers(config: Config) -> None:
         "data.workers": (data.workers, 0),
         "growth.noise": (growth.noise, 0),
         "growth.calibrate": (growth.calibrate, 0),
+        "growth.guide_temperature": (growth.guide_temperature, 0.01),
     }
     for key, (number, least) in smallest.items():
         if not least <= number < math.inf:
             raise ExperimentError(f"{key} is {number}: it has to be {least} or more.")
     if schedule.momentum >= 1:
         raise ExperimentError(f"schedule.momentum is {schedule.momentum}: it has to be below 1.")
-    if not 0 <= schedule.label_smoothing < 1:
-        raise ExperimentError(f"schedule.label_smoothing is {schedule.label_smoothing}: choose a share below 1.")
+    shares = {"schedule.label_smoothing": schedule.label_smoothing}
+    shares |= {"growth.shrink": growth.shrink, "growth.guide_share": growth.guide_share}
+    for key, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ExperimentError(f"{key} is {share}: choose a share from 0 to 1.")
     if not 0 < data.holdout < 1:
         raise ExperimentError(f"data.holdout is {data.holdout}: choose a share between 0 and 1, for instance 0.1.")
 
@@ -230,7 +237,7 @@ def arm_folders(students: Iterable[str], arms: Iterable[str]) -> dict[str, tuple
     names, result = list(students), {}
     for student in names:
         for arm in arms:
-            if arm == CONTINUED:
+            if not ARMS[arm].has_student:
                 result.setdefault(arm, (arm, None))
             else:
                 result[arm if len(names) == 1 else f"{student}_{arm}"] = (arm, student)
@@ -254,7 +261,7 @@ def ordered(labels: Iterable[str]) -> list[str]:
 
 def _reading_order(label: str) -> tuple[bool, bool, str, int, str]:
     student, arm = split_arm(label)
-    place = ARMS.index(arm) if arm in ARMS else len(ARMS)
+    place = ARMS[arm].place if arm in ARMS else len(ARMS)
     return arm != TEACHER, student is None, student or "", place, label
 
 

@@ -15,12 +15,11 @@ from torch import nn
 
 import net2net
 
-from . import arms, checkpoint, files, progress
+from . import checkpoint, files, progress, start
+from .arms import ARMS
 from .config import (
-    CONTINUED,
     FIRST,
     LENGTHS,
-    STARTS_FROM_TEACHER,
     TEACHER,
     Config,
     DivergedError,
@@ -34,7 +33,7 @@ from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_d
 from .optimizers import make_optimizer
 from .run import Run
 from .stage import is_complete, is_teacher_trained, obtain_teacher, run_stage, teacher_optimizer_state
-from .training import train_step
+from .training import make_loss, train_step
 
 Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
 Networks = dict[str | None, nn.Module]  # the teacher (None) and the students
@@ -50,7 +49,7 @@ def run_experiment(config: Config, console: Console, skip_busy: bool = False) ->
     run = _prepare(config, console)
     networks = run.ranks.on_all(partial(_make_networks, run))
     stages: Stages = arm_folders(config.students, config.arms)
-    if {arm for arm, _ in stages.values()} & set(STARTS_FROM_TEACHER):
+    if any(ARMS[arm].needs_teacher for arm, _ in stages.values()):
         stages = {TEACHER: (TEACHER, None)} | stages
     missing = [name for name, (arm, student) in stages.items() if not _is_done(run, name, arm, student)]
     _announce(run, networks, stages, missing)
@@ -122,11 +121,11 @@ def _check_growth(run: Run, networks: Networks) -> None:
     arm = next((arm for arm in ("net2net", "random_pad") if arm in run.config.arms), None)
     for student in run.config.students if arm else ():
         teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
-        arms.fill(str(arm), teacher, trial, run.config, run.images)
+        start.fill(str(arm), teacher, trial, run.config, run.images)
     if run.earlier is not None:
         first, trial = run.earlier.make_network(None), copy.deepcopy(networks[None])
         try:
-            arms.fill("net2net", first.to(run.device), trial.to(run.device), run.config, run.images)
+            start.fill("net2net", first.to(run.device), trial.to(run.device), run.config, run.images)
         except ExperimentError as error:
             raise ExperimentError(f"The teacher (student) cannot grow from `first` (teacher): {error}") from error
 
@@ -148,22 +147,23 @@ def _is_done(run: Run, name: str, arm: str, student: str | None) -> bool:
 def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Module) -> None:
     """Fill the student (or continue with the teacher), measure how far it is from the teacher, and train it."""
     job = run.job(name, student, run.config.rates[arm])
+    job = replace(job, guide=teacher if ARMS[arm].is_guided else None)
     settings = run.settings(arm, student)
     with run.ranks.enter_on_first(lambda: files.hold(job.folder)):
         if run.ranks.on_first(lambda: is_complete(job.folder, settings)):  # by now
             return
         facts: dict[str, Any] = {}
         transfer = None
-        if arm == CONTINUED:
+        if not ARMS[arm].has_student:
             network = copy.deepcopy(teacher)
         else:
             network = run.make_network(student)
             started = time.perf_counter()
             teacher.to(run.device)
-            transfer = arms.fill(arm, teacher, network.to(run.device), run.config, run.images)
+            transfer = start.fill(arm, teacher, network.to(run.device), run.config, run.images)
             if transfer is not None:
                 facts["growth"] = {"record": str(transfer), "seconds": time.perf_counter() - started}
-            if arm == "net2net" and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
+            if ARMS[arm].keeps_function and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
                 facts["step0"] = _measure_agreement(run, teacher, network)
                 step0 = facts["step0"]
                 _say(
@@ -172,9 +172,9 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
                     f"(error {step0['max_relative_error']:.0e}), on {step0['float32']['agree']} in float32",
                 )
         optimizer = None
-        if run.config.growth.optimizer_state == "carried" and arm in ("net2net", CONTINUED):
+        if run.config.growth.optimizer_state == "carried" and "optimizer_state" in ARMS[arm].reads:
             state = teacher_optimizer_state(run)
-            optimizer = arms.carry_optimizer_state(transfer, teacher, network, state, run.config)
+            optimizer = start.carry_optimizer_state(transfer, teacher, network, state, run.config)
         run_stage(run, job, arm, student, network, facts, optimizer)
 
 
@@ -229,10 +229,11 @@ def _measure_step(run: Run, network: nn.Module) -> float:
     share = run.ranks.share(batch_size)
     images, labels = next(iter(run.splits.train.batches(batch_size, epoch=0, seed=seed, augment=False, share=share)))
     images = images.contiguous(memory_format=arithmetic.memory_format)
+    loss_of = make_loss(run.job(TEACHER, None, 1.0))
     times = []
     for _ in range(4):  # the first one makes kernels and buffers
         started = time.perf_counter()
-        train_step(trial, optimizer, images, labels, run.device, arithmetic)
+        train_step(trial, optimizer, images, labels, run.device, arithmetic, loss_of)
         if run.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import arms, flops
-from .config import CONTINUED, STARTS_FROM_TEACHER, TEACHER, Config, split_arm
+from . import flops, start
+from .arms import ARMS
+from .config import TEACHER, Config, split_arm
 from .data import Splits
 from .distributed import ALONE, Ranks
 from .machine import Arithmetic, choose_arithmetic
@@ -63,7 +64,7 @@ class Run:
 
     def make_network(self, student: str | None) -> nn.Module:
         """Return a student with freshly drawn weights, or the teacher for None."""
-        network = arms.make_network(self.config, student, self.splits.classes, self.channels)
+        network = start.make_network(self.config, student, self.splits.classes, self.channels)
         if isinstance(network, SpeedRun):
             count = min(1000, len(self.splits.train))
             batches = self.splits.train.batches(count, epoch=0, seed=self.config.seed, augment=False)
@@ -92,7 +93,7 @@ class Run:
             arithmetic=self.arithmetic,
             rate=rate * config.schedule.lr,
             epochs=config.schedule.epochs,
-            flops=self.costs[student][1],
+            flops=self.costs[student][1] + (self.costs[None][0] if arm != TEACHER and ARMS[arm].is_guided else 0),
             name=name,
             ranks=self.ranks,
             augment=config.schedule.teacher_augment or arm != TEACHER,
@@ -130,7 +131,7 @@ class Run:
             settings["ranks"] = self.ranks.count
         if arm == TEACHER and self.earlier is not None:
             settings["first"] = self.earlier.teacher
-        if arm in STARTS_FROM_TEACHER:
+        if arm != TEACHER and ARMS[arm].needs_teacher:
             settings["teacher"] = self.teacher
         return settings
 
@@ -146,7 +147,7 @@ def stage_config(config: Config, arm: str) -> Config:
     if arm == TEACHER:
         length, decay = schedule.teacher_epochs or schedule.epochs, schedule.teacher_decay or schedule.decay
         schedule = replace(schedule, epochs=length, decay=decay)
-    if arm in STARTS_FROM_TEACHER or (arm == TEACHER and config.first):
+    if config.first if arm == TEACHER else ARMS[arm].starts_from_teacher:
         schedule = replace(schedule, warmup=config.growth.warmup or schedule.warmup)
     return replace(config, schedule=schedule)
 
@@ -171,10 +172,9 @@ def stage_settings(config: Config, arm: str, student: str | None) -> dict[str, A
         settings["augment"] = config.schedule.teacher_augment
     if arm != TEACHER or config.first:
         settings["rate"] = stage_rate(config, arm)
-    if arm == "net2net" or (arm == TEACHER and config.first):
-        settings["growth"] = tree["growth"]
-    if arm == CONTINUED:
-        settings["optimizer_state"] = config.growth.optimizer_state
+    reads = ARMS["net2net" if arm == TEACHER else arm].reads
+    if reads and (arm != TEACHER or config.first):
+        settings["growth"] = {key: tree["growth"][key] for key in reads}
     return settings
 
 

@@ -19,8 +19,9 @@ from torch import nn
 
 import net2net
 
-from . import arms, checkpoint, files, run_log, wandb_log
-from .config import FIRST, STARTS_FROM_TEACHER, TEACHER, ExperimentError, flatten
+from . import checkpoint, files, run_log, start, wandb_log
+from .arms import ARMS
+from .config import FIRST, TEACHER, ExperimentError, flatten
 from .machine import describe
 from .progress import Follower
 from .run import Run, stage_rate
@@ -104,7 +105,7 @@ def _describe_stage(run: Run, job: Job, arm: str, student: str | None, network: 
         "parameters": sum(p.numel() for p in network.parameters()),
         "forward_flops": run.costs[student][0],
         "train_flops_per_image": job.flops,
-        "teacher": TEACHER if arm in STARTS_FROM_TEACHER else None,
+        "teacher": TEACHER if arm != TEACHER and ARMS[arm].needs_teacher else None,
         "complete": False,
         **provenance,
         "processes": run_log.list_processes(run_log.read_manifest(job.folder / run_log.MANIFEST), provenance, first),
@@ -143,7 +144,7 @@ def _grow_teacher(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str,
     obtain_teacher(earlier, first)
     started = time.perf_counter()
     first.to(run.device)
-    transfer = arms.fill("net2net", first, network.to(run.device), run.config, run.images)
+    transfer = start.fill("net2net", first, network.to(run.device), run.config, run.images)
     assert isinstance(transfer, net2net.Transfer)
     state = run.ranks.on_first(lambda: checkpoint.load(_place(earlier)))
     origin = run.ranks.on_first(lambda: run_log.read_manifest(_place(earlier) / run_log.MANIFEST)) or {}
@@ -154,7 +155,7 @@ def _grow_teacher(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str,
     }
     if run.config.growth.optimizer_state != "carried":
         return facts, None
-    return facts, arms.carry_optimizer_state(transfer, first, network, state["optimizer"], run.config)
+    return facts, start.carry_optimizer_state(transfer, first, network, state["optimizer"], run.config)
 
 
 def teacher_optimizer_state(run: Run) -> dict[str, Any]:

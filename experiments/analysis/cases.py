@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
-from ..config import ARMS, TEACHER, ordered, split_arm
+from ..arms import ARMS
+from ..config import TEACHER, ordered, split_arm
 from . import statistics
 from .curves import Results, find_differences, own_manifests, read_config, summarise
 

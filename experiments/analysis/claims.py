@@ -16,6 +16,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from pandas import DataFrame, Series
 
+from ..arms import ARMS
 from ..config import TEACHER, ExperimentError, nearest
 from . import statistics
 from .cases import choose_cases, find_planned
@@ -310,7 +311,7 @@ def tabulate_budgets(name: str, results: Results) -> tuple[list[str], list[list[
 
     It says which share of each budget of random_init every arm needs; `frontier` in texts.yaml explains the columns.
     """
-    arms = [arm for arm in ("net2net", "random_pad", "teacher_continued") if arm in results.arms]
+    arms = [arm for arm in ARMS if arm in results.arms and arm != "random_init"]
     heads = ["budget of `random_init`", *(f"`{arm}`" for arm in arms)]
     heads += ["`net2net`, teacher's included", "`net2net`, read as a curve"]
     lines: list[list[str]] = []

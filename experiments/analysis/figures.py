@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from ..arms import ARMS
 from ..config import TEACHER, ordered, split_arm
 from ..files import write
 from .cases import is_frontier, is_search, list_arms, summarise_cases, tabulate_rates
@@ -21,14 +22,6 @@ from .statistics import Estimate
 STYLE = Path(__file__).with_name("paper.mplstyle")
 FORMATS = ("png", "svg")
 WIDTH = 6.6  # of a page, inches
-# The colours of Okabe and Ito, which colour-blind readers tell apart. In grey, line styles and markers differ.
-LOOKS: dict[str, tuple[str, Any, str]] = {
-    "net2net": ("#0072b2", "-", "o"),
-    "random_pad": ("#e69f00", (0, (5, 1.5)), "s"),
-    "random_init": ("#d55e00", (0, (1, 1)), "^"),
-    "teacher_continued": ("#555555", (0, (5, 1.2, 1, 1.2)), "D"),
-    "random_init_low_lr": ("#cc79a7", (0, (5, 1.2, 1, 1.2, 1, 1.2)), "v"),
-}
 OTHER_LOOK = ("#000000", "-", "x")
 STUDENT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 TEACHER_LINE: dict[str, Any] = {"color": "black", "linewidth": 1.0, "linestyle": (0, (4, 3))}
@@ -56,12 +49,20 @@ def choose_looks(arms: list[str]) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for arm in arms:
         student, kind = split_arm(arm)
-        colour, line, marker = LOOKS.get(kind, OTHER_LOOK)
+        colour, line, marker = _find_look(kind)
         place = 0 if student is None else students.index(student)
         if len(students) > 1 and student is not None:
             colour = STUDENT_COLOURS[place % len(STUDENT_COLOURS)]
         result[arm] = _style((colour, line, marker), place)
     return result
+
+
+def _find_look(kind: str) -> tuple[str, Any, str]:
+    """Return colour, line style and marker of an arm.
+
+    The colours are those of Okabe and Ito, which colour-blind readers tell apart. In grey, lines and markers differ.
+    """
+    return ARMS[kind].look if kind in ARMS else OTHER_LOOK
 
 
 def _style(look: tuple[str, Any, str], place: int = 0) -> dict[str, Any]:
@@ -285,7 +286,7 @@ def _draw_bars(ax: Axes, arm: str, found: Iterable[Estimate], at: Any, upright: 
     ends = [(one.mean - one.low, one.high - one.mean) for one in found]
     lengths = [[100 * end if math.isfinite(end) else 0.0 for end in side] for side in zip(*ends, strict=True)]
     means = [100 * one.mean for one in found]
-    look: Any = _style(LOOKS.get(split_arm(arm)[1], OTHER_LOOK)) | {
+    look: Any = _style(_find_look(split_arm(arm)[1])) | {
         "capsize": 2,
         "elinewidth": 0.8,
         "label": arm,

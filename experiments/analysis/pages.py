@@ -11,7 +11,8 @@ from pandas import Series
 from rich import box
 from rich.table import Table
 
-from ..config import ARMS, TEACHER, flatten, ordered, split_arm
+from ..arms import ARMS
+from ..config import TEACHER, flatten, ordered, split_arm
 from . import cases, curves
 from .claims import Finding, tabulate_budgets
 from .curves import COSTS, PER_RUN, Results, cost_unit, list_distinct, own_manifests

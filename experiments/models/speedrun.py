@@ -59,7 +59,7 @@ class SpeedRun(nn.Module):
         channels: Channels of its images, which have 32 x 32 pixels.
         widths: Channels of the three groups.
         slim: Multiplies `widths`.
-        activation: relu or gelu. Jordan's is gelu. Only behind relu can a new layer be an identity (paper, section 3.4).
+        activation: relu, or gelu as in Jordan. A new layer can be an identity behind relu alone (paper, section 3.4).
         extra: Convolutions of each group beyond the first two.
         residual: Whether an extra convolution is added to its input, or follows it.
     """

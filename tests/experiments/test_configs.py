@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import cases, composed
 
-from experiments import arms, command, flops
+from experiments import command, flops, start
 from experiments.config import check, steps
 from experiments.models import build
 
@@ -63,7 +63,7 @@ def test_every_student_can_be_filled_from_its_teacher(experiment, scale):
             continue
         done.append(what)
         size = min(config.data.size, 64)  # smaller pictures than ImageNet's do as well
-        teacher = arms.make_network(config, None, 10, 3)
+        teacher = start.make_network(config, None, 10, 3)
 
         def images(count: int, size: int = size) -> torch.Tensor:
             return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_every_student_can_be_filled_from_its_teacher(experiment, scale):
         pairs = [(arm, teacher, student) for student in config.students for arm in ("net2net", "random_pad")]
         pairs += [("net2net", build(config.model | config.first, 10, 3), None)] * bool(config.first)
         for arm, grown, student in pairs:
-            record = arms.fill(arm, grown, arms.make_network(config, student, 10, 3), config, images)
+            record = start.fill(arm, grown, start.make_network(config, student, 10, 3), config, images)
             assert record is not None
             if arm == "net2net" and not config.growth.noise:
                 assert record.measured is not None and record.measured.max_relative < 1e-4

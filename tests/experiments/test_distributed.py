@@ -18,7 +18,7 @@ from loops import Quiet, network, signalled, small_job, without_seconds
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import arms, checkpoint
+from experiments import checkpoint, start
 from experiments.config import ExperimentError
 from experiments.data import Images, load
 from experiments.distributed import ALONE, Ranks, join
@@ -66,7 +66,7 @@ def grown(own: Ranks, *settings: str) -> dict[str, Tensor]:
     config = composed(*settings)
     run = Run(config, load(config.data), torch.device("cpu"), Console(quiet=True), own)
     teacher, student = run.make_network(None), run.make_network("wider")
-    arms.fill("net2net", teacher, student, config, run.images)
+    start.fill("net2net", teacher, student, config, run.images)
     return student.state_dict()
 
 

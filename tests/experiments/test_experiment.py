@@ -11,7 +11,7 @@ from loops import run_of, same
 from rich.console import Console
 from torch import Tensor, nn
 
-from experiments import arms, checkpoint, experiment, stage, training
+from experiments import checkpoint, experiment, stage, start, training
 from experiments.config import Config, ExperimentError
 from experiments.run_log import parse_curve
 
@@ -59,7 +59,7 @@ def test_arms_share_everything_but_weights_and_rate(tiny, tmp_path, monkeypatch)
     assert reference["rates"] == pytest.approx([0.005, 0.01, 0.005])  # one step of warm-up, then linear to zero
 
     fresh, low = reference["weights"], traced["random_init_low_lr"]["weights"]
-    drawn = arms.make_network(config, "wider", 10, 1).state_dict()
+    drawn = start.make_network(config, "wider", 10, 1).state_dict()
     assert all(torch.equal(fresh[key], low[key]) and torch.equal(fresh[key], drawn[key]) for key in drawn)
     padded, grown = traced["random_pad"]["weights"], traced["net2net"]["weights"]
     weight = "blocks.4a.entry.0.weight"
@@ -96,10 +96,10 @@ def test_the_curves_of_all_arms_are_the_golden_ones(finished):
 
 def test_networks_of_a_seed_are_drawn_alike_and_seeds_differ(tiny):
     one, other = tiny(), tiny("seed=1")
-    assert same(arms.make_network(one, "wider", 10, 1), arms.make_network(one, "wider", 10, 1))
-    assert not same(arms.make_network(one, "wider", 10, 1), arms.make_network(other, "wider", 10, 1))
+    assert same(start.make_network(one, "wider", 10, 1), start.make_network(one, "wider", 10, 1))
+    assert not same(start.make_network(one, "wider", 10, 1), start.make_network(other, "wider", 10, 1))
     state = torch.random.get_rng_state()
-    arms.make_network(one, None, 10, 1)
+    start.make_network(one, None, 10, 1)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -108,7 +108,7 @@ def test_random_pad_of_a_deeper_student_keeps_the_teachers_layers(tiny):
     config.teacher, config.students = {}, {"deeper": {"extra_pairs": 1}}
     run = run_of(config)
     teacher, student, drawn = run.make_network(None), run.make_network("deeper"), run.make_network("deeper")
-    arms.fill("random_pad", teacher, student, config, run.images)
+    start.fill("random_pad", teacher, student, config, run.images)
     theirs, fresh = teacher.state_dict(), drawn.state_dict()
     for key, value in student.state_dict().items():
         assert torch.equal(value, theirs.get(key, fresh[key])), key

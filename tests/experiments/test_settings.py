@@ -9,7 +9,7 @@ from conftest import TINY, composed
 from loops import read_rows, run_of
 from rich.console import Console
 
-from experiments import arms, stage
+from experiments import stage, start
 from experiments.config import TEACHER
 from experiments.experiment import run_experiment
 from experiments.run import stage_config
@@ -107,10 +107,10 @@ def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have
     run = run_of(config)
     teacher, student = run.make_network(None), run.make_network("wider")
     stage.obtain_teacher(run, teacher)
-    transfer = arms.fill("net2net", teacher, student, config, run.images)
+    transfer = start.fill("net2net", teacher, student, config, run.images)
     state = stage.teacher_optimizer_state(run)
-    carried = arms.carry_optimizer_state(transfer, teacher, student, state, config)
-    new, old = (arms.make_optimizer(network, config.schedule) for network in (student, teacher))
+    carried = start.carry_optimizer_state(transfer, teacher, student, state, config)
+    new, old = (start.make_optimizer(network, config.schedule) for network in (student, teacher))
     new.load_state_dict(carried)
     old.load_state_dict(state)
     names = dict(teacher.named_parameters())
