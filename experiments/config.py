@@ -2,7 +2,7 @@
 
 Hydra composes `configs/` into these dataclasses; a key that is not here is a typo. Durations carry their unit: `"6ep"`
 is six passes over the training images, `"500it"` is five hundred steps, and a warm-up of `"23%"` is that share of the
-training that it opens. This module imports nothing heavy, so that a
+training that it opens; the time between evaluations may be a share, too. This module imports nothing heavy, so that a
 wrong command line fails before torch is loaded.
 """
 
@@ -140,7 +140,7 @@ def steps(duration: str, steps_per_epoch: int, total: int | None = None) -> int:
         raise ExperimentError(f"The duration {duration!r} has no unit: write epochs as 5ep, steps as 500it.")
     number, unit = match.groups()
     if unit == "%" and total is None:
-        raise ExperimentError(f"The duration {duration!r} is a share: only a warm-up can be one. Write 5ep or 500it.")
+        raise ExperimentError(f"The duration {duration!r} is a share: write 5ep or 500it.")
     return round(float(number) * {"ep": steps_per_epoch, "it": 1, "%": (total or 0) / 100}[unit])
 
 
@@ -161,8 +161,8 @@ def check(config: Config) -> None:
     durations |= {"schedule.warmup": config.schedule.warmup, "growth.warmup": config.growth.warmup}
     for key, duration in durations.items():
         try:
-            whole = 10**9 if key.endswith("warmup") else None
-            if duration is not None and steps(duration, 10**9, whole) < (whole is None):
+            whole = 10**9 if key.endswith(("warmup", "evaluate")) else None
+            if duration is not None and steps(duration, 10**9, whole) < (not key.endswith("warmup")):
                 raise ExperimentError("It has to be at least one step.")
         except ExperimentError as error:
             raise ExperimentError(f"{key} is {duration}: {error}") from error

@@ -109,7 +109,7 @@ def _make_networks(run: Run) -> Networks:
     per_epoch = complete_batches(len(run.splits.train), run.config.schedule.batch_size)
     for key in LENGTHS:
         duration = getattr(run.config.schedule, key)
-        if duration is not None and steps(duration, per_epoch) < 1:
+        if duration is not None and steps(duration, per_epoch, per_epoch) < 1:
             raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
     _ = run.costs  # raises if a network cannot read the images
     _check_growth(run, networks)

@@ -101,8 +101,9 @@ class Run:
         )
 
     def epochs(self, name: str) -> str:
-        """Return the length of a stage's training."""
-        return stage_config(self.config, split_arm(name)[1]).schedule.epochs
+        """Return the length of the training of a stage, or of a student."""
+        schedule = self.config.schedule
+        return (schedule.teacher_epochs or schedule.epochs) if name == TEACHER else schedule.epochs
 
     @cached_property
     def costs(self) -> dict[str | None, tuple[int, int]]:

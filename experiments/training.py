@@ -121,7 +121,7 @@ class _Run:
     @property
     def is_evaluation_due(self) -> bool:
         """Whether the curve lacks the row of the current step."""
-        every = steps(self.job.config.schedule.evaluate, self.job.per_epoch)
+        every = max(1, steps(self.job.config.schedule.evaluate, self.job.per_epoch, self.job.total))
         is_due = self.step % every == 0 or self.step == self.job.total
         return is_due and not (self.rows and self.rows[-1]["step"] == self.step)
 
