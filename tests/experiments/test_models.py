@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import net2net
 from experiments.config import ExperimentError
 from experiments.models import build
+from net2net.testing import look_trained
 
 
 def inception(**changes: float) -> nn.Module:
@@ -103,3 +106,42 @@ def test_networks_for_cifar_have_the_depth_of_their_paper(spec, depth, shortcuts
         assert network.stages[2][0].conv1.out_channels == 3 * 16
     with torch.no_grad():
         assert network(torch.zeros(2, 1, 16, 20)).shape == (2, 7)
+
+
+def speedrun(**changes: object) -> nn.Module:
+    return build({"name": "speedrun", "slim": 0.1} | changes, 10, 3)
+
+
+def test_the_speed_run_network_whitens_its_patches() -> None:
+    torch.manual_seed(0)
+    mixing = torch.randn(3, 3)
+    images = F.avg_pool2d(torch.einsum("ij,njhw->nihw", mixing, torch.randn(64, 3, 35, 35)), 4, 1)  # colours, blurred
+    network = speedrun(slim=1.0)
+    network.set_from_data(images)
+    out = network.whiten(images).transpose(0, 1).flatten(1)
+    covariance = out @ out.T / out.shape[1]
+    expected = torch.eye(12)
+    # The smallest eigenvalues are damped; none is enlarged, and each direction occurs with both signs.
+    torch.testing.assert_close(covariance[12:, 12:], covariance[:12, :12])
+    torch.testing.assert_close(covariance[:12, 12:], -covariance[:12, :12])
+    assert (covariance[:12, :12] - torch.diag(covariance[:12, :12].diag())).abs().max() < 1e-3
+    assert covariance.diag().max() < 1 + 1e-4 and covariance.diag()[:4].min() > 0.99 * expected[0, 0]
+    assert not network.whiten.weight.requires_grad
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("changes", [{"widths": [64, 128, 128]}, {"extra": 1, "residual": True}])
+def test_the_speed_run_network_grows_into_its_students(activation: str, changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    small, large = ({}, changes) if "extra" in changes else (changes, {})
+    teacher, student = (speedrun(activation=activation, **one).double() for one in (small, large))
+    look_trained(teacher)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    record = net2net.transfer(teacher, student, images, split="uneven")
+    assert record.measured is not None and record.measured.max_relative < 1e-12
+
+
+def test_the_speed_run_networks_first_units_pass_the_image_on() -> None:
+    network = speedrun(slim=1.0)
+    layer = network.groups[1].second.conv.weight
+    torch.testing.assert_close(layer.detach(), nn.init.dirac_(torch.empty_like(layer)))
