@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import itertools
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -33,7 +35,7 @@ from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_d
 from .optimizers import make_optimizer
 from .run import Run
 from .stage import is_complete, is_teacher_trained, obtain_teacher, run_stage, teacher_optimizer_state
-from .training import make_loss, train_step
+from .training import evaluate, make_loss, train_step
 
 Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
 Networks = dict[str | None, nn.Module]  # the teacher (None) and the students
@@ -212,12 +214,29 @@ def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) 
     run.console.print(table)
     _say(run, f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if missing:
-        seconds = {label: _measure_step(run, network) for label, _, _, network in rows}
-        per_epoch = complete_batches(len(run.splits.train), config.schedule.batch_size)
-        total = sum(seconds[stages[name][1] or TEACHER] * steps(run.epochs(name), per_epoch) for name in missing)
+        trained = [(run, run.epochs(name), stages[name][1] or TEACHER) for name in missing]
         if run.earlier is not None and TEACHER in missing and not is_teacher_trained(run.earlier):
-            total += seconds[FIRST] * steps(run.earlier.epochs(TEACHER), per_epoch)
+            trained.append((run.earlier, run.earlier.epochs(TEACHER), FIRST))
+        networks_by_label = {label: network for label, _, _, network in rows}
+        step = {label: _measure_step(run, networks_by_label[label]) for label in {label for *_, label in trained}}
+        evaluation = {label: _measure_evaluation(run, networks_by_label[label]) for label in step}
+        total = 0.0
+        for of, epochs, label in trained:
+            job = replace(of.job(TEACHER, None, 1.0), epochs=epochs)
+            total += job.total * step[label] + (1 + math.ceil(job.total / job.every)) * evaluation[label]
         _say(run, f"to do     {', '.join(missing)}: about {progress.duration(total)}, by the speed of a few steps")
+
+
+def _measure_evaluation(run: Run, network: nn.Module) -> float:
+    """The seconds of an evaluation on the holdout and test images, from the speed of two batches."""
+    trial = copy.deepcopy(network).to(run.device, memory_format=run.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
+    size = run.job(TEACHER, None, 1.0).evaluation_batch
+    times = []
+    for batch in itertools.islice(run.splits.test.ordered(size), 2):  # the first one makes kernels and buffers
+        started = time.perf_counter()
+        evaluate(trial, iter([batch]), run.arithmetic.memory_format)
+        times.append((time.perf_counter() - started) / len(batch[1]))
+    return min(times) * (len(run.splits.holdout) + len(run.splits.test)) / run.ranks.count
 
 
 def _measure_step(run: Run, network: nn.Module) -> float:

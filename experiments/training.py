@@ -62,6 +62,17 @@ class Job:
         """Number of steps of the run."""
         return steps(self.epochs, self.per_epoch)
 
+    @property
+    def every(self) -> int:
+        """Number of steps between evaluations."""
+        return max(1, steps(self.config.schedule.evaluate, self.per_epoch, self.total))
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Number of images that a process evaluates at once."""
+        size = 4 * self.config.schedule.batch_size
+        return max(1, (min(size, CPU_BATCH) if self.device.type == "cpu" else size) // self.ranks.count)
+
 
 def train(network: nn.Module, job: Job, follower: Follower, state: dict[str, Any] | None = None) -> list[Row]:
     """Train a network in place and return its curve, one row an evaluation, the first at step 0.
@@ -121,8 +132,7 @@ class _Run:
     @property
     def is_evaluation_due(self) -> bool:
         """Whether the curve lacks the row of the current step."""
-        every = max(1, steps(self.job.config.schedule.evaluate, self.job.per_epoch, self.job.total))
-        is_due = self.step % every == 0 or self.step == self.job.total
+        is_due = self.step % self.job.every == 0 or self.step == self.job.total
         return is_due and not (self.rows and self.rows[-1]["step"] == self.step)
 
     def save(self) -> None:
@@ -287,10 +297,8 @@ def evaluate_splits(network: nn.Module, job: Job, requests: Requests) -> Row:
     """Return losses and accuracies on the holdout and test images; raise SignalPending if a signal arrives."""
     row, ranks = {}, job.ranks
     ranks.copy_buffers(network)
-    size = 4 * job.config.schedule.batch_size
-    size = max(1, (min(size, CPU_BATCH) if job.device.type == "cpu" else size) // ranks.count)
     for name in ("holdout", "test"):
-        batches = getattr(job.splits, name).ordered(size, ranks.rank, ranks.count)
+        batches = getattr(job.splits, name).ordered(job.evaluation_batch, ranks.rank, ranks.count)
         if ranks.count == 1:  # several ranks would wait for one another
             batches = _until_signal(batches, requests)
         row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, batches, job.arithmetic.memory_format, ranks)
