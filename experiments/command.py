@@ -35,7 +35,16 @@ LAUNCHER_ERRORS = {  # errors of the launchers, which are installed only where t
     "UncompletedJobError": "Slurm ended a job; when the others are done",
     "FailedJobError": "Slurm refused the jobs",
 }
-FREE = ("model", "inception", "teacher", "first", "students", "rates", "cases")  # their keys are not in the schema
+FREE = (
+    "model",
+    "inception",
+    "speedrun",
+    "teacher",
+    "first",
+    "students",
+    "rates",
+    "cases",
+)  # their keys are not in the schema
 RUN = "experiments.experiment"  # the module that runs experiments; it loads torch, which takes seconds
 
 HELP = """\

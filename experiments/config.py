@@ -100,6 +100,7 @@ class Config:
     arms: Any = field(default_factory=lambda: [name for name, arm in ARMS.items() if arm.is_default])
     model: dict[str, Any] = field(default_factory=dict)  # the network that teacher and students have in common
     inception: dict[str, Any] = field(default_factory=dict)  # the size of the paper's network at this scale
+    speedrun: dict[str, Any] = field(default_factory=dict)  # the size of the speed-run network at this scale
     teacher: dict[str, Any] = field(default_factory=dict)  # how the teacher differs from `model`
     # Optional smaller network that the teacher itself is grown from; the teacher then trains at rates.net2net.
     first: dict[str, Any] = field(default_factory=dict)

@@ -25,8 +25,8 @@ COSTS = ["step", "examples", "flops", "seconds"]  # columns of a curve that say 
 PER_RUN = {
     *("seed", "arms", "claim", "device", "logger", "runs", "checkpoint_seconds"),
     *("data.root", "data.cache", "data.workers"),
-    # The scale sets these for the paper's network. They also stand in `model` where that network is trained.
-    *("inception.slim", "inception.stem"),
+    # The scale sets these. They also stand in `model` of the network that is trained.
+    *("inception.slim", "inception.stem", "speedrun.slim"),
     "first",  # in a teacher's settings: the hash of the network that it is grown from, which contains the seed
 }
 Rows = list[dict[str, float]]
