@@ -31,11 +31,12 @@ from .config import (
 )
 from .data import complete_batches, load
 from .distributed import join
+from .loss import make_loss
 from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_device
 from .optimizers import make_optimizer
 from .run import Run
 from .stage import is_complete, is_teacher_trained, obtain_teacher, run_stage, teacher_optimizer_state
-from .training import evaluate, make_loss, train_step
+from .training import evaluate, train_step
 
 Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
 Networks = dict[str | None, nn.Module]  # the teacher (None) and the students
@@ -149,7 +150,8 @@ def _is_done(run: Run, name: str, arm: str, student: str | None) -> bool:
 def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Module) -> None:
     """Fill the student (or continue with the teacher), measure how far it is from the teacher, and train it."""
     job = run.job(name, student, run.config.rates[arm])
-    job = replace(job, guide=teacher if ARMS[arm].is_guided else None)
+    if ARMS[arm].is_guided:
+        job = replace(job, guide=teacher.to(run.device, memory_format=run.arithmetic.memory_format))  # pyright: ignore[reportCallIssue]
     settings = run.settings(arm, student)
     with run.ranks.enter_on_first(lambda: files.hold(job.folder)):
         if run.ranks.on_first(lambda: is_complete(job.folder, settings)):  # by now
@@ -248,7 +250,7 @@ def _measure_step(run: Run, network: nn.Module) -> float:
     share = run.ranks.share(batch_size)
     images, labels = next(iter(run.splits.train.batches(batch_size, epoch=0, seed=seed, augment=False, share=share)))
     images = images.contiguous(memory_format=arithmetic.memory_format)
-    loss_of = make_loss(run.job(TEACHER, None, 1.0))
+    loss_of = make_loss(run.config)
     times = []
     for _ in range(4):  # the first one makes kernels and buffers
         started = time.perf_counter()

@@ -1,10 +1,9 @@
 """The training loop: one network, one schedule, one curve."""
 
-import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from . import checkpoint
 from .config import Config, DivergedError, ExperimentError, steps
 from .data import Splits, complete_batches
 from .distributed import ALONE, Ranks
+from .loss import Loss, label_loss, make_loss
 from .machine import Arithmetic
 from .optimizers import make_optimizer, rate_at
 from .progress import Follower
@@ -29,7 +29,6 @@ from .signals import Requests, SignalPending
 
 Batch = tuple[Tensor, Tensor]  # images (N x C x H x W), labels (N)
 Row = dict[str, float]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits (N x classes), labels (N) and images
 CPU_BATCH = 128  # images of an evaluation batch on the CPU, at most: larger ones do not fit its caches
 LOOK_EVERY = 50  # steps: to look at a loss makes the CPU wait for a GPU, or for the other ranks
 
@@ -49,7 +48,7 @@ class Job:
     name: str = "training"  # the stage
     ranks: Ranks = ALONE  # the processes that share each batch
     augment: bool = True  # whether training images are cropped and mirrored
-    guide: nn.Module | None = None  # the teacher whose outputs are learnt, too
+    guide: nn.Module | None = None  # the teacher whose outputs are learnt, too, on the device
     before: Mapping[str, float] = field(default_factory=dict)  # costs of earlier networks, added to these columns
 
     @property
@@ -82,7 +81,7 @@ def train(network: nn.Module, job: Job, follower: Follower, state: dict[str, Any
     every evaluation and after `checkpoint_seconds`. All ranks do this and end alike; rank 0 alone writes.
     """
     run = _Run(network, job, follower, state)
-    loss_of = make_loss(job)
+    loss_of = make_loss(job.config, job.guide)
     with Requests() as requests:
         evaluate_if_due(run, requests)
         for images, labels in remaining_batches(run):
@@ -199,11 +198,6 @@ def set_rate(optimizer: Optimizer, job: Job, step: int) -> None:
         group["lr"] = rate * group["rate"]
 
 
-def label_loss(logits: Tensor, labels: Tensor, images: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross entropy of a batch; `smoothing` spreads that share of each label over all classes."""
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-
-
 def train_step(
     network: nn.Module,
     optimizer: Optimizer,
@@ -223,27 +217,6 @@ def train_step(
         loss.backward()
         optimizer.step()
     return logits.detach(), loss.detach()
-
-
-def make_loss(job: Job) -> Loss:
-    """Return the loss that the job minimises: cross entropy, and for a guided job the distance from its teacher."""
-    of_labels = partial(label_loss, smoothing=job.config.schedule.label_smoothing)
-    if job.guide is None:
-        return of_labels
-    guide = copy.deepcopy(job.guide).to(job.device, memory_format=job.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
-    growth = job.config.growth
-    return partial(_guided_loss, guide.eval(), growth.guide_share, growth.guide_temperature, of_labels)
-
-
-def _guided_loss(
-    guide: nn.Module, share: float, temperature: float, of_labels: Loss, logits: Tensor, labels: Tensor, images: Tensor
-) -> Tensor:
-    """Mix the loss of the labels with the divergence from the teacher's outputs (Hinton et al. 2015, section 2)."""
-    with torch.no_grad():
-        wanted = F.log_softmax(guide(images).float() / temperature, 1)
-    got = F.log_softmax(logits / temperature, 1)
-    distance = F.kl_div(got, wanted, log_target=True, reduction="batchmean") * temperature**2
-    return (1 - share) * of_labels(logits, labels, images) + share * distance
 
 
 def is_save_due(run: _Run, requests: Requests) -> bool:

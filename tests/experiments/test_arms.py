@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,10 @@ from experiments import arms, experiment, start
 from experiments.analysis.curves import load
 from experiments.arms import ARMS, Arm
 from experiments.config import Config, ExperimentError, check
+from experiments.loss import label_loss, make_loss
 from experiments.machine import Arithmetic
 from experiments.optimizers import make_optimizer
-from experiments.training import label_loss, make_loss, train_step
+from experiments.training import train_step
 
 Make = Callable[..., Config]
 
@@ -87,15 +87,14 @@ def test_distilled_learns_the_teachers_outputs_on_the_same_images(tiny: Make) ->
     config = tiny("growth.guide_share=0.25", "growth.guide_temperature=3", "schedule.label_smoothing=0.1")
     run = run_of(config)
     teacher = run.make_network(None)
-    job = run.job("distilled", "wider", 1.0)
     logits, images, labels = torch.randn(4, 10), torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
-    guided = make_loss(replace(job, guide=teacher))
+    guided = make_loss(config, teacher)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     wanted = F.softmax(teacher.eval()(images) / 3, 1)
     distance = (wanted * (wanted.log() - F.log_softmax(logits / 3, 1))).sum(1).mean() * 9
     of_labels = F.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(guided(logits, labels, images), 0.75 * of_labels + 0.25 * distance)
-    torch.testing.assert_close(make_loss(job)(logits, labels, images), of_labels)
+    torch.testing.assert_close(make_loss(config)(logits, labels, images), of_labels)
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
