@@ -115,6 +115,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
     precision: str = "auto"  # of a training step: float32, tf32, bfloat16; auto: bfloat16 if the hardware multiplies it
     layout: str = "auto"  # channels_last, contiguous; auto: contiguous with float32, else channels_last
+    threads: int | None = None  # of the CPU; None: as many as torch takes. Small networks are fastest on one.
     compile: bool = False  # whether torch.compile makes the training step; takes minutes at the start
     logger: str = "wandb"  # wandb, none
     runs: str = "runs"  # folder in which runs are written
@@ -207,6 +208,7 @@ def _check_numbers(config: Config) -> None:
             raise ExperimentError(f"{key} is {number}: it has to be above 0.")
     smallest = {
         "seed": (config.seed, 0),
+        "threads": (1 if config.threads is None else config.threads, 1),
         "checkpoint_seconds": (config.checkpoint_seconds, 0),
         "schedule.batch_size": (schedule.batch_size, 2),  # batch norm needs two
         "schedule.momentum": (schedule.momentum, 0),

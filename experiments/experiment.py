@@ -83,6 +83,8 @@ def _prepare(config: Config, console: Console) -> Run:
     ranks = join()
     console = console if ranks.rank == 0 else Console(quiet=True)
     device = ranks.on_all(lambda: pick_device(config.device))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     if device.type == "cpu":  # batches are in the memory of the host
         keep_freed_memory()
     ranks.on_first(lambda: files.writable(Path(config.runs), "choose another with runs=FOLDER"))

@@ -29,7 +29,7 @@ from experiments import checkpoint
 from experiments.command import main as train_py
 
 SETTINGS = (
-    *("experiment=quickstart", "model.name=resnet", "+model.blocks=1", "~model.slim", "~model.stem"),
+    *("experiment=quickstart", "model.name=resnet", "+model.blocks=1", "~model.layers", "schedule.teacher_epochs=null"),
     *("teacher.width=0.25", "students.wider.width=0.5", "growth.calibrate=64", "arms=[net2net]", "target=net2net"),
     *("schedule.epochs=60it", "schedule.evaluate=20it"),
     *("device=cpu", "precision=float32", "layout=channels_last", "logger=none"),

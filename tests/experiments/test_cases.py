@@ -27,9 +27,9 @@ def test_a_case_changes_what_it_names_in_dotted_or_nested_keys_and_nothing_else(
 
 
 def test_lists_and_new_arguments_of_a_network_can_be_changed():
-    (config,) = cases("experiment=quickstart", "+cases.a={arms: [net2net], students.wider.extra_pairs: 1}")
+    (config,) = cases("experiment=quickstart", "+cases.a={arms: [net2net], students.wider.layers: 2}")
     assert config.arms == ["net2net"]
-    assert config.students == {"wider": {"width": 1.0, "extra_pairs": 1}}
+    assert config.students == {"wider": {"width": 1.0, "layers": 2}}
 
 
 def test_what_the_command_line_names_no_case_changes():

@@ -23,7 +23,7 @@ TYPOS = [  # what is typed, what is answered
     ("lr=1", "(did you mean 'schedule.lr'?)"),
     ("+data.sise=8", "There is no setting 'data.sise' (did you mean 'data.size'?)"),
     ("model.widht=2", "To append to your config use +model.widht=2"),
-    ("+model.widht=2", "The network inception has no argument 'widht' (did you mean 'width'?"),
+    ("+model.widht=2", "The network plain has no argument 'widht' (did you mean 'width'?"),
     ("model.name=inceptin", "There is no network 'inceptin' (did you mean 'inception'?"),
     ("arms=net2ne", "arms: there is no 'net2ne' (did you mean 'net2net'?"),
     ("device=gpu", "The device 'gpu' is unknown: use auto, cpu or cuda."),

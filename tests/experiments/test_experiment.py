@@ -62,7 +62,7 @@ def test_arms_share_everything_but_weights_and_rate(tiny, tmp_path, monkeypatch)
     drawn = start.make_network(config, "wider", 10, 1).state_dict()
     assert all(torch.equal(fresh[key], low[key]) and torch.equal(fresh[key], drawn[key]) for key in drawn)
     padded, grown = traced["random_pad"]["weights"], traced["net2net"]["weights"]
-    weight = "blocks.4a.entry.0.weight"
+    weight = "stages.1.0.conv.weight"
     teacher = traced["teacher_continued"]["weights"][weight]
     rows = len(teacher)
     assert not torch.equal(fresh[weight], grown[weight])
@@ -105,7 +105,7 @@ def test_networks_of_a_seed_are_drawn_alike_and_seeds_differ(tiny):
 
 def test_random_pad_of_a_deeper_student_keeps_the_teachers_layers(tiny):
     config = tiny()
-    config.teacher, config.students = {}, {"deeper": {"extra_pairs": 1}}
+    config.teacher, config.students = {"width": 0.2}, {"deeper": {"width": 0.2, "layers": 2}}
     run = run_of(config)
     teacher, student, drawn = run.make_network(None), run.make_network("deeper"), run.make_network("deeper")
     start.fill("random_pad", teacher, student, config, run.images)
@@ -117,7 +117,7 @@ def test_random_pad_of_a_deeper_student_keeps_the_teachers_layers(tiny):
 
 def test_a_student_smaller_than_its_teacher_is_refused_before_training(tiny, monkeypatch):
     monkeypatch.setattr(training, "train_step", lambda *_: pytest.fail("a step was trained"))
-    with pytest.raises(ExperimentError, match=r"blocks\.3a\.entry\.0\.weight has 4 units, the teacher's 8"):
+    with pytest.raises(ExperimentError, match=r"first\.conv\.weight has 4 units, the teacher's 32"):
         experiment.run_experiment(tiny("arms=[random_pad]", "teacher.width=2"), Console(quiet=True))
 
 

@@ -10,10 +10,10 @@ from loops import read_rows, run_of
 from rich.console import Console
 
 from experiments import stage, start
-from experiments.config import TEACHER
+from experiments.config import TEACHER, ExperimentError, check
 from experiments.experiment import run_experiment
 from experiments.run import stage_config
-from experiments.training import make_batches
+from experiments.training import make_batches, set_rate
 
 SHORT = ("schedule.epochs=6it", "schedule.evaluate=2it", "schedule.teacher_epochs=8it")
 
@@ -44,7 +44,7 @@ CHANGES: dict[str, set[str]] = {  # a setting -> the stages that it changes
     "rates.net2net=0.5": {"net2net"},
     "students.wider.width=0.9": {"net2net", "random_init"},
     **{key: HEIRS | {"random_init"} for key in ("schedule.lr=0.02", "seed=1", "precision=bfloat16", "data.pad=0")},
-    **{key: HEIRS | {"random_init"} for key in ("+model.extra_pairs=1", "schedule.batch_size=16")},
+    **{key: HEIRS | {"random_init"} for key in ("model.layers=2", "schedule.batch_size=16")},
     "teacher.width=0.3": HEIRS,
     **{key: set() for key in ("arms=[net2net]", "target=random_pad", "data.workers=2", "checkpoint_seconds=1")},
 }
@@ -103,7 +103,7 @@ def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer
 
 @pytest.mark.slow
 def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have_none(tiny):
-    config = tiny(*SHORT, "growth.optimizer_state=carried", "growth.split=equal", "+students.wider.extra_pairs=1")
+    config = tiny(*SHORT, "growth.optimizer_state=carried", "growth.split=equal", "+students.wider.layers=2")
     run = run_of(config)
     teacher, student = run.make_network(None), run.make_network("wider")
     stage.obtain_teacher(run, teacher)
@@ -130,3 +130,33 @@ def test_an_arm_that_diverges_does_not_stop_the_others(train_py, tmp_path, capsy
     for arm, complete in (("teacher_continued", True), ("random_init", False)):
         assert json.loads((folder / arm / "manifest.json").read_text())["complete"] is complete
     assert (tmp_path / "runs/quickstart/figure.png").is_file()
+
+
+def test_a_warm_up_and_the_time_between_evaluations_may_be_shares_of_the_training(tiny):
+    config = tiny("schedule.warmup=25%", "schedule.evaluate=50%", "schedule.teacher_epochs=40it")
+    run = run_of(config)
+    for name, total in (("random_init", 20), ("teacher", 40)):
+        job = run.job(name, None, 1.0)
+        optimizer = start.make_optimizer(run.make_network(None), job.config.schedule)
+        rates = []
+        for step in range(total):
+            set_rate(optimizer, job, step)
+            rates.append(optimizer.param_groups[0]["lr"])
+        assert rates.index(max(rates)) == total // 4
+        assert job.every == total // 2
+
+
+def test_a_length_cannot_be_a_share(tiny):
+    with pytest.raises(ExperimentError, match="schedule.epochs is 50%: .* is a share: write 5ep or 500it"):
+        check(tiny("schedule.epochs=50%"))
+
+
+def test_an_experiment_may_take_one_thread(tiny):
+    torch.set_num_threads(2)
+    try:
+        run_experiment(tiny("threads=1", "arms=[random_init]", "schedule.epochs=2it"), Console(quiet=True))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+    with pytest.raises(ExperimentError, match="threads is 0: it has to be 1 or more"):
+        check(tiny("threads=0"))

@@ -49,7 +49,7 @@ def test_an_arm_that_is_missing_is_run_alone(train_py, copied, capsys):
     ("typed", "stage", "difference"),
     [
         ("schedule.batch_size=16", "teacher", "schedule.batch_size: 32 there, 16 now"),
-        ("+model.extra_pairs=1", "teacher", "network.extra_pairs: absent there, 1 now"),
+        ("model.layers=2", "teacher", "network.layers: 1 there, 2 now"),
         ("rates.net2net=0.5", "net2net", "rate: 0.1 there, 0.5 now"),
     ],
 )

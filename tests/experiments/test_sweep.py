@@ -129,7 +129,7 @@ def test_an_arm_that_another_run_writes_is_refused_and_in_a_sweep_left_out(train
 
 
 def test_a_plan_names_the_cases_and_the_students(train_py, failing, tmp_path):
-    cases = "+cases.two={students: {deeper: {extra_pairs: 1}}}"
+    cases = "+cases.two={students: {deeper: {layers: 2}}}"
     train_py("-m", "seed=0", cases, "+cases.other={arms: [random_init]}", "case=two,other")
     arms = ["net2net", "random_pad", "random_init", "random_init_low_lr"]
     expected = [f"{student}_{arm}" for student in ("wider", "deeper") for arm in arms]
