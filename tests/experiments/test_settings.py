@@ -147,7 +147,7 @@ def test_a_warm_up_and_the_time_between_evaluations_may_be_shares_of_the_trainin
 
 
 def test_a_length_cannot_be_a_share(tiny):
-    with pytest.raises(ExperimentError, match="schedule.epochs is 50%: .* is a share: write 5ep or 500it"):
+    with pytest.raises(ExperimentError, match=r"schedule.epochs is 50%: .* is a share: write 5ep or 500it"):
         check(tiny("schedule.epochs=50%"))
 
 
