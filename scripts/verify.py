@@ -4,12 +4,14 @@ For each curve under results/curves and results/trials it checks that the curve 
 lies where the manifest says; that the manifest's commits are in the history of this checkout and had no uncommitted
 changes; that the settings in its command are those of its configuration; that the configuration names the arm and
 determines its settings; that the processes it names made every step; that the teacher it started from lies beside it;
-and that the seeds of an arm differ in no setting. It does not compose old commands again, and what only training could
+that the seeds of an arm differ in no setting; and that a claim which is registered stood in claims.yaml at the commit
+that began each curve of its experiment. It does not compose old commands again, and what only training could
 tell (accuracies, what was measured before the first step, seconds) it takes as it stands. It prints one line a fault
 and exits with 1 if there is any. A shallow clone has no history to look into: that is printed and is no fault.
 """
 
 import argparse
+import functools
 import shlex
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.analysis.claims import Claim, parse_claims, read_claims
 from experiments.analysis.curves import describe_differences, find_arms, find_experiments
 from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
 from experiments.run import digest, stage_settings
@@ -120,8 +123,34 @@ def check_commits(record: dict[str, Any], history: set[str]) -> Iterator[str]:
             yield f"its commit {str(commit)[:10]} is not in the history"
 
 
+def check_registration(record: dict[str, Any], claims: list[Claim]) -> Iterator[str]:
+    """Yield each registered claim on the record's experiment that its first commit does not ask as it stands."""
+    experiment = record["experiment"].partition("/")[0]
+    asked = [claim for claim in claims if claim.registered and experiment in claim.experiments]
+    if asked and record["arm"] != TEACHER:
+        commit = (record.get("processes") or [record])[0].get("commit")
+        before = read_claims_at(str(commit))
+        yield from (
+            f"{claim.claim!r} was not yet claimed at its commit" for claim in asked if claim.question not in before
+        )
+
+
+@functools.cache
+def read_claims_at(commit: str) -> set[tuple[Any, ...]]:
+    """Return the questions that the claims of a commit ask; none if it has none that can be read."""
+    found = subprocess.run(
+        ["git", "-C", ROOT, "show", f"{commit}:results/claims.yaml"], capture_output=True, text=True, check=False
+    )
+    try:
+        return {claim.question for claim in parse_claims(found.stdout, commit)}
+    except (ExperimentError, AttributeError):  # it reads none, or another form
+        return set()
+
+
 def find_faults(results: Path, history: set[str] | None) -> Iterator[str]:
     """Yield a line for each thing that is wrong with a committed curve; without a history commits are not checked."""
+    path = results / "claims.yaml"
+    claims = read_claims(path) if path.exists() else []
     for place, folder in find_folders(results).items():
         records: Records = {}
         found: list[tuple[int, str, str]] = []
@@ -129,7 +158,8 @@ def find_faults(results: Path, history: set[str] | None) -> Iterator[str]:
             faults, record = check_files(place, seed, arm, curve, manifest)
             if record:
                 records[seed, arm] = record
-                faults += check_commits(record, history) if history is not None else ()
+                if history is not None:
+                    faults += [*check_commits(record, history), *check_registration(record, claims)]
             found += [(seed, arm, fault) for fault in faults]
         for seed, arm, fault in [*found, *check_folder(folder, records)]:
             yield f"{place}/seed{seed}/{arm}: {fault}"

@@ -38,6 +38,7 @@ class Claim:
     below: float | None = None
     within: float | None = None  # a difference up to this value either way, or a ratio up to this factor either way
     headline: bool = False  # readers will quote it, which takes more seeds
+    registered: bool = False  # it was committed before the first curve of its experiment; scripts/verify.py checks that
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -56,6 +57,16 @@ class Claim:
             raise ExperimentError(
                 f"{ends[0]} is no end of {self.measure}: ratios are above 0, and within is at least 1."
             )
+
+    @property
+    def question(self) -> tuple[Any, ...]:
+        """What decides the verdict, without the words."""
+        return self.measure, self.of, self.against, self.above, self.below, self.within, self.headline
+
+    @property
+    def experiments(self) -> set[str]:
+        """The experiments whose curves decide it."""
+        return {text.partition(":")[0].partition("/")[0] for text in (self.of, self.against) if text}
 
     @property
     def region(self) -> tuple[float, float]:
@@ -94,9 +105,14 @@ class Finding:
 
 def read_claims(path: Path) -> list[Claim]:
     """Return the claims in a file; ExperimentError, which names the claim, if one is malformed."""
+    return parse_claims(path.read_text(), path)
+
+
+def parse_claims(text: str, path: str | Path) -> list[Claim]:
+    """Return the claims in the text of a file; `path` is its name in messages."""
     known = [field.name for field in fields(Claim)]
     claims: list[Claim] = []
-    entries: Any = OmegaConf.to_container(OmegaConf.load(path))
+    entries: Any = OmegaConf.to_container(OmegaConf.create(text))
     for entry in entries:
         try:
             if unknown := [key for key in entry if key not in known]:

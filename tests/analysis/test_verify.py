@@ -111,6 +111,20 @@ def test_what_lacks_its_company_is_found(copied):
     }
 
 
+REGISTERED = (
+    "- {{claim: any words, source: ours, paper: none, measure: average, of: 'wider_inception:net2net',"
+    " against: 'wider_inception:random_pad', above: {bound}, headline: true, registered: {registered}}}"
+)
+
+
+@needs_history
+@pytest.mark.parametrize(("bound", "registered", "faults"), [("0", "true", 0), ("0.5", "true", 1), ("0.5", "false", 0)])
+def test_a_registered_claim_was_made_before_the_first_curve(copied, bound, registered, faults):
+    (copied / "claims.yaml").write_text(REGISTERED.format(bound=bound, registered=registered))
+    expected = [f"{PLACE}: 'any words' was not yet claimed at its commit"] * faults
+    assert list(verify.find_faults(copied, HISTORY)) == expected
+
+
 @needs_history
 def test_seeds_of_other_settings_are_found(copied):
     for arm in ("net2net", "teacher"):
