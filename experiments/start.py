@@ -94,11 +94,9 @@ def carry_optimizer_state(
 
     `transfer` says how the network was filled; None: it is the teacher itself, trained longer.
     """
-    old, new, grown = (make_optimizer(one, config.schedule) for one in (teacher, network, network))
+    old, new = (make_optimizer(one, config.schedule) for one in (teacher, network))
     old.load_state_dict(state)
     if transfer is None:
         return old.state_dict()
-    transfer.optimizer_state(old, grown)
-    # `grown` now has the teacher's parameter groups; ours also hold the parameters of new layers.
-    new.state.update(grown.state)
+    transfer.optimizer_state(old, new)
     return new.state_dict()

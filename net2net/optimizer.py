@@ -8,6 +8,7 @@ is carried like one, a second moment like their square.
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,11 @@ def gradients(record: Record, theirs: Mapping[str, Tensor], student: nn.Module) 
     return predicted
 
 
-def _carry(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor:
-    """Carry a gradient, or the `power`-th moment of one, to the shape of `target`; NaN where it does not follow."""
+def _carry(source: Tensor, target: Tensor, origin: Origin, power: int, first_only: bool = False) -> Tensor:
+    """Carry a gradient, or the `power`-th moment of one, to the shape of `target`; NaN where it does not follow.
+
+    With `first_only` it is zero in all but the first copy of each entry.
+    """
     source = merge_groups(source, *origin.merged, between=float("nan"))
     unknown = torch.full_like(target, float("nan"), dtype=source.dtype)
     # A mean's gradient belongs to all that are averaged, and neither unit of a sign pair is the teacher's.
@@ -70,17 +74,78 @@ def _carry(source: Tensor, target: Tensor, origin: Origin, power: int) -> Tensor
     for dim, axis in origin.axes.items():
         if not axis.reads:
             value = value * entrywise(axis, value, dim, axis.share).to(value) ** power
+        if first_only:
+            value = value * entrywise(axis, value, dim, axis.first).to(value)
     value = value / origin.factor**power
     if origin.rows is not None:
         value = value / origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1)) ** power
     return value.reshape(shape)
 
 
-def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.Module, student: nn.Module) -> None:
+def parameter_groups(record: Record, old: Optimizer, teacher: nn.Module, student: nn.Module) -> list[dict[str, Any]]:
+    """Return the parameter groups of `old` for the student, each divided by where its parameters come from.
+
+    A new optimizer is made from them, with other rates for what is grown or new if you like.
+
+    Args:
+        record: of the growth.
+        old: the optimizer of `teacher`.
+        teacher: the network that was grown.
+        student: the grown network.
+
+    Returns:
+        Groups with the settings of the old ones and a further key, `origin`: "copied" for tensors of the teacher's
+        shape, "grown" for larger ones, "new" for those of new layers. Those are in the group that holds most tensors of
+        their kind, weights or vectors (biases, norms). Parameters that `old` does not hold, or that need no gradient,
+        are left out.
+
+    Raises:
+        TransferError: `old` holds parameters that are not the teacher's.
+
+    Example:
+        >>> teacher, student = nn.Linear(3, 4), nn.Linear(3, 4)
+        >>> old = torch.optim.SGD(teacher.parameters(), lr=0.1)
+        >>> groups = net2net.transfer(teacher, student, torch.randn(2, 3)).parameter_groups(old)
+        >>> new = torch.optim.SGD([{**group, "lr": 0.05} for group in groups])
+    """
+    teacher, student = unwrap(teacher), unwrap(student)
+    theirs = dict(teacher.named_parameters())
+    names = _names_of(old, theirs, "The old optimizer holds parameters that are not the teacher's.")
+    place = {name: index for index, group in enumerate(names) for name in group}
+    counterpart = _find_counterparts(record, theirs, student)
+    found: dict[tuple[int, str], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        source = counterpart.get(name)
+        if source is None:
+            alike = [sum((theirs[one].dim() > 1) == (parameter.dim() > 1) for one in group) for group in names]
+            index, origin = alike.index(max(alike)), "new"
+        else:
+            index, origin = place.get(source), "copied" if theirs[source].shape == parameter.shape else "grown"
+        if parameter.requires_grad and index is not None:
+            found.setdefault((index, origin), []).append(parameter)
+    settings = [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in old.param_groups
+    ]
+    # A rate may be a tensor, which is not shared.
+    return [
+        {**copy.deepcopy(settings[index]), "origin": origin, "params": found[index, origin]}
+        for index, origin in sorted(found)
+    ]
+
+
+def optimizer_state(
+    record: Record,
+    old: Optimizer,
+    new: Optimizer,
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    fresh_new: bool = False,
+) -> None:
     """Carry the state of the teacher's optimizer into the student's, in place.
 
-    Afterwards `new` has the parameter groups of `old`, with their learning rates, decay and whatever else they hold.
-    The student's parameters stand in the teacher's places, and new layers in the first group. Every parameter that the
+    `new` keeps its parameter groups, with the rates and the decay that you gave it. Every parameter in it that the
     teacher has, too, has its step count and its moments; entries without a teacher's start at zero.
 
     Args:
@@ -89,6 +154,8 @@ def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.
         new: will train those of `student`; of the same class.
         teacher: the network that was grown.
         student: the grown network.
+        fresh_new: whether the momentum of all but the first copy of a unit starts at zero, which lets copies part.
+            Second moments are carried all the same: near zero they would make the first steps several times too long.
 
     Raises:
         TransferError: the optimizers are of different classes or hold the parameters of other networks, or the state
@@ -103,34 +170,43 @@ def optimizer_state(record: Record, old: Optimizer, new: Optimizer, teacher: nn.
         raise TransferError(f"The state of {type(old).__name__} means nothing to {type(new).__name__}: use one kind.")
     teacher, student = unwrap(teacher), unwrap(student)
     theirs, mine = dict(teacher.named_parameters()), dict(student.named_parameters())
-    names = {id(parameter): name for name, parameter in theirs.items()}
-    held = {id(parameter) for group in new.param_groups for parameter in group["params"]}
-    if any(id(p) not in names for group in old.param_groups for p in group["params"]):
-        raise TransferError("The old optimizer holds parameters that are not the teacher's.")
-    if held - {id(parameter) for parameter in mine.values()}:
-        raise TransferError("The new optimizer holds parameters that are not the student's.")
-    counterpart = {name: record.origins[name].teacher for name in mine if name in record.origins}
-    counterpart |= {name: name for name in mine if ".parametrizations." in name and name in theirs}
+    _names_of(old, theirs, "The old optimizer holds parameters that are not the teacher's.")
+    held = _names_of(new, mine, "The new optimizer holds parameters that are not the student's.")
+    counterpart = _find_counterparts(record, theirs, student)
     states = {}
-    for name, parameter in mine.items():
-        source = counterpart.get(name)
-        if name in record.origins and source in theirs and theirs[source] in old.state:
-            state = old.state[theirs[source]]
-            states[name] = _carry_state(state, parameter, theirs[source], record.origins[name], type(old))
-    groups = []
-    for group in old.param_groups:
-        inside = {names[id(p)] for p in group["params"]}
-        params = [p for name, p in mine.items() if counterpart.get(name) in inside and id(p) in held]
-        own = copy.deepcopy({key: value for key, value in group.items() if key != "params"})  # a rate may be a tensor
-        groups.append({**own, "params": params})
-    placed = {id(p) for group in groups for p in group["params"]}
-    groups[0]["params"] += [p for p in mine.values() if id(p) in held and id(p) not in placed]
-    new.param_groups[:] = groups
+    for name in (name for group in held for name in group if name in record.origins):
+        source = theirs.get(counterpart.get(name, ""))
+        if source is not None and source in old.state:
+            carried = _carry_state(old.state[source], mine[name], source, record.origins[name], type(old), fresh_new)
+            states[mine[name]] = carried
     new.state.clear()
-    new.state.update({mine[name]: state for name, state in states.items()})
+    new.state.update(states)
 
 
-def _carry_state(state: Mapping, parameter: Tensor, source: Tensor, origin: Origin, kind: type) -> dict:
+def _names_of(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], refusal: str) -> list[list[str]]:
+    """Return the names of the parameters in each group of the optimizer; TransferError if it holds others."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    groups = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    if any("" in group for group in groups):
+        raise TransferError(refusal)
+    return groups
+
+
+def _find_counterparts(record: Record, theirs: Mapping[str, nn.Parameter], student: nn.Module) -> dict[str, str]:
+    """Return the name of the teacher's parameter that each of the student's comes from; those of new layers lack it."""
+    found = {}
+    for name, _ in student.named_parameters():
+        source = record.origins[name].teacher if name in record.origins else None
+        if ".parametrizations." in name and name in theirs:
+            source = name
+        if source in theirs:
+            found[name] = source
+    return found
+
+
+def _carry_state(
+    state: Mapping, parameter: Tensor, source: Tensor, origin: Origin, kind: type, fresh_new: bool
+) -> dict:
     carried = {}
     for key, value in state.items():
         power = 1 if key in FIRST_MOMENTS else 2 if key in SECOND_MOMENTS else None
@@ -139,7 +215,9 @@ def _carry_state(state: Mapping, parameter: Tensor, source: Tensor, origin: Orig
         if not isinstance(value, Tensor) or (value.dim() == 0 and power is None):
             carried[key] = value.clone() if isinstance(value, Tensor) else value
         elif power is not None and value.shape == source.shape:
-            carried[key] = torch.nan_to_num(_carry(value, parameter, origin, power).to(value.dtype), nan=0.0)
+            first_only = fresh_new and power < 2
+            value = _carry(value, parameter, origin, power, first_only)
+            carried[key] = torch.nan_to_num(value.to(state[key].dtype), nan=0.0)
         else:
             raise TransferError(f"It is not known how {key!r} in the state of {kind.__name__} follows the gradient.")
     return carried

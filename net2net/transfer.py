@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .errors import TransferError
 from .fill.fill import SPLITS, add_noise, fill
 from .fill.new_layers import calibrate as measure_norms
 from .network import Example, Inputs, unwrap
-from .optimizer import gradients, optimizer_state
+from .optimizer import gradients, optimizer_state, parameter_groups
 from .plan.names import Rename
 from .plan.new_layers import check_identities, new_batch_norms
 from .plan.plan import Plan, make_plan
@@ -46,9 +47,13 @@ class Transfer(Record):
         """Predict the student's gradients from the teacher's (see `net2net.optimizer.gradients`)."""
         return gradients(self, theirs, self._networks()[1])
 
-    def optimizer_state(self, old: Optimizer, new: Optimizer) -> None:
+    def parameter_groups(self, old: Optimizer) -> list[dict[str, Any]]:
+        """Return the teacher's parameter groups for the student (see `net2net.optimizer.parameter_groups`)."""
+        return parameter_groups(self, old, *self._networks())
+
+    def optimizer_state(self, old: Optimizer, new: Optimizer, *, fresh_new: bool = False) -> None:
         """Carry the state of the teacher's optimizer into the student's (see `net2net.optimizer.optimizer_state`)."""
-        optimizer_state(self, old, new, *self._networks())
+        optimizer_state(self, old, new, *self._networks(), fresh_new=fresh_new)
 
     def _networks(self) -> tuple[nn.Module, nn.Module]:
         teacher, student = (None, None) if self.models is None else (ref() for ref in self.models)
