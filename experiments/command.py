@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from . import sweep, wandb_log
-from .config import CONFIGS, Config, ExperimentError, check, flatten, nearest
+from .config import CONFIGS, Config, ExperimentError, check, flatten, nearest, shorten
 from .signals import Interrupted
 
 KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # errors that the user can put right
@@ -35,16 +35,8 @@ LAUNCHER_ERRORS = {  # errors of the launchers, which are installed only where t
     "UncompletedJobError": "Slurm ended a job; when the others are done",
     "FailedJobError": "Slurm refused the jobs",
 }
-FREE = (
-    "model",
-    "inception",
-    "speedrun",
-    "teacher",
-    "first",
-    "students",
-    "rates",
-    "cases",
-)  # their keys are not in the schema
+# The keys of these are not in the schema.
+FREE = ("model", "inception", "speedrun", "teacher", "first", "students", "rates", "cases")
 RUN = "experiments.experiment"  # the module that runs experiments; it loads torch, which takes seconds
 
 HELP = """\
@@ -197,7 +189,7 @@ def make_configs(composed: DictConfig, overrides: Iterable[str]) -> list[Config]
         config = OmegaConf.to_object(resolved)
         assert isinstance(config, Config)
         check(config)
-        configs.append(config)
+        configs.append(shorten(config))
     return configs
 
 

@@ -9,7 +9,7 @@ wrong command line fails before torch is loaded.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class Config:
     cases: dict[str, Any] = field(default_factory=dict)  # name -> the settings it changes; each runs as an experiment
     case: str | None = None  # the case to run; None: all, one after another
     seed: int = 0
+    limit: int | None = None  # a trial on so many images: two epochs, two evaluations, in a folder of its own
     # A list of names, or one name (from a sweep).
     arms: Any = field(default_factory=lambda: [name for name, arm in ARMS.items() if arm.is_default])
     model: dict[str, Any] = field(default_factory=dict)  # the network that teacher and students have in common
@@ -128,6 +129,18 @@ class Config:
     def name(self) -> str:
         """The experiment, with its case if it has one: the path of its seeds under `runs` and `results/curves`."""
         return self.experiment if self.case is None else f"{self.experiment}/{self.case}"
+
+
+def shorten(config: Config) -> Config:
+    """Return the configuration of a trial if `limit` is set: short stages, small batches, a folder of its own."""
+    if config.limit is None:
+        return config
+    schedule = replace(config.schedule, evaluate="100%", batch_size=min(config.schedule.batch_size, config.limit // 10))
+    for key in ("epochs", "teacher_epochs", "first_epochs"):
+        if getattr(schedule, key) is not None:
+            schedule = replace(schedule, **{key: "2ep"})
+    growth = replace(config.growth, calibrate=min(config.growth.calibrate, config.limit))
+    return replace(config, schedule=schedule, growth=growth, runs=f"{config.runs.rstrip('/')}-limit{config.limit}")
 
 
 LENGTHS = ("epochs", "teacher_epochs", "first_epochs", "evaluate")  # schedule durations of at least one step
@@ -208,6 +221,7 @@ def _check_numbers(config: Config) -> None:
             raise ExperimentError(f"{key} is {number}: it has to be above 0.")
     smallest = {
         "seed": (config.seed, 0),
+        "limit": (100 if config.limit is None else config.limit, 100),
         "threads": (1 if config.threads is None else config.threads, 1),
         "checkpoint_seconds": (config.checkpoint_seconds, 0),
         "schedule.batch_size": (schedule.batch_size, 2),  # batch norm needs two

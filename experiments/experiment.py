@@ -88,7 +88,10 @@ def _prepare(config: Config, console: Console) -> Run:
     if device.type == "cpu":  # batches are in the memory of the host
         keep_freed_memory()
     ranks.on_first(lambda: files.writable(Path(config.runs), "choose another with runs=FOLDER"))
-    return Run(config, ranks.first_then_others(lambda: load(config.data)).to(device), device, console, ranks)
+    splits = ranks.first_then_others(lambda: load(config.data))
+    if config.limit is not None:
+        splits = splits.thin(config.limit)
+    return Run(config, splits.to(device), device, console, ranks)
 
 
 def _say(run: Run, text: str) -> None:

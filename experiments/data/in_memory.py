@@ -24,6 +24,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, chosen: Tensor) -> "Images":
+        """Return the images with these indices."""
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
     def to(self, device: torch.device | str) -> "Images":
         """Return the same split on `device`."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

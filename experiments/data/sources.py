@@ -46,6 +46,15 @@ class Splits:
         """Return the same splits, giving batches on `device`."""
         return replace(self, train=self.train.to(device), holdout=self.holdout.to(device), test=self.test.to(device))
 
+    def thin(self, count: int) -> "Splits":
+        """Return at most `count` images of each split, evenly spaced, so that every class is among them."""
+        parts = {name: getattr(self, name) for name in ("train", "holdout", "test")}
+        chosen = {
+            name: part.take(torch.linspace(0, len(part) - 1, min(count, len(part))).round().long())
+            for name, part in parts.items()
+        }
+        return replace(self, **chosen, description=f"{self.description}, at most {count} of each")
+
     def fingerprint(self) -> str:
         """Return a hash of the images and labels; for pictures on disk, of the files' names and labels."""
         digest = hashlib.sha256()

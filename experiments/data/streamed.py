@@ -46,6 +46,10 @@ class Folder:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, chosen: Tensor) -> "Folder":
+        """Return the pictures with these indices."""
+        return replace(self, files=self.files[chosen.numpy()], labels=self.labels[chosen], pool=_Pool())
+
     def to(self, device: torch.device | str) -> "Folder":
         """Return the same split, giving batches on `device`."""
         return replace(self, device=torch.device(device), pool=_Pool())
