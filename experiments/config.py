@@ -22,7 +22,7 @@ FIRST = "first"  # the network that the teacher itself is grown from, if it is
 OPTIMIZERS = ("rmsprop", "sgd")
 DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired")
-STATES = ("dropped", "carried")
+STATES = ("dropped", "carried", "fresh_new")
 LOGGERS = ("wandb", "none")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 LAYOUTS = ("channels_last", "contiguous")
@@ -67,7 +67,8 @@ class Schedule:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0  # share of each label that is spread over all classes in the training loss
     warmup: str = "0it"  # the learning rate rises linearly from zero
-    decay: str = "linear"  # the learning rate falls linearly to zero, or is constant
+    # linear: the rate falls to zero from the warm-up on; constant; or how long it falls at the end, as in 30% or 3ep.
+    decay: str = "linear"
     teacher_decay: str | None = None  # decay of the teacher's learning rate; None: as the students'
     teacher_augment: bool = True  # whether the teacher also sees cropped and mirrored images
     evaluate: str = "0.5ep"  # time between evaluations on the holdout and test images
@@ -83,7 +84,8 @@ class Growth:
     guide_share: float = 0.5  # share of the teacher's outputs in the loss of distilled; the labels have the rest
     guide_temperature: float = 2.0  # divides the logits that distilled compares
     calibrate: int = 1024  # number of training images that measure the statistics of new batch norms
-    optimizer_state: str = "dropped"  # dropped, carried: the teacher's state, for net2net and teacher_continued
+    # The teacher's state, for net2net and teacher_continued: dropped, carried, or carried with fresh_new copies.
+    optimizer_state: str = "dropped"
     warmup: str | None = None  # warm-up of the arms that start from the teacher; None: schedule.warmup
 
 
@@ -173,10 +175,13 @@ def check(config: Config) -> None:
     _check_words(config)
     _check_numbers(config)
     durations = {f"schedule.{key}": getattr(config.schedule, key) for key in LENGTHS}
+    for key in ("decay", "teacher_decay"):
+        if getattr(config.schedule, key) not in (None, *DECAYS):
+            durations[f"schedule.{key}"] = getattr(config.schedule, key)
     durations |= {"schedule.warmup": config.schedule.warmup, "growth.warmup": config.growth.warmup}
     for key, duration in durations.items():
         try:
-            whole = 10**9 if key.endswith(("warmup", "evaluate")) else None
+            whole = 10**9 if key.endswith(("warmup", "evaluate", "decay")) else None
             if duration is not None and steps(duration, 10**9, whole) < (not key.endswith("warmup")):
                 raise ExperimentError("It has to be at least one step.")
         except ExperimentError as error:
@@ -190,8 +195,6 @@ def _check_words(config: Config) -> None:
         *(("rates", arm, ARMS) for arm in config.rates),
         ("target", config.target, ARMS),
         ("schedule.optimizer", config.schedule.optimizer, OPTIMIZERS),
-        ("schedule.decay", config.schedule.decay, DECAYS),
-        ("schedule.teacher_decay", config.schedule.teacher_decay or config.schedule.decay, DECAYS),
         ("growth.split", config.growth.split, SPLITS),
         ("growth.optimizer_state", config.growth.optimizer_state, STATES),
         ("logger", config.logger, LOGGERS),

@@ -181,7 +181,7 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
                     f"(error {step0['max_relative_error']:.0e}), on {step0['float32']['agree']} in float32",
                 )
         optimizer = None
-        if run.config.growth.optimizer_state == "carried" and "optimizer_state" in ARMS[arm].reads:
+        if run.config.growth.optimizer_state != "dropped" and "optimizer_state" in ARMS[arm].reads:
             state = teacher_optimizer_state(run)
             optimizer = start.carry_optimizer_state(transfer, teacher, network, state, run.config)
         run_stage(run, job, arm, student, network, facts, optimizer)

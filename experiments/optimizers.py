@@ -2,7 +2,7 @@
 
 from torch import nn, optim
 
-from .config import ExperimentError, Schedule
+from .config import ExperimentError, Schedule, steps
 
 
 def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
@@ -29,13 +29,20 @@ def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
     raise ExperimentError(f"The optimizer {schedule.optimizer!r} is unknown: it is rmsprop or sgd.")
 
 
-def rate_at(step: int, total: int, warmup: int, decay: str) -> float:
+def rate_at(step: int, total: int, warmup: int, falling: int) -> float:
     """Return the learning rate of a step (from 0 on) as a share of the initial one.
 
-    It rises linearly from zero for `warmup` steps, and then falls linearly to zero at `total`, or stays constant.
+    It rises linearly from zero for `warmup` steps, stays, and falls linearly to zero over the last `falling` steps.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if decay == "constant":
-        return 1.0
-    return (total - step) / max(1, total - warmup)
+    left = total - step
+    return left / falling if left < falling else 1.0
+
+
+def falling_steps(decay: str, per_epoch: int, total: int, warmup: int) -> int:
+    """Return over how many steps the rate falls at the end: all behind the warm-up if linear, none if constant."""
+    most = max(0, total - warmup)
+    if decay in ("linear", "constant"):
+        return most if decay == "linear" else 0
+    return min(most, steps(decay, per_epoch, total))

@@ -153,7 +153,7 @@ def _grow_teacher(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str,
         "before": {key: state["rows"][-1][key] for key in ("examples", "seconds", "flops")},
         "grown_from": {key: origin.get(key) for key in ("settings", "processes", "hardware", "curve_sha256")},
     }
-    if run.config.growth.optimizer_state != "carried":
+    if run.config.growth.optimizer_state == "dropped":
         return facts, None
     return facts, start.carry_optimizer_state(transfer, first, network, state["optimizer"], run.config)
 

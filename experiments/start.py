@@ -98,5 +98,5 @@ def carry_optimizer_state(
     old.load_state_dict(state)
     if transfer is None:
         return old.state_dict()
-    transfer.optimizer_state(old, new)
+    transfer.optimizer_state(old, new, fresh_new=config.growth.optimizer_state == "fresh_new")
     return new.state_dict()

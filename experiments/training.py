@@ -21,7 +21,7 @@ from .data import Splits, complete_batches
 from .distributed import ALONE, Ranks
 from .loss import Loss, label_loss, make_loss
 from .machine import Arithmetic
-from .optimizers import make_optimizer, rate_at
+from .optimizers import falling_steps, make_optimizer, rate_at
 from .progress import Follower
 from .randomness import seed_layers
 from .run_log import write_curve
@@ -193,7 +193,8 @@ def set_rate(optimizer: Optimizer, job: Job, step: int) -> None:
     """Set the learning rate of a step."""
     schedule = job.config.schedule
     warmup = steps(schedule.warmup, job.per_epoch, job.total)
-    rate = job.rate * rate_at(step, job.total, warmup, schedule.decay)
+    falling = falling_steps(schedule.decay, job.per_epoch, job.total, warmup)
+    rate = job.rate * rate_at(step, job.total, warmup, falling)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate"]
 

@@ -43,7 +43,7 @@ def test_a_wrong_word_is_answered_in_one_sentence(train_py, tmp_path, capsys, ty
 
 WRONG: dict[str, tuple[Any, str]] = {  # setting -> a value that no run can have, and the answer
     "target": ("random", "target: there is no 'random' (did you mean 'random_"),
-    "schedule.decay": ("cosine", "schedule.decay: there is no 'cosine'"),
+    "schedule.decay": ("cosine", "The duration 'cosine' has no unit: write epochs as 5ep, steps as 500it."),
     "precision": ("float16", "precision: there is no 'float16' (did you mean 'bfloat16'?"),
     "schedule.epochs": ("3", "The duration '3' has no unit: write epochs as 5ep, steps as 500it."),
     "arms": ([], "arms is empty"),

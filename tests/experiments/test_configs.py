@@ -78,12 +78,12 @@ def test_every_student_can_be_filled_from_its_teacher(experiment, scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["grow_schedule", "grow_schedule_wider"])
+@pytest.mark.parametrize("experiment", ["grow_schedule", "when_to_grow"])
 def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(experiment):
     spent: dict[str, float] = {}
     for config in cases(f"experiment={experiment}"):
         epochs = steps(config.schedule.epochs, 351)
-        (arm,) = config.arms
+        arm = config.arms[0]  # the others cost as much
         large, small, first = (
             flops.count(build(config.model | spec, 10, 3), 3, 32)[1]
             for spec in (*config.students.values(), config.teacher, config.first)

@@ -169,20 +169,21 @@ def test_layers_draw_from_the_seed_of_the_step():
 
 def test_the_rate_of_a_step_is_that_of_the_schedule(job):
     optimizer = make_optimizer(network(), job.config.schedule)
-    for decay in ("linear", "constant"):
+    for decay, falling in (("linear", 10), ("constant", 0), ("25%", 3), ("1ep", 3), ("5it", 5), ("9ep", 10)):
         job.config.schedule.decay = decay
         for step in range(12):
             set_rate(optimizer, job, step)
-            assert {group["lr"] for group in optimizer.param_groups} == {0.01 * rate_at(step, 12, 2, decay)}
+            assert {group["lr"] for group in optimizer.param_groups} == {0.01 * rate_at(step, 12, 2, falling)}
 
 
 def test_the_rate_warms_up_and_then_falls_to_zero_or_stays():
-    rates = [rate_at(step, 10, 3, "linear") for step in range(10)]
+    rates = [rate_at(step, 10, 3, 7) for step in range(10)]
     assert rates[:4] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
     assert rates[3:] == pytest.approx([1 - k / 7 for k in range(7)])  # the step after the last would have 0
-    assert rate_at(0, 10, 0, "linear") == 1
-    assert [rate_at(step, 10, 1, "constant") for step in (0, 1, 9)] == [0.5, 1, 1]
-    assert [rate_at(step, 2, 3, "linear") for step in range(2)] == [0.25, 0.5]  # a warm-up longer than the run
+    assert rate_at(0, 10, 0, 10) == 1
+    assert [rate_at(step, 10, 1, 0) for step in (0, 1, 9)] == [0.5, 1, 1]
+    assert [rate_at(step, 10, 0, 4) for step in (0, 6, 7, 9)] == [1, 1, 0.75, 0.25]
+    assert [rate_at(step, 2, 3, 0) for step in range(2)] == [0.25, 0.5]  # a warm-up longer than the run
 
 
 def test_weight_decay_spares_biases_and_batch_norm():
