@@ -103,7 +103,7 @@ def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer
 
 @pytest.mark.slow
 def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have_none(tiny):
-    config = tiny(*SHORT, "growth.optimizer_state=carried", "growth.split=equal", "+students.wider.layers=2")
+    config = tiny(*SHORT, "growth.optimizer_state=carried", "students.wider={width: 0.15, layers: 2}")
     run = run_of(config)
     teacher, student = run.make_network(None), run.make_network("wider")
     stage.obtain_teacher(run, teacher)
@@ -116,7 +116,7 @@ def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have
     names = dict(teacher.named_parameters())
     without = [name for name, parameter in student.named_parameters() if parameter not in new.state]
     assert without and all(name not in names for name in without)
-    # The first copies of incoming weights have the very moments of the weights they are.
+    # Units that have no copies have the very moments of the teacher.
     first, source = student.get_parameter("first.conv.weight"), names["first.conv.weight"]
     assert torch.equal(new.state[first]["square_avg"][: source.shape[0]], old.state[source]["square_avg"])
     assert bool(old.state[source]["square_avg"].any())
