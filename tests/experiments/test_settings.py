@@ -103,7 +103,7 @@ def test_a_student_of_its_teachers_size_is_trained_as_the_teacher_trained_longer
 
 @pytest.mark.slow
 def test_carried_state_is_the_teachers_for_what_came_from_it_and_new_layers_have_none(tiny):
-    config = tiny(*SHORT, "growth.optimizer_state=carried", "students.wider={width: 0.15, layers: 2}")
+    config = tiny(*SHORT, "growth.optimizer_state=carried", "students.wider.width=0.15", "+students.wider.layers=2")
     run = run_of(config)
     teacher, student = run.make_network(None), run.make_network("wider")
     stage.obtain_teacher(run, teacher)
