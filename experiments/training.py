@@ -256,7 +256,7 @@ def evaluate_if_due(run: _Run, requests: Requests) -> None:
             run.save()
             run.job.ranks.on_first(partial(write_curve, run.job.folder, run.rows))
         run.evaluation_seconds = time.monotonic() - began
-        run.follower.row(run.rows[-1])
+        run.follower.row(run.rows[-1] | ({"learning_rate": run.optimizer.param_groups[0]["lr"]} if run.step else {}))
 
 
 def _costs(run: _Run) -> Row:

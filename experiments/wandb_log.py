@@ -87,12 +87,13 @@ def _start(config: Config, name: str, manifest: Mapping[str, Any]) -> Any:
     os.makedirs(config.runs, exist_ok=True)
     group = config.name.replace("/", "-")  # W&B allows no slash in an identity
     began = str(manifest["processes"][0]["started"])  # a stage that is run anew is another run
-    return wandb.init(
+    run = wandb.init(
         project="net2net",
         id=f"{group}-seed{config.seed}-{name}-{hashlib.sha256(began.encode()).hexdigest()[:8]}",
         name=f"{group}-seed{config.seed}-{name}",
         group=group,
         job_type=name,
+        tags=[name, f"seed{config.seed}", *([config.case] if config.case else [])],
         resume="allow",
         mode=mode(),
         dir=config.runs,
@@ -102,3 +103,6 @@ def _start(config: Config, name: str, manifest: Mapping[str, Any]) -> Any:
             **{"init_timeout": TIMEOUT, "finish_timeout": TIMEOUT, "finish_timeout_raises": True},
         ),
     )
+    for part in ("train", "holdout", "test"):  # examples, flops and seconds are logged, too: a panel may take them
+        run.define_metric(f"{part}_*", step_metric="epoch")
+    return run

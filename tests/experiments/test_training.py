@@ -176,6 +176,15 @@ def test_the_rate_of_a_step_is_that_of_the_schedule(job):
             assert {group["lr"] for group in optimizer.param_groups} == {0.01 * rate_at(step, 12, 2, falling)}
 
 
+def test_the_rate_of_every_evaluation_is_shown_to_the_follower(job, monkeypatch):
+    shown = []
+    follower = Quiet()
+    monkeypatch.setattr(follower, "row", lambda row: shown.append(row.get("learning_rate")))
+    train(network(), job, follower)
+    warmup, falling = 2, 10
+    assert shown == [None, *(pytest.approx(0.01 * rate_at(step - 1, 12, warmup, falling)) for step in (4, 8, 12))]
+
+
 def test_the_rate_warms_up_and_then_falls_to_zero_or_stays():
     rates = [rate_at(step, 10, 3, 7) for step in range(10)]
     assert rates[:4] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])

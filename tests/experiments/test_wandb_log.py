@@ -42,7 +42,8 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
 
 def calls(service: MagicMock) -> list[str]:
     """What was called, but for the settings."""
-    return [name.rpartition(".")[2] for name, _, _ in service.mock_calls if name != "Settings"]
+    names = [name.rpartition(".")[2] for name, _, _ in service.mock_calls]
+    return [name for name in names if name not in ("Settings", "define_metric")]
 
 
 def mirror_rows(tmp_path: Path, name: str = "net2net", last_step: int = -1) -> str:
@@ -84,6 +85,9 @@ def test_a_stage_keeps_its_identity_and_repeats_no_row(wandb, tmp_path):
     mirror_rows(tmp_path, last_step=0)
     assert log.call_args_list[2:] == [call({"test_accuracy": 0.2}, step=5)]
     assert wandb.init.call_args.kwargs["id"] == first["id"]
+    assert first["tags"] == ["net2net", "seed0"]
+    axes = {one.args[0]: one.kwargs["step_metric"] for one in wandb.init.return_value.define_metric.call_args_list}
+    assert axes == {"train_*": "epoch", "holdout_*": "epoch", "test_*": "epoch"}
 
 
 def test_without_wandb_installed_the_run_goes_on(tmp_path, monkeypatch):
