@@ -81,12 +81,6 @@ class Inputs:
             rows = max(least, min(numbers * size // max(total, 1), 64 * size))
         return self.map(lambda x: _draw_like(x, rows, generator))
 
-    def first_rows(self, count: int) -> "Inputs":
-        """Return the first rows of a batch of maps (batch x channels x positions); of other inputs all of them."""
-        are_maps = all(x.dim() > 3 and x.is_floating_point() and x.layout == torch.strided for x in self.tensors)
-        one_batch = len({len(x) for x in self.tensors if x.dim()}) == 1
-        return self.map(lambda x: x[:count]) if are_maps and one_batch else self
-
 
 def _draw_like(x: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
     if x.layout != torch.strided:

@@ -143,7 +143,7 @@ def transfer(  # noqa: PLR0913 (public signature)
             fill(teacher, student, record)
             if batches is not None:
                 measure_norms(student, record, new_batch_norms(plan), batches)
-            measured = assert_equivalent(teacher, student, traces.inputs, traces.output, plan.roles.identity)
+            measured = assert_equivalent(teacher, student, traces.inputs, plan.teacher.output, plan.roles.identity)
         return replace(record, measured=measured)
 
     record = first_that_serves(grow, attempts, generator)

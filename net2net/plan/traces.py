@@ -10,7 +10,7 @@ from ..errors import TransferError, used_differently
 from ..network import Inputs
 from ..trace.facts import Key, Norm
 from ..trace.graph import SeenAs, Trace
-from ..trace.tracer import trace, trace_rows
+from ..trace.tracer import trace
 from ..trace.units import Units
 from .names import Names, Rename, Unpaired, key_converter, teacher_names
 
@@ -20,7 +20,6 @@ class Traces:
     """What one forward pass of each network tells."""
 
     inputs: Inputs  # of the passes
-    output: object  # what the teacher returned on them
     plain: tuple[Trace, Trace]  # of teacher and student, as the networks are
     scaled_layers: tuple[frozenset[str], frozenset[str]]  # those that the other network multiplies otherwise
 
@@ -28,7 +27,7 @@ class Traces:
     def absorbed(self) -> tuple[Trace, Trace]:
         """The traces in which `scaled_layers` count those numbers as part of their own weights."""
         pairs = zip(self.plain, self.scaled_layers, strict=True)
-        theirs, mine = (trace_rows(each.model, self.inputs, SeenAs(scale_absorbed=layers)) for each, layers in pairs)
+        theirs, mine = (trace(each.model, self.inputs, SeenAs(scale_absorbed=layers)) for each, layers in pairs)
         return theirs, mine
 
     def comparable(self, rename: Rename, absorb: bool = False) -> tuple[Trace, Trace]:
@@ -39,15 +38,15 @@ class Traces:
         as_grouped = _split_groups(theirs, mine, names) - {Key(name) for name in merged}
         if not as_grouped and not merged:
             return theirs, mine
-        return trace_rows(theirs.model, self.inputs, SeenAs(as_grouped, merged, theirs.seen_as.scale_absorbed)), mine
+        return trace(theirs.model, self.inputs, SeenAs(as_grouped, merged, theirs.seen_as.scale_absorbed)), mine
 
 
 def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: Rename) -> Traces:
     """Trace both networks, which must share no parameters, on `inputs`."""
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
-    plain = trace(teacher, inputs), trace_rows(student, inputs)
-    return Traces(inputs, plain[0].output, plain, _differing_scales(plain, rename))
+    plain = trace(teacher, inputs), trace(student, inputs)
+    return Traces(inputs, plain, _differing_scales(plain, rename))
 
 
 def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[frozenset[str], frozenset[str]]:

@@ -50,12 +50,6 @@ class Trace:
         """The layers that read units and produce new ones."""
         return [layer for layer in self.layers.values() if layer.kind == LayerKind.MIX]
 
-    def unused_parameters(self) -> set[str]:
-        """Return the names of the parameters that the pass has not used."""
-        held = {tensor for layer in self.layers.values() for tensor in layer.tensors.values()}
-        used = self.parameters.axes.keys() | self.parameters.values.keys() | held
-        return {name for name, _ in self.model.named_parameters() if name in self.parameters.tensors} - used
-
     def labels(self, value: object) -> Labels | None:
         """Return the labels of an activation, or of a parameter used as one; None for what the pass does not follow."""
         if not isinstance(value, Tensor):

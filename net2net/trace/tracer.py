@@ -33,24 +33,14 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
             prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
             result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
-        if result.unused_parameters() or _asks_for_mode(model):
+        known, held = result.parameters, (layer.tensors.values() for layer in result.layers.values())
+        reached = known.axes.keys() | known.values.keys() | {tensor for tensors in held for tensor in tensors}
+        missed = {name for name, _ in model.named_parameters() if name in known.tensors} - reached
+        if missed or _asks_for_mode(model):
             with suppress(TransferError):  # it may need what an example does not give: several images, a target
                 _pass(model, inputs, result, training=True)
         result.parameters.complete()
     return result
-
-
-def trace_rows(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
-    """Return what `trace` does, but for the network's output, from two rows of a batch of maps if they tell as much."""
-    # Rows do not meet, so that two of them show the same units as all, at less cost. They may not reach a layer that
-    # only some inputs use, or have no place where the network counts on its batch.
-    rows = inputs.first_rows(2)
-    if [x.shape for x in rows.tensors] != [x.shape for x in inputs.tensors]:
-        with suppress(TransferError):
-            result = trace(model, rows, seen_as)
-            if not result.unused_parameters():
-                return result
-    return trace(model, inputs, seen_as)
 
 
 def _asks_for_mode(model: nn.Module) -> bool:
