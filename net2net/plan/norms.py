@@ -65,7 +65,8 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
         if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(torch.isin(padding, undone).all()):
             return 1.0 - len(padding) / len(copied)
         raise _refusal(norm, len(copied), len(theirs))
-    raise TransferError(f"The norm {norm.module} sees none of the units that its teacher sees.")
+    where = norm.module or "in the network"
+    raise TransferError(f"The norm {where} sees none of the units that its teacher sees.")
 
 
 def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:

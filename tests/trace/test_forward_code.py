@@ -329,32 +329,57 @@ def test_a_number_that_nothing_behind_can_undo_is_told() -> None:
         transfer(teacher, student, ROWS.float())
 
 
-def test_a_student_is_traced_on_two_maps_and_a_teacher_on_all() -> None:
-    seen: list[int] = []
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        seen.append(len(x))
-        return net.o(net.a(x).relu())
-
-    teacher, student = (Net({"a": nn.Conv2d(3, w, 1), "o": nn.Conv2d(w, 2, 1)}, how) for w in (4, 7))
-    transfer(teacher, student, MAPS.repeat(4, 1, 1, 1))
-    assert seen[:3] == [8, 2, 8]  # the traces, and the student's result to compare with the teacher's
+def normed_in_halves(net: Net, x: Tensor) -> Tensor:
+    if not net.training:
+        return net.n(net.a(x)) + 0.0 * net.b(x)
+    return torch.cat([net.n(net.a(half)) for half in x.chunk(2)]) + 0.0 * net.b(x)
 
 
-WHOLE_BATCHES = {  # networks that two rows of a batch of six do not show whole
+WHOLE_BATCHES = {  # networks that a part of a batch does not show whole
     "a layer for bright maps alone": lambda net, x: net.a(x) + (net.b(x) if bool(x.max() > 50) else 0.0),
     "a batch of two clips": lambda net, x: net.a(x) + net.b(x.view(2, 3, *x.shape[1:]).mean(1)).repeat(3, 1, 1, 1),
+    "units added in large batches alone": lambda net, x: net.a(x) + (net.b(x) if len(x) > 2 else 0.0),
+    "channels reversed in large batches alone": lambda net, x: net.a(x) + net.b(x.flip(1) if len(x) > 2 else x),
+    "a norm of each half, in training": normed_in_halves,
 }
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("how", WHOLE_BATCHES.values(), ids=WHOLE_BATCHES)
-def test_a_network_that_two_maps_do_not_show_is_traced_on_all(how: Callable) -> None:
-    def make(w: int) -> Net:
-        parts = {"a": nn.Conv2d(3, w, 1), "b": nn.Conv2d(3, w, 1), "o": nn.Conv2d(w, 2, 1)}
-        return Net(parts, lambda net, x: net.o(how(net, x).relu()))
+def test_a_network_is_traced_on_the_whole_example(how: Callable, mode: str) -> None:
+    def make(width: int) -> Net:
+        layers = {"a": nn.Conv2d(3, width, 1), "b": nn.Conv2d(3, width, 1), "o": nn.Conv2d(width, 2, 1)}
+        if how is normed_in_halves:
+            layers["n"] = nn.BatchNorm2d(width)
+        return Net(layers, lambda net, x: net.o(how(net, x).relu()))
 
-    teacher, student = make(4), make(7)
+    teacher, student = make(4), make(8)
     maps = MAPS.repeat(3, 1, 1, 1)
     maps[-1, 0, 0, 0] = 100.0
     transfer(teacher, student, maps)
-    assert_same(teacher, student, maps)
+    for model in (teacher, student):
+        model.train(mode == "train")
+    assert (teacher(maps) - student(maps)).abs().max() < 1e-12
+
+
+class Skipping(nn.Module):
+    """In training it adds a skip, in large batches alone; every layer is used without it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 1), nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        y = self.b(x)
+        return self.o(y + x if self.training and len(x) > 2 else y)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_skip_that_only_large_batches_take_in_training_ties_its_units(mode: str) -> None:
+    teacher, student = Skipping(4), Skipping(7)
+    maps = MAPS.repeat(3, 1, 1, 1)
+    transfer(teacher, student, maps, split="uneven")
+    for model in (teacher, student):
+        model.train(mode == "train")
+    assert (teacher(maps) - student(maps)).abs().max() < 1e-12
