@@ -182,8 +182,11 @@ def check(config: Config) -> None:
     for key, duration in durations.items():
         try:
             whole = 10**9 if key.endswith(("warmup", "evaluate", "decay")) else None
-            if duration is not None and steps(duration, 10**9, whole) < (not key.endswith("warmup")):
+            length = 1 if duration is None else steps(duration, 10**9, whole)
+            if length < (not key.endswith("warmup")):
                 raise ExperimentError("It has to be at least one step.")
+            if str(duration).endswith("%") and length > 10**9:
+                raise ExperimentError("A share of the training is at most 100%.")
         except ExperimentError as error:
             raise ExperimentError(f"{key} is {duration}: {error}") from error
 
@@ -240,7 +243,8 @@ def _check_numbers(config: Config) -> None:
     }
     for key, (number, least) in smallest.items():
         if not least <= number < math.inf:
-            raise ExperimentError(f"{key} is {number}: it has to be {least} or more.")
+            limit = "finite" if number == math.inf else f"{least} or more"
+            raise ExperimentError(f"{key} is {number}: it has to be {limit}.")
     if schedule.momentum >= 1:
         raise ExperimentError(f"schedule.momentum is {schedule.momentum}: it has to be below 1.")
     shares = {"schedule.label_smoothing": schedule.label_smoothing}

@@ -117,7 +117,7 @@ def _make_networks(run: Run) -> Networks:
     per_epoch = complete_batches(len(run.splits.train), run.config.schedule.batch_size)
     for key in LENGTHS:
         duration = getattr(run.config.schedule, key)
-        if duration is not None and steps(duration, per_epoch, per_epoch) < 1:
+        if duration is not None and not duration.endswith("%") and steps(duration, per_epoch) < 1:
             raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
     _ = run.costs  # raises if a network cannot read the images
     _check_growth(run, networks)
@@ -126,7 +126,7 @@ def _make_networks(run: Run) -> Networks:
 
 def _check_growth(run: Run, networks: Networks) -> None:
     """Refuse a student that cannot be grown from its teacher before the teacher is trained."""
-    arm = next((arm for arm in ("net2net", "random_pad") if arm in run.config.arms), None)
+    arm = next((arm for arm in run.config.arms if ARMS[arm].starts_from_teacher and ARMS[arm].has_student), None)
     for student in run.config.students if arm else ():
         teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
         start.fill(str(arm), teacher, trial, run.config, run.images)
@@ -221,16 +221,20 @@ def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) 
     run.console.print(table)
     _say(run, f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if missing:
-        trained = [(run, run.epochs(name), stages[name][1] or TEACHER) for name in missing]
+        trained = []
+        for name in missing:
+            student = stages[name][1]
+            more = run.job(name, student, 1.0).flops / run.costs[student][1]  # the passes of a guide
+            trained.append((run, run.epochs(name), more, student or TEACHER))
         if run.earlier is not None and TEACHER in missing and not is_teacher_trained(run.earlier):
-            trained.append((run.earlier, run.earlier.epochs(TEACHER), FIRST))
+            trained.append((run.earlier, run.earlier.epochs(TEACHER), 1.0, FIRST))
         networks_by_label = {label: network for label, _, _, network in rows}
         step = {label: _measure_step(run, networks_by_label[label]) for label in {label for *_, label in trained}}
         evaluation = {label: _measure_evaluation(run, networks_by_label[label]) for label in step}
         total = 0.0
-        for of, epochs, label in trained:
+        for of, epochs, more, label in trained:
             job = replace(of.job(TEACHER, None, 1.0), epochs=epochs)
-            total += job.total * step[label] + (1 + math.ceil(job.total / job.every)) * evaluation[label]
+            total += job.total * step[label] * more + (1 + math.ceil(job.total / job.every)) * evaluation[label]
         _say(run, f"to do     {', '.join(missing)}: about {progress.duration(total)}, by the speed of a few steps")
 
 

@@ -15,7 +15,6 @@ import pandas as pd
 from omegaconf import OmegaConf
 from pandas import DataFrame, Series
 
-from ..arms import ARMS
 from ..config import CONFIGS, TEACHER, ExperimentError, flatten, ordered, split_arm
 from ..run_log import MANIFEST, parse_curve, read_complete
 
@@ -167,7 +166,7 @@ def summarise_runs(curves: DataFrame, manifests: Series) -> DataFrame:
         average=average_over_training(curves),
     )
     arms = runs.index.get_level_values("arm")
-    starts_fresh = np.array([arm == TEACHER or not ARMS[split_arm(arm)[1]].needs_teacher for arm in arms])
+    starts_fresh = np.array([manifest.get("teacher") is None for manifest in manifests])
     teacher = runs.reindex(_replace_arm(runs.index, [TEACHER] * len(runs)))
     for column in COSTS:
         before = np.where(starts_fresh, 0.0, teacher[column])

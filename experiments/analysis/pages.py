@@ -71,7 +71,7 @@ def make_terminal_table(experiment_dir: Path) -> Table:
     heads, lines = tabulate_arms(results)
     unit = heads[6].partition(",")[0]
     notes = [f"steps to target: until the holdout accuracy that {curves.find_target(results)} ends with"]
-    notes += ["total: with the teacher's, for arms that start from it"]
+    notes += ["total: with the teacher's, for arms that need one"]
     notes += [f"{line[0]}, step 0, float64: top-1 as teacher's {line[-1]}" for line in lines if line[-1] != "–"]
     title, caption = f"{results.title}, test accuracy (%)", "\n".join(notes)
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))

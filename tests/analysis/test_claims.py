@@ -33,6 +33,7 @@ def make_runs(experiments: dict[str, dict[str, Seeds]], costs: dict[str, float] 
                     "command": f"python train.py experiment={name}",
                     "config": {"target": "random_init"},
                     "step0": {"agree": 100, "of": 100} if arm == "net2net" else None,
+                    "teacher": "teacher" if arm in ("net2net", "random_pad", "teacher_continued") else None,
                 }
                 found[name, arm, seed] = manifest, make_curve(accuracies, flops=cost)
     return found

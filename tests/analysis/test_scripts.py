@@ -41,6 +41,7 @@ def make_manifest(arm: str, seed: int, **changes: Any) -> dict[str, Any]:
     record["config"]["data"] |= {"root": "/home/some body/cifar10", "cache": "/home/somebody/.cache/net2net"}
     step0 = {"agree": 999 + seed, "of": 1000, "max_relative_error": 1e-14 * (seed + 1)}
     record |= {"experiment": "wider", "command": COMMAND, "step0": step0 if arm.endswith("net2net") else None}
+    record["teacher"] = "teacher" if arm in ("net2net", "random_pad", "teacher_continued") else None
     return record | changes
 
 

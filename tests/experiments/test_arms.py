@@ -1,6 +1,7 @@
 """The registry of arms, and what the rivals do to their student and to the loss."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +135,13 @@ def test_label_smoothing_spreads_a_share_of_each_label() -> None:
     spread = F.one_hot(labels, 4) * 0.8 + 0.2 / 4
     expected = -(spread * F.log_softmax(logits, 1)).sum(1).mean()
     torch.testing.assert_close(label_loss(logits, labels, torch.empty(0), smoothing=0.2), expected)
+
+
+def test_curves_of_an_arm_that_is_not_registered_are_still_read(finished, tmp_path):
+    """An arm of another branch, or one that was renamed."""
+    folder = tmp_path / "quickstart/seed0"
+    shutil.copytree(finished, folder)
+    (folder / "random_pad").rename(folder / "renamed")
+    runs = load(folder.parent).runs.droplevel(["experiment", "case", "seed"])
+    assert runs["total_flops"]["renamed"] == runs["flops"]["renamed"] + runs["flops"]["teacher"]
+    assert runs["total_flops"]["random_init"] == runs["flops"]["random_init"]

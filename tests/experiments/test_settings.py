@@ -9,7 +9,7 @@ from conftest import TINY, composed
 from loops import read_rows, run_of
 from rich.console import Console
 
-from experiments import stage, start
+from experiments import experiment, stage, start
 from experiments.config import TEACHER, ExperimentError, check
 from experiments.experiment import run_experiment
 from experiments.run import stage_config
@@ -144,6 +144,30 @@ def test_a_warm_up_and_the_time_between_evaluations_may_be_shares_of_the_trainin
             rates.append(optimizer.param_groups[0]["lr"])
         assert rates.index(max(rates)) == total // 4
         assert job.every == total // 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("schedule.warmup=150%", r"schedule\.warmup is 150%: A share of the training is at most 100%\."),
+        ("schedule.bias_rate=inf", r"schedule\.bias_rate is inf: it has to be finite\."),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(tiny, setting, message):
+    with pytest.raises(ExperimentError, match=message):
+        check(tiny(setting))
+
+
+def test_evaluations_may_be_a_smaller_share_than_a_step_of_an_epoch(tiny):
+    config = tiny("schedule.evaluate=1%", "schedule.epochs=200it", "arms=[random_init]")
+    assert run_of(config).job("random_init", "wider", 1.0).every == 2
+    experiment._make_networks(run_of(config))  # refuses nothing
+
+
+def test_any_arm_that_starts_from_the_teacher_is_tried_before_the_teacher_is_trained(tiny, monkeypatch):
+    monkeypatch.setattr(experiment, "obtain_teacher", lambda *_: pytest.fail("a teacher was trained"))
+    with pytest.raises(ExperimentError, match="The student is smaller than its teacher"):
+        run_experiment(tiny("arms=[shrink_pad_perturb]", "teacher.width=1.0"), Console(quiet=True))
 
 
 def test_a_length_cannot_be_a_share(tiny):
