@@ -73,6 +73,10 @@ def make_terminal_table(experiment_dir: Path) -> Table:
     notes = [f"steps to target: until the holdout accuracy that {curves.find_target(results)} ends with"]
     notes += ["total: with the teacher's, for arms that need one"]
     notes += [f"{line[0]}, step 0, float64: top-1 as teacher's {line[-1]}" for line in lines if line[-1] != "–"]
+    groups = results.runs["manifest"].groupby(level="arm")
+    differences = dict.fromkeys(text for _, manifests in groups for text in curves.describe_differences(manifests))
+    if differences:
+        notes += [f"The means are over runs that differ in {', '.join(differences)}: give each its own runs=FOLDER."]
     title, caption = f"{results.title}, test accuracy (%)", "\n".join(notes)
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", no_wrap=True)

@@ -82,6 +82,17 @@ def make(*arms: tuple[str, list[float]], seed: int = 0) -> Results:
     return make_results(("both", arm, seed, make_manifest(arm, seed), make_curve(values)) for arm, values in arms)
 
 
+def test_a_mean_over_runs_of_different_settings_says_so(runs):
+    table = pages.make_terminal_table(runs / "wider")
+    assert "differ" not in str(table.caption)
+    path = runs / "wider/seed1/net2net/manifest.json"
+    record = json.loads(path.read_text())
+    record["config"]["schedule"]["epochs"] = "99ep"
+    path.write_text(json.dumps(record))
+    said = "The means are over runs that differ in `schedule.epochs` (4ep, 99ep): give each its own runs=FOLDER."
+    assert said in str(pages.make_terminal_table(runs / "wider").caption)
+
+
 def test_statistics_by_hand(runs):
     table = curves.summarise_arms(load(runs / "wider"))
     expected = {
