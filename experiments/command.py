@@ -249,6 +249,10 @@ def explain(error: Exception) -> str:
         return f"{type(error).__name__}: {error}"
     lines = [*str(error).splitlines(), *str(error.__cause__ or "").splitlines()[:1]]
     text = " ".join(line.strip() for line in lines if line.strip() and "reference_type" not in line)
+    if option := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):  # Hydra adds its search path
+        group, name = option.groups()
+        choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        return f"There is no {group} {name!r}{nearest(name, choices)}. There are {', '.join(choices)}."
     unknown = re.search(r"(?:override|Key|find) '([^']+)'", text)
     return text + (_nearest_key(unknown[1]) if unknown else "")
 
@@ -257,8 +261,6 @@ def _nearest_key(key: str) -> str:
     """A hint at the setting, or at the option of a group, that an unknown name resembles most."""
     if key.partition(".")[0] in FREE:
         return ""
-    if "/" in key:
-        return nearest(key, [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")])
     same = [known for known in _list_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]]
     return nearest(key, same or _list_keys()) or f" (did you mean {same[0]!r}?)" * bool(same)
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 TYPOS = [  # what is typed, what is answered
-    ("experiment=quikstart", "(did you mean 'experiment/quickstart'?)"),
+    ("experiment=quikstart", "Error: There is no experiment 'quikstart' (did you mean 'quickstart'?). There are abl"),
     ("schedule.epoch=3ep", "(did you mean 'schedule.epochs'?)"),
     ("lr=1", "(did you mean 'schedule.lr'?)"),
     ("+data.sise=8", "There is no setting 'data.sise' (did you mean 'data.size'?)"),
