@@ -152,7 +152,7 @@ def test_a_single_run_that_fails_at_once_leaves_nothing_and_later_it_leaves_why(
     [
         (("hydra/launcher=local",), "hydra/launcher=local starts the jobs of a sweep: add -m."),
         (("-m", "hydra/launcher=slurm"), "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine"),
-        (("-m", "hydra/launcher=slrum"), "(did you mean 'hydra/launcher/slurm'?)"),
+        (("-m", "hydra/launcher=slrum"), "(did you mean 'slurm'?)"),
     ],
 )
 def test_a_launcher_that_cannot_be_used_is_refused_in_a_sentence(train_py, capsys, monkeypatch, typed, said):
