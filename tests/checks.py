@@ -22,7 +22,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    """Whether every tensor is what it was, bit for bit."""
+    """Return whether every tensor still has the values in `before`, to the last bit."""
     return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
