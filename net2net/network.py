@@ -1,7 +1,7 @@
 """Run a network and leave it as it was: its inputs, its modes, its wrappers."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,14 +121,31 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 @contextmanager
+def own_precision() -> Iterator[None]:
+    """While the block runs, computations have the precision of their tensors: an autocast block around it is off."""
+    # Autocast keeps the weights that it has cast until its outermost block ends, and does not see that they change in
+    # place. What it keeps is dropped before and after: the networks that it knows are filled here.
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as off:
+        for kind in {"cpu", accelerator.type if accelerator else "cpu"}:
+            if torch.amp.is_autocast_available(kind):
+                off.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        torch.clear_autocast_cache()
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
+
+@contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Hold the network in one mode, without gradients, while the block runs; then restore every module's mode."""
+    """Hold the network in one mode, without gradients or autocast, while the block runs; then restore its modes."""
     # In training mode the buffers and the random state are restored, too.
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
     model.train(training)
     try:
-        with torch.no_grad(), torch.random.fork_rng(enabled=training):
+        with own_precision(), torch.no_grad(), torch.random.fork_rng(enabled=training):
             yield
     finally:
         for module, mode in modes.items():

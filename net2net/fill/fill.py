@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TransferError
+from ..network import own_precision
 from ..record import NEW, How, Origin, Record
 from ..tensors import computed, merge_groups, named_tensors, parametrised
 from .gather import gather
@@ -16,6 +17,7 @@ SPLITS = ("equal", "uneven", "paired")
 
 
 @torch.no_grad()
+@own_precision()
 def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
     """Fill the student in place as the record says; for `random_pad` only the teacher's own entries are written."""
     generator = torch.Generator()
@@ -50,6 +52,7 @@ def _first_copies(origin: Origin) -> Origin:
 
 
 @torch.no_grad()
+@own_precision()
 def add_noise(student: nn.Module, record: Record, generator: torch.Generator) -> None:
     """Add noise of `record.noise` times the tensor's deviation to incoming weights of all copies but the first."""
     tensors = named_tensors(student)
