@@ -77,11 +77,10 @@ def choose_cases(holdout: DataFrame) -> dict[int, str]:
 
 
 def is_frontier(results: Results) -> bool:
-    """Say whether the cases are training budgets of the same arms."""
+    """Say whether the cases are training budgets: random_init has them all, and net2net at least two."""
     budgets = [manifest["config"]["schedule"]["epochs"] for manifest in case_manifests(results).values()]
-    groups = results.runs.groupby(level="case")
-    raced = all({"net2net", "random_init"} <= set(runs.index.get_level_values("arm")) for _, runs in groups)
-    return raced and len(budgets) > 1 and len(set(budgets)) == len(budgets)
+    raced = {arm: set(holdout_by_case(results, arm)) for arm in ("net2net", "random_init")}
+    return len(raced["net2net"]) > 1 and len(raced["random_init"]) == len(budgets) == len(set(budgets))
 
 
 def varies_only_rates(results: Results) -> bool:
