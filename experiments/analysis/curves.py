@@ -22,7 +22,7 @@ INDEX = ["experiment", "case", "arm", "seed"]
 COSTS = ["step", "examples", "flops", "seconds"]  # columns of a curve that say what was spent so far
 # Settings that may differ between the seeds of one experiment. A mean over such seeds still has a meaning.
 PER_RUN = {
-    *("seed", "arms", "claim", "device", "logger", "runs", "checkpoint_seconds"),
+    *("seed", "arms", "claim", "device", "threads", "logger", "runs", "checkpoint_seconds"),
     *("data.root", "data.cache", "data.workers"),
     # The scale sets these. They also stand in `model` of the network that is trained.
     *("inception.slim", "inception.stem", "speedrun.slim"),
