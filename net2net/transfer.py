@@ -124,9 +124,9 @@ def transfer(  # noqa: PLR0913 (public signature)
 
     Raises:
         TransferError: the student is smaller than its teacher somewhere, or units would grow that an operation pins;
-            then the student is as it was. Or only numbers show the reason: a result that differs by more than the
-            square root of the precision, a forward pass, calibration or parametrisation that fails; then the student
-            may be filled already, and unusable. `reasons` has why each way to pair the layers was refused.
+            then the student is as it was. Or only numbers show the reason: a result that differs by more than rounding
+            explains, a forward pass, calibration or parametrisation that fails; then the student may be filled already,
+            and unusable. `reasons` has why each way to pair the layers was refused.
     """
     _check_arguments(teacher, student, noise, split, depth)
     generator = generator or torch.Generator().manual_seed(0)
