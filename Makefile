@@ -5,10 +5,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs torture figures verify bench lock clean
+.PHONY: help setup demo test test-all lint docs torture figures verify gpu-check bench lock clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.installed ## make .venv from requirements.lock
 
@@ -38,6 +38,9 @@ figures: .venv/.installed ## draw the figures and the table from results/curves
 
 verify: .venv/.installed ## check every committed curve against its manifest and the history
 	$(RUN) scripts/verify.py
+
+gpu-check: .venv/.installed ## measure how fast this GPU trains, against a bare loop: two minutes
+	$(RUN) scripts/bench.py gpu
 
 bench: .venv/.installed ## measure speed; PHOTOS=FOLDER for the loader, too
 	$(RUN) scripts/bench.py $(if $(PHOTOS),--photos "$(PHOTOS)")

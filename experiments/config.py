@@ -122,7 +122,7 @@ class Config:
     compile: bool = False  # whether torch.compile makes the training step; takes minutes at the start
     logger: str = "wandb"  # wandb, none
     runs: str = "runs"  # folder in which runs are written
-    checkpoint_seconds: float = 60.0  # a run that is killed loses at most this much training, and at most an epoch
+    checkpoint_seconds: float = 60.0  # a run that is killed loses at most this much training
 
     def __post_init__(self) -> None:
         self.arms = [str(arm) for arm in (self.arms if isinstance(self.arms, list) else [self.arms])]

@@ -77,8 +77,8 @@ def train(network: nn.Module, job: Job, follower: Follower, state: dict[str, Any
     """Train a network in place and return its curve, one row an evaluation, the first at step 0.
 
     It continues from `state`, or else from the checkpoint in the job's folder. Data order, augmentation and dropout
-    depend on seed and step alone, so it then sees what it would have seen. A checkpoint is written at every epoch, at
-    every evaluation and after `checkpoint_seconds`. All ranks do this and end alike; rank 0 alone writes.
+    depend on seed and step alone, so it then sees what it would have seen. A checkpoint is written at every evaluation
+    and after `checkpoint_seconds`. All ranks do this and end alike; rank 0 alone writes.
     """
     run = _Run(network, job, follower, state)
     loss_of = make_loss(job.config, job.guide)
@@ -221,16 +221,15 @@ def train_step(
 
 
 def is_save_due(run: _Run, requests: Requests) -> bool:
-    """Return whether to save now: a signal has arrived, `checkpoint_seconds` would pass, or an epoch is over.
+    """Return whether to save now: a signal has arrived, or `checkpoint_seconds` have passed, or would in an evaluation.
 
-    An evaluation saves, too: at the end of an epoch, one that follows at once is enough.
+    The evaluation itself saves, too.
     """
-    ahead = run.is_evaluation_due
-    passed = time.monotonic() - run.saved_at + ahead * run.evaluation_seconds
+    passed = time.monotonic() - run.saved_at + run.is_evaluation_due * run.evaluation_seconds
     is_late = int(passed >= run.job.config.checkpoint_seconds)
     signal, is_late = run.job.ranks.maximum(requests.next, is_late)
     requests.add(signal)
-    return bool(requests.pending or is_late or (run.step % run.job.per_epoch == 0 and not ahead))
+    return bool(requests.pending or is_late)
 
 
 def evaluate_if_due(run: _Run, requests: Requests) -> None:

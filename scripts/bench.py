@@ -4,6 +4,7 @@
 
 startup   questions to train.py that need no torch
 training  the training loop against a bare loop of forward, backward and step on one batch
+gpu       the same on a GPU for the full-width speed-run network, plain and compiled, with images and FLOPs a second
 loader    photographs from disk against torchvision's reference pipeline, and against what the paper's network consumes
 growth    `net2net.transfer` against loading the student's weights and one forward pass of each network
 memory    what `net2net.transfer` needs on top of the two networks and their forward passes
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -35,6 +36,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, models, transforms
 
 import net2net
+from experiments import flops
 from experiments.config import Config, Data, Schedule
 from experiments.data import Folder, Images, Splits, load
 from experiments.machine import choose_arithmetic, describe, pick_device
@@ -78,10 +80,12 @@ def print_startup() -> None:
 class Alternate(Follower):
     """A follower of the real loop that runs as many steps of the bare loop after every block of real steps."""
 
+    BLOCK = 20  # steps on a GPU: to wait for it after every step would slow both loops
+
     def __init__(self, bare: Callable[[], object], device: torch.device) -> None:
         super().__init__(Console(quiet=True), "bench", total=1, first=0, batch_size=1)
         self.bare, self.device = bare, device
-        self.block = 1 if device.type == "cpu" else 20  # waiting for a GPU after every step would slow both
+        self.block = 1 if device.type == "cpu" else self.BLOCK
         self.pairs: list[tuple[float, float]] = []  # seconds of a block of the real and of the bare loop
         self.started = 0.0
 
@@ -106,17 +110,20 @@ class Alternate(Follower):
         return time.perf_counter()
 
 
-def make_step(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+def make_step(network: nn.Module, images: Tensor, labels: Tensor, compile: bool = False) -> Callable[[], object]:
     """Return a bare training step of the network on one batch, in the arithmetic of the machine."""
     device = pick_device("auto")
-    arithmetic = choose_arithmetic(device, "auto", "auto", False)
+    arithmetic = choose_arithmetic(device, "auto", "auto", compile)
     network.to(device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
     images = images.to(device).contiguous(memory_format=arithmetic.memory_format)
     optimizer = make_optimizer(network, Schedule())
-    return lambda: train_step(network, optimizer, images, labels.to(device), device, arithmetic)
+    learner = cast(nn.Module, torch.compile(network)) if compile else network
+    return lambda: train_step(learner, optimizer, images, labels.to(device), device, arithmetic)
 
 
-def compare_loops(spec: Mapping[str, Any], batch_size: int, steps: int) -> list[tuple[float, float]]:
+def compare_loops(
+    spec: Mapping[str, Any], batch_size: int, steps: int, compile: bool = False
+) -> list[tuple[float, float]]:
     """Return the seconds of blocks of the real loop, and of a bare loop that repeats one batch."""
     device = pick_device("auto")
     draw = torch.Generator().manual_seed(0)
@@ -129,9 +136,9 @@ def compare_loops(spec: Mapping[str, Any], batch_size: int, steps: int) -> list[
     splits = Splits(noise(50_000), few, few, 10, (0.5,) * 3, (0.25,) * 3, "noise").to(device)
     network = build(spec, 10, 3)
     images, labels = next(splits.train.batches(batch_size, epoch=0, seed=0, augment=False))
-    alternate = Alternate(make_step(copy.deepcopy(network), images, labels), device)
+    alternate = Alternate(make_step(copy.deepcopy(network), images, labels, compile), device)
     config = Config(experiment="bench", schedule=Schedule(batch_size=batch_size, evaluate="1000ep"), data=Data())
-    arithmetic = choose_arithmetic(device, "auto", "auto", False)
+    arithmetic = choose_arithmetic(device, "auto", "auto", compile)
     with tempfile.TemporaryDirectory() as folder:
         epochs = f"{steps * alternate.block}it"
         train(network, Job(Path(folder), config, splits, device, arithmetic, 0.001, epochs, 1), alternate)
@@ -152,6 +159,24 @@ def print_training(steps: int) -> None:
         real, bare, ratio = summarise(compare_loops(spec, size, steps))
         print(f"{name} on 32 pixels, {describe(device)}: a step takes {real:.4f} s, a bare one {bare:.4f} s")
         print(f"speed of the loop relative to the bare one {verdict(ratio, 0.97, at_least=True)}")
+
+
+def print_gpu(steps: int) -> None:
+    """Measure how fast a GPU trains the full-width speed-run network, plain and compiled, in blocks of 20 steps."""
+    if not torch.cuda.is_available():
+        print("gpu: not measured, because torch finds no GPU")
+        return
+    spec, size = {"name": "speedrun", "widths": [64, 256, 256], "activation": "gelu"}, 512
+    work = flops.count(build(spec, 10, 3), 3, 32)[1]
+    print(
+        f"The speed-run network, 64/256/256 channels, {work / 1e6:,.0f} MFLOP an image, {describe(pick_device('auto'))}"
+    )
+    for compile in (False, True):
+        real, _, ratio = summarise(compare_loops(spec, size, steps, compile))
+        speed = Alternate.BLOCK * size / real
+        how = choose_arithmetic(pick_device("auto"), "auto", "auto", compile)
+        print(f"{how}: {speed:,.0f} images/s, {speed * work / 1e12:,.1f} TFLOP/s, 10 epochs in {450_000 / speed:.1f} s")
+        print(f"speed of the loop relative to the bare one {verdict(ratio, 0.9, at_least=True)}")
 
 
 def torchvision_epoch(root: Path, files: int, size: int, batch_size: int, workers: int) -> Epoch:
@@ -270,6 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts: dict[str, Callable[[], None]] = {
         "startup": print_startup,
         "training": partial(print_training, options.steps),
+        "gpu": partial(print_gpu, options.steps),
         "loader": partial(print_loader, options.rounds, options.photos),
         "growth": partial(print_growth, options.rounds),
         "memory": print_memory,

@@ -20,6 +20,18 @@ def test_every_round_of_growth_and_every_step_of_the_loop_is_timed_with_what_it_
     assert bench.summarise([(1.0, 2.0), (2.0, 3.0), (10.0, 10.0)]) == (2.0, 3.0, 1.5)  # the median of the rounds
 
 
+def test_without_a_gpu_the_gpu_is_not_measured(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench.main(["gpu"])
+    assert capsys.readouterr().out == "gpu: not measured, because torch finds no GPU\n"
+
+
+@pytest.mark.slow
+def test_a_compiled_loop_is_timed_with_a_compiled_step():
+    steps = bench.compare_loops({"name": "resnet", "blocks": 1, "width": 0.1}, batch_size=4, steps=6, compile=True)
+    assert len(steps) == 3 and all(seconds > 0 for pair in steps for seconds in pair)
+
+
 def test_memory_is_that_of_the_work_alone():
     kept = []
     assert 60 < bench.peak_memory(lambda: kept.append(torch.ones(2**24))) < 80  # 64 MiB
@@ -43,7 +55,7 @@ def test_a_bar_is_met_or_not():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["grwth"], "there is no part grwth: there are startup, training, loader, growth, memory"),
+        (["grwth"], "there is no part grwth: there are startup, training, gpu, loader, growth, memory"),
         (["loader", "--photos", "/nowhere"], "/nowhere has no folder train: --photos takes a folder with train/CLASS"),
     ],
 )
