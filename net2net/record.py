@@ -6,6 +6,7 @@ JSON, read in any language, and replayed on the same two networks.
 
 import base64
 import json
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ class Origin:
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Record:
     """Where every tensor of a student comes from, and how far the student is from its teacher."""
 
@@ -138,6 +139,39 @@ class Record:
             f"identities, {count[How.SILENT]} of silent branches, {count[How.FRESH]} fresh"
         )
         return f"{text}; {self.measured}" if self.measured else text
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
+
+    def table(self) -> str:
+        """Return a text with a line for each layer: its largest tensor's shape before and after, and how it was made.
+
+        Example:
+            >>> print(net2net.transfer(nn.Linear(3, 4), nn.Linear(3, 4), torch.randn(2, 3)).table())
+            layer  before  after  how
+                   4 x 3   4 x 3  as it was
+        """
+        largest: dict[str, str] = {}
+        for name in self.origins:
+            layer = name.rpartition(".")[0]
+            if layer not in largest or math.prod(self.shapes[1][largest[layer]]) < math.prod(self.shapes[1][name]):
+                largest[layer] = name
+        rows = [("layer", "before", "after", "how"), *(self._row(*pair) for pair in largest.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def _row(self, layer: str, name: str) -> tuple[str, str, str, str]:
+        origin, (theirs, mine) = self.origins[name], self.shapes
+        before = theirs[origin.teacher] if origin.teacher else None
+        how = _HOW.get(origin.how) or ("as it was" if before == mine[name] else "grown")
+        return layer, _format_shape(before), _format_shape(mine[name]), how
+
+
+_HOW = {How.IDENTITY: "new: passes its units on", How.SILENT: "new: adds nothing yet", How.FRESH: "new: random"}
+
+
+def _format_shape(shape: tuple[int, ...] | None) -> str:
+    return "–" if shape is None else " x ".join(map(str, shape)) or "1"
 
 
 def save_record(record: Record, path: str | Path) -> None:

@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from .record import Record, read_record
 from .tensors import named_tensors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Transfer(Record):
     """The record of a growth together with its two networks."""
 
     # None for a record that was loaded, copied or unpickled. The references are weak because a grown network holds its
     # record: they would drag the teacher into every copy of the student, and keep it in memory as long as that lives.
-    models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = field(default=None, repr=False)
+    models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "models": None}  # a weak reference can be neither copied nor pickled

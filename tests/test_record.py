@@ -51,6 +51,14 @@ CASES: dict[str, tuple[Callable, Callable, Callable, dict]] = {
 }
 
 
+TABLE = """\
+layer    before         after          how
+conv0    3 x 3 x 3 x 3  7 x 3 x 3 x 3  grown
+norm0    3              7              grown
+conv0_1  –              7 x 7 x 3 x 3  new: passes its units on
+"""
+
+
 def grow(name: str, split: str = "equal", **options):
     make, larger, inputs, own = CASES[name]
     teacher, student = trained(make(), larger())
@@ -58,6 +66,15 @@ def grow(name: str, split: str = "equal", **options):
     fresh, x = copy.deepcopy(student), inputs()
     record = transfer(teacher, student, x, split=split, generator=generator, **own, **options)
     return teacher, student, fresh, record, x
+
+
+def test_a_record_is_shown_in_one_line_and_its_layers_in_a_table() -> None:
+    record = grow("deeper")[3]
+    assert record.table().startswith(TABLE) and record.table().endswith(
+        "\nfc       5 x 24         5 x 54         grown"
+    )
+    assert repr(record) == f"<Transfer: {record}>" and "\n" not in repr(record)
+    assert transfer(nn.Linear(3, 4), nn.Linear(3, 4), rows()).table().endswith("4 x 3   4 x 3  as it was")
 
 
 def same(a: Transfer, b: Transfer) -> bool:
