@@ -27,6 +27,7 @@ from rich.console import Console
 from . import sweep, wandb_log
 from .config import CONFIGS, Config, ExperimentError, check, flatten, nearest, shorten
 from .signals import Interrupted
+from .words import check_words, list_choices, quote_values
 
 KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # errors that the user can put right
 LAUNCHER_ERRORS = {  # errors of the launchers, which are installed only where they are used, by the name of the class
@@ -62,10 +63,16 @@ class JobFailed(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run the command line and return its exit status: 0, 1 for an error, 2 for a wrong command, 128 + a signal."""
+    _reported.clear()
+    try:
+        check_words(arguments)
+    except ExperimentError as error:
+        report(explain(error))
+        return 2
     status = answer(arguments)
     if status is not None:
         return status
-    _prepare(arguments)
+    _prepare(quote_values(arguments))
     try:
         check_launcher(arguments)
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)()
@@ -117,7 +124,6 @@ def list_experiments() -> str:
 
 def _prepare(arguments: list[str]) -> None:
     """Set up Hydra's surroundings: its arguments, its schema, and the path of processes that a launcher starts."""
-    _reported.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors arrive here as they are
     path = [str(CONFIGS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
@@ -181,13 +187,15 @@ def run_job(composed: DictConfig) -> None:
 def make_configs(composed: DictConfig, overrides: Iterable[str]) -> list[Config]:
     """Return the configurations that a command runs, one for each case; `overrides` are the settings that it names."""
     configs: list[Config] = []
-    known = set(_list_keys())
+    known, overrides = set(_list_keys()), list(overrides)
     for resolved in sweep.resolve_cases(composed, overrides):
         for key in flatten(OmegaConf.to_container(resolved)):  # type: ignore[arg-type]
             if key.partition(".")[0] not in FREE and key not in known:  # added with +, or by a case
-                raise ExperimentError(f"There is no setting {key!r}{_nearest_key(key)}. `--cfg job` shows them all.")
+                raise ExperimentError(_describe_unknown(key))
         config = OmegaConf.to_object(resolved)
         assert isinstance(config, Config)
+        if (scale := f"scale={config.scale}") not in overrides and any(o.startswith("scale=") for o in overrides):
+            raise ExperimentError(f"{config.experiment} has one size on every machine, {scale}: leave scale= out.")
         check(config)
         configs.append(shorten(config))
     return configs
@@ -251,16 +259,32 @@ def explain(error: Exception) -> str:
     text = " ".join(line.strip() for line in lines if line.strip() and "reference_type" not in line)
     if option := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):  # Hydra adds its search path
         group, name = option.groups()
-        choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        choices = list_choices(group)
         return f"There is no {group} {name!r}{nearest(name, choices)}. There are {', '.join(choices)}."
     unknown = re.search(r"(?:override|Key|find) '([^']+)'", text)
-    return text + (_nearest_key(unknown[1]) if unknown else "")
+    if unknown and unknown[1].partition(".")[0] in FREE:
+        hint = nearest(unknown[1].rpartition(".")[2], _list_siblings(error))
+        return f"The experiment sets no {unknown[1]}{hint}. To set it all the same, write +{unknown[1]}=VALUE."
+    if unknown:
+        return _describe_unknown(unknown[1])
+    return text
+
+
+def _describe_unknown(key: str) -> str:
+    return f"There is no setting {key!r}{_nearest_key(key)}. `--cfg job` shows them all."
+
+
+def _list_siblings(error: BaseException | None) -> list[str]:
+    """Return the keys beside the one that OmegaConf did not find."""
+    while error is not None:
+        if (node := getattr(error, "parent_node", None)) is not None:
+            return [str(key) for key in node]
+        error = error.__cause__
+    return []
 
 
 def _nearest_key(key: str) -> str:
     """A hint at the setting, or at the option of a group, that an unknown name resembles most."""
-    if key.partition(".")[0] in FREE:
-        return ""
     same = [known for known in _list_keys() if known.rpartition(".")[2] == key.rpartition(".")[2]]
     return nearest(key, same or _list_keys()) or f" (did you mean {same[0]!r}?)" * bool(same)
 

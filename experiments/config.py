@@ -154,7 +154,7 @@ def steps(duration: str, steps_per_epoch: int, total: int | None = None) -> int:
     """Return the number of steps in a duration: a number followed by ep (epochs), it (steps) or % (of `total`)."""
     match = _DURATION.match(str(duration).strip())
     if match is None:
-        raise ExperimentError(f"The duration {duration!r} has no unit: write epochs as 5ep, steps as 500it.")
+        raise ExperimentError(f"{duration!r} is no duration: write epochs as 5ep, steps as 500it.")
     number, unit = match.groups()
     if unit == "%" and total is None:
         raise ExperimentError(f"The duration {duration!r} is a share: write 5ep or 500it.")
@@ -290,9 +290,11 @@ def _reading_order(label: str) -> tuple[bool, bool, str, int, str]:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a hint at the most similar of `words`, or an empty string."""
-    close = get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    """Return a hint at the `words` that contain the word, or at the most similar one, or an empty string."""
+    known = list(words)
+    close = [one for one in known if word in one][:3] if len(word) > 2 else []
+    close = close or get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -88,6 +88,9 @@ def _prepare(config: Config, console: Console) -> Run:
     if device.type == "cpu":  # batches are in the memory of the host
         keep_freed_memory()
     ranks.on_first(lambda: files.writable(Path(config.runs), "choose another with runs=FOLDER"))
+    with torch.device("meta"):  # a wrong argument is found before the images are read, which may take long
+        for student in (None, *config.students):
+            start.make_network(config, student, classes=10, channels=3)
     splits = ranks.first_then_others(lambda: load(config.data))
     if config.limit is not None:
         splits = splits.thin(config.limit)

@@ -1,6 +1,7 @@
 """Networks by name: the paper's Inception, three others for CIFAR, and torchvision's classifiers."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,11 +31,17 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
         ExperimentError: The name or an argument is unknown, or the constructor refuses the arguments.
     """
     arguments = dict(spec)
+    for key in ("width", "slim"):
+        if not 0 < float(arguments.get(key, 1.0)) < math.inf:
+            raise ExperimentError(f"{key}={arguments[key]} multiplies channels: it has to be above 0.")
     name = arguments.pop("name", "inception")
     if name in OURS:
         constructor, arguments = OURS[name], arguments | {"classes": classes, "channels": channels}
     elif name not in (known := models.list_models(module=models)):
-        raise ExperimentError(f"There is no network {name!r}{nearest(name, [*OURS, *known])}.")
+        raise ExperimentError(
+            f"There is no network {name!r}{nearest(name, [*OURS, *known])}. There are {', '.join(OURS)}, and the "
+            "classifiers of torchvision by their names there."
+        )
     elif channels != 3:
         raise ExperimentError(f"The torchvision network {name} reads 3 channels, the images have {channels}.")
     else:

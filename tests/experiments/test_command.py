@@ -9,10 +9,12 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from loops import error_of
 
 from experiments.config import Config, ExperimentError, check, steps
 from experiments.signals import Interrupted
+from experiments.words import check_words, quote_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +24,11 @@ TYPOS = [  # what is typed, what is answered
     ("schedule.epoch=3ep", "(did you mean 'schedule.epochs'?)"),
     ("lr=1", "(did you mean 'schedule.lr'?)"),
     ("+data.sise=8", "There is no setting 'data.sise' (did you mean 'data.size'?)"),
-    ("model.widht=2", "To append to your config use +model.widht=2"),
+    ("model.widht=2", "The experiment sets no model.widht. To set it all the same, write +model.widht=VALUE."),
+    ("rates.net2nt=3", "The experiment sets no rates.net2nt (did you mean 'net2net'?). To set it"),
+    ("students.wider.widt=2", "The experiment sets no students.wider.widt (did you mean 'width'?). To set it"),
+    ("teacher.width=-0.5", "width=-0.5 multiplies channels: it has to be above 0."),
+    ("scale=gpu", "quickstart has one size on every machine, scale=quickstart: leave scale= out."),
     ("+model.widht=2", "The network plain has no argument 'widht' (did you mean 'width'?"),
     ("model.name=inceptin", "There is no network 'inceptin' (did you mean 'inception'?"),
     ("arms=net2ne", "arms: there is no 'net2ne' (did you mean 'net2net'?"),
@@ -43,9 +49,9 @@ def test_a_wrong_word_is_answered_in_one_sentence(train_py, tmp_path, capsys, ty
 
 WRONG: dict[str, tuple[Any, str]] = {  # setting -> a value that no run can have, and the answer
     "target": ("random", "target: there is no 'random' (did you mean 'random_"),
-    "schedule.decay": ("cosine", "The duration 'cosine' has no unit: write epochs as 5ep, steps as 500it."),
+    "schedule.decay": ("cosine", "'cosine' is no duration: write epochs as 5ep, steps as 500it."),
     "precision": ("float16", "precision: there is no 'float16' (did you mean 'bfloat16'?"),
-    "schedule.epochs": ("3", "The duration '3' has no unit: write epochs as 5ep, steps as 500it."),
+    "schedule.epochs": ("3", "'3' is no duration: write epochs as 5ep, steps as 500it."),
     "arms": ([], "arms is empty"),
     "students": ({}, "names no students"),
     "students.wider": (3, "students.wider=3 is no network"),
@@ -56,7 +62,7 @@ WRONG: dict[str, tuple[Any, str]] = {  # setting -> a value that no run can have
     "schedule.weight_decay": (float("nan"), "schedule.weight_decay is nan"),
     "schedule.teacher_epochs": ("0it", "schedule.teacher_epochs is 0it"),
     "schedule.first_epochs": ("4it", "schedule.first_epochs is set, but no `first` network"),
-    "growth.warmup": ("-1it", "growth.warmup is -1it: The duration '-1it'"),
+    "growth.warmup": ("-1it", "growth.warmup is -1it: '-1it'"),
     "students.a/b": ({}, "The student 'a/b' cannot name a folder of its own"),
     "data.holdout": (1.0, "data.holdout is 1.0: choose a share between 0 and 1"),
 }
@@ -83,6 +89,33 @@ def test_a_value_that_no_run_can_have_is_refused(key):
 )
 def test_durations(duration, expected):
     assert steps(duration, 10) == expected
+
+
+LINES = [  # what is typed, and the line to type instead
+    ("experiment=quickstart,baseline", "-m experiment=quickstart,baseline"),
+    ("experiment=quickstart seed=0,1", "-m experiment=quickstart seed=0,1"),
+    ("--experiment quickstart seed=1", "experiment=quickstart seed=1"),
+    ("experiment=quickstart --seed=1", "experiment=quickstart seed=1"),
+    ("quickstart seed=1", "experiment=quickstart seed=1"),
+]
+
+
+@pytest.mark.parametrize(("typed", "line"), LINES)
+def test_words_that_mean_a_setting_get_the_line_to_type(typed, line):
+    with pytest.raises(ExperimentError) as error:
+        check_words(typed.split())
+    assert str(error.value).endswith(f": python train.py {line}")
+    check_words(line.split())
+    check_words(["-m", "experiment=quickstart", "arms=[net2net,random_pad]", "--cfg", "job"])
+
+
+def test_values_that_hydra_cannot_read_are_quoted(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a")
+    words = ["runs=~/x", "runs=/a/lr=1", "runs=a#b's", "seed=0,1", "arms=[a,b]", "+model.width=2", "runs='~'", "-m"]
+    quoted = ["runs='/home/a/x'", "runs='/a/lr=1'", "runs='a#b\\'s'", *words[3:]]
+    assert quote_values(words) == quoted
+    read = OverridesParser.create().parse_overrides(quoted[:3])
+    assert [override.value() for override in read] == ["/home/a/x", "/a/lr=1", "a#b's"]
 
 
 def run_without_torch(*typed: str) -> subprocess.CompletedProcess[str]:
