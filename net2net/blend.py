@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 
-@wrap_torch_function(lambda x, activated, amount: (x, activated, amount))  # the pass sees it as one function
-def blend(x: Tensor, activated: Tensor, amount: Tensor) -> Tensor:
+def _blend(x: Tensor, activated: Tensor, amount: Tensor) -> Tensor:
     """Return x + amount * (activated - x): the identity at 0, the activation at 1."""
     return x + amount * (activated - x)
+
+
+blend = wrap_torch_function(lambda x, activated, amount: (x, activated, amount))(_blend)  # one function for the pass
 
 
 class Blend(nn.Module):
@@ -28,4 +30,8 @@ class Blend(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The blend, elementwise: the shape of `x`."""
-        return blend(x, self.activation(x), self.amount)
+        activated = self.activation(x)
+        if torch.jit.is_scripting():  # pyright: ignore (TorchScript compiles no wrapper, and this branch alone)
+            return _blend(x, activated, self.amount)
+        else:
+            return blend(x, activated, self.amount)

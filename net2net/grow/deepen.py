@@ -1,12 +1,13 @@
 """Make a deeper copy of a network, filled by `transfer`."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blend import Blend
-from ..errors import TransferError
+from ..errors import TransferError, no_other_error
 from ..network import Example, Inputs, unwrap
 from ..trace.graph import Trace
 from ..trace.tracer import trace
@@ -14,6 +15,7 @@ from ..transfer import transfer
 from .shapes import attach_record, copy_network
 
 
+@no_other_error("deepen")
 def deepen(  # noqa: PLR0913 (public signature)
     model: nn.Module,
     example: Example,
@@ -63,27 +65,35 @@ def deepen(  # noqa: PLR0913 (public signature)
     for name in [after] if isinstance(after, str) else after:
         units, dims = _result_of(traced, name)
         new = make(units, dims) if make else nn.Sequential(_layer(units, dims), Blend(activation()))
-        module = deeper.get_submodule(name)
+        module = _last_new(deeper.get_submodule(name))
         reference = next(p for part in (module, deeper) for p in part.parameters() if p.is_floating_point())
-        place = "deeper"
-        while hasattr(module, place):
-            place += "_"
-        module.add_module(place, new.to(reference.device, reference.dtype).train(model.training))
-        if type(module).forward is not nn.Sequential.forward:  # which calls its children by itself
-            module.register_forward_hook(_Deeper(place))
+        if hasattr(module, "deeper"):
+            raise TransferError(f"{name} has a 'deeper' of its own, which is where the new layer would stand.")
+        module.add_module("deeper", new.to(reference.device, reference.dtype).train(model.training))
+        if not _calls_children(module):
+            module.register_forward_hook(_call_deeper)
     record = transfer(model, deeper, example, generator=generator, rename={}, depth=depth, calibrate=calibrate)
     attach_record(deeper, record)
     return deeper
 
 
-class _Deeper:
-    """The hook that sends a module's result through its child. It is a class, so that copies and pickles keep it."""
+def _call_deeper(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Send a module's result through its child: a hook that copies and pickles keep, and that TorchScript compiles."""
+    return module.deeper(output)
 
-    def __init__(self, place: str) -> None:
-        self.place = place
 
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        return module.get_submodule(self.place)(output)
+def _calls_children(module: nn.Module) -> bool:
+    """Tell whether a module calls its children by itself, one after the other."""
+    return type(module).forward is nn.Sequential.forward
+
+
+def _last_new(module: nn.Module) -> nn.Module:
+    """Return the module, or if it was deepened before, the last layer that was put behind it."""
+    while _call_deeper in module._forward_hooks.values() or (
+        _calls_children(module) and [*module._modules][-1:] == ["deeper"]
+    ):
+        module = module.get_submodule("deeper")
+    return module
 
 
 def _result_of(traced: Trace, name: str) -> tuple[int, int]:

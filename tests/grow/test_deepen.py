@@ -143,6 +143,26 @@ def test_a_sequential_with_a_forward_pass_of_its_own_calls_the_new_layer() -> No
     assert grown.get_parameter("0.deeper.1.amount").grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("after", [["1"], ["0"], ["1", "1"]])
+def test_a_deeper_network_is_scripted(after: list[str]) -> None:
+    model = look_trained(nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 2)))
+    grown = assert_deeper(model, images, after, activation=nn.GELU)
+    nn.init.constant_(next(p for name, p in grown.named_parameters() if "amount" in name), 0.3)
+    x = images()
+    assert torch.equal(torch.jit.script(grown)(x), grown(x))
+
+
+def test_a_layer_behind_the_last_new_one() -> None:
+    model = trained()
+    grown = deepen(deepen(model, images(), ["0", "1.a"]), images(), ["0", "1.a"])
+    assert {"0.deeper.deeper.0", "1.a.deeper.deeper.0"} < {name for name, _ in grown.named_modules()}
+    assert_same(model, grown, images(), bar=1e-10)
+    own = Net({"deeper": nn.Linear(3, 4)}, lambda net, x: net.deeper(x))
+    with refused("own has a 'deeper' of its own", own):
+        deepen(Net({"own": own, "fc": nn.Linear(4, 2)}, lambda net, x: net.fc(net.own(x))), rows(), "own")
+
+
 def test_a_new_layer_has_the_dtype_of_the_layer_before_it() -> None:
     net = Net({"a": nn.Linear(3, 4).float(), "b": nn.Linear(4, 4)}, lambda net, x: net.b(net.a(x.float()).double()))
     grown = assert_deeper(net, rows, ["b"])
