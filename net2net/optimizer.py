@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import TransferError
-from .fill.gather import entrywise, gather
+from .fill.gather import entrywise, gather, row_factors
 from .network import unwrap
 from .record import NEW, How, Origin, Record
 from .tensors import merge_groups, named_tensors
@@ -78,7 +78,7 @@ def _carry(source: Tensor, target: Tensor, origin: Origin, power: int, first_onl
             value = value * entrywise(axis, value, dim, axis.first).to(value)
     value = value / origin.factor**power
     if origin.rows is not None:
-        value = value / origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1)) ** power
+        value = value / row_factors(value, origin) ** power
     return value.reshape(shape)
 
 

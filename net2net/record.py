@@ -107,7 +107,7 @@ class Origin:
     fill: Fill = Fill.OWN  #: what it holds if the teacher lacks it
     of: tuple[str, float] = ("", 0.0)  #: for the fills MEAN and DEVIATION the name of the statistic, and the norm's eps
     factor: float = 1.0  #: multiplies the whole tensor
-    rows: Tensor | None = None  #: multiplies each entry of the first axis, float64
+    rows: Tensor | None = None  #: multiplies each entry of the axis that produces units, float64
     turn: int | None = None  #: the seed of a random rotation of the units between this layer and the next
     tied: bool = False  #: it is an embedding that a layer reads, too, or takes the shares of one
     merged: tuple[int, int] = (1, 1)  #: (groups, times): `times` groups of the teacher's make one, with zeros between

@@ -46,7 +46,53 @@ def rectified_otherwise() -> nn.Module:
     return nn.Sequential(conv(4, 4), nn.Threshold(0.0, 0.0))
 
 
+class Matrix(nn.Module):
+    """A layer whose weight is (units read, units produced), with its bias added in one call or by itself."""
+
+    def __init__(self, reads: int, produces: int, together: bool) -> None:
+        super().__init__()
+        self.together = together
+        self.weight, self.bias = nn.Parameter(torch.randn(reads, produces)), nn.Parameter(torch.randn(produces))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight) if self.together else x @ self.weight + self.bias
+
+
+def of_matrices(branches: int, layers: int, together: bool = True, n: int = 4) -> Net:
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x.mean((2, 3))))
+        for layer in net.layers:
+            x = F.relu(layer(x))
+        for up, down in zip(net.up, net.down, strict=True):
+            x = x + net.gain * down(F.gelu(up(x)))
+        return net.fc(x)
+
+    parts = {"a": nn.Linear(3, n), "gain": nn.Parameter(torch.randn(n)), "fc": nn.Linear(n, 5)}
+    parts["layers"] = nn.ModuleList(Matrix(n, n, together) for _ in range(layers))
+    parts["up"] = nn.ModuleList(Matrix(n, 2 * n, together) for _ in range(branches))
+    return Net(parts | {"down": nn.ModuleList(Matrix(2 * n, n, together) for _ in range(branches))}, how)
+
+
+def shifted(branches: int) -> Net:
+    """Branches that end in numbers which are added to each unit, before a factor and by a depthwise layer."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.stem(x))
+        for mix, before, factor, depthwise in zip(net.mix, net.before, net.factor, net.depthwise, strict=True):
+            x = x + depthwise((mix(x) + before) * factor)
+        return net.fc(x.mean((2, 3)))
+
+    parts = {"stem": conv(3, 4), "mix": nn.ModuleList(conv(4, 4) for _ in range(branches)), "fc": nn.Linear(4, 3)}
+    parts["depthwise"] = nn.ModuleList(conv(4, 4, groups=4, bias=True) for _ in range(branches))
+    numbers = {each: [torch.randn(4, 1, 1) for _ in range(branches)] for each in ("before", "factor")}
+    return Net(parts | {each: nn.ParameterList(tensors) for each, tensors in numbers.items()}, how)
+
+
 DEEPER = {
+    "blocks of addmm": (lambda: of_matrices(1, 1), lambda: of_matrices(2, 3)),
+    "blocks of addmm, wider": (lambda: of_matrices(1, 1), lambda: of_matrices(2, 2, n=7)),
+    "blocks of matmul": (lambda: of_matrices(1, 1, False), lambda: of_matrices(3, 2, False)),
+    "numbers added at the end of a branch": (lambda: shifted(1), lambda: shifted(3)),
     "one layer": (lambda: chain(3, 4), lambda: chain(3, 4, new=1)),
     "several layers": (lambda: chain(3, 4), lambda: chain(3, 4, new=3)),
     "wider and deeper": (lambda: chain(3, 4), lambda: chain(10, 13, new=2)),

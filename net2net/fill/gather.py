@@ -129,10 +129,15 @@ def _add_paired_noise(
 
 
 def scale_rows(value: Tensor, origin: Origin, source: Tensor) -> Tensor:
-    """Multiply each entry of the first axis by its number in `origin.rows`, if there are any."""
-    if origin.rows is None:
-        return value
-    return multiply(value, origin.rows.to(value).reshape(-1, *[1] * (value.dim() - 1)), source)
+    """Multiply each entry of the axis that produces units by its number in `origin.rows`, if there are any."""
+    return value if origin.rows is None else multiply(value, row_factors(value, origin), source)
+
+
+def row_factors(value: Tensor, origin: Origin) -> Tensor:
+    """Return `origin.rows` in a shape that broadcasts against a tensor of this origin."""
+    assert origin.rows is not None
+    produced = next((dim for dim, axis in origin.axes.items() if not axis.reads), 0)
+    return origin.rows.to(value).reshape([-1 if dim == produced else 1 for dim in range(value.dim())])
 
 
 def multiply(value: Tensor, factor: Tensor | float, source: Tensor) -> Tensor:

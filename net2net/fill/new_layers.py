@@ -33,13 +33,15 @@ def fill_new(
         target.copy_(scale_rows(target, origin, target))
     elif origin.fill == Fill.PASS:
         # 1 at the centre tap where the unit read is the unit produced. Units that the teacher lacks are read with 0.
-        produced, read = origin.axes[0].index, origin.axes[1]
+        (reading,) = (dim for dim, axis in origin.axes.items() if axis.reads)
+        produced, read = origin.axes[1 - reading].index, origin.axes[reading]
         rows = read.index.reshape(read.groups, -1).repeat_interleave(len(produced) // read.groups, 0)
+        passes = (produced[:, None] == rows) & (rows >= 0)
         weight = torch.zeros_like(target)
-        weight[_centre(target)] = ((produced[:, None] == rows) & (rows >= 0)).to(weight)
-        weight = weight * shares(origin.axes[1], weight, 1, draws, split) * origin.factor
+        weight[_centre(target)] = (passes if reading == 1 else passes.T).to(weight)
+        weight = weight * shares(read, weight, reading, draws, split) * origin.factor
         weight = scale_rows(weight, origin, weight)
-        target.copy_(weight if origin.turn is None else rotate(weight, 0, origin.turn))
+        target.copy_(weight if origin.turn is None else rotate(weight, 1 - reading, origin.turn))
 
 
 def _centre(weight: Tensor) -> tuple[int | slice, ...]:

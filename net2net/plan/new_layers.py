@@ -70,7 +70,7 @@ def new_origins(plan: Plan) -> dict[str, Origin]:
     made = {}
     for name in plan.roles.silent:
         for role, tensor in plan.student.layers[name].tensors.items():
-            if role in ("weight", "bias"):
+            if role in ("weight", "bias", "shift"):
                 made[tensor] = Origin(How.SILENT, fill=Fill.ZERO)
     for name in plan.roles.identity:
         layer = plan.student.layers[name]

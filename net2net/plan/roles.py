@@ -22,7 +22,7 @@ class Roles:
     """The student's layers that the teacher lacks, by what they become."""
 
     identity: frozenset[str]  # they pass their units through (paper, section 3.4)
-    silent: frozenset[str]  # they end a branch that must add nothing to its stream
+    silent: frozenset[str]  # they end a branch that must add nothing to its stream, or add a number behind such an end
     fresh: frozenset[str]  # what reads them does so with zero weights only
 
 
@@ -40,6 +40,7 @@ class _New:
                 self.layers[name] = layer
         # Those that read units and produce new ones.
         self.mixers = {name for name, layer in self.layers.items() if layer.kind == LayerKind.MIX}
+        self.shifts = {name for name, layer in self.layers.items() if "shift" in layer.tensors}
 
     def old_sources(self, layer: Layer) -> set[str]:
         """Return the teacher's names of what `layer` reads, new layers apart."""
@@ -69,11 +70,13 @@ def assign_roles(teacher: Trace, student: Trace, units: Units, names: Names, pas
     # A norm is an identity if it lies on the way of units that a reader needs, not if it sees a silent branch alone.
     for reader in [*new.readers, *(new.layers[name] for name in identity)]:
         for name in reader.norms_since & new.layers.keys():
-            if new.layers[name].sources - (new.mixers - identity):
+            if new.layers[name].sources - (new.mixers - identity) - new.shifts:
                 identity.add(name)
     carried = _units_of((x for x in student.mixers if x.name not in new.layers or x.name in identity), units)
     idle = new.mixers - identity
-    silent = {_branch_end(new, name) for name in idle if carried & _units_of([new.layers[name]], units)}
+    ends = {name for name in idle if carried & _units_of([new.layers[name]], units)}
+    silent = {_branch_end(new, name) for name in ends}
+    silent |= {name for name in new.shifts - identity if new.layers[name].sources & ends}  # or they would add to zero
     return Roles(frozenset(identity), frozenset(silent), frozenset(new.layers.keys() - identity - silent))
 
 

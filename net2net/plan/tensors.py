@@ -98,7 +98,7 @@ def shared_origin(plan: Plan, name: str) -> Origin:
         units, source = student.axis_labels(name, dim), teacher.axis_labels(theirs, dim)
         if units is not None and source is not None:
             axes[dim], scaled = unit_axis(plan, name, (units, source), dim, student.read_axis.get(name) == dim)
-            rows = scaled if dim == 0 else rows
+            rows = rows if scaled is None else scaled
         elif units is not None or source is not None:
             raise used_differently(f"axis {dim} of {name}")
         elif (axis := _other_axis(plan, name, theirs, dim)) is not None:
@@ -155,10 +155,11 @@ def new_origin(plan: Plan, name: str, new: dict[str, Origin]) -> Origin:
             return new[name]
         assert layer.produces is not None and layer.reads is not None
         _, groups = plan.student.parameters.inner.get(layer.name, (None, 1))
+        dim = plan.student.parameters.read_axis[layer.name]
         producing = make_axis(passed_entries(plan, layer.produces), False)
         reading = reading_axis(plan, passed_entries(plan, layer.reads), plan.student_roots[layer.reads], groups)
         state = {"factor": _slope_factor(plan, layer), "rows": _row_signs(plan, layer.name, layer.produces)}
-        return Origin(How.IDENTITY, axes={0: producing, 1: reading}, fill=Fill.PASS, **state)
+        return Origin(How.IDENTITY, axes={1 - dim: producing, dim: reading}, fill=Fill.PASS, **state)
     for each in plan.student.layers.values():  # a bias that only the student has, on a layer of both
         if name in (each.tensors.get("bias"), each.tensors.get("shift")) and each.name not in plan.roles.fresh:
             return Origin(How.IDENTITY, fill=Fill.ZERO)
