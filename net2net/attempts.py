@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .errors import TransferError
+from .errors import TransferError, no_other_error
 from .plan.names import Rename, Unpaired, candidates
 from .record import Record
 
@@ -42,7 +42,8 @@ def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt]
     state, refusals = generator.get_state(), []
     for attempt in attempts:
         try:
-            return grow(attempt)
+            with no_other_error("An attempt"):
+                return grow(attempt)
         except TransferError as error:
             refusals.append(error)
             generator.set_state(state)
@@ -65,14 +66,14 @@ def _order(refusals: list[TransferError], attempts: list[Attempt]) -> list[Trans
 
 @contextmanager
 def restore_on_refusal(student: nn.Module, record: Record) -> Iterator[None]:
-    """Put the student back as it was if the block, which fills it by `record`, raises TransferError."""
+    """Put the student back as it was if the block, which fills it by `record`, raises an error."""
     # The copy is in main memory: an accelerator may have no room for it.
     tensors = [*student.parameters(), *student.buffers()]
     held = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     eps = [(module, module.eps) for module in map(student.get_submodule, record.eps)]
     try:
         yield
-    except TransferError:
+    except Exception:
         with torch.no_grad():
             for tensor, value in zip(tensors, held, strict=True):
                 tensor.copy_(value)

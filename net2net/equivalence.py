@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .errors import TransferError
+from .errors import TransferError, no_other_error
 from .network import Example, Inputs, run, tensors_in, unwrap
 from .rounding import disturbed_runs
 
@@ -29,6 +29,7 @@ class Equivalence:
         )
 
 
+@no_other_error("equivalence")
 def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode: str = "eval") -> Equivalence:
     """Measure |teacher - student|, in the precision of their weights: `torch.autocast` around the call is off.
 

@@ -1,6 +1,9 @@
 """The one error that this package raises on purpose."""
 
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class TransferError(Exception):
@@ -24,6 +27,24 @@ class TransferError(Exception):
     def __init__(self, message: str, reasons: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.reasons = tuple(dict.fromkeys((message, *reasons)))
+
+
+@contextmanager
+def no_other_error(doing: str) -> Iterator[None]:
+    """Turn every other exception into a TransferError that says where in this package it was raised, `doing` what."""
+    try:
+        yield
+    except TransferError:
+        raise
+    except Exception as error:
+        package = Path(__file__).parent
+        frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        file, line = [frame for frame in frames if package in frame[0].parents][-1]
+        at = f"{file.relative_to(package.parent)}, line {line}"
+        raise TransferError(
+            f"{doing} stopped at {at}: {type(error).__name__}: {error}. That is a fault of net2net, unless a function "
+            "that you passed in raises it: please report it."
+        ) from error
 
 
 def used_differently(name: str) -> TransferError:

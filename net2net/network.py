@@ -102,9 +102,13 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _map(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_map(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return like(value, [_map(item, change) for item in value])
     return value
+
+
+def like(value: Any, items: list[Any]) -> Any:
+    """Return `items` as a list or tuple of the type of `value`, which may be a named tuple."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -163,7 +167,8 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         raise
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs.tensors)
-        raise TransferError(f"The forward pass of {type(model).__name__} on inputs {shapes} fails: {error}") from error
+        what = f"The forward pass of {type(model).__name__} on inputs {shapes} fails"
+        raise TransferError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:

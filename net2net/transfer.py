@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .attempts import Attempt, first_that_serves, list_attempts, restore_on_refusal
 from .equivalence import assert_equivalent
-from .errors import TransferError
+from .errors import TransferError, no_other_error
 from .fill.fill import SPLITS, add_noise, fill
 from .fill.new_layers import calibrate as measure_norms
 from .network import Example, Inputs, unwrap
@@ -83,6 +83,7 @@ def load_record(path: str | Path) -> Transfer:
     return Transfer(**vars(read_record(path)))
 
 
+@no_other_error("transfer")
 def transfer(  # noqa: PLR0913 (public signature)
     teacher: nn.Module,
     student: nn.Module,
@@ -152,6 +153,7 @@ def transfer(  # noqa: PLR0913 (public signature)
     return Transfer(**vars(record)).of(teacher, student)
 
 
+@no_other_error("random_pad")
 def random_pad(
     teacher: nn.Module,
     student: nn.Module,
@@ -190,6 +192,7 @@ def random_pad(
     return Transfer(**vars(record)).of(teacher, student)
 
 
+@no_other_error("replay")
 def replay(record: Record, teacher: nn.Module, student: nn.Module) -> None:
     """Fill `student` in place from `teacher` as a record says.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import no_other_error
 from ..network import Example, Inputs, unwrap
 from ..trace.facts import Layer, NormKind
 from ..trace.graph import Trace
@@ -63,6 +64,7 @@ def _list_some(names: tuple[str, ...], most: int = 3) -> str:
     return f"{shown} +{len(names) - most}" if len(names) > most else shown
 
 
+@no_other_error("describe")
 def describe(model: nn.Module, example: Example) -> Description:
     """Return the groups of units that only grow together, found in one forward pass.
 

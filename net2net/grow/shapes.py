@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import TransferError
-from ..network import Inputs, run
+from ..network import Inputs, like, run
 from ..record import Record
 from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.graph import Trace
@@ -193,11 +193,12 @@ def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
             continue
         own = not type(module).__module__.startswith("torch.")
         for key, value in vars(module).items():
-            new = value
             if isinstance(value, (list, tuple)) and all(type(number) is int for number in value):
-                new = type(value)(_follow(number, sizes[name]) for number in value)
+                new = like(value, [_follow(number, sizes[name]) for number in value])
             elif type(value) is int:
                 new = _follow(value, sizes[name])
+            else:
+                continue
             if new != value:
                 changes[(type(module), key, str(value)) if own else type(module)].append((module, key, value, new))
                 vars(module)[key] = new

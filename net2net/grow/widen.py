@@ -8,7 +8,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from ..errors import TransferError
+from ..errors import TransferError, no_other_error
 from ..network import Example, Inputs, run, unwrap
 from ..trace.graph import Trace
 from ..trace.tracer import trace
@@ -20,6 +20,7 @@ Widths = float | Mapping[str, float | int]
 Factors = dict[int, float]  # by what factor each group of units grows, by its number
 
 
+@no_other_error("widen")
 def widen(
     model: nn.Module,
     example: Example,

@@ -16,11 +16,11 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from ..errors import TransferError
-from ..network import Inputs, call, in_mode, tensors_in
+from ..network import Inputs, in_mode, run, tensors_in
 from ..tensors import parametrised
 from .facts import Call, Key, Labels, Layer, LayerKind
 from .graph import PLAIN, SeenAs, Trace
-from .rules.registry import REWRITES, apply, function_name
+from .rules.registry import REWRITES, Rewrite, apply, describe_crash, function_name, pin_operands, put_in_order
 
 
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
@@ -64,6 +64,7 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self.trace = result
         self.modules = [""]  # the modules that are running, the innermost last
+        self.last = ""  # the function that was called last, and where
 
     def enter(self, name: str, *_: Any) -> None:
         self.modules.append(name)
@@ -75,21 +76,39 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        out = func(*args, **kwargs)
         name = function_name(func)
+        self.last = f"{name} in {self.modules[-1] or 'the network'}"
+        given = self._before_in_place(name, args)
+        out = func(*args, **kwargs)
+        call = Call(name, func, *put_in_order(func, name, given, kwargs), out, self.modules[-1])
         rewrite = REWRITES.get(name)
-        if rewrite is not None and any(map(self.trace.follows, tensors_in([*args, *kwargs.values()]))):
-            with self:
-                rewritten = rewrite(*args, **kwargs)
-            if rewritten is not NotImplemented:
-                for result, same in zip(tensors_in(out), tensors_in(rewritten), strict=False):
-                    if (labels := self.trace.labels(same)) is not None:
-                        self.trace.label(result, labels)
-                return out
-        if not args:  # the rules find the first argument by its position
-            args = tuple(kwargs.pop(key) for key in ("input", "tensors", "self") if key in kwargs)
-        apply(self.trace, Call(name, func, args, kwargs, out, self.modules[-1]))
+        if rewrite is None or not any(map(self.trace.follows, call.tensors)) or not self._rewrite(call, rewrite):
+            apply(self.trace, call)
         return out
+
+    def _before_in_place(self, name: str, args: tuple) -> tuple:
+        """Return the arguments of a call, with a copy of a constant that the call will overwrite."""
+        in_place = name.endswith("_") and (name.startswith("__i") or not name.endswith("__"))
+        if in_place and isinstance(args[0], Tensor) and not self.trace.follows(args[0]):
+            return (args[0].detach().clone(), *args[1:])
+        return args
+
+    def _rewrite(self, call: Call, rewrite: Rewrite) -> bool:
+        """Label the results of a call as those of the functions it is rewritten in; tell whether it could be."""
+        try:
+            with self:
+                rewritten = rewrite(*call.args, **call.kwargs)
+        except TransferError:
+            raise
+        except Exception as error:
+            pin_operands(self.trace, call, describe_crash(rewrite, call, error))
+            return True
+        if rewritten is NotImplemented:
+            return False
+        for result, same in zip(call.results, tensors_in(rewritten), strict=False):
+            if (labels := self.trace.labels(same)) is not None:
+                self.trace.label(result, labels)
+        return True
 
 
 def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> Any:
@@ -101,13 +120,23 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
             enter, leave = partial(mode.enter, name), partial(mode.leave, name)
             hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
             hooks.enter_context(module.register_forward_hook(leave, always_call=True))
+        given = inputs
         inputs = inputs.map(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled
         for position, x in enumerate(inputs.tensors):
             if x.is_floating_point() or x.is_complex():
                 units = result.units.fresh(1, Key(f"input {position}")).expand(x.shape)
                 result.label(x, Labels(units, frozenset({"input"})))
-        with mode:
-            output = call(model, inputs)
+        try:
+            with mode:
+                output = model(*inputs.args, **inputs.kwargs)
+        except TransferError:
+            raise
+        except Exception as error:
+            run(model, given, training)  # raises the true error if the network fails by itself
+            raise TransferError(
+                f"{type(model).__name__} runs, but not while its calls are followed: {mode.last or 'it'} fails with "
+                f"{type(error).__name__}: {error}."
+            ) from error
     for position, tensor in enumerate(tensors_in(output)):
         if (labels := result.labels(tensor)) is not None:
             result.units.pin(labels.units, "it is the network's output")

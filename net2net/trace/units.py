@@ -180,9 +180,8 @@ class Units:
         """Return the same labels with length 1 on every axis that only repeats them."""
         units = compact(units)
         for dim, size in enumerate(units.shape):
-            first = units.narrow(dim, 0, 1)
-            if size > 1 and torch.equal(self.find(units), self.find(first).expand_as(units)):
-                units = first
+            if size > 1 and torch.equal(self.find(units), self.find(units.narrow(dim, 0, 1)).expand_as(units)):
+                units = units.narrow(dim, 0, 1)
         return units
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -247,6 +248,19 @@ def test_a_factor_for_all_leaves_what_does_not_grow() -> None:
     )
     grown = assert_wider(net, rows, 1.5)
     assert size(grown, "a", "b", "c") == [6, 4, 6]
+
+
+class Size(NamedTuple):
+    """How some people keep widths."""
+
+    rows: int
+    columns: int
+
+
+def test_numbers_beside_attributes_of_other_kinds() -> None:
+    net = Net({"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}, lambda net, x: net.b(net.a(x).view(*net.size) * net.scale))
+    net.size, net.scale, net.empty = Size(-1, 4), torch.full((6, 1), 0.5), []
+    assert assert_wider(net, rows, {"a": 6}).size == Size(-1, 6)
 
 
 def numbered(equal: int) -> Net:

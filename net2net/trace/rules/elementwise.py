@@ -12,8 +12,8 @@ from ...network import tensors_in
 from ..activations import NOTHING, Chain, Passage, Range, add_ranges, apply_gate, range_after
 from ..facts import Call, Key, Labels, Layer, LayerKind
 from ..graph import Trace
-from ..units import spread
-from .registry import CannotFollow, factor_in, first_labels, first_norm_of_sum, names, rule
+from ..units import compact, spread
+from .registry import CannotFollow, carries_no_units, factor_in, first_labels, first_norm_of_sum, names, rule
 
 LINEAR = names("mul div neg to float double half bfloat16 dropout detach clone contiguous identity")
 HOMOGENEOUS = names("relu leaky_relu abs")  # f(kx) = k f(x) for k > 0
@@ -34,7 +34,20 @@ POINTWISE = """
 @rule(*names(POINTWISE))
 def pointwise(trace: Trace, call: Call) -> None:
     """A function of every element by itself, or of elements at the same place."""
+    if call.name == "where" and len(call.tensors) == 1:
+        return list_places(trace, call)
     join(trace, call, [x for x in call.tensors if x is not call.kwargs.get("out")])
+
+
+@rule("nonzero", "argwhere", "one_hot")
+def list_places(trace: Trace, call: Call) -> None:
+    """Places as numbers, or the other way round: no units, if those that choose them are none."""
+    labels = first_labels(trace, call)
+    if not carries_no_units(trace, call.args[0]):
+        raise CannotFollow(f"{call} chooses among them by values")
+    unit = compact(labels.units).reshape(-1)[:1]
+    for out in call.results:
+        trace.label(out, Labels.of(unit.expand(out.shape), labels))
 
 
 @rule("to", "type_as")
@@ -55,6 +68,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
             return
         activations, others = [first], [x for x in others if x is not first]
     labels = [known for x in activations if (known := trace.labels(x))]
+    _pin_beside_unknown(trace, labels)
     units, *rest = (known.units.broadcast_to(out.shape) for known in labels)
     for other in rest:
         units = trace.units.combine(units, other, call)
@@ -75,6 +89,17 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         "chain": chain,
     }
     trace.label(out, Labels.of(units, *labels, norms=scales, **state))
+
+
+def _pin_beside_unknown(trace: Trace, operands: Sequence[Labels]) -> None:
+    """Pin the units that meet a result without a rule, entry by entry: it has one width, whatever is in it."""
+    for labels in operands if trace.unknown else ():
+        for label in trace.unknown.keys() & set(torch.unique(compact(labels.units)).tolist()):
+            for units in (trace.units.drop_repeats(other.units) for other in operands if other is not labels):
+                wide = zip(reversed(units.shape), reversed(labels.units.shape), strict=False)
+                if any(size > 1 and beside > 1 for size, beside in wide):
+                    at, units = torch.broadcast_tensors(compact(labels.units) == label, units)
+                    trace.units.pin(units[at], trace.unknown[label])
 
 
 def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], count: int) -> Tensor | None:
@@ -190,7 +215,7 @@ def _gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes
     if call.plain in HOMOGENEOUS and len(operands) == 1 and first > 0:
         return first
     # A mask has no size.
-    gains = {labels.gain for labels, dtype in zip(operands, dtypes, strict=False) if dtype != torch.bool}
+    gains = {labels.gain for labels, dtype in zip(operands, dtypes, strict=False) if dtype != torch.bool} or {1.0}
     alone = len(operands) == len(dtypes) == len(call.tensors)
     numbers = [x for x in call.args if isinstance(x, (int, float)) and not isinstance(x, bool)]
     if gains != {1.0} and not (call.plain in ("add", "sub") and len(gains) == 1 and alone and not numbers):

@@ -179,7 +179,7 @@ def embedding(trace: Trace, call: Call) -> None:
 @rule("matmul")
 def matmul(trace: Trace, call: Call) -> None:
     """A layer, if one factor is a parameter; else a contraction of two activations."""
-    a, b = call.args[0], call.arg(1, "other", call.kwargs.get("mat2"))
+    a, b = call.args[:2]
     if _is_weight(trace, b):
         return apply_layer(trace, call, Product(a, -1, b, reads=0, produces=1))
     if _is_weight(trace, a) and b.dim() > 1:

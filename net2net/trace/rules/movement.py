@@ -1,5 +1,6 @@
 """Data movement: the labels move as the data do."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,8 @@ from ..activations import NOTHING, join_ranges
 from ..facts import Call, Labels
 from ..graph import Trace
 from ..units import spread
-from .registry import CannotFollow, first_labels, first_norm_of_sum, label_constant, names, rule
+from .elementwise import join
+from .registry import CannotFollow, carries_no_units, first_labels, first_norm_of_sum, label_constant, names, rule
 
 MOVEMENT = """
     view reshape flatten unflatten permute transpose swapaxes movedim moveaxis t squeeze unsqueeze cat concat
@@ -29,7 +31,7 @@ def movement(trace: Trace, call: Call) -> None:
     # The second tensor of view_as and the like only gives a shape.
     places = [] if call.name.endswith("_as") else [*call.args[1:], *call.kwargs.values()]
     if any(map(trace.is_activation, tensors_in(places))):
-        raise CannotFollow(f"{call} moves it to where the values say")
+        check_places(trace, call, _chosen_axes(trace, call), operands)
     if len(operands) == 1 and not trace.is_activation(operands[0]):
         return _move_view(trace, call, operands[0])
     labels = [trace.labels(x) for x in operands]
@@ -50,6 +52,55 @@ def movement(trace: Trace, call: Call) -> None:
     }
     for out, new in zip(call.results, moved, strict=True):
         trace.label(out, Labels.of(new, *known, **state))
+
+
+def check_places(trace: Trace, call: Call, axes: Collection[int] | None, moved: Sequence[Tensor]) -> None:
+    """Raise CannotFollow unless values that are no units choose places along `axes`, where `moved` carry no units."""
+    # Whatever the values are, the units at the places are then the same.
+    chosen_by = [x for x in call.tensors if not any(x is other for other in moved)]
+    if axes is None or not all(carries_no_units(trace, x) for x in chosen_by):
+        raise CannotFollow(f"{call} moves it to where the values say")
+    for x in moved:
+        if (labels := trace.labels(x)) is not None:
+            shape = trace.units.drop_repeats(labels.units).shape
+            if any(shape[axis] > 1 for axis in axes):
+                raise CannotFollow(f"{call} chooses among them by values")
+
+
+def _chosen_axes(trace: Trace, call: Call) -> list[int] | None:
+    """Return the axes along which activations among the arguments choose places; None if that is not known."""
+    if call.plain in ("gather", "index_select", "take_along_dim"):
+        dim = call.arg(2 if call.plain == "take_along_dim" else 1, "dim")
+        return [dim] if isinstance(dim, int) else None
+    if call.plain != "index":
+        return None
+    rank, index = call.args[0].dim(), call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    lengths = [x.dim() if isinstance(x, Tensor) and x.dtype == torch.bool else int(x is not None) for x in index]
+    axes, axis = [], 0
+    for x, length in zip(index, lengths, strict=True):
+        if x is ...:
+            axis += rank - sum(lengths) + 1
+            continue
+        if trace.is_activation(x):
+            axes += range(axis, axis + length)
+        axis += length
+    return axes
+
+
+@rule("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
+def scatter(trace: Trace, call: Call) -> None:
+    """Rows are added to places along an axis, or written there: rows and places hold the same units."""
+    x, dim, _, *rows = call.args[:4]
+    moved = [each for each in (x, *rows) if isinstance(each, Tensor)]
+    check_places(trace, call, [dim], moved)
+    shape, operands = call.out.shape, []
+    for each in moved:
+        if any(a != b for d, (a, b) in enumerate(zip(each.shape, shape, strict=True)) if d != dim % len(shape)):
+            raise CannotFollow(f"{call} fills a part of it")
+        operands.append(each.narrow(dim, 0, 1).expand(shape))
+        if (labels := trace.labels(each)) is not None:
+            trace.label(operands[-1], replace(labels, units=labels.units.narrow(dim, 0, 1).expand(shape)))
+    join(trace, call, operands)
 
 
 def _move_view(trace: Trace, call: Call, parameter: Tensor) -> None:

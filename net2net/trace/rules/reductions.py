@@ -47,10 +47,10 @@ def reduction(trace: Trace, call: Call) -> None:
     """A mean or sum over positions keeps the units."""
     # A mean or an extreme over units is a new unit, which stays what it is if each of them is copied equally often. Any
     # other result makes one unit of them, which moves as a whole.
-    if any(isinstance(x, Tensor) for x in [*call.args[1:], call.kwargs.get("other")]):
+    if any(isinstance(x, Tensor) for x in call.args[1:]):
         return pointwise(trace, call)  # the maximum of two
     labels, name = first_labels(trace, call), call.plain
-    rank, dims = labels.units.dim(), call.arg(2 if name == "norm" else 1, "dim", call.kwargs.get("axis"))
+    rank, dims = labels.units.dim(), call.arg(2 if name == "norm" else 1, "dim")
     dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
     if name in ("mean", "amax", "amin", "max", "min", "all", "any"):
         units = _reduce_units(trace, call, labels.units, dims)
@@ -89,7 +89,7 @@ def lengthwise(trace: Trace, call: Call) -> None:
     labels = first_labels(trace, call)
     name = call.plain
     default = {"normalize": 1, "sort": -1, "argsort": -1, "topk": -1}.get(name)
-    dim = call.arg(2 if name in ("normalize", "topk") else 1, "dim", call.kwargs.get("axis", default))
+    dim = call.arg(2 if name in ("normalize", "topk") else 1, "dim", default)
     if not isinstance(dim, int):
         raise CannotFollow(f"{call} mixes elements along an axis that is not named")
     units = trace.units.tie_along(labels.units, [dim], f"{call} mixes them")

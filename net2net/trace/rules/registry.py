@@ -2,12 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from inspect import signature
+from itertools import takewhile
 from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch._C import _jit_get_schemas_for_operator
 from torch._ops import OpOverload, OpOverloadPacket
 
+from ...errors import TransferError
 from ..facts import Call, Key, Labels, plain_name
 from ..graph import Trace
 
@@ -73,6 +78,31 @@ def function_name(function: Callable) -> str:
     return getattr(function, "__name__", str(function))
 
 
+def put_in_order(function: Callable, name: str, args: Sequence, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Return a call's arguments with those given by keyword in their places, up to the first that is not given."""
+    # Rules and rewrites find arguments by position.
+    given: list[str] = []
+    for order in _positional_names(function, name) if kwargs else ():
+        names = [next((each for each in (own, *_ALIASES.get(own, ())) if each in kwargs), own) for own in order]
+        if kwargs.keys().isdisjoint(names[: len(args)]):
+            given = max(given, list(takewhile(kwargs.__contains__, names[len(args) :])), key=len)
+    return (*args, *map(kwargs.__getitem__, given)), {key: kwargs[key] for key in kwargs if key not in given}
+
+
+# Functions and methods call one argument by two names, and torch takes those of NumPy, too.
+_ALIASES = {"self": ("input", "x", "a", "x1"), "other": ("x2",), "dim": ("axis",), "keepdim": ("keepdims",)}
+
+
+@lru_cache
+def _positional_names(function: Callable, name: str) -> list[list[str]]:
+    """Return the names of a function's positional parameters, for each of its overloads."""
+    if isinstance(function, FunctionType):
+        parameters = signature(function).parameters.values()
+        return [[each.name for each in parameters if each.kind == each.POSITIONAL_OR_KEYWORD]]
+    overloads = _jit_get_schemas_for_operator(name if "::" in name else f"aten::{name}")
+    return [[each.name for each in overload.arguments if not each.kwarg_only] for overload in overloads]
+
+
 def apply(trace: Trace, call: Call) -> None:
     """Label the results of `call`, by the rule of its function, if the pass follows any of its arguments."""
     found = RULES.get(call.plain, unknown)
@@ -85,9 +115,26 @@ def apply(trace: Trace, call: Call) -> None:
             trace.multipliers.setdefault(labels.result_of, set()).add(factor_in(trace, call) if alone else 1.0)
     if call.results:
         try:
+            _check_not_empty(trace, call)
             found(trace, call)
         except CannotFollow as reason:
             pin_operands(trace, call, str(reason))
+        except TransferError:
+            raise
+        except Exception as error:
+            pin_operands(trace, call, describe_crash(found, call, error))
+
+
+def _check_not_empty(trace: Trace, call: Call) -> None:
+    """Raise CannotFollow where units would have to meet, or be read, in a tensor that is empty on this example."""
+    followed = [x for x in call.tensors if trace.follows(x)]
+    if len(followed) > 1 and call.plain != "index" and not all(x.numel() for x in followed):
+        raise CannotFollow(f"{call} works on an empty tensor, which shows no units: give an example that fills it")
+
+
+def describe_crash(rule: Rule | Rewrite, call: Call, error: Exception) -> str:
+    """Return the reason for pinning units where a rule raises an error that it should not."""
+    return f"the rule {function_name(rule)} fails on {call} ({type(error).__name__}: {error})"
 
 
 SILENT = """
@@ -124,9 +171,16 @@ def pin_operands(trace: Trace, call: Call, why: str) -> None:
         trace.units.pin(labels.units, why)
     key = trace.units.key(call.name, call.module)
     for position, out in enumerate(call.results):
-        units = trace.units.fresh(1, dataclasses.replace(key, part=str(position)))[0].expand(out.shape)
-        trace.units.pin(units, why)
-        trace.label(out, Labels.of(units, *operands))
+        unit = trace.units.fresh(1, dataclasses.replace(key, part=str(position)))
+        trace.units.pin(unit, why)
+        trace.unknown[int(unit)] = why
+        trace.label(out, Labels.of(unit[0].expand(out.shape), *operands))
+
+
+def carries_no_units(trace: Trace, x: Tensor) -> bool:
+    """Tell whether all elements of a tensor are one unit, or of none."""
+    labels = trace.labels(x) if trace.is_activation(x) else None
+    return labels is None or trace.units.drop_repeats(labels.units).numel() <= 1
 
 
 def first_labels(trace: Trace, call: Call) -> Labels:
@@ -144,7 +198,7 @@ def label_constant(trace: Trace, call: Call, shape: Sequence[int]) -> Tensor:
 def factor_in(trace: Trace, call: Call) -> float:
     """Return the plain number by which the call multiplies, else 1."""
     factor = 1.0
-    for value in (*call.args[:2], call.kwargs.get("other")):
+    for value in call.args[:2]:
         if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and not trace.follows(value):
             value = value.item()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value:

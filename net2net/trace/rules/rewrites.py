@@ -21,9 +21,12 @@ def gated_linear_unit(input: Tensor, dim: int = -1) -> Tensor:
 
 
 @rule("addmm", "baddbmm", rewrite=True)
-def add_product(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
+def add_product(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any) -> Tensor:
     """Add a matrix product."""
-    return a @ b + bias
+    product = a @ b if alpha == 1 else a @ b * alpha
+    if beta == 0:
+        return product
+    return product + (bias if beta == 1 else bias * beta)
 
 
 @rule("scaled_dot_product_attention", rewrite=True)

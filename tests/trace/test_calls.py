@@ -1,0 +1,231 @@
+"""Calls as people write them: arguments by keyword, places that values choose. And crashes, told as what they are."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_same, refused
+from networks import Net, mlp
+from torch import Tensor, nn
+
+from net2net import describe, transfer, widen
+from net2net.plan.names import candidates
+from net2net.testing import look_trained
+from net2net.trace.rules import Call, Trace, registry
+
+pytestmark = pytest.mark.usefixtures("float64")
+DRAW = torch.Generator().manual_seed(0)
+TOKENS, OTHERS, MANY = (torch.randn(*s, 5, dtype=torch.double, generator=DRAW) for s in ((3, 4), (2, 7), (4, 16)))
+GRAPH = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
+DENSER = torch.tensor([[0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 0, 2]])
+
+
+def network(how: Callable, width: int = 8, **parts: nn.Module) -> nn.Module:
+    """Five numbers to `width` units, what `how` makes of those, three numbers."""
+    parts = {"a": nn.Linear(5, width), "b": nn.Linear(width, width), "o": nn.Linear(width, 3)} | parts
+    return look_trained(Net(parts, lambda net, x, *more: net.o(how(net, net.a(x), *more))))
+
+
+KEYWORDS = {
+    "linear": lambda net, x: F.linear(input=x, weight=net.b.weight, bias=net.b.bias),
+    "softmax over positions": lambda net, x: torch.softmax(input=x, dim=1) * x,
+    "numpy's names": lambda net, x: torch.multiply(x1=x, x2=net.b(x).mean(axis=1, keepdims=True)),
+    "the other": lambda net, x: torch.add(input=x, other=net.b(x), alpha=0.5) + torch.mul(x, other=2.0),
+    "where": lambda net, x: torch.where(condition=x > 0, input=x, other=net.b(x)),
+    "a method": lambda net, x: x.where(condition=x > 0, other=net.b(x)),
+    "the maximum of two": lambda net, x: torch.max(input=x, other=net.b(x)),
+    "cat and chunk": lambda net, x: torch.add(*torch.cat(tensors=[x, net.b(x)], dim=-1).chunk(chunks=2, dim=-1)),
+    "index_select": lambda net, x: x.index_select(dim=1, index=torch.tensor([2, 0, 1, 1])),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_arguments_by_keyword_are_in_their_places(name: str) -> None:
+    model = network(KEYWORDS[name])
+    assert_same(model, widen(model, TOKENS, {"a": 12}, split="uneven"), OTHERS)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.3), (1, 1), (0.7, 0)])
+def test_queries_by_keys_in_one_call_with_factors(alpha: float, beta: float) -> None:
+    """A factor that is the root of the width: the queries undo what it changes in front of the softmax."""
+
+    def make(width: int) -> nn.Module:
+        def how(net: Net, x: Tensor) -> Tensor:
+            start, scale = x.new_ones(1, 1, x.shape[1]).expand(len(x), 1, x.shape[1]), net.k.out_features**-0.5
+            products = {"batch1": net.q(x), "batch2": net.k(x).mT}
+            return torch.baddbmm(start, **products, beta=beta, alpha=alpha * scale).softmax(-1) @ net.b(x)
+
+        return network(how, q=nn.Linear(8, width), k=nn.Linear(8, width))
+
+    teacher, student = make(4), make(7)
+    transfer(teacher, student, TOKENS)
+    assert_same(teacher, student, OTHERS)
+
+
+def mixture(net: Net, x: Tensor) -> Tensor:
+    """The two likeliest of three experts, each run on the tokens that go to it."""
+    x = x.flatten(0, 1)
+    weights, experts = net.router(x).softmax(-1).topk(2)
+    weights, result = weights / weights.sum(-1, keepdim=True), torch.zeros_like(x)
+    for expert, chosen in enumerate(F.one_hot(experts, 3).permute(2, 1, 0)):
+        place, token = torch.where(chosen)
+        result.index_add_(0, token, net.experts[expert](x[token]) * weights[token, place, None])
+    return result + x
+
+
+def graph(how: Callable) -> Callable:
+    """Messages along the edges of a graph, gathered by `how` in the nodes."""
+    return lambda net, x, edges: (x + how(torch.zeros_like(x), edges[1], net.b(x.relu())[edges[0]])).relu()
+
+
+def by_attention(net: Net, x: Tensor, edges: Tensor) -> Tensor:
+    x = x.relu()
+    weight = net.score(x)[edges[0], 0].exp()
+    total = torch.zeros(len(x)).index_add(0, edges[1], weight)[edges[1]]
+    return x + torch.zeros_like(x).index_add(0, edges[1], net.b(x)[edges[0]] * (weight / total)[:, None])
+
+
+PLACES = {
+    "two masks": (lambda net, x: x.relu() * ((x > -1) & (x < 1)), (TOKENS,), (OTHERS,)),
+    "rows that a mask of one unit chooses": (lambda net, x: x[torch.where(x[:, 0, 0] > -9)[0]], (TOKENS,), (OTHERS,)),
+    "sums into nodes": (
+        graph(lambda zeros, to, rows: zeros.index_add_(0, to, rows)),
+        *((TOKENS[0], GRAPH), (OTHERS[0], DENSER)),
+    ),
+    "means in nodes, on average with themselves": (
+        graph(lambda zeros, to, rows: zeros.scatter_reduce(0, to[:, None].expand_as(rows), rows, "mean")),
+        *((TOKENS[0], GRAPH), (OTHERS[0], DENSER)),
+    ),
+    "sums by scatter_add": (
+        graph(lambda zeros, to, rows: zeros.scatter_add_(0, to[:, None].expand_as(rows), rows)),
+        *((TOKENS[0], GRAPH), (OTHERS[0], DENSER)),
+    ),
+    "attention along edges": (by_attention, (TOKENS[0], GRAPH), (OTHERS[0], DENSER)),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_units_stay_where_values_choose_among_rows(name: str) -> None:
+    how, example, others = PLACES[name]
+    model = network(how, score=nn.Linear(8, 1))
+    grown = widen(model, example, {"a": 12}, split="uneven")
+    assert_same(model, grown, example)
+    assert_same(model, grown, others)
+
+
+def test_experts_that_are_chosen_by_value() -> None:
+    def make(width: int) -> nn.Module:
+        experts = nn.ModuleList(mlp(8, width, 8, act=nn.GELU) for _ in range(3))
+        return network(mixture, router=nn.Linear(8, 3, bias=False), experts=experts)
+
+    model, student = make(6), make(11)
+    wider = widen(model, MANY, {"a": 12, "experts.*.0": 9}, split="uneven")
+    assert wider.router.in_features == 12 and wider.experts[2][0].out_features == 9
+    transfer(model, student, MANY, split="uneven")
+    for grown in (wider, student):
+        assert_same(model, grown, torch.randn(4, 9, 5))
+        assert_same(model, grown, torch.randn(1, 1, 5))  # one expert gets nothing
+    with refused("works on an empty tensor, which shows no units: give an example that fills it", model):
+        widen(model, MANY[:1, :1], {"a": 12})
+
+
+HELD = {
+    "units chosen by value": (lambda net, x: x.gather(2, x.argsort(2)), "argsort in the network mixes"),
+    "places of units": (lambda net, x: x + torch.nonzero(x > 9).sum(), "nonzero in the network chooses among them"),
+    "rows added to units": (
+        lambda net, x: x.index_add(2, x[0, 0, :8].argsort(), net.b(x)),
+        "index_add in the network chooses among them",
+    ),
+    "an expert without a token": (
+        lambda net, x: x.index_add(1, torch.where(x[0, :, 0] > 99)[0], net.b(x[:, torch.where(x[0, :, 0] > 99)[0]])),
+        "works on an empty tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_units_that_values_choose_among_are_held(name: str) -> None:
+    how, reason = HELD[name]
+    model = network(how)
+    with refused(reason, model):
+        widen(model, TOKENS, {"a": 12})
+
+
+def sum_of(parts: Callable) -> Callable:
+    return lambda net, x: x.relu() + parts(torch.fft.fft(net.b(x)).real)
+
+
+@pytest.mark.parametrize(("parts", "held"), [(torch.tanh, True), (lambda y: y.mean(-1, keepdim=True), False)])
+def test_units_that_meet_a_result_without_a_rule_are_held_if_it_has_their_width(parts: Callable, held: bool) -> None:
+    model = network(sum_of(parts))
+    state = {group.layers: group.state for group in describe(model, TOKENS).groups}
+    assert ("fft_fft in the network has no rule" in state["a",]) == held
+    if held:
+        with refused("a cannot grow from 8 units: fft_fft in the network"):
+            widen(model, TOKENS, {"a": 12})
+    else:
+        assert_same(model, widen(model, TOKENS, {"a": 12}), OTHERS)
+
+
+@pytest.fixture
+def broken_rule(monkeypatch) -> None:
+    def break_down(trace: Trace, call: Call) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setitem(registry.RULES, "tanh", break_down)
+    monkeypatch.setitem(registry.REWRITES, "glu", lambda x, dim: x.chunk(3, dim)[9])
+
+
+@pytest.mark.usefixtures("broken_rule")
+@pytest.mark.parametrize("how", [torch.tanh, lambda x: F.glu(torch.cat([x, x], -1))], ids=["a rule", "a rewrite"])
+def test_a_crash_in_a_rule_pins_and_names_rule_and_function(how: Callable) -> None:
+    model = network(lambda net, x: net.b(how(x)))
+    with refused(r"a cannot grow from 8 units: the rule .* fails on (tanh|glu) in the network \(.*Error: .*range"):
+        widen(model, TOKENS, {"a": 12})
+    assert_same(model, widen(model, TOKENS, {"b": 12}), OTHERS)
+
+
+class Watched(nn.Module):
+    """It runs, unless somebody watches its calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(torch.overrides._get_current_function_mode_stack()):
+            raise ValueError("I am watched")
+        return x
+
+
+def test_a_network_that_fails_only_while_it_is_followed_is_told_apart_from_one_that_fails() -> None:
+    with refused("Net runs, but not while its calls are followed: linear in a fails with ValueError: I am watched"):
+        widen(network(lambda net, x: net.w(x), w=Watched()), TOKENS, 1.5)
+    with refused("The forward pass of Net on inputs .* fails: mat1 and mat2"):
+        widen(network(lambda net, x: x[..., :3]), TOKENS, 1.5)
+
+
+@pytest.mark.parametrize("call", [lambda t, s: transfer(t, s, TOKENS), lambda t, s: widen(t, TOKENS, {"a": 12})])
+def test_no_other_error_leaves_the_package(call: Callable, monkeypatch) -> None:
+    def fail(*_, **__) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("net2net.plan.plan.map_units", fail)
+    teacher, student = network(lambda net, x: x), network(lambda net, x: x)
+    with refused(r"stopped at net2net/plan/plan\.py, line \d+: KeyError: 'lost'.* please report it", teacher, student):
+        call(teacher, student)
+
+
+def test_an_attempt_that_crashes_leaves_the_others(monkeypatch) -> None:
+    """By equal names the new layer is the last one; in order it is the second."""
+    teacher, student = mlp(5, 8, 3), mlp(5, 8, 8, 3)
+    first, *_ = candidates(teacher, student)
+    module = sys.modules["net2net.transfer"]  # net2net.transfer is the function
+    plan = module.make_plan
+
+    def fail(pair, rename, *rest):
+        if rename == first:
+            raise KeyError("lost")
+        return plan(pair, rename, *rest)
+
+    monkeypatch.setattr(module, "make_plan", fail)
+    transfer(teacher, student, TOKENS)
+    assert_same(teacher, student, OTHERS)
