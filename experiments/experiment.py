@@ -17,7 +17,7 @@ from torch import nn
 
 import net2net
 
-from . import checkpoint, files, progress, start
+from . import checkpoint, files, progress, start, wandb_log
 from .arms import ARMS
 from .config import (
     FIRST,
@@ -35,7 +35,15 @@ from .loss import make_loss
 from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_device
 from .optimizers import make_optimizer
 from .run import Run
-from .stage import is_complete, is_teacher_trained, obtain_teacher, run_stage, teacher_optimizer_state
+from .run_log import MANIFEST, read_manifest
+from .stage import (
+    describe_growth,
+    is_complete,
+    is_teacher_trained,
+    obtain_teacher,
+    run_stage,
+    teacher_optimizer_state,
+)
 from .training import evaluate, train_step
 
 Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
@@ -49,7 +57,7 @@ def run_experiment(config: Config, console: Console, skip_busy: bool = False) ->
     A teacher that another process trains is waited for. An arm that another process trains is left out with
     `skip_busy`, and else refused with BusyError. Returns None if no arm is complete.
     """
-    run = _prepare(config, console)
+    run = prepare(config, console)
     networks = run.ranks.on_all(partial(_make_networks, run))
     stages: Stages = arm_folders(config.students, config.arms)
     if any(ARMS[arm].needs_teacher for arm, _ in stages.values()):
@@ -72,13 +80,14 @@ def run_experiment(config: Config, console: Console, skip_busy: bool = False) ->
             if not skip_busy:
                 raise
             _say(run, f"{name:<22} skipped: {error}")
-    figure = run.ranks.on_first(lambda: _show_results(run, stages, may_be_empty=skip_busy or bool(diverged)))
+    may_be_empty = skip_busy or bool(diverged)
+    figure = run.ranks.on_first(lambda: _show_results(run, stages, may_be_empty, mirrored=bool(missing)))
     if diverged:
         raise DivergedError("\n".join(diverged))
     return figure
 
 
-def _prepare(config: Config, console: Console) -> Run:
+def prepare(config: Config, console: Console) -> Run:
     """Find the device, check that runs can be written, and load the images."""
     ranks = join()
     console = console if ranks.rank == 0 else Console(quiet=True)
@@ -101,16 +110,36 @@ def _say(run: Run, text: str) -> None:
     run.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _show_results(run: Run, stages: Stages, may_be_empty: bool) -> Path | None:
-    """Print the table and return the figure's path; with `may_be_empty`, return None if no arm is complete."""
+def _show_results(run: Run, stages: Stages, may_be_empty: bool, mirrored: bool) -> Path | None:
+    """Print the table, and return the figure's path; with `may_be_empty`, return None if no arm is complete.
+
+    What was `mirrored` to W&B gets a report there.
+    """
     with files.hold(run.experiment, lambda owner: None):  # or a job that read fewer curves might draw last
         names = [name for name in stages if name != TEACHER]
         if may_be_empty and not any(is_complete(run.folder / name, run.settings(*stages[name])) for name in names):
             return None
         # They load pandas and matplotlib, which takes seconds that no training has to wait for.
-        pages, figures = (importlib.import_module(f"experiments.analysis.{name}") for name in ("pages", "figures"))
+        modules = ("pages", "figures", "curves")
+        pages, figures, curves = (importlib.import_module(f"experiments.analysis.{name}") for name in modules)
         run.console.print(pages.make_terminal_table(run.experiment))
-        return figures.draw_runs(run.experiment)
+        figure = figures.draw_runs(run.experiment)
+        if mirrored:
+            results = curves.load(run.experiment)
+            _report(run, figure, curves.summarise_seed(results, run.config.seed))
+        return figure
+
+
+def _report(run: Run, figure: Path, summary: dict[str, Any]) -> None:
+    """Send what compares the arms of this seed to W&B, as a run of its own."""
+    manifests = [read_manifest(path) or {} for path in run.folder.glob(f"*/{MANIFEST}")]
+    arms = [manifest for manifest in manifests if manifest.get("arm", TEACHER) != TEACHER]
+    began = [process["started"] for manifest in arms for process in manifest["processes"]]
+    # While arms are added to the seed's folder, its report in W&B continues.
+    facts = {"settings": {"seed": run.config.seed}, "processes": [{"started": min(began)}]}
+    with wandb_log.mirror(run.config, wandb_log.REPORT, facts, run.console) as report:
+        report.summarise(summary)
+        report.keep("figure", figure)
 
 
 def _make_networks(run: Run) -> Networks:
@@ -174,7 +203,7 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
             teacher.to(run.device)
             transfer = start.fill(arm, teacher, network.to(run.device), run.config, run.images)
             if transfer is not None:
-                facts["growth"] = {"record": str(transfer), "seconds": time.perf_counter() - started}
+                facts = describe_growth(run, job.folder, (teacher, network), transfer, settings, started)
             if ARMS[arm].keeps_function and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
                 facts["step0"] = _measure_agreement(run, teacher, network)
                 step0 = facts["step0"]

@@ -30,23 +30,31 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None, flu
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "xb") as file:
-            file.write(content)
-            if flush:
-                file.flush()
-                os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(partial, path)
+        with explain_refusal(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "xb") as file:
+                file.write(content)
+                if flush:
+                    file.flush()
+                    os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                os.replace(path, keep)
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_refusal(path: Path) -> Iterator[None]:
+    """Raise ExperimentError if the disk refuses the file that the block writes."""
+    try:
+        yield
     except OSError as error:
         raise ExperimentError(
             f"{path} cannot be written ({error.strerror}): make room, or choose another folder. "
             "Everything written earlier is complete, and the same command continues from it."
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def writable(folder: Path, advice: str) -> Path:

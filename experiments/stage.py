@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import net2net
 
@@ -28,6 +28,9 @@ from .run import Run, stage_rate
 from .training import Job, load, train
 
 State = dict[str, Any]
+GROWTH = "growth.json"  # the record of a growth, in the folder of the stage that it begins
+CERTIFIED = 64  # test images on which a student is compared with its teacher in eval and train mode
+MEASURED = ("growth", "certificate", "step0", "before", "grown_from")  # facts of a stage from before its first step
 
 
 def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -72,22 +75,27 @@ def run_stage(
         before = (
             run_log.read_manifest(job.folder / run_log.MANIFEST) or {}
         )  # what was measured before its first step still holds
-        manifest |= {key: before[key] for key in ("growth", "step0", "before", "grown_from") if key in before}
+        manifest |= {key: before[key] for key in MEASURED if key in before}
         run_log.write_manifest(job.folder, manifest)
     last_step = state["rows"][-1]["step"] if state["rows"] else -1
     logger = run.config if run.ranks.rank == 0 else replace(run.config, logger="none")
     with (
-        wandb_log.mirror(logger, job.name, manifest, run.console, last_step) as log,
-        Follower(run.console, job.name, job.total, state["step"], run.config.schedule.batch_size, log) as follower,
+        wandb_log.mirror(logger, job.name, manifest, run.console, last_step) as mirrored,
+        Follower(
+            run.console, job.name, job.total, state["step"], run.config.schedule.batch_size, mirrored.log
+        ) as follower,
     ):
-        train(network, job, follower, state)
-    if run.ranks.rank == 0:
-        if arm != TEACHER:  # others need the teacher's weights: it keeps its reserve
-            checkpoint.drop_previous(job.folder)
-        curve = job.folder / "curve.csv"
-        manifest["processes"][-1]["to"] = job.total
-        manifest |= {"complete": True, "curve_sha256": hashlib.sha256(curve.read_bytes()).hexdigest()}
-        run_log.write_manifest(job.folder, manifest)
+        rows = train(network, job, follower, state)
+        if run.ranks.rank == 0:
+            if arm != TEACHER:  # others need the teacher's weights: it keeps its reserve
+                checkpoint.drop_previous(job.folder)
+            curve = job.folder / "curve.csv"
+            manifest["processes"][-1]["to"] = job.total
+            manifest |= {"complete": True, "curve_sha256": hashlib.sha256(curve.read_bytes()).hexdigest()}
+            run_log.write_manifest(job.folder, manifest)
+            mirrored.summarise({f"final_{key}": rows[-1][key] for key in ("holdout_accuracy", "test_accuracy")})
+            if (job.folder / GROWTH).exists():
+                mirrored.keep("growth", job.folder / GROWTH, job.folder / run_log.MANIFEST)
 
 
 def _describe_stage(run: Run, job: Job, arm: str, student: str | None, network: nn.Module, first: int) -> State:
@@ -149,13 +157,46 @@ def _grow_teacher(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str,
     state = run.ranks.on_first(lambda: checkpoint.load(_place(earlier)))
     origin = run.ranks.on_first(lambda: run_log.read_manifest(_place(earlier) / run_log.MANIFEST)) or {}
     facts = {
-        "growth": {"record": str(transfer), "seconds": time.perf_counter() - started},
+        **describe_growth(run, _place(run), (first, network), transfer, run.settings(TEACHER, None), started),
         "before": {key: state["rows"][-1][key] for key in ("examples", "seconds", "flops")},
         "grown_from": {key: origin.get(key) for key in ("settings", "processes", "hardware", "curve_sha256")},
     }
     if run.config.growth.optimizer_state == "dropped":
         return facts, None
     return facts, start.carry_optimizer_state(transfer, first, network, state["optimizer"], run.config)
+
+
+def describe_growth(
+    run: Run,
+    folder: Path,
+    networks: tuple[nn.Module, nn.Module],
+    transfer: net2net.Transfer,
+    settings: Mapping[str, Any],
+    started: float,
+) -> State:
+    """Return the facts of a growth for the manifest; before the first step, also keep its record and certify it.
+
+    `networks` are the teacher and the student; `started` is when it began, by the performance counter.
+    """
+    facts = {"growth": {"record": str(transfer), "seconds": time.perf_counter() - started}}
+
+    def keep_and_certify() -> State:
+        if checkpoint.exists(folder):
+            return {}
+        with files.explain_refusal(folder / GROWTH):
+            net2net.save_record(transfer, folder / GROWTH)
+        try:
+            images = certified_images(run)
+            return {"certificate": net2net.certify(transfer, *networks, images, settings.get("growth"))}
+        except net2net.TransferError as error:
+            raise ExperimentError(str(error)) from error
+
+    return facts | run.ranks.on_first(keep_and_certify)
+
+
+def certified_images(run: Run) -> Tensor:
+    """Return the test images on which a growth is certified, as `net2net.verify` needs them."""
+    return next(run.splits.test.ordered(CERTIFIED))[0]
 
 
 def teacher_optimizer_state(run: Run) -> dict[str, Any]:

@@ -9,12 +9,16 @@ import netrc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .config import FIRST, TEACHER, Config
 
+REPORT = "report"  # the run that holds what compares the arms of a seed
+DESCRIPTION = ("settings", "parameters", "forward_flops", "commit", "hardware", "certificate")  # keys of a manifest
 TIMEOUT = 10  # seconds that a run waits for W&B's server, at its beginning and at its end
 
 
@@ -41,30 +45,61 @@ def describe(config: Config) -> str:
     )
 
 
+@dataclass
+class Mirror:
+    """A run in W&B, or nothing at all (`run` is None), to which a stage sends what it finds."""
+
+    run: Any
+    name: str
+    console: Console
+    last_step: int = -1  # rows up to it are there already
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Send a row of the curve."""
+        if self.run is not None and row["step"] > self.last_step:
+            cells = {key: value for key, value in row.items() if key != "step"}
+            _attempt(lambda: self.run.log(cells, step=int(row["step"])), self.console)
+
+    def summarise(self, numbers: Mapping[str, Any]) -> None:
+        """Put numbers into the run's summary."""
+        if self.run is not None:
+            _attempt(lambda: self.run.summary.update(dict(numbers)), self.console)
+
+    def keep(self, kind: str, *files: Path) -> None:
+        """Keep copies of files as an artifact of this kind."""
+        if self.run is not None:
+            _attempt(lambda: self._keep(kind, files), self.console)
+
+    def _keep(self, kind: str, files: tuple[Path, ...]) -> None:
+        artifact = importlib.import_module("wandb").Artifact(f"{kind}-{self.name}", kind)
+        for path in files:
+            artifact.add_file(str(path))
+        self.run.log_artifact(artifact)
+
+
 @contextmanager
 def mirror(
     config: Config, name: str, manifest: Mapping[str, Any], console: Console, last_step: int = -1
-) -> Iterator[Callable[[Mapping[str, float]], object]]:
-    """Yield a function that mirrors the rows of a stage's curve while the block runs.
+) -> Iterator[Mirror]:
+    """Yield the mirror of a stage while the block runs.
 
     Runs are grouped by experiment, with the arm as job type. A stage that continues after an interruption continues
     in W&B, where rows up to `last_step` are already.
     """
-    swept = name == TEACHER and "WANDB_SWEEP_ID" in os.environ  # W&B's sweep gives its identity to the arm
+    swept = name in (TEACHER, REPORT) and "WANDB_SWEEP_ID" in os.environ  # W&B's sweep gives its identity to the arm
     if config.logger == "none" or mode() == "disabled" or name == FIRST or swept:
-        yield lambda row: None
+        yield Mirror(None, name, console)
         return
     run = _attempt(lambda: _start(config, name, manifest), console)
-
-    def log(row: Mapping[str, float]) -> None:
-        if row["step"] > last_step:
-            cells = {key: value for key, value in row.items() if key != "step"}
-            _attempt(lambda: run.log(cells, step=int(row["step"])), console)
-
     try:
-        yield log
+        yield Mirror(run, _name(config, name), console, last_step)
     finally:
         _attempt(lambda: run.finish(), console)
+
+
+def _name(config: Config, name: str) -> str:
+    """The name of a stage among those of all experiments; W&B allows no slash in it."""
+    return f"{config.name.replace('/', '-')}-seed{config.seed}-{name}"
 
 
 def _attempt(action: Callable[[], Any], console: Console) -> Any:
@@ -83,21 +118,22 @@ def _attempt(action: Callable[[], Any], console: Console) -> Any:
 def _start(config: Config, name: str, manifest: Mapping[str, Any]) -> Any:
     """Begin the run in W&B, or continue it."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry waits at exit for a silent server
+    # Artifacts wait for their upload here, not in the user's home.
+    os.environ.setdefault("WANDB_DATA_DIR", os.path.abspath(f"{config.runs}/wandb"))
     wandb = importlib.import_module("wandb")
     os.makedirs(config.runs, exist_ok=True)
-    group = config.name.replace("/", "-")  # W&B allows no slash in an identity
     began = str(manifest["processes"][0]["started"])  # a stage that is run anew is another run
     run = wandb.init(
         project="net2net",
-        id=f"{group}-seed{config.seed}-{name}-{hashlib.sha256(began.encode()).hexdigest()[:8]}",
-        name=f"{group}-seed{config.seed}-{name}",
-        group=group,
+        id=f"{_name(config, name)}-{hashlib.sha256(began.encode()).hexdigest()[:8]}",
+        name=_name(config, name),
+        group=config.name.replace("/", "-"),
         job_type=name,
         tags=[name, f"seed{config.seed}", *([config.case] if config.case else [])],
         resume="allow",
         mode=mode(),
         dir=config.runs,
-        config={key: manifest[key] for key in ("settings", "parameters", "forward_flops", "commit", "hardware")},
+        config={key: manifest[key] for key in DESCRIPTION if key in manifest},
         settings=wandb.Settings(
             **{"console": "off", "silent": True, "disable_git": True, "disable_code": True},
             **{"init_timeout": TIMEOUT, "finish_timeout": TIMEOUT, "finish_timeout_raises": True},

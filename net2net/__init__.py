@@ -4,6 +4,7 @@ Chen, Goodfellow and Shlens, "Net2Net: Accelerating learning via knowledge trans
 """
 
 from .blend import Blend
+from .certificate import certify, verify
 from .equivalence import Equivalence, equivalence
 from .errors import TransferError
 from .grow.deepen import deepen
@@ -15,4 +16,4 @@ from .transfer import Transfer, load_record, random_pad, replay, transfer
 
 __all__ = ["Blend", "Transfer", "TransferError", "deepen", "random_pad", "replay", "rule", "transfer", "widen"]
 __all__ += ["Axis", "Description", "Equivalence", "Group", "Origin"]
-__all__ += ["describe", "equivalence", "load_record", "save_record"]
+__all__ += ["certify", "describe", "equivalence", "load_record", "save_record", "verify"]

@@ -171,9 +171,10 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         raise TransferError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
-def run(model: nn.Module, inputs: Inputs, training: bool = False) -> Any:
+def run(model: nn.Module, inputs: Inputs, training: bool = False, seed: int = 0) -> Any:
     """Return the network's output in one mode, without gradients; the network and the inputs stay as they were."""
+    # `seed` is that of dropout.
     with in_mode(model, training):
         if training:
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
         return call(model, inputs.map(torch.clone))

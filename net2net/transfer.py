@@ -206,16 +206,21 @@ def replay(record: Record, teacher: nn.Module, student: nn.Module) -> None:
     Raises:
         TransferError: the networks have other tensors than the record, or it is damaged.
     """
+    check_networks(record, teacher, student)
+    try:
+        fill(unwrap(teacher), unwrap(student), record)
+    except (KeyError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
+        raise TransferError(f"The record is damaged, or of other networks than these: {error}") from error
+
+
+def check_networks(record: Record, teacher: nn.Module, student: nn.Module) -> None:
+    """Raise TransferError if the networks have other tensors than those of the record."""
     for which, model, theirs in zip(("teacher", "student"), (teacher, student), record.shapes, strict=True):
         mine = {name: tuple(tensor.shape) for name, tensor in named_tensors(unwrap(model)).items()}
         if mine != theirs:
             name = next(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
             here, there = mine.get(name), theirs.get(name)
             raise TransferError(f"The record is of another {which}: {name} is {here} here, {there} there.")
-    try:
-        fill(unwrap(teacher), unwrap(student), record)
-    except (KeyError, RuntimeError, IndexError, AttributeError, AssertionError) as error:
-        raise TransferError(f"The record is damaged, or of other networks than these: {error}") from error
 
 
 def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split: str, depth: str) -> None:

@@ -1,13 +1,17 @@
 """Check that every committed curve is what its manifest says: python scripts/verify.py [--results results].
 
+With --growth runs/<experiment>/seed<k>/<arm> it instead grows the student of a finished arm again, from the checkpoint
+of its teacher, and checks the certificate in the arm's manifest (`net2net.verify`).
+
 For each curve under results/curves and results/trials it checks that the curve has the checksum in its manifest and
 lies where the manifest says; that the manifest's commits are in the history of this checkout and had no uncommitted
 changes; that the settings in its command are those of its configuration; that the configuration names the arm and
 determines its settings; that the processes it names made every step; that the teacher it started from lies beside it;
-that the seeds of an arm differ in no setting; and that a claim which is registered stood in claims.yaml at the commit
-that began each curve of its experiment. It does not compose old commands again, and what only training could
-tell (accuracies, what was measured before the first step, seconds) it takes as it stands. It prints one line a fault
-and exits with 1 if there is any. A shallow clone has no history to look into: that is printed and is no fault.
+that certificates of growths are whole, and name one teacher for all students that started from it; that the seeds of
+an arm differ in no setting; and that a claim which is registered stood in claims.yaml at the commit that began each
+curve of its experiment. It does not compose old commands again, and what only training could tell (accuracies, what was
+measured before the first step, seconds) it takes as it stands. It prints one line a fault and exits with 1 if there is
+any. A shallow clone has no history to look into: that is printed and is no fault.
 """
 
 import argparse
@@ -21,12 +25,18 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from experiments.analysis.claims import Claim, parse_claims, read_claims
 from experiments.analysis.curves import describe_differences, find_arms, find_experiments
 from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
+from experiments.experiment import prepare
 from experiments.run import digest, stage_settings
-from experiments.run_log import parse_curve, read_complete
+from experiments.run_log import MANIFEST, parse_curve, read_complete, read_manifest
+from experiments.stage import certified_images, is_teacher_trained, obtain_teacher
+from experiments.start import fill
+from net2net import TransferError, certify, verify
+from net2net.certificate import check_certificate
 
 ROOT = Path(__file__).resolve().parents[1]
 Records = dict[tuple[int, str], dict[str, Any]]  # seed and arm -> manifest
@@ -59,7 +69,7 @@ def check_files(place: str, seed: int, arm: str, curve: Path, manifest: Path) ->
             return [f"{manifest.name} is missing or says that the run was not finished"], {}
         data, record = complete
         last = parse_curve(data, curve)[-1]["step"]
-        config = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record["config"])))
+        config = compose_again(record)
     except (ExperimentError, OmegaConfBaseException) as error:
         return [str(error)], {}
     owner = (record.get("arm"), record.get("student"))
@@ -81,7 +91,17 @@ def check_files(place: str, seed: int, arm: str, curve: Path, manifest: Path) ->
     steps = [(process["from"], process["to"]) for process in record.get("processes", ())]
     if [0, *(end for _, end in steps)] != [*(start for start, _ in steps), last]:
         faults.append(f"its processes made the steps {steps}, its curve ends at {last:.0f}")
+    if "certificate" in record:
+        try:
+            check_certificate(record["certificate"])
+        except TransferError as error:
+            faults.append(str(error))
     return faults + list(check_command(record)), record
+
+
+def compose_again(record: dict[str, Any]) -> Config:
+    """Return the configuration in a manifest."""
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record["config"])))
 
 
 def check_command(record: dict[str, Any]) -> Iterator[str]:
@@ -103,6 +123,7 @@ def check_folder(folder: Path, records: Records) -> Iterator[tuple[int, str, str
         seeds = {seed: record for (seed, other), record in records.items() if other == arm}
         if found := describe_differences(seeds.values()):
             yield min(seeds), arm, f"its seeds differ in {', '.join(found)}"
+    teachers: dict[str, str] = {}  # the teacher's settings -> its hash in the first certificate
     for (seed, arm), record in records.items():
         if arm != TEACHER and "teacher" in record["settings"]:
             beside = records.get((seed, TEACHER))
@@ -110,6 +131,10 @@ def check_folder(folder: Path, records: Records) -> Iterator[tuple[int, str, str
                 yield seed, arm, "the teacher that it started from is missing"
             elif digest(beside["settings"]) != record["settings"]["teacher"]:
                 yield seed, arm, "it started from another teacher than the one beside it"
+            if "certificate" in record:
+                first = teachers.setdefault(record["settings"]["teacher"], record["certificate"]["teacher"])
+                if record["certificate"]["teacher"] != first:
+                    yield seed, arm, "its certificate names another teacher than that of an arm beside it"
 
 
 def check_commits(record: dict[str, Any], history: set[str]) -> Iterator[str]:
@@ -165,11 +190,47 @@ def find_faults(results: Path, history: set[str] | None) -> Iterator[str]:
             yield f"{place}/seed{seed}/{arm}: {fault}"
 
 
+def verify_growth(folder: Path) -> str:
+    """Grow the student of a finished arm again, and return a sentence on what is as its certificate says.
+
+    A TransferError, or an ExperimentError, says what is not.
+    """
+    manifest = read_manifest(folder / MANIFEST) or {}
+    if "certificate" not in manifest:
+        raise ExperimentError(f"There is no certificate in {folder / MANIFEST}: name the folder of an arm that grows.")
+    arm, run = manifest["arm"], prepare(compose_again(manifest), Console(quiet=True))
+    source = run.earlier if arm == TEACHER else run
+    if source is None or not is_teacher_trained(source):
+        raise ExperimentError(
+            f"The teacher of {folder} is not in {run.config.runs}: call this where the experiment ran."
+        )
+    teacher, student = source.make_network(None).to(run.device), run.make_network(manifest["student"]).to(run.device)
+    obtain_teacher(source, teacher)
+    record = fill("net2net" if arm == TEACHER else arm, teacher, student, run.config, run.images)
+    assert record is not None
+    images, certificate = certified_images(run), manifest["certificate"]
+    found = verify(certificate, teacher, student, images)
+    again = certify(record, teacher, student, images, manifest["settings"].get("growth"))
+    other = [key for key in certificate if key not in ("difference", "sha256") and certificate[key] != again[key]]
+    if other:
+        raise ExperimentError(f"The growth has another {', '.join(other)} than its certificate says.")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the faults and how many curves were checked; return 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "results")
-    results: Path = parser.parse_args(arguments).results
+    parser.add_argument("--growth", type=Path, metavar="FOLDER", help="check the certificate of this arm instead")
+    options = parser.parse_args(arguments)
+    if options.growth is not None:
+        try:
+            print(verify_growth(options.growth))
+        except (ExperimentError, TransferError) as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+    results: Path = options.results
     checked = sum(len(find_arms(folder)) for folder in find_folders(results).values())
     if not checked:
         print(f"There are no curves under {results / 'curves'}.", file=sys.stderr)

@@ -237,6 +237,18 @@ def summarise(results: Results) -> DataFrame:
     return table.assign(n=groups.size())
 
 
+def summarise_seed(results: Results, seed: int) -> dict[str, Any]:
+    """Return one number a name, such as `net2net/final_test_accuracy`, for the arms of one seed, and the `target` arm.
+
+    `steps_to_target` is missing for an arm that never reaches the target.
+    """
+    names = {"final": "final_test_accuracy", "total_flops": "total_flops", "reached_step": "steps_to_target"}
+    found: dict[str, Any] = {"target": find_target(results)}
+    for (_, _, arm), run in results.runs.xs(seed, level="seed").iterrows():
+        found |= {f"{arm}/{name}": float(run[column]) for column, name in names.items() if pd.notna(run[column])}
+    return found
+
+
 def summarise_arms(results: Results) -> DataFrame:
     """Return that table of an experiment without cases, or of one case: a row an arm, in reading order."""
     return summarise(results).droplevel("case").loc[results.arms]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from net2net import certificate
 from scripts import verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +148,49 @@ def test_a_changed_curve_is_found_and_ends_with_1(copied, capsys):
     assert out == "2 curves checked, 1 faults\n"
     assert err.startswith(f"{PLACE}: The curve ") and len(err.splitlines()) == 1
     assert verify.main(["--results", str(copied / "nothing")]) == 1
+
+
+CERTIFICATE = {"operator": "wider", "settings": {}, "student": "b", "inputs": "c", "difference": {}, "layers": {}}
+
+
+def certify(place: Path, teacher: str, **changes: Any) -> None:
+    """Add a certificate to the manifest of a curve; `changes` are made behind its back."""
+    content = {"format": 1, "teacher": teacher, "pinned": {}, **CERTIFICATE}
+    path = place.with_suffix(".json")
+    record = json.loads(path.read_text())
+    record["certificate"] = content | {"sha256": certificate._digest_content(content)} | changes
+    path.write_text(json.dumps(record))
+
+
+def test_certificates_are_whole_and_name_one_teacher(copied):
+    other = PLACE.replace("net2net", "random_pad")
+    copy(other, copied / other)
+    for place in (PLACE, other):
+        certify(copied / place, "a")
+    assert list(verify.find_faults(copied, None)) == []
+    certify(copied / other, "another")
+    assert list(verify.find_faults(copied, None)) == [
+        f"{other}: its certificate names another teacher than that of an arm beside it"
+    ]
+    certify(copied / other, "a", student="another")
+    (fault,) = verify.find_faults(copied, None)
+    assert fault.startswith(f"{other}: The certificate was changed after it was written")
+
+
+def test_a_growth_is_repeated_and_found_as_certified(finished, tmp_path, monkeypatch, capsys):
+    for arm in ("net2net", "random_pad"):
+        assert verify.main(["--growth", str(finished / arm)]) == 0
+        assert capsys.readouterr().out.startswith("The teacher and the student are those of the certificate. Their ")
+    assert verify.main(["--growth", str(finished / "random_init")]) == 1
+    assert "There is no certificate in " in capsys.readouterr().err
+    fill = verify.fill
+
+    def fill_another(arm: str, *rest: Any) -> Any:
+        return fill("random_pad" if arm == "net2net" else "net2net", *rest)
+
+    monkeypatch.setattr(verify, "fill", fill_another)
+    assert verify.main(["--growth", str(finished / "net2net")]) == 1
+    assert capsys.readouterr().err.startswith("The student is another, or has been trained since")
 
 
 def test_a_shallow_clone_is_told(copied, monkeypatch, capsys):

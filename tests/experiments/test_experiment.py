@@ -11,6 +11,7 @@ from loops import run_of, same
 from rich.console import Console
 from torch import Tensor, nn
 
+import net2net
 from experiments import checkpoint, experiment, stage, start, training
 from experiments.config import Config, ExperimentError
 from experiments.run_log import parse_curve
@@ -83,6 +84,19 @@ def test_step_0_of_a_finished_run(finished):
     assert first["random_init"]["test_loss"] != pytest.approx(last["test_loss"], rel=1e-3)
     step0 = json.loads((finished / "net2net/manifest.json").read_text())["step0"]
     assert step0["agree"] == step0["of"] == step0["float32"]["of"] == 359 and step0["max_relative_error"] < 1e-5
+
+
+def test_the_certificate_of_an_arm_says_what_it_started_from(finished):
+    manifests = {arm: json.loads((finished / arm / "manifest.json").read_text()) for arm in ("net2net", "random_pad")}
+    grown, padded = (manifest["certificate"] for manifest in manifests.values())
+    assert grown["teacher"] == padded["teacher"] and grown["student"] != padded["student"]
+    assert grown["operator"] == "wider" and padded["operator"] == "random_pad"
+    assert grown["settings"] == {"split": "equal"} | manifests["net2net"]["settings"]["growth"]
+    assert all(difference["max_relative"] < 1e-5 for difference in grown["difference"].values())
+    assert padded["difference"]["eval"]["max_relative"] > 1e-2
+    for arm in manifests:
+        record = net2net.load_record(finished / arm / "growth.json")
+        assert str(record) == manifests[arm]["growth"]["record"]
 
 
 def test_the_curves_of_all_arms_are_the_golden_ones(finished):

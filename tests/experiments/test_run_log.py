@@ -60,13 +60,14 @@ def test_new_modules_are_uncommitted_changes_and_without_git_nobody_knows(tmp_pa
 ARMS = ["teacher", "net2net", "random_pad", "random_init", "teacher_continued", "random_init_low_lr"]
 
 
-def test_a_finished_run_has_three_files_an_arm(finished):
+def test_a_finished_run_has_three_files_an_arm_and_a_record_where_it_grew(finished):
     assert sorted(path.name for path in finished.iterdir()) == sorted(ARMS)
     for arm in ARMS:
         assert sorted(path.name for path in (finished / arm).iterdir()) == [
             *["checkpoint.previous.pt"] * (arm == "teacher"),  # a damaged teacher need not be trained anew
             "checkpoint.pt",
             "curve.csv",
+            *["growth.json"] * (arm in ("net2net", "random_pad")),
             "manifest.json",
         ]
     runs = load(finished.parent).runs  # which checks every curve against its manifest
@@ -90,6 +91,7 @@ def test_the_manifest_of_a_finished_arm(finished, arm):
     assert 2.8 < manifest["train_flops_per_image"] / manifest["forward_flops"] <= 3
     assert state["step"] == 20
     assert ("step0" in manifest) == (arm == "net2net")
+    assert ("certificate" in manifest) == (arm in ("net2net", "random_pad"))
     ((process),) = manifest["processes"]
     assert (process["from"], process["to"], process["commit"]) == (0, 20, manifest["commit"])
     assert all(process[key] == manifest[key] for key in ("hardware", "device", "versions", "command"))

@@ -22,6 +22,7 @@ from experiments.analysis.curves import find_targets
 from experiments.analysis.curves import load as load_results
 from experiments.config import Config, ExperimentError, check
 from experiments.run_log import parse_curve
+from scripts import verify
 
 Make = Callable[..., Config]
 SMALL = [*torture.SETTINGS[1:], "schedule.epochs=8it", "schedule.evaluate=4it", "growth.calibrate=0"]
@@ -187,6 +188,10 @@ def test_a_teacher_that_is_grown_itself(small, tmp_path):
     assert origin["settings"] == manifests["first"]["settings"]
     assert origin["curve_sha256"] == manifests["first"]["curve_sha256"]
     assert manifests["first"]["config"] == manifests["teacher"]["config"]  # what the command composes
+    assert manifests["teacher"]["certificate"]["operator"] == "wider"
+    assert verify.verify_growth(places["teacher"]).startswith(
+        "The teacher and the student are those of the certificate."
+    )
     # The first network is trained once: what starts from it anew finds it there.
     shutil.rmtree(places["teacher"])
     shutil.rmtree(tmp_path / "runs/quickstart")
