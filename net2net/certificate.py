@@ -76,7 +76,7 @@ def certify(
         },
     }
     if isinstance(content["difference"]["eval"], str):
-        raise TransferError(f"There is no difference to certify: in eval mode {content['difference']['eval']}.")
+        raise TransferError(f"There is no difference to certify in eval mode: {content['difference']['eval']}.")
     content = json.loads(json.dumps(content))  # tuples become lists, as in a file
     return content | {"sha256": _digest_content(content)}
 
@@ -189,14 +189,14 @@ def _measure(teacher: nn.Module, student: nn.Module, inputs: Inputs, mode: str) 
             tolerance = _tolerance(teacher, student)
             for model, output in ((teacher, theirs), (student, mine)):
                 if not compare(output, run(model, inputs, training, seed=1)).max_relative <= tolerance:
-                    return f"the forward pass of {type(model).__name__} is random", 0.0
-    except TransferError:
+                    return f"The forward pass of {type(model).__name__} is random", 0.0
+        found = compare(theirs, mine, mode)
+    except TransferError as error:
         if not training:
             raise
-        return "the forward pass fails on these inputs", 0.0
-    found = compare(theirs, mine, mode)
+        return str(error).rstrip("."), 0.0
     if not math.isfinite(found.max_relative):
-        return "the outputs are not finite", 0.0
+        return "The outputs are not finite", 0.0
     largest = max(float(x.abs().max()) for x in tensors_in(theirs))
     return {"max_abs": found.max_abs, "max_relative": found.max_relative}, largest
 
