@@ -48,14 +48,19 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_on_a_full_disk_nothing_is_lost_and_with_room_the_same_command_continues(
     disk, command_line, tmp_path, capsys, room, kept
 ):
-    """With room for so many checkpoints of the student, of which a run needs three, and its teacher's less than one."""
+    """With room for so many checkpoints of the student, of which a run needs three, and its teacher's less than one.
+
+    What gets to the student also has room for the record of its growth.
+    """
     (tmp_path / "whole").mkdir()
     torture.start(SETTINGS, tmp_path / "whole", tmp_path / "log").join()
     whole = tmp_path / "whole/runs/quickstart/seed0"
-    size = (whole / "net2net/checkpoint.pt").stat().st_size
+    size, record = ((whole / "net2net" / file).stat().st_size for file in ("checkpoint.pt", "growth.json"))
     free = os.statvfs(disk)
     with open(disk / "ballast", "wb") as ballast:
-        os.posix_fallocate(ballast.fileno(), 0, free.f_bavail * free.f_frsize - int(room * size))
+        os.posix_fallocate(
+            ballast.fileno(), 0, free.f_bavail * free.f_frsize - int(room * size) - record * (len(kept) > 1)
+        )
     assert command_line(*SETTINGS) == 1
     assert "cannot be written (No space left on device): make room" in error_of(capsys)
     steps = []
