@@ -155,14 +155,8 @@ def _name_operator(record: Record, hows: set[str]) -> str:
 
 def _list_layers(record: Record) -> tuple[set[str], dict[str, str]]:
     """Return in which ways layers are larger or new, and what the certificate says of each, by its largest tensor."""
-    largest: dict[str, str] = {}  # layer -> tensor
-    shapes = record.shapes[1]
-    for name in shapes:
-        layer = name.rpartition(".")[0] or name
-        if layer not in largest or math.prod(shapes[name]) > math.prod(shapes[largest[layer]]):
-            largest[layer] = name
-    hows, found = set(), {}
-    for name in largest.values():
+    shapes, hows, found = record.shapes[1], set(), {}
+    for name in record.largest_tensors().values():
         origin, shape = record.origins[name], "x".join(map(str, shapes[name]))
         if origin.how == How.SHARED and origin.teacher:
             before = "x".join(map(str, record.shapes[0][origin.teacher]))

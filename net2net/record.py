@@ -151,14 +151,18 @@ class Record:
             layer  before  after  how
                    4 x 3   4 x 3  as it was
         """
+        rows = [("layer", "before", "after", "how"), *(self._row(*pair) for pair in self.largest_tensors().items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def largest_tensors(self) -> dict[str, str]:
+        """Return the name of the largest tensor of each layer of the student."""
         largest: dict[str, str] = {}
         for name in self.origins:
             layer = name.rpartition(".")[0]
             if layer not in largest or math.prod(self.shapes[1][largest[layer]]) < math.prod(self.shapes[1][name]):
                 largest[layer] = name
-        rows = [("layer", "before", "after", "how"), *(self._row(*pair) for pair in largest.items())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return largest
 
     def _row(self, layer: str, name: str) -> tuple[str, str, str, str]:
         origin, (theirs, mine) = self.origins[name], self.shapes
