@@ -23,7 +23,7 @@ def fill_new(
     if origin.fill == Fill.ZERO:
         target.zero_()
     elif origin.fill == Fill.ONE:
-        target.fill_(1.0)
+        target.fill_(origin.factor)
     elif origin.fill == Fill.MEAN:
         target.copy_(tensors[origin.of[0]])
     elif origin.fill == Fill.DEVIATION:

@@ -55,8 +55,11 @@ def _prefix_converter(rename: Mapping[str, str]) -> Callable[[str], str | None]:
     return convert
 
 
-def key_converter(names: Names) -> Callable[[Key], Key | None]:
-    """Return the function that converts a student's key to the teacher's; None where a tensor has no counterpart."""
+def key_converter(names: Names, moved: Names | None = None) -> Callable[[Key], Key | None]:
+    """Return the function that converts a student's key to the teacher's; None where a tensor has no counterpart.
+
+    Tensors that have `moved` into another module go by those names. The modules are paired by the others.
+    """
     modules: dict[str, str] = {}
     for mine, theirs in names.items():
         while mine and theirs is not None:
@@ -65,6 +68,7 @@ def key_converter(names: Names) -> Callable[[Key], Key | None]:
             if a != b and modules.get(mine, theirs) != theirs:
                 break
             modules.setdefault(mine, theirs)
+    names = names | (moved or {})
 
     def convert(key: Key) -> Key | None:
         if key.inside is not None:

@@ -19,14 +19,32 @@ def check_identities(plan: Plan) -> None:
     for name in plan.roles.identity:
         layer = plan.student.layers[name]
         if layer.options.get("across"):
-            why = "no weight brings back the mean that it takes away"
-            raise TransferError(f"The new norm {layer.name} cannot be an identity: {why}. Give it a branch of its own.")
+            if name in plan.chains.parts:
+                continue
+            raise _lone_norm(plan, layer)
         if layer.kind == LayerKind.NORM and not layer.tensors.keys() >= {"weight", "mean"}:
             why = "it has no affine parameters or no running statistics"
             raise TransferError(f"The new batch norm {layer.name} cannot undo its own normalisation: {why}.")
         if layer.kind == LayerKind.MIX or "taps" in layer.tensors:
             _check_activations(plan, layer)
             _check_kernel(layer, tuple(plan.student.parameters.tensors[name].shape[2:]))
+
+
+def _lone_norm(plan: Plan, layer: Layer) -> TransferError:
+    """Return the error of a new norm across units that is in no row with a norm of the teacher's."""
+    norms, idle = {norm.name: norm for norm in plan.student.norms}, plan.roles.silent | plan.roles.fresh
+    before = norms[layer.name].first_norm
+    readers = [other.name for other in plan.student.layers.values() if before in other.normed_by - idle]
+    others = [name for name in readers if name not in idle | {layer.name}]
+    if not before:
+        why = "what it normalises is not the result of another norm, and no weight brings back what it takes away"
+    elif others:
+        why = f"{before}, whose result it normalises again, is read by {others[0]}, too, which needs it as it is"
+    elif before in plan.chains.parts or any(plan.names[t] for t in plan.student.layers[before].tensors.values()):
+        why = f"it is no norm like {before}, whose result it normalises again, or lacks a weight or bias of that one"
+    else:
+        why = f"{before}, whose result it normalises again, is new, too"
+    return TransferError(f"The new norm {layer.name} cannot be an identity: {why}. Give it a branch of its own.")
 
 
 def _check_activations(plan: Plan, layer: Layer) -> None:
@@ -75,7 +93,9 @@ def new_origins(plan: Plan) -> dict[str, Origin]:
     for name in plan.roles.identity:
         layer = plan.student.layers[name]
         for role, tensor in layer.tensors.items():
-            if layer.kind == LayerKind.NORM and role in ("weight", "bias"):
+            if layer.options.get("across"):
+                made[tensor] = Origin(How.IDENTITY, fill=Fill.ONE if role == "weight" else Fill.ZERO)
+            elif layer.kind == LayerKind.NORM and role in ("weight", "bias"):
                 statistic, fill = {"weight": ("var", Fill.DEVIATION), "bias": ("mean", Fill.MEAN)}[role]
                 of = (layer.tensors[statistic], float(layer.options["eps"]))
                 made[tensor] = Origin(How.IDENTITY, fill=fill, of=of)

@@ -13,6 +13,7 @@ from ..trace.graph import Trace
 from .mapping import map_units
 from .mixing import find_rotations, find_streams
 from .names import Rename, key_converter, teacher_names
+from .norm_chains import find_norm_chains
 from .norms import adjust_norms, norm_kinds
 from .roles import Roles, assign_roles, find_sign_pairs, unite_passed
 from .traces import Networks
@@ -95,13 +96,17 @@ def make_plan(
     units, teacher_units = student.units.copy(), teacher.units.copy()
     roles = assign_roles(teacher, student, units, names, passing_all)
     idle = roles.silent | roles.fresh
+    chains = find_norm_chains(teacher, student, units, names, idle)
+    convert = key_converter(names, chains.names)
+    if chains.names:
+        names = names | chains.names
+        roles = assign_roles(teacher, student, units, names, passing_all)
     sign_pairs = find_sign_pairs(student.layers.values(), roles.identity, idle) if in_pairs else {}
     unite_passed(student, units, roles.identity, sign_pairs)
     units.close()
-    convert = key_converter(names)
     nested = {other for key in units.relations if key.inside is not None and (other := convert(key)) is not None}
     teacher_units.close(nested)
-    known = (teacher, student, names, teacher_units, units, teacher_units.roots(), units.roots())
+    known = (teacher, student, names, convert, chains, teacher_units, units, teacher_units.roots(), units.roots())
     networks = Networks(*known)
     streams = find_streams(networks, roles.identity)
     rotated = torch.zeros(len(networks.student_roots), dtype=torch.bool)

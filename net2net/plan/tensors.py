@@ -24,6 +24,9 @@ def make_record(
     for name in plan.student.parameters.tensors:
         origins[name] = new_origin(plan, name, new) if plan.names[name] is None else shared_origin(plan, name)
     _check_modules(plan, student)
+    for name, factor in plan.chains.factors.items():
+        weight = plan.student.layers[name].tensors["weight"]
+        origins[weight] = replace(origins[weight], factor=origins[weight].factor * factor)
     for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.padding_factors.values()}.values():
         if "weight" not in norm.tensors:
             raise TransferError(f"The norm {norm.module} would see padding, and has no weight to undo what it does.")

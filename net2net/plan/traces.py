@@ -13,6 +13,7 @@ from ..trace.graph import SeenAs, Trace
 from ..trace.tracer import trace
 from ..trace.units import Units
 from .names import Names, Rename, Unpaired, key_converter, teacher_names
+from .norm_chains import NormChains
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,17 @@ class Networks:
     teacher: Trace
     student: Trace
     names: Names  # the teacher's name of every student tensor; None where it has no such tensor
+    convert: Callable[[Key], Key | None]  # from the student's keys to the teacher's
+    chains: NormChains  # new norms in a row with the teacher's
     teacher_units: Units  # the plan's own copies, in which it unites units further
     student_units: Units
     teacher_roots: Tensor  # the root of every label, which stands for the unit
     student_roots: Tensor
 
-    @cached_property
-    def convert(self) -> Callable[[Key], Key | None]:
-        """The function from the student's keys to the teacher's."""
-        return key_converter(self.names)
-
     def teacher_norm(self, norm: Norm) -> Norm | None:
         """Return the teacher's counterpart of a norm of the student."""
+        if norm.name in self.chains.parts:
+            return self.chains.parts[norm.name]
         if any(self.names[tensor] is None for tensor in norm.tensors.values()):
             return None
         key = self.convert(norm.key)

@@ -66,6 +66,7 @@ class Labels:
     units: Tensor  # of every element, in the activation's shape
     sources: frozenset[str] = frozenset()  # the layers whose outputs are summed or concatenated in it
     norms_since: frozenset[str] = frozenset()  # the norms that it has passed since
+    normed_by: frozenset[str] = frozenset()  # the norms across units whose results reach it past no layer or such norm
     gain: float = 1.0  # the product of the plain numbers that multiplied it since a layer produced it
     linear: bool = False  # a plain sum of what layers produced: one of its units can hold the mean of others
     after_norm: str | None = None  # the norm directly before; units it saw as its mean, or as zero, are zero
@@ -81,6 +82,7 @@ class Labels:
         """Return the labels `units` of a result with the sources and norms of all `operands`, and further `norms`."""
         # Of the other attributes (`state`) what is not given counts as unknown.
         sources = frozenset().union(*(labels.sources for labels in operands))
+        state = {"normed_by": frozenset().union(*(labels.normed_by for labels in operands))} | state
         return cls(units, sources, frozenset(norms).union(*(labels.norms_since for labels in operands)), **state)
 
 
@@ -103,6 +105,7 @@ class Layer:
     first_norm: str | None = None
     passage: Passage = NOTHING
     range: Range = None
+    normed_by: frozenset[str] = frozenset()
     key: Key | None = None  # what a norm without parameters is called in both networks
 
     @property

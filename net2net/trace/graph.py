@@ -94,6 +94,7 @@ class Trace:
                 sources=first.sources | layer.sources,
                 options=first.options | layer.options,
                 norms_since=first.norms_since | layer.norms_since,
+                normed_by=first.normed_by | layer.normed_by,
                 after_norm=layer.after_norm if fresh or first.after_norm == layer.after_norm else None,
                 first_norm=layer.first_norm if fresh or first.first_norm == layer.first_norm else None,
                 passage=layer.passage if first.passage == layer.passage else NOTHING,

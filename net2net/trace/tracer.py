@@ -141,5 +141,6 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
         if (labels := result.labels(tensor)) is not None:
             result.units.pin(labels.units, "it is the network's output")
             name = f"output {position}" + " in training" * training
-            result.add(Layer(LayerKind.OUTPUT, name, {}, None, labels.sources, labels.norms_since))
+            known = (labels.sources, labels.norms_since)
+            result.add(Layer(LayerKind.OUTPUT, name, {}, None, *known, normed_by=labels.normed_by))
     return output

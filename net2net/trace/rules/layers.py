@@ -112,7 +112,7 @@ def _record_layer(trace: Trace, product: Product, weight: Weight, units: tuple[T
         reads, produced = axes[weight.axes[product.reads][0]], axes[weight.axes[product.produces][0]]
     read = labels or Labels(units[1])  # of constants nothing is known
     gain = weight.gain if labels is None else weight.gain * labels.gain
-    state = (gain, read.linear, read.after_norm, read.first_norm, read.passage, read.range)
+    state = (gain, read.linear, read.after_norm, read.first_norm, read.passage, read.range, read.normed_by)
     tensors = _tensor_names(trace, product, name)
     known = (read.sources, read.norms_since, product.options)
     trace.add(Layer(LayerKind.MIX, name, tensors, reads, *known, produced, *state))

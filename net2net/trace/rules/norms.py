@@ -93,5 +93,7 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     first = NO_NORM if labels.linear else labels.first_norm
     trace.norms.append(replace(norm, padded=padded, name=name, first_norm=first))
     known = (labels.sources, labels.norms_since, {"across": True})
-    trace.add(Layer(LayerKind.NORM, name, tensors, norm.units.reshape(-1), *known, key=None if tensors else key))
-    trace.label(call.out, Labels.of(labels.units, labels, norms=[name], after_norm=name, first_norm=name))
+    state = {"normed_by": labels.normed_by, "key": None if tensors else key}
+    trace.add(Layer(LayerKind.NORM, name, tensors, norm.units.reshape(-1), *known, **state))
+    state = {"after_norm": name, "first_norm": name, "normed_by": frozenset({name})}
+    trace.label(call.out, Labels.of(labels.units, labels, norms=[name], **state))
