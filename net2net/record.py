@@ -122,7 +122,7 @@ class Record:
     """Where every tensor of a student comes from, and how far the student is from its teacher."""
 
     origins: dict[str, Origin]  # of every parameter and buffer of the student by name
-    split: str  # how copies divide a weight: equal, uneven or paired; "pad" for `random_pad`
+    split: str  # how copies divide a weight: equal, uneven or paired; "fresh" for none; "pad" for `random_pad`
     noise: float  # as of `transfer`
     eps: dict[str, float] = field(default_factory=dict)  # the new eps of norms that see padding, by module
     # The state of the generator that shares are drawn from.

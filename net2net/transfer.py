@@ -112,7 +112,8 @@ def transfer(  # noqa: PLR0913 (public signature)
             units of the tensor's own (paper, section 3.3). It changes the function.
         split: how the copies of a unit divide its outgoing weight. "equal" is the paper's: such copies get the same
             gradients and never part, unless dropout tells them apart. "uneven" draws positive shares for every reading
-            unit; "paired" adds noise that the copies cancel among themselves. Both leave the function as it is.
+            unit; "paired" adds noise that the copies cancel among themselves. "fresh" makes no copies: a new unit is as
+            the student's constructor drew it, and what reads it is zero at first. They leave the function as it is.
         depth: what a new layer on the way of units becomes: "identity" (paper, section 3.4), or "dense" where no
             activation stands behind it: a random rotation, which the next layer undoes (after Network Morphism).
         rename: student names to teacher names, where they differ otherwise: a function, or a dict of prefixes in which
@@ -137,7 +138,7 @@ def transfer(  # noqa: PLR0913 (public signature)
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
     def grow(attempt: Attempt) -> Record:
-        plan = _plan(traces, attempt, generator)
+        plan = _plan(traces, attempt, generator, split == "fresh")
         check_identities(plan)
         record = make_record(plan, student, generator.get_state(), split, noise, depth)
         with restore_on_refusal(student, record) if len(attempts) > 1 else nullcontext():
@@ -234,6 +235,6 @@ def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split
         raise TransferError("A network on the meta device has no values to grow.")
 
 
-def _plan(traces: Traces, attempt: Attempt, generator: torch.Generator) -> Plan:
+def _plan(traces: Traces, attempt: Attempt, generator: torch.Generator, fresh: bool = False) -> Plan:
     pair = traces.comparable(attempt.rename, attempt.absorb)
-    return make_plan(pair, attempt.rename, generator, attempt.passing_all, attempt.in_pairs)
+    return make_plan(pair, attempt.rename, generator, attempt.passing_all, attempt.in_pairs, fresh)

@@ -109,7 +109,7 @@ def exact_or_refused(pair: Pair, split: str, seed: int) -> None:
     assert reason or exact(pair)
 
 
-DRAWN = given(pairs(), st.sampled_from(("equal", "uneven", "paired")), st.integers(0, 3))
+DRAWN = given(pairs(), st.sampled_from(("equal", "uneven", "paired", "fresh")), st.integers(0, 3))
 test_a_sample_is_exact_or_refused = settings(UNHURRIED, max_examples=60, derandomize=True)(DRAWN(exact_or_refused))
 test_all_are_exact_or_refused = pytest.mark.slow(settings(UNHURRIED, max_examples=MANY)(DRAWN(exact_or_refused)))
 

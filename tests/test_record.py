@@ -83,7 +83,7 @@ def same(a: Transfer, b: Transfer) -> bool:
     return all(x == y if not isinstance(x, Tensor) else torch.equal(x, y) and x.dtype == y.dtype for x, y in leaves)
 
 
-@pytest.mark.parametrize("split", ["equal", "uneven", "paired"])
+@pytest.mark.parametrize("split", ["equal", "uneven", "paired", "fresh"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_saved_is_carried_out_again_bit_for_bit(name: str, split: str, tmp_path: Path) -> None:
     teacher, student, fresh, record, x = grow(name, split)

@@ -13,7 +13,7 @@ from .gather import gather
 from .isometry import mix, mixing_matrix
 from .new_layers import fill_new
 
-SPLITS = ("equal", "uneven", "paired")
+SPLITS = ("equal", "uneven", "paired", "fresh")
 
 
 @torch.no_grad()

@@ -141,6 +141,9 @@ def _match_inside(plan: Plan, name: str, units: Tensor, source: Tensor, groups: 
     rows = []
     for mine in plan.student_roots[units].reshape(groups, -1):
         copied = plan.g[mine]
+        if bool((copied == NEW).all()):
+            rows.append(copied)
+            continue
         owners = torch.isin(theirs, copied).any(1).nonzero().flatten()
         if not len(owners):
             raise TransferError(f"A group of {name} reads no units that a group of its teacher reads.")

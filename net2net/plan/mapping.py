@@ -57,17 +57,23 @@ class UnitMap:
     g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
     patterns: Tensor  # of units that pass activations in pairs, a bit for the sign before each activation
     narrowest: Tensor  # for every unit the width of the narrowest layer that it is in
+    fresh: bool  # whether further units are new, and not copies
     means: list[Tensor] = field(default_factory=list)  # the teacher units that the code `MEAN - k` is the mean of
 
 
 def map_units(
-    networks: Networks, passing: list[tuple[Layer, int]], kinds: Kinds, rotated: Tensor, generator: torch.Generator
+    networks: Networks,
+    passing: list[tuple[Layer, int]],
+    kinds: Kinds,
+    rotated: Tensor,
+    generator: torch.Generator,
+    fresh: bool = False,
 ) -> UnitMap:
     """Decide which teacher unit every student unit copies."""
     # `passing`: the new layers that pass units through, and how many activations their units pass in pairs.
     size = len(networks.student_roots)
     g, patterns, narrowest = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long), torch.full((size,), size)
-    unit_map = UnitMap(networks, _find_ties(networks), kinds, rotated, generator, g, patterns, narrowest)
+    unit_map = UnitMap(networks, _find_ties(networks), kinds, rotated, generator, g, patterns, narrowest, fresh)
     families = _find_families(unit_map)
     for level in sorted({family.level for family in families}):
         now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # parts before their sum
@@ -223,7 +229,7 @@ def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> No
     elif kinds == {NormKind.LAYER}:
         unit_map.means.append(theirs)
         g[free] = MEAN - (len(unit_map.means) - 1)
-    else:
+    elif not unit_map.fresh:
         g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=unit_map.generator)]
 
 

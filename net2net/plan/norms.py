@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TransferError
-from ..record import MEAN, ZERO
+from ..record import MEAN, NEW, ZERO
 from ..trace.facts import Key, Norm, NormKind
 from .mapping import EVEN, UnitMap
 from .names import teacher_layer
@@ -40,7 +40,8 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
         if bool(unit_map.rotated[roots].all()):
             eps[norm.module] = other.eps * other.units.shape[1] / norm.units.shape[1]
             continue
-        factors = {_factor(unit_map, norm, other, copied) for copied in unit_map.g[roots]}
+        grown = [copied for copied in unit_map.g[roots] if not bool((copied == NEW).all())]  # groups of old units
+        factors = {_factor(unit_map, norm, other, copied) for copied in grown}
         if len(factors) > 1:
             raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
         if (factor := factors.pop()) != 1.0:

@@ -85,7 +85,12 @@ class Plan(Networks):
 
 
 def make_plan(
-    traces: tuple[Trace, Trace], rename: Rename, generator: torch.Generator, passing_all: bool, in_pairs: bool
+    traces: tuple[Trace, Trace],
+    rename: Rename,
+    generator: torch.Generator,
+    passing_all: bool,
+    in_pairs: bool,
+    fresh: bool,
 ) -> Plan:
     """Decide which teacher unit every student unit copies and what each new layer becomes (paper, section 3)."""
     # `passing_all`: every new layer passes its units on that joins no stream which is carried already. That is right
@@ -114,6 +119,6 @@ def make_plan(
         rotated[stream.units] = True
     identities = [layer for layer in student.mixers if layer.name in roles.identity]
     passing = [(layer, len(sign_pairs.get(layer.name, ()))) for layer in identities]
-    unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator)
+    unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator, fresh)
     g, means, patterns, norms = unit_map.g, unit_map.means, unit_map.patterns, adjust_norms(unit_map)
     return Plan(*known, g, means, roles, *norms, sign_pairs, patterns, find_rotations(networks, streams))

@@ -1,5 +1,6 @@
 """How copies of a unit share its outgoing weights, and what tells them apart in training: shares, pairs, noise."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from networks import chain, conv, grouped, images, residual, tied
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
-from net2net import Axis, Transfer, equivalence, transfer
+from net2net import Axis, Transfer, equivalence, replay, transfer, widen
 
 pytestmark = pytest.mark.usefixtures("float64")
 TOLD_APART = ("uneven", "paired")
@@ -81,6 +82,35 @@ def test_copies_in_groups_part_too(split: str) -> None:
     record = grow(teacher, student, split=split)
     train(student, SGD(student.parameters(), lr=0.05), 1)
     assert apart(record, student, "0.weight").min() > 1e-6
+
+
+def test_fresh_units_are_the_constructors_and_nothing_reads_them_at_first() -> None:
+    torch.manual_seed(0)
+    teacher, student = trained(chain(4, 5), chain(10, 11))
+    drawn = copy.deepcopy(student)
+    record = transfer(teacher, student, images(), split="fresh")
+    for mode in ("eval", "train"):
+        assert_same(getattr(teacher, mode)(), getattr(student, mode)(), images())
+    assert torch.equal(student.conv0.weight[4:], drawn.conv0.weight[4:])
+    assert torch.equal(student.norm0.running_var[4:], drawn.norm0.running_var[4:])
+    assert not student.conv1.weight[:5, 4:].any() and torch.equal(student.conv1.weight[5:], drawn.conv1.weight[5:])
+    wrong = change_axes(record, lambda axis: replace(axis, index=axis.index.roll(1)) if axis.reads else axis)
+    assert error(wrong, teacher, student) > 1e-3  # negative control: what reads a new unit is not zero
+    replay(record, teacher, student)
+    train(student, SGD(student.parameters(), 0.01), 2)  # the first step moves what reads the new units
+    assert (student.conv0.weight[4:] - drawn.conv0.weight[4:]).flatten(1).abs().amax(1).min() > 1e-6
+
+
+def test_fresh_units_behind_fresh_units_of_a_group_of_their_own() -> None:
+    def make(n: int) -> nn.Module:
+        return nn.Sequential(conv(3, n), conv(n, n, groups=n), nn.ReLU(), nn.Flatten(), nn.Linear(48 * n, 5))
+
+    teacher, student = trained(make(4), make(10))
+    transfer(teacher, student, images(), split="fresh")
+    assert_same(teacher, student, images())
+    grown = widen(teacher, images(), {"0": 10}, split="fresh")
+    assert_same(teacher, grown, images())
+    assert not grown[4].weight.unflatten(1, (10, 48))[:, 4:].any()
 
 
 def test_shares_are_positive_sum_to_one_and_differ_from_reader_to_reader() -> None:
