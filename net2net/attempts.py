@@ -1,8 +1,9 @@
 """Try several ways to pair the layers of two networks, the likeliest first; every reason for a refusal is kept."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,26 @@ from .plan.names import Rename, Unpaired, candidates
 from .record import Record
 
 Result = TypeVar("Result")
+
+SECONDS = 30.0  # see `Patience`
+
+
+@dataclass
+class Patience:
+    """How long a search goes on in vain: some seconds, or three times as long as its first attempt takes."""
+
+    started: float = field(default_factory=lambda: time.monotonic())
+    limit: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long the search has lasted."""
+        return time.monotonic() - self.started
+
+    def is_over(self) -> bool:
+        """Tell, after each attempt that fails, whether to stop."""
+        self.limit = self.limit or max(SECONDS, 3 * self.seconds)
+        return self.seconds > self.limit
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,7 @@ def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb
 
 def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt], generator: torch.Generator) -> Result:
     """Return `grow(attempt)` for the first attempt that is not refused; each begins from the same random state."""
-    state, refusals = generator.get_state(), []
+    state, refusals, patience = generator.get_state(), [], Patience()
     for attempt in attempts:
         try:
             with no_other_error("An attempt"):
@@ -47,12 +68,15 @@ def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt]
         except TransferError as error:
             refusals.append(error)
             generator.set_state(state)
-    if len(refusals) == 1:
+        if patience.is_over():
+            break
+    if len(attempts) == 1:
         raise refusals[0]
     likeliest, *others = _order(refusals, attempts)
     reasons = [reason for error in others for reason in error.reasons]
     every = ExceptionGroup("Every way to pair the layers is refused.", refusals)
-    raise TransferError(str(likeliest), reasons) from every
+    untried = f" ({len(refusals)} of {len(attempts)} ways to pair the layers were tried, in {patience.seconds:.0f} s.)"
+    raise TransferError(f"{likeliest}{untried * (len(refusals) < len(attempts))}", reasons) from every
 
 
 def _order(refusals: list[TransferError], attempts: list[Attempt]) -> list[TransferError]:

@@ -117,10 +117,16 @@ def _rounding(teacher: nn.Module, inputs: Inputs, theirs: object, largest: float
 
 
 def _refusal(measured: Equivalence, allowed: float, where: str, identities: Collection[str]) -> TransferError:
-    new = sorted(identities) or ["none"]
+    causes = [
+        "treat the same units differently (another layout, for one)",
+        "depend on random numbers",
+        "amplify rounding that far",
+    ]
+    if new := sorted(identities):
+        through = f"what new layers pass through ({', '.join(new[:8])})"
+        causes.insert(1, f"change {through}, as an activation does that is not idempotent")
     return TransferError(
         f"The filled student does not compute its teacher's function: on {where} they differ by "
-        f"{measured.max_relative:.1e} relative, more than {allowed:.1e}. The two forward passes do something "
-        "different with the same units: an activation behind a new layer that is not idempotent, another layout. "
-        f"Layers that pass units through: {', '.join(new[:8])}."
+        f"{measured.max_relative:.1e} relative, more than {allowed:.1e}. The two forward passes "
+        f"{', '.join(causes[:-1])}, or {causes[-1]}."
     )

@@ -147,7 +147,11 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     # In training mode the buffers and the random state are restored, too.
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
-    model.train(training)
+    try:
+        model.train(training)
+    except NotImplementedError as error:
+        name = type(model).__name__
+        raise TransferError(f"{name} knows one mode alone, as what torch.export makes: pass the original.") from error
     try:
         with own_precision(), torch.no_grad(), torch.random.fork_rng(enabled=training):
             yield

@@ -3,6 +3,7 @@ kept."""
 
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,22 @@ def test_attempts_begin_from_one_random_state_and_stop_at_the_first_that_serves(
 
     attempts = [Attempt({}), Attempt({}, absorb=True), Attempt({}, in_pairs=True)]
     assert first_that_serves(grow, attempts, generator) == drawn[0] == drawn[1] and len(drawn) == 2
+
+
+def test_a_search_in_vain_has_an_end_and_says_so(monkeypatch) -> None:
+    clock, seconds, tried = [0.0], [20.0, 30.0, 30.0], []
+    monkeypatch.setattr("net2net.attempts.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def grow(attempt: Attempt) -> None:
+        clock[0] += seconds[len(tried)]
+        tried.append(attempt)
+        raise TransferError(f"reason {len(tried)}")
+
+    attempts = [Attempt({}, absorb=absorb, in_pairs=pairs) for absorb in (False, True) for pairs in (False, True)]
+    with pytest.raises(TransferError) as caught:  # after three times 20 seconds
+        first_that_serves(grow, attempts, torch.Generator())
+    assert str(caught.value) == "reason 1 (3 of 4 ways to pair the layers were tried, in 80 s.)"
+    assert caught.value.reasons[1:] == ("reason 2", "reason 3")
 
 
 def test_that_a_layer_has_no_counterpart_by_name_tells_least() -> None:

@@ -92,7 +92,6 @@ DEEPER = {
     "blocks of addmm": (lambda: of_matrices(1, 1), lambda: of_matrices(2, 3)),
     "blocks of addmm, wider": (lambda: of_matrices(1, 1), lambda: of_matrices(2, 2, n=7)),
     "blocks of matmul": (lambda: of_matrices(1, 1, False), lambda: of_matrices(3, 2, False)),
-    "numbers added at the end of a branch": (lambda: shifted(1), lambda: shifted(3)),
     "one layer": (lambda: chain(3, 4), lambda: chain(3, 4, new=1)),
     "several layers": (lambda: chain(3, 4), lambda: chain(3, 4, new=3)),
     "wider and deeper": (lambda: chain(3, 4), lambda: chain(10, 13, new=2)),
@@ -105,6 +104,11 @@ DEEPER = {
     "dilated": (lambda: inserted(None), lambda: inserted(lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2))),
     "rectangular": (lambda: inserted(None), lambda: inserted(lambda: nn.Conv2d(4, 4, (1, 5), padding="same"))),
 }
+
+
+def test_numbers_added_at_the_end_of_a_new_branch_are_zero() -> None:
+    grow(shifted(1), student := shifted(3))
+    assert not student.before[2].any() and not student.depthwise[2].bias.any() and student.factor[2].all()
 
 
 @pytest.mark.parametrize("split", ["equal", "uneven"])
@@ -252,6 +256,24 @@ def spectral(n: int) -> nn.Module:
 
 ADDED, MULTIPLIED = two(lambda a, b: (a + b).mean((2, 3))), two(lambda a, b: (a * b).mean((2, 3)))
 CONCATENATED = two(lambda a, b: torch.cat([a, b], 1).mean((2, 3)), 2)
+
+
+def functional_norm(n: int) -> Net:
+    parts = {"a": nn.Linear(3, n), "fc": nn.Linear(n, 2)}
+    return Net(parts, lambda net, x: net.fc(F.rms_norm(net.a(x.mean((2, 3))), (net.a.out_features,))))
+
+
+def scaled_layers(depth: int) -> Net:
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        for k, layer in enumerate(net.layers):
+            x = x + net.s[k] * layer(x.relu())
+        return x
+
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(depth))
+    return Net({"layers": layers, "s": nn.Parameter(torch.ones(depth))}, how)
+
+
 COMPUTES_ELSE = {
     "a product for a sum": (lambda: ADDED(3), lambda: MULTIPLIED(5), "does not compute its teacher's function"),
     "rows for columns": (lambda: laid_out(3, lambda x: x), lambda: laid_out(5, lambda x: x.mT), "layout"),
@@ -261,13 +283,14 @@ NO_IDENTITY = {
     "an even kernel": (lambda: nn.Conv2d(4, 4, 2), r"extra\.weight.*kernel.*even"),
     "a stride": (lambda: nn.Conv2d(4, 4, 3, (1, 2), 1), r"extra\.weight.*stride"),
     "padding": (lambda: nn.Conv2d(4, 4, 3, padding=(1, 0)), r"extra\.weight.*padding \(1, 0\)"),
+    "a norm across units": (lambda: nn.GroupNorm(1, 4), r"norm extra cannot be an identity: what it normalises"),
     "a norm without affine": (lambda: nn.BatchNorm2d(4, affine=False), r"batch norm extra cannot undo"),
 }
 REFUSED = {
     "narrower": (lambda: chain(8, 9), lambda: chain(8, 5), r"conv1\.weight has 5 units.*9, 4 too few"),
     "a layer missing": (lambda: chain(3, 4), lambda: chain(3), r"no counterpart of the teacher's conv1\.weight"),
     "more places": (lambda: pooled(3, 3, 2), lambda: pooled(5, 3, 3), r"fc\.weight cannot grow.*9 entries of one unit"),
-    "fewer places": (lambda: pooled(3, 3, 2), lambda: pooled(5, 2, 1), r"fc\.weight has no counterpart of 12 of"),
+    "fewer places": (lambda: pooled(3, 3, 2), lambda: pooled(5, 2, 1), r"fc\.weight gets no units for 12 of"),
     "a sum for a concatenation": (lambda: CONCATENATED(3), lambda: ADDED(6), r"a\.weight meet units of another layer"),
     "a sum too narrow": (lambda: CONCATENATED(3), lambda: ADDED(3), r"joins units of b\.weight.*teacher keeps apart"),
     "a layer out of use": (lambda: first_unused(False), lambda: first_unused(True), r"axis 0 of a\.weight"),
@@ -279,6 +302,12 @@ REFUSED = {
     "an example that does not fit": (lambda: mlp(5, 4, 2), lambda: mlp(5, 8, 2), r"Sequential.*\(4, 3, 6, 8\) fails"),
     "new ties": (lambda: untied(3), lambda: tied(8), r"no counterpart of the teacher's c\.weight"),
     "a spectral norm": (lambda: spectral(4), lambda: spectral(7), r"2\.weight has a spectral norm"),
+    "a norm that keeps no eps": (
+        lambda: functional_norm(4),
+        lambda: functional_norm(6),
+        r"norm in the network needs the",
+    ),
+    "numbers for each layer": (lambda: scaled_layers(2), lambda: scaled_layers(3), r"s has shape .* keep their size"),
     "several attempts": (lambda: normed(8, torch.relu, False), lambda: normed(11, torch.tanh, True), None),
     **{name: (lambda: inserted(None), lambda new=new: inserted(new), why) for name, (new, why) in NO_IDENTITY.items()},
     **COMPUTES_ELSE,  # which shows when the student is filled

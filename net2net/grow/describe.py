@@ -13,6 +13,8 @@ from ..trace.facts import Layer, NormKind
 from ..trace.graph import Trace
 from ..trace.tracer import trace
 
+Reasons = dict[int, dict[str, None]]  # unit, or group of units -> names or sentences, in order
+
 
 @dataclass(frozen=True)
 class Group:
@@ -47,6 +49,8 @@ class Group:
 @dataclass(frozen=True)
 class Description:
     """The unit groups of a network, in the order of its forward pass; as a string it is a table."""
+
+    # Behind them come layers that the pass does not follow.
 
     groups: tuple[Group, ...]
 
@@ -125,10 +129,31 @@ def describe_trace(traced: Trace) -> Description:
                 units=units,
             )
         )
-    return Description(tuple(groups))
+    return Description((*groups, *_find_held(traced, roots, pinned, groups)))
 
 
-def _collect(pairs: Iterable[tuple[Tensor, str]], number: Tensor) -> dict[int, dict[str, None]]:
+def _find_held(traced: Trace, roots: Tensor, pinned: Reasons, groups: Iterable[Group]) -> list[Group]:
+    """Return a group for each module that is none of the layers in `groups`, but whose parameters are pinned."""
+    known = {name for group in groups for name in (*group.layers, *group.carriers, *group.readers)}
+    held: dict[str, list[str]] = defaultdict(list)
+    for name, _ in traced.model.named_parameters():
+        module = name.rpartition(".")[0] or name
+        if name in traced.parameters.used and name in traced.parameters.values and module not in known:
+            held[module].append(name)
+    found = []
+    for module, names in held.items():
+        units = torch.unique(torch.cat([roots[traced.parameters.values[name]] for name in names]))
+        output = traced.outputs.get(module)
+        result = () if output is None else torch.unique(roots[output.units]).tolist()
+        why = next((why for label in (*result, *units.tolist()) for why in pinned[label]), None)
+        if why is not None:
+            sizes = {size for name in names for size in traced.parameters.tensors[name].shape}
+            width = max(sizes & set(() if output is None else output.units.shape[1:]) or sizes, default=1)
+            found.append(Group((module,), (), (), width, why, None, (), units))
+    return found
+
+
+def _collect(pairs: Iterable[tuple[Tensor, str]], number: Tensor) -> Reasons:
     """Return for every number the names that stand beside labels of this number, each once and in order."""
     found: dict[int, dict[str, None]] = defaultdict(dict)
     for labels, name in pairs:

@@ -73,9 +73,26 @@ def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = Fals
             _set_parametrised(*stand_ins[name], value, name)
         else:
             held[name].data = value  # tied weights stay tied
+    _check_unreached(copied, traced, count)
     for name, module in copied.named_modules():
         _set_attributes(module, model.get_submodule(name))
     return copied
+
+
+def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:
+    """Raise TransferError if a layer that the example does not reach may read units that grow."""
+    names = {name for name, _ in copied.named_parameters() if name in traced.parameters.tensors}
+    unreached = sorted(names - traced.parameters.used)
+    widths = _changed_sizes(copied, traced, count)[""] if unreached else {}
+    for name in unreached:
+        shape = traced.parameters.tensors[name].shape
+        for dim, size in enumerate(shape):
+            # A matrix may read the units of a whole map.
+            if width := next((w for w in widths if size == w or (len(shape) == 2 and dim == 1 and not size % w)), None):
+                raise TransferError(
+                    f"The forward pass on this example does not reach {name}, of shape {tuple(shape)}, which may read "
+                    f"units of a width that grows ({width}): give an example that reaches it, or let that width be."
+                )
 
 
 def copy_network(model: nn.Module, share: bool = False) -> nn.Module:

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+from ..attempts import Patience
 from ..errors import TransferError, no_other_error
 from ..network import Example, Inputs, run, unwrap
 from ..trace.graph import Trace
@@ -18,6 +19,7 @@ from .shapes import attach_record, count_copies, follow_widths, make_room, put_i
 
 Widths = float | Mapping[str, float | int]
 Factors = dict[int, float]  # by what factor each group of units grows, by its number
+TRIES = 64
 
 
 @no_other_error("widen")
@@ -107,7 +109,9 @@ def _make_runnable(
         with suppress(TransferError):
             run(copied, inputs)
             return copied, not follow_all and not trial and put_idle_back(copied, inputs, changes)
-        raise error
+        why = "a copy of these widths does not run, as a number in its code or its modules does not follow them"
+        advice = "build the wider network yourself, and fill it by net2net.transfer"
+        raise TransferError(f"{str(error).rstrip('.')}: {why}. Let it follow, or {advice}.") from error
 
 
 def _check_width(width: object, what: str) -> None:
@@ -130,8 +134,7 @@ def _requested_factors(description: Description, widths: Mapping[str, float | in
             if fnmatchcase(name, pattern) or name in also
         }
         if not named:
-            known = ", ".join(name for group in description.groups[:4] for name in group.layers[:2])
-            raise TransferError(f"No layer is called {pattern!r}: there are {known} and others (net2net.describe).")
+            raise _no_such_layer(description, traced, pattern)
         growing = {k: name for k, name in named.items() if description.groups[k].pinned is None}
         if not growing:
             (k, name), *_ = named.items()
@@ -146,23 +149,42 @@ def _requested_factors(description: Description, widths: Mapping[str, float | in
     return factors
 
 
+def _no_such_layer(description: Description, traced: Trace, pattern: str) -> TransferError:
+    """Return the error of a pattern that fits no layer, though it may fit a module."""
+    name = next((name for name in sorted(traced.module_names) if name and fnmatchcase(name, pattern)), None)
+    if name is None:
+        known = ", ".join(name for group in description.groups[:4] for name in group.layers[:2])
+        return TransferError(f"No layer is called {pattern!r}: there are {known} and others (net2net.describe).")
+    own = {f"{name}.{tensor}" for tensor, _ in traced.model.get_submodule(name).named_parameters(recurse=False)}
+    why = "the forward pass on this example shows no width of it"
+    if not own:
+        why = "it has no parameters of its own: name layers that have (net2net.describe)"
+    elif not own & traced.parameters.used:
+        why = "the forward pass on this example does not reach it: give an example that does"
+    return TransferError(f"{name} has no units to grow: {why}.")
+
+
 def _grow_most(grow: Callable[[Factors], nn.Module], factors: Factors) -> tuple[Factors, nn.Module]:
     """Grow all groups that can grow together, found by halving; return them and the network grown by them."""
-    # `grow` returns the grown network, or raises TransferError. If no group grows, the first reason is raised.
+    # `grow` returns the grown network, or raises TransferError. If no group grows, the first reason is raised. Where
+    # many of hundreds of groups do not grow, the result is what `TRIES` attempts have found.
     held: Factors = {}
     best: list[nn.Module] = []
     refusals: list[TransferError] = []
+    patience, tries = Patience(), iter(range(TRIES))
 
     def add(part: Factors, fails: bool = False) -> bool:
         """Grow `part`, too, as far as that goes, and tell whether all of it does. `fails`: it is known not to."""
         if not fails:
+            if next(tries, None) is None:
+                return False
             try:
                 best[:] = [grow(held | part)]
                 held.update(part)
                 return True
             except TransferError as error:
                 refusals.append(error)
-        if len(part) > 1:
+        if len(part) > 1 and (best or not patience.is_over()):
             items, half = list(part.items()), len(part) // 2
             add(dict(items[half:]), fails=add(dict(items[:half])))
         return False

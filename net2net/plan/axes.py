@@ -159,8 +159,8 @@ def _match_inside(plan: Plan, name: str, units: Tensor, source: Tensor, groups: 
 def _check_complete(name: str, index: Tensor, entries: int, dim: int) -> None:
     if lost := entries - len(torch.unique(index[index >= 0])):
         raise TransferError(
-            f"{name} has no counterpart of {lost} of the {entries} units that the teacher's has on axis {dim}: the "
-            "student must carry every unit of its teacher to every layer that reads it."
+            f"{name} gets no units for {lost} of the {entries} that the teacher's has on axis {dim}: the student lacks "
+            "them there, or its forward pass joins or divides units in another way than its teacher's."
         )
 
 

@@ -43,7 +43,9 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
         grown = [copied for copied in unit_map.g[roots] if not bool((copied == NEW).all())]  # groups of old units
         factors = {_factor(unit_map, norm, other, copied) for copied in grown}
         if len(factors) > 1:
-            raise TransferError(f"The groups of {norm.module} grow by different factors, and have one eps.")
+            raise TransferError(
+                f"The groups of the norm {norm.module or 'in the network'} grow by different factors, and have one eps."
+            )
         if (factor := factors.pop()) != 1.0:
             padding_factors[norm.key] = (norm, factor)
         if norm.eps != other.eps * factor:

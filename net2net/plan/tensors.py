@@ -29,7 +29,8 @@ def make_record(
         origins[weight] = replace(origins[weight], factor=origins[weight].factor * factor)
     for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.padding_factors.values()}.values():
         if "weight" not in norm.tensors:
-            raise TransferError(f"The norm {norm.module} would see padding, and has no weight to undo what it does.")
+            where = norm.module or "in the network"
+            raise TransferError(f"The norm {where} would see padding, and has no weight to undo what it does.")
         for role, name in norm.tensors.items():
             origins[name] = _beside_padding(origins[name], role, factor)
     for name in [name for name in origins if _is_tied(plan, name)]:
@@ -65,7 +66,8 @@ def _check_modules(plan: Plan, student: nn.Module) -> None:
             refuse_spectral_norm(module, weight, name)
     for module_name in plan.eps:
         if not hasattr(student.get_submodule(module_name), "eps"):
-            raise TransferError(f"The norm {module_name} needs another eps than it has, and has no attribute to set.")
+            needed = f"needs the eps {plan.eps[module_name]:.3g}, which it does not keep in an attribute `eps`"
+            raise TransferError(f"The norm {module_name or 'in the network'} {needed}: use a norm of torch.nn.")
 
 
 def _beside_padding(origin: Origin, role: str, factor: float) -> Origin:
@@ -119,8 +121,8 @@ def _other_axis(plan: Plan, name: str, theirs: str, dim: int) -> Axis | None:
     if mine[dim] == other[dim]:
         return None
     why = f"axis {dim} does not carry units that the forward pass can follow: such axes keep their size"
-    if layer is None and name not in plan.student.parameters.axes:
-        why = "the forward pass on this example does not use it: give an example that does"
+    if name not in plan.student.parameters.used:
+        why = "the forward pass on this example shows no use of it: give an example that does"
     raise TransferError(f"{name} has shape {tuple(mine)}, the teacher's {tuple(other)}, and {why}.")
 
 

@@ -25,6 +25,7 @@ class Parameters:
         self.values: dict[str, Tensor] = {}  # tensor used as an activation -> the units of all its elements, flat
         self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
         self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> units of axis 1 in every group, groups
+        self.used: set[str] = set()  # tensors that a call was given
         self._reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
     def name_of(self, tensor: object) -> str | None:

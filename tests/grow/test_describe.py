@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_same, refused, state, unchanged
-from networks import Net, attention, chain, images, mlp, residual
+from networks import Net, attention, chain, images, mlp, residual, rows
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchvision import models
 
 from net2net import describe, widen
@@ -75,7 +76,10 @@ TABLES = {
     "no rule": (
         lambda: Net({"a": nn.Linear(3, 4), "b": nn.Bilinear(4, 4, 2)}, lambda net, x: net.b(net.a(x), net.a(x))),
         (5, 3),
-        [(("a",), (), 4, "pinned: bilinear in b has no rule for units")],
+        [
+            (("a",), (), 4, "pinned: bilinear in b has no rule for units"),
+            (("b",), (), 2, "pinned: bilinear in b has no rule for units"),
+        ],
     ),
     "group norm": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 2)),
@@ -102,10 +106,10 @@ def test_groups_are_layers_that_move_together(name: str) -> None:
 
 
 def test_the_table_has_a_head_a_row_for_every_group_and_a_sum() -> None:
-    head, *rows, foot = str(describe(residual(4), images())).splitlines()
+    head, *lines, foot = str(describe(residual(4), images())).splitlines()
     assert head.split() == ["width", "layers", "read", "by", "growth"]
-    assert rows[0].split("  ")[-1] == "free" and rows[0].lstrip().startswith("4  stem, point, open")
-    assert len({row.index("free") for row in rows[:3]} | {rows[3].index("pinned"), head.index("growth")}) == 1
+    assert lines[0].split("  ")[-1] == "free" and lines[0].lstrip().startswith("4  stem, point, open")
+    assert len({row.index("free") for row in lines[:3]} | {lines[3].index("pinned"), head.index("growth")}) == 1
     assert foot == "4 groups of units, 3 of them free to grow to any width"
 
 
@@ -124,6 +128,46 @@ def test_what_is_called_free_grows_and_nothing_else_with_it() -> None:
             layers = {name: m for name, m in grown.named_modules() if hasattr(m, "weight")}
             wider = {n for n, m in layers.items() if len(m.weight) > len(model.get_parameter(f"{n}.weight"))}
             assert wider == {*group.layers, *group.carriers}
+
+
+def summed_words() -> nn.Module:
+    return nn.Sequential(nn.EmbeddingBag(11, 6), nn.Linear(6, 2))
+
+
+def made_in_forward() -> Net:
+    net = Net({"w": nn.Parameter(torch.randn(4, 3)), "b": nn.Linear(4, 2)}, None)
+    net.how = lambda net, x: net.b(F.linear(x, net.w.softmax(1)))
+    return net
+
+
+def old_weight_norm() -> nn.Module:
+    return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
+
+
+def masked() -> nn.Module:
+    return nn.Sequential(prune.random_unstructured(nn.Linear(3, 4), "weight", 0.5), nn.ReLU(), nn.Linear(4, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "name", "width", "why"),
+    [
+        (old_weight_norm, "0", 4, "the weight of linear in 0 is not a parameter"),
+        (masked, "0", 4, "the weight of linear in 0 is not a parameter"),
+        (summed_words, "0", 6, "embedding_bag in 0 has no rule"),
+        (made_in_forward, "w", 4, "the weight of linear in the network is not a parameter"),
+    ],
+)
+def test_layers_that_are_not_followed_are_listed_with_the_reason(make, name: str, width: int, why: str) -> None:
+    model, x = make().eval(), rows()
+    if make is summed_words:
+        x = torch.randint(11, (6, 5))
+    held = describe(model, x).groups[-1]
+    assert (held.layers, held.width, held.free) == ((name,), width, False)
+    with refused(f"{name} cannot grow from {width} units: {why}", model):
+        widen(model, x, {name: 12})
+    with refused(f"No width .*{name}: pinned: {why}", model):
+        widen(model, x, 1.5)
 
 
 def test_a_forward_pass_that_fails_is_refused() -> None:

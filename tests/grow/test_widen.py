@@ -1,6 +1,7 @@
 """widen: wider without a second constructor, exact to 1e-12 on inputs that it has not seen."""
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torchvision import models
 
-from net2net import deepen, equivalence, load_record, replay, save_record, widen
+from net2net import TransferError, deepen, equivalence, load_record, replay, save_record, widen
 from net2net.testing import look_trained
 
 pytestmark = pytest.mark.usefixtures("float64")
+search = sys.modules["net2net.grow.widen"]  # the name is that of the function, too
 
 
 def assert_wider(model: nn.Module, make: Callable, widths, in_modes=("eval", "train"), **options):
@@ -202,6 +204,17 @@ def written_into_the_pass() -> Net:
     return Net({"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}, lambda net, x: net.b(net.a(x).view(-1, 4)))
 
 
+def branched(times: int) -> Net:
+    """Large inputs go another way, which reads every unit of the stem as often."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.other(net.stem(x).relu()).relu()
+        return net.c(net.b(x.repeat(1, times)) if x.sum() > 1e6 else net.a(x))
+
+    parts = {"stem": nn.Linear(3, 4), "other": nn.Linear(4, 4), "a": nn.Linear(4, 5), "b": nn.Linear(4 * times, 5)}
+    return Net(parts | {"c": nn.Linear(5, 2)}, how)
+
+
 SOFTMAX = sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 2))
 REFUSED = [
     (lambda: chain(4, 5), images, {"conv7": 1.5}, r"'conv7'.*conv0"),
@@ -214,6 +227,12 @@ REFUSED = [
     (lambda: nn.Sequential(nn.Linear(3, 2)), images, 2.0, r"forward pass of Sequential"),
     (SOFTMAX, rows, {"0": 2.0}, r"0\.weight cannot grow.*softmax in 1 mixes"),
     (written_into_the_pass, rows, {"a": 6}, r"forward pass of Net.*\(6, 3\) fails"),
+    (written_into_the_pass, rows, {"a": 6}, r"a number in its code or its modules does not follow.*net2net\.transfer"),
+    (lambda: mlp(3, 4, 2), rows, {"1": 6}, r"1 has no units to grow: it has no parameters of its own"),
+    (lambda: branched(1), rows, {"b": 6}, r"b has no units to grow: .* does not reach it"),
+    (lambda: branched(1), rows, {"stem": 6}, r"does not reach b\.weight, of shape \(5, 4\).* width that grows \(4\)"),
+    (lambda: branched(3), rows, {"stem": 6}, r"does not reach b\.weight, of shape \(5, 12\).* width that grows \(4\)"),
+    (lambda: branched(1), rows, {"a": 6}, r"does not reach b\.bias, of shape \(5,\)"),
     (lambda: mlp(3, 4, 2), rows, float("nan"), "nan is no width"),
     *(
         (lambda: mlp(3, 4, 2), rows, {"0": w}, f"{w!r} is no width for '0'")
@@ -228,6 +247,28 @@ def test_what_cannot_grow_is_refused_with_a_sentence(make, inputs, widths, messa
     model = make()
     with refused(message, model):
         widen(model, inputs(), widths)
+
+
+def test_widths_that_an_unreached_layer_does_not_share_grow() -> None:
+    model = branched(1)
+    model.other = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 4))
+    assert size(assert_wider(model, rows, 1.5), "stem", "other.0", "a") == [4, 11, 5]
+
+
+@pytest.mark.parametrize(("tries", "groups"), [(1, 0), (2, 4), (64, 7)])
+def test_a_search_among_groups_has_an_end(monkeypatch, tries: int, groups: int) -> None:
+    def grow(factors: dict[int, float]) -> nn.Module:
+        if 6 in factors:
+            raise TransferError("6 does not grow")
+        return nn.Identity()
+
+    monkeypatch.setattr(search, "TRIES", tries)
+    wanted = dict.fromkeys(range(8), 1.5)
+    if groups:
+        assert len(search._grow_most(grow, wanted)[0]) == groups
+    else:
+        with refused("6 does not grow"):
+            search._grow_most(grow, wanted)
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

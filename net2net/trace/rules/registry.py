@@ -109,6 +109,8 @@ def apply(trace: Trace, call: Call) -> None:
     if found is ignore or not any(map(trace.follows, call.tensors)):
         return
     for x in call.tensors:
+        if (owner := trace.parameters.owner_of(x)) is not None:
+            trace.parameters.used.add(owner)
         labels = trace.labels(x) if trace.is_activation(x) else None
         if labels is not None and labels.result_of is not None:
             alone = len(call.tensors) == 1 and call.plain in ("mul", "div")
