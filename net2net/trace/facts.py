@@ -20,6 +20,10 @@ OPERATORS = {  # names of operators and aliases -> the name that their rule has
     "multiply": "mul",
     "subtract": "sub",
     "rpow": "pow",
+    "absolute": "abs",
+    "negative": "neg",
+    "special_expit": "sigmoid",
+    **dict.fromkeys(["pos", "positive"], "identity"),
     "getitem": "index",
     "get": "attribute",  # x.mT, x.data: an attribute that is a tensor has labels, too
 }

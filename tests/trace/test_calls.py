@@ -22,9 +22,9 @@ GRAPH = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
 DENSER = torch.tensor([[0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 0, 2]])
 
 
-def network(how: Callable, width: int = 8, **parts: nn.Module) -> nn.Module:
-    """Five numbers to `width` units, what `how` makes of those, three numbers."""
-    parts = {"a": nn.Linear(5, width), "b": nn.Linear(width, width), "o": nn.Linear(width, 3)} | parts
+def network(how: Callable, *, b: bool = True, **parts: nn.Module) -> nn.Module:
+    """Five numbers to eight units, what `how` makes of those, perhaps with a layer `b`, three numbers."""
+    parts = {"a": nn.Linear(5, 8), "o": nn.Linear(8, 3)} | parts | ({"b": nn.Linear(8, 8)} if b else {})
     return look_trained(Net(parts, lambda net, x, *more: net.o(how(net, net.a(x), *more))))
 
 
@@ -43,7 +43,7 @@ KEYWORDS = {
 
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_arguments_by_keyword_are_in_their_places(name: str) -> None:
-    model = network(KEYWORDS[name])
+    model = network(KEYWORDS[name], b=name not in ("softmax over positions", "index_select"))
     assert_same(model, widen(model, TOKENS, {"a": 12}, split="uneven"), OTHERS)
 
 
@@ -109,7 +109,8 @@ PLACES = {
 @pytest.mark.parametrize("name", PLACES)
 def test_units_stay_where_values_choose_among_rows(name: str) -> None:
     how, example, others = PLACES[name]
-    model = network(how, score=nn.Linear(8, 1))
+    score = {"score": nn.Linear(8, 1)} if how is by_attention else {}
+    model = network(how, b="mask" not in name, **score)
     grown = widen(model, example, {"a": 12}, split="uneven")
     assert_same(model, grown, example)
     assert_same(model, grown, others)
@@ -118,7 +119,7 @@ def test_units_stay_where_values_choose_among_rows(name: str) -> None:
 def test_experts_that_are_chosen_by_value() -> None:
     def make(width: int) -> nn.Module:
         experts = nn.ModuleList(mlp(8, width, 8, act=nn.GELU) for _ in range(3))
-        return network(mixture, router=nn.Linear(8, 3, bias=False), experts=experts)
+        return network(mixture, b=False, router=nn.Linear(8, 3, bias=False), experts=experts)
 
     model, student = make(6), make(11)
     wider = widen(model, MANY, {"a": 12, "experts.*.0": 9}, split="uneven")
@@ -148,7 +149,7 @@ HELD = {
 @pytest.mark.parametrize("name", HELD)
 def test_units_that_values_choose_among_are_held(name: str) -> None:
     how, reason = HELD[name]
-    model = network(how)
+    model = network(how, b=name not in ("units chosen by value", "places of units"))
     with refused(reason, model):
         widen(model, TOKENS, {"a": 12})
 
@@ -198,9 +199,9 @@ class Watched(nn.Module):
 
 def test_a_network_that_fails_only_while_it_is_followed_is_told_apart_from_one_that_fails() -> None:
     with refused("Net runs, but not while its calls are followed: linear in a fails with ValueError: I am watched"):
-        widen(network(lambda net, x: net.w(x), w=Watched()), TOKENS, 1.5)
+        widen(network(lambda net, x: net.w(x), b=False, w=Watched()), TOKENS, 1.5)
     with refused("The forward pass of Net on inputs .* fails: mat1 and mat2"):
-        widen(network(lambda net, x: x[..., :3]), TOKENS, 1.5)
+        widen(network(lambda net, x: x[..., :3], b=False), TOKENS, 1.5)
 
 
 @pytest.mark.parametrize("call", [lambda t, s: transfer(t, s, TOKENS), lambda t, s: widen(t, TOKENS, {"a": 12})])
@@ -209,7 +210,7 @@ def test_no_other_error_leaves_the_package(call: Callable, monkeypatch) -> None:
         raise KeyError("lost")
 
     monkeypatch.setattr("net2net.plan.plan.map_units", fail)
-    teacher, student = network(lambda net, x: x), network(lambda net, x: x)
+    teacher, student = (network(lambda net, x: x, b=False) for _ in range(2))
     with refused(r"stopped at net2net/plan/plan\.py, line \d+: KeyError: 'lost'.* please report it", teacher, student):
         call(teacher, student)
 
@@ -229,3 +230,27 @@ def test_an_attempt_that_crashes_leaves_the_others(monkeypatch) -> None:
     monkeypatch.setattr(module, "make_plan", fail)
     transfer(teacher, student, TOKENS)
     assert_same(teacher, student, OTHERS)
+
+
+ENTRY_BY_ENTRY = {
+    "torch.absolute": torch.absolute,
+    "+x": lambda x: +x,
+    "special.expit": torch.special.expit,
+    "atan": torch.atan,
+    "log2": lambda x: torch.log2(x.abs() + 1),
+    "sgn and frac": lambda x: x.sgn() * x.frac(),
+    "xlogy": lambda x: torch.special.xlogy(x, x.abs() + 1),
+    "hypot": lambda x: torch.hypot(x, x.tanh()),
+    "exclusive or": lambda x: x * torch.logical_xor(x > 0, x < 1),
+    "cpu": lambda x: x.cpu(),
+    "a norm over positions": lambda x: x / (1 + torch.linalg.vector_norm(x, dim=1, keepdim=True)),
+    "a running maximum over positions": lambda x: torch.cummax(x, 1)[0],
+    "a median over positions": lambda x: x - torch.median(x, dim=1, keepdim=True)[0],
+    "a sum over positions": lambda x: x - torch.nansum(x, dim=1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("how", ENTRY_BY_ENTRY.values(), ids=ENTRY_BY_ENTRY)
+def test_functions_of_one_entry_or_of_positions_keep_units(how: Callable) -> None:
+    model = network(lambda net, x: how(x), b=False)
+    assert_same(model, widen(model, TOKENS, {"a": 12}, split="uneven"), OTHERS)

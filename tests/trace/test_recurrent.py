@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_same, change_axes, drop_shares, error, refused
-from networks import Net
-from torch import nn
+from checks import assert_same, change_axes, drop_shares, error, refused, trained
+from networks import Net, images
+from torch import Tensor, nn
 
 from net2net import describe, transfer, widen
 from net2net.trace.rules.registry import REWRITES
@@ -71,6 +71,43 @@ def test_a_first_state_from_outside_keeps_its_width() -> None:
     model = Net({"r": nn.GRU(3, 4), "o": nn.Linear(4, 2)}, lambda net, x, h: net.o(net.r(x, h)[0]))
     with refused("Expected hidden size"):
         widen(model, (X, first), {"r": 6})
+
+
+class ConvLSTM(nn.Module):
+    """Its state begins as zeros, and stands beside the input."""
+
+    def __init__(self, units: int, start: float = 0.0) -> None:
+        super().__init__()
+        self.units, self.start = units, start
+        self.conv, self.out = nn.Conv2d(3 + units, 4 * units, 3, padding=1), nn.Conv2d(units, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.full((len(x), self.units, *x.shape[3:]), self.start)
+        cell = torch.zeros_like(state)
+        for step in x.unbind(1):
+            enter, forget, leave, new = self.conv(torch.cat([step, state], 1)).chunk(4, 1)
+            cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+            state = leave.sigmoid() * cell.tanh()
+        return self.out(state)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.3])
+def test_a_state_that_begins_as_a_constant_grows(start: float) -> None:
+    teacher, student = trained(ConvLSTM(5, start), ConvLSTM(8, start))
+    transfer(teacher, student, images(2, 3, 3, 5, 5), split="uneven")
+    wider = widen(teacher, images(2, 3, 3, 5, 5), {"conv": 1.4})
+    assert wider.units == 7
+    for grown in (student, wider):
+        assert_same(teacher, grown, images(2, 6, 3, 4, 4))
+
+
+def test_a_shift_along_the_sequence_grows() -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.o(net.b(torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)).tanh() + x)
+
+    (model,) = trained(Net({"a": nn.Linear(3, 4), "b": nn.Linear(4, 4), "o": nn.Linear(4, 2)}, how))
+    assert_same(model, widen(model, images(2, 5, 3), {"a": 7}, split="uneven"), images(2, 8, 3))
 
 
 def test_a_second_layer_is_no_identity() -> None:

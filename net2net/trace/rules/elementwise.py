@@ -27,7 +27,11 @@ POINTWISE = """
     clamp_min clamp_max clip maximum minimum where masked_fill lerp addcmul addcdiv copysign nan_to_num add sub mul div
     neg abs exp log sqrt rsqrt square pow float double half bfloat16 type detach clone contiguous identity logaddexp
     fmod remainder floordiv eq ne lt le gt ge logical_not logical_and logical_or and or invert isnan isinf isfinite int
-    long bool
+    long bool xor logical_xor greater less greater_equal less_equal not_equal isclose signbit sgn tan asin acos atan
+    arcsin arccos arctan sinh cosh asinh acosh atanh arcsinh arccosh arctanh atan2 arctan2 exp2 log2 log10
+    logaddexp2 erfc erfinv sinc frac fix lgamma digamma logit xlogy float_power fmax fmin hypot heaviside
+    special_erf special_erfc special_exp2 special_expm1 special_log1p special_xlogy special_entr special_logit
+    special_sinc
 """
 
 
@@ -50,7 +54,7 @@ def list_places(trace: Trace, call: Call) -> None:
         trace.label(out, Labels.of(unit.expand(out.shape), labels))
 
 
-@rule("to", "type_as")
+@rule("to", "type_as", "cpu", "cuda")
 def convert(trace: Trace, call: Call) -> None:
     """The same numbers in another type; a second tensor only says which."""
     join(trace, call, tensors_in(call.args[0]))

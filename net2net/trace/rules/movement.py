@@ -1,5 +1,6 @@
 """Data movement: the labels move as the data do."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ MOVEMENT = """
     hsplit vsplit hstack vstack dstack ravel contiguous_format meshgrid
 """
 
+CONCATENATIONS = names("cat concat concatenate")
+
 
 @rule(*names(MOVEMENT))
 def movement(trace: Trace, call: Call) -> None:
@@ -39,7 +42,7 @@ def movement(trace: Trace, call: Call) -> None:
     if not known:
         return
     pairs = zip(operands, labels, strict=True)
-    moved = _move(call, [one.units if one else label_constant(trace, call, x.shape) for x, one in pairs])
+    moved = _move(call, [one.units if one else _label_beside(trace, call, x, known) for x, one in pairs])
     if moved is None:
         raise CannotFollow(f"{call} changes what an element is")
     state = {
@@ -52,6 +55,19 @@ def movement(trace: Trace, call: Call) -> None:
     }
     for out, new in zip(call.results, moved, strict=True):
         trace.label(out, Labels.of(new, *known, **state))
+
+
+def _label_beside(trace: Trace, call: Call, constant: Tensor, others: Sequence[Labels]) -> Tensor:
+    """Return labels for a constant that is joined to activations: what is one number serves units of any width."""
+    if constant.is_meta or not constant.numel() or not bool((constant == constant.reshape(-1)[0]).all()):
+        return label_constant(trace, call, constant.shape)
+    shapes = [trace.units.drop_repeats(other.units).shape for other in others if other.units.dim() == constant.dim()]
+    carrying = {dim for shape in shapes for dim, size in enumerate(shape) if size > 1}
+    if call.plain in CONCATENATIONS and not carrying:
+        carrying = {call.arg(1, "dim", 0) % constant.dim()}
+    shape = [size if dim in carrying else 1 for dim, size in enumerate(constant.shape)]
+    key = trace.units.key(f"constant {call.name}", call.module)
+    return trace.units.fresh(math.prod(shape), key).reshape(shape).expand(constant.shape)
 
 
 def check_places(trace: Trace, call: Call, axes: Collection[int] | None, moved: Sequence[Tensor]) -> None:

@@ -42,7 +42,10 @@ def channelwise(trace: Trace, call: Call) -> None:
         trace.label(out, Labels.of(spread(units, dim, out.shape), labels, **state))
 
 
-@rule(*names("mean sum amax amin max min prod var std var_mean std_mean norm logsumexp all any argmax argmin"))
+@rule(
+    *names("mean sum amax amin max min prod var std var_mean std_mean norm logsumexp all any argmax argmin"),
+    *names("linalg_vector_norm nansum nanmean count_nonzero median nanmedian"),
+)
 def reduction(trace: Trace, call: Call) -> None:
     """A mean or sum over positions keeps the units."""
     # A mean or an extreme over units is a new unit, which stays what it is if each of them is copied equally often. Any
@@ -50,7 +53,7 @@ def reduction(trace: Trace, call: Call) -> None:
     if any(isinstance(x, Tensor) for x in call.args[1:]):
         return pointwise(trace, call)  # the maximum of two
     labels, name = first_labels(trace, call), call.plain
-    rank, dims = labels.units.dim(), call.arg(2 if name == "norm" else 1, "dim")
+    rank, dims = labels.units.dim(), call.arg(2 if "norm" in name else 1, "dim")
     dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
     if name in ("mean", "amax", "amin", "max", "min", "all", "any"):
         units = _reduce_units(trace, call, labels.units, dims)
@@ -83,7 +86,7 @@ def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) 
     return results[which].reshape(shape)
 
 
-@rule(*names("softmax log_softmax softmin cumsum cumprod sort argsort topk normalize"))
+@rule(*names("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin sort argsort topk normalize"))
 def lengthwise(trace: Trace, call: Call) -> None:
     """Functions along an axis, as softmax: over positions they keep the units, units move as a whole."""
     labels = first_labels(trace, call)
