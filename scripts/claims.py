@@ -2,7 +2,7 @@
 
 It reads results/claims.yaml and results/curves alone and prints the verdict on each claim and what was measured;
 scripts/figures.py writes the same into results/README.md. With --rates it prints the best initial rate of each arm in
-a search of rates, such as tune_deeper, by final holdout accuracy over the seeds that all rates of an arm have. The last
+a search of rates, such as tune_ladder, by final holdout accuracy over the seeds that all rates of an arm have. The last
 line of each budget can be copied to `rates` in a configuration.
 """
 
