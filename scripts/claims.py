@@ -7,6 +7,7 @@ line of each budget can be copied to `rates` in a configuration.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -53,8 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ExperimentError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
-    for finding in findings:
-        print(f"{finding.verdict:<12} {finding.claim.claim}: {finding.value}")
+    for group, members in itertools.groupby(findings, key=lambda finding: finding.claim.group):
+        print(group)
+        for finding in members:
+            note = f" ({finding.note})" if finding.note else ""
+            print(f"{finding.verdict:<12} {finding.claim.claim}: {finding.value}{note}")
     print(count_verdicts(findings))
     return 0
 
