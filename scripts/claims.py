@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     for group, members in itertools.groupby(findings, key=lambda finding: finding.claim.group):
-        print(group)
+        if group:
+            print(group)
         for finding in members:
             note = f" ({finding.note})" if finding.note else ""
             print(f"{finding.verdict:<12} {finding.claim.claim}: {finding.value}{note}")

@@ -4,7 +4,7 @@ import itertools
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,11 +284,11 @@ def _tabulate_search(results: Results) -> Cells:
     return ["budget", "arm", *(f"{rate:g} ×" for rate in table.columns)], lines
 
 
-def claim_line(finding: Finding, results: Results) -> list[Noted]:
-    """Return the cells of one claim in the table of its group."""
+def claim_line(finding: Finding, drawn: Collection[str]) -> list[Noted]:
+    """Return the cells of one claim in the table of its group; `drawn` are the experiments with a section."""
     claim = finding.claim
     links = [
-        f"[figure](#{name})" if name in results.experiments else f"[config](../configs/experiment/{name}.yaml)"
+        f"[figure](#{name})" if name in drawn else f"[config](../configs/experiment/{name}.yaml)"
         for name in sorted(claim.experiments)
     ]
     paper = claim.source if claim.paper == "–" else f"{claim.source}: {claim.paper}"
@@ -296,13 +296,13 @@ def claim_line(finding: Finding, results: Results) -> list[Noted]:
     return [claim.claim, paper, (finding.value, finding.note), verdict, ", ".join(links)]
 
 
-def claims_section(results: Results, findings: list[Finding]) -> str:
+def claims_section(findings: list[Finding], drawn: Collection[str]) -> str:
     """Return the part of results/README.md on the claims: a table for each group."""
     verdicts = count_verdicts(findings)
     parts = [TEXTS.claims.format(verdicts=verdicts, seeds=CLAIM_SEEDS, headline_seeds=HEADLINE_SEEDS), TEXTS.measures]
     heads = ["claim", "paper", "ours (95 % interval), n", "verdict", "figure"]
     for group, members in itertools.groupby(findings, key=lambda finding: finding.claim.group):
-        table = noted_table(heads, [claim_line(finding, results) for finding in members])
+        table = noted_table(heads, [claim_line(finding, drawn) for finding in members])
         parts += [f"### {group}", table] if group else [table]
     return "\n\n".join(parts)
 
@@ -319,7 +319,7 @@ def results_page(results: Results, findings: list[Finding]) -> str:
     """Return the text of results/README.md."""
     parts = [TEXTS.introduction.format(command=COMMAND)]
     if findings:
-        parts.append(claims_section(results, findings))
+        parts.append(claims_section(findings, results.experiments))
     plain = [name for name, found in results.experiments.items() if found == [""]]
     parts += [experiment_section(name, results.select(name)) for name in plain]
     parts += [cases_section(name, results.select(name)) for name in results.experiments if name not in plain]

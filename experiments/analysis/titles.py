@@ -111,7 +111,7 @@ def _describe_highest(ends: DataFrame) -> str:
     if second is None or (second != "net2net" and len(top) > 1):
         return first + count
     of = f" {top[0]}" if len(top) > 1 else ""
-    return f"{first}, {second} {means[top[0]] - means[second]:.1f} points below{of}{count}"
+    return f"{first}, {second} {means[top[0]] - means[second]:.1f}{HARD_SPACE}points below{of}{count}"
 
 
 def _rank(ends: DataFrame) -> tuple[list[str], Series]:
@@ -144,7 +144,7 @@ def _place(found: Estimate) -> str:
     if _is_level(found):
         return "level with"
     size = abs(found.mean)
-    return f"{size:.{1 if size >= 0.05 else 2}f} points {'above' if found.mean > 0 else 'below'}"
+    return f"{size:.{1 if size >= 0.05 else 2}f}{HARD_SPACE}points {'above' if found.mean > 0 else 'below'}"
 
 
 def _count(counts: Iterable[int]) -> str:

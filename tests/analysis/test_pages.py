@@ -62,12 +62,27 @@ def sweep(word: str) -> list[str]:
     return [word] if "[" in values else [f"{key}={value}" for value in values.split(",")]
 
 
-def test_commands_that_differ_in_seed_and_case_alone_are_one_sweep():
-    base = "python train.py experiment=one seed={} case={} 'arms=[net2net]'"
-    commands = [base.format(seed, case) for case in ("x1", "x3") for seed in (0, 1)] * 2
-    one = "python train.py -m experiment=one seed=0,1 case=x1,x3 'arms=[net2net]'"
-    assert pages.format_commands(commands) == f"`{one}`"
-    assert pages.format_commands([*commands, one + " seed=4", "python train.py experiment=two"]).count("<br>") == 2
+def test_one_command_repeats_an_experiment():
+    base = (
+        "python train.py experiment=one case={} scale=cpu 'arms=[net2net]' runs=r logger=none seed={} 'rates={{a: 1}}'"
+    )
+    records = [{"command": base.format(case, seed), "seed": seed} for case in ("x1", "x3") for seed in (1, 0)]
+    assert pages.join_commands(records) == "python train.py -m experiment=one scale=cpu 'rates={a: 1}' seed=0,1"
+    records.append({"command": "python train.py -m experiment=one seed=0,1 'rates={a: 1}'", "seed": 0})
+    assert pages.join_commands(records[-1:]) == "python train.py experiment=one 'rates={a: 1}' seed=0"
+    assert pages.join_commands(records) == "python train.py -m experiment=one 'rates={a: 1}' seed=0,1"
+
+
+def test_no_line_of_the_results_is_long():
+    lines = (ROOT / "results/README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 200] == []
+
+
+def test_what_cases_change_is_a_list(results):
+    selected = results.select("tune_ladder")
+    section = pages._section_head("tune_ladder", selected, {"Cases": pages.describe_cases(selected)}, "caption")
+    assert "\n- **Cases:** schedule.epochs 2.5ep where nothing else is said\n  - `x0.1`: rates.net2net 0.1, " in section
+    assert max(map(len, section.splitlines())) <= 130
 
 
 # -- searches of rates --------------------------------------------------------------------------------------------
@@ -76,8 +91,10 @@ def test_commands_that_differ_in_seed_and_case_alone_are_one_sweep():
 def test_the_best_rate_of_each_arm_with_each_budget(results, capsys):
     selected = results.select("tune_ladder")
     table = cases.tabulate_rates(selected)
-    arms = [arm for arm in KINDS if arm in selected.arms]
-    assert list(table.index) == [(budget, arm) for budget in ("2.5ep", "10ep") for arm in arms]
+    tried = {(record["config"]["schedule"]["epochs"], record["arm"]) for record in selected.runs["manifest"]}
+    assert list(table.index) == [
+        (budget, arm) for budget in ("2.5ep", "10ep") for arm in KINDS if (budget, arm) in tried
+    ]
     ends = selected.select(case="x0.3").runs["holdout"].xs("random_pad", level="arm")
     assert table.at[("2.5ep", "random_pad"), 0.3] == ends.iloc[0]
     claims.print_rates("tune_ladder", results)
@@ -127,10 +144,17 @@ def test_rates_of_what_is_no_search_or_half_of_one(results, tmp_path, capsys):
 
 
 def test_the_claims_and_the_rates_of_a_folder(tmp_path, capsys):
-    shutil.copytree(ROOT / "results/curves/tune_ladder", tmp_path / "curves/tune_ladder")
+    for name in ("tune_ladder", "wider_imagenette"):
+        shutil.copytree(ROOT / f"results/curves/{name}", tmp_path / f"curves/{name}")
     shutil.copy(ROOT / "results/claims.yaml", tmp_path)
     assert claims.main(["--results", str(tmp_path)]) == 0
-    assert re.search(r"\n\d+ holds?, (\d+ \w+, )*\d+ not run\n$", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"\n\d+ holds?, (\d+ \w+, )*\d+ not run\n$", out)
+    assert (
+        "\nWider on photographs, as the paper reads it (wider_imagenette)\nholds        net2net is ahead of random_init"
+        in out
+    )
+    assert "(from 1.00), n = 3 (never within the run in 3 of 3 seeds)\n" in out
     assert claims.main(["--results", str(tmp_path), "--rates", "tune_ladder"]) == 0
     assert "\n10ep rates: {net2net: " in capsys.readouterr().out
 
