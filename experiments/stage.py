@@ -6,6 +6,7 @@ the hash is of all that determines it, and each seed has a link to it beside its
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+import net2net
 
 from . import checkpoint, files, run_log, wandb_log
 from .arms import ARMS
