@@ -14,10 +14,16 @@ from experiments.models import build
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
 SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
+OF_ONE_SIZE = [
+    name for name in EXPERIMENTS if re.search(r"(?m)^scale:", (ROOT / f"configs/experiment/{name}.yaml").read_text())
+]
+SCALED = [(name, scale) for name in EXPERIMENTS if name not in OF_ONE_SIZE for scale in SCALES]
 
 
-@pytest.mark.parametrize("scale", [None, *(pytest.param(scale, marks=pytest.mark.slow) for scale in SCALES)])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    ("experiment", "scale"),
+    [*((name, None) for name in EXPERIMENTS), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SCALED)],
+)
 def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every_scale(experiment, scale):
     text = (ROOT / f"configs/experiment/{experiment}.yaml").read_text()
     line = re.search(r"^# Command +python train\.py (.+)$", text, re.M)
@@ -35,11 +41,6 @@ def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every
         assert sizes[0] < min(sizes[1:])
     names = [config.name for config in configs]
     assert len(set(names)) == len(names)
-
-
-OF_ONE_SIZE = [
-    name for name in EXPERIMENTS if re.search(r"(?m)^scale:", (ROOT / f"configs/experiment/{name}.yaml").read_text())
-]
 
 
 def test_every_open_question_that_is_named_is_in_the_paper_notes():
