@@ -12,6 +12,7 @@ from torch import nn
 from .errors import TransferError, no_other_error
 from .plan.names import Rename, Unpaired, candidates
 from .record import Record
+from .tensors import find_eps
 
 Result = TypeVar("Result")
 
@@ -94,13 +95,13 @@ def restore_on_refusal(student: nn.Module, record: Record) -> Iterator[None]:
     # The copy is in main memory: an accelerator may have no room for it.
     tensors = [*student.parameters(), *student.buffers()]
     held = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-    eps = [(module, module.eps) for module in map(student.get_submodule, record.eps)]
+    eps = [(place, getattr(*place)) for place in (find_eps(student, place) for place in record.eps)]
     try:
         yield
     except Exception:
         with torch.no_grad():
             for tensor, value in zip(tensors, held, strict=True):
                 tensor.copy_(value)
-        for module, value in eps:
-            module.eps = value
+        for place, value in eps:
+            setattr(*place, value)
         raise

@@ -124,7 +124,7 @@ class Record:
     origins: dict[str, Origin]  # of every parameter and buffer of the student by name
     split: str  # how copies divide a weight: equal, uneven or paired; "fresh" for none; "pad" for `random_pad`
     noise: float  # as of `transfer`
-    eps: dict[str, float] = field(default_factory=dict)  # the new eps of norms that see padding, by module
+    eps: dict[str, float] = field(default_factory=dict)  # the new eps of norms, by module or attribute
     # The state of the generator that shares are drawn from.
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     shapes: tuple[Shapes, Shapes] = field(default_factory=lambda: ({}, {}))  # all tensors of the teacher, the student

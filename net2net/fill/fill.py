@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import TransferError
 from ..network import own_precision
 from ..record import NEW, How, Origin, Record
-from ..tensors import computed, merge_groups, named_tensors, parametrised
+from ..tensors import computed, find_eps, merge_groups, named_tensors, parametrised
 from .gather import gather
 from .isometry import mix, mixing_matrix
 from .new_layers import fill_new
@@ -37,8 +37,8 @@ def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
         elif not pad:
             fill_new(target, origin, mine, generator, record.split)
     if not pad:
-        for module, eps in record.eps.items():
-            student.get_submodule(module).eps = eps  # type: ignore[assignment]
+        for place, eps in record.eps.items():
+            setattr(*find_eps(student, place), eps)
     _set_parametrised(student, mine)
 
 

@@ -21,6 +21,7 @@ from ..trace.units import in_order
 from .traces import Networks
 
 EVEN = "even"  # what a norm asks of a layer: every teacher unit is copied equally often
+ZEROS = "zeros"  # or that all others are zero, as a sum of squares is best kept
 
 Kinds = dict[int, set[str]]
 Owners = dict[int, dict[Key, int]]
@@ -220,11 +221,13 @@ def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> No
         return
     kinds = set().union(*(unit_map.kinds.get(unit, set()) for unit in free.tolist()))
     among = in_order(among)
-    if kinds and len(among) % len(theirs) == 0:
+    if kinds == {ZEROS} and bool(torch.isin(theirs, g[among]).all()):
+        g[free] = ZERO
+    elif kinds and len(among) % len(theirs) == 0:
         left = len(among) // len(theirs) - (g[among][:, None] == theirs[None, :]).sum(0)
         pool = theirs.repeat_interleave(left.clamp(min=0))
         g[free] = pool[torch.randperm(len(pool), generator=unit_map.generator)][: len(free)]
-    elif kinds == {NormKind.RMS}:
+    elif kinds and kinds <= {NormKind.RMS, ZEROS}:
         g[free] = ZERO
     elif kinds == {NormKind.LAYER}:
         unit_map.means.append(theirs)

@@ -88,7 +88,7 @@ def teacher_layer(layer: Layer, names: Names) -> str:
         return layer.name
     for name in layer.tensors.values():
         if (theirs := names[name]) is not None:
-            return theirs if layer.kind in (LayerKind.MIX, LayerKind.SCALE) else theirs.rpartition(".")[0]
+            return theirs if layer.name in layer.tensors.values() else theirs.rpartition(".")[0]
     return names.get(layer.name) or layer.name
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import TransferError
 from ..record import MEAN, NEW, ZERO
 from ..trace.facts import Key, Norm, NormKind
-from .mapping import EVEN, UnitMap
+from .mapping import EVEN, ZEROS, UnitMap
 from .names import teacher_layer
 from .traces import Networks
 
@@ -18,15 +18,16 @@ def norm_kinds(networks: Networks) -> dict[int, set[str]]:
     kinds: dict[int, set[str]] = defaultdict(set)
     for norm in networks.student.norms:
         if norm.kind != NormKind.EXTREME and networks.teacher_norm(norm) is not None:
+            wanted = ZEROS if norm.kind == NormKind.RMS and norm.divisor == 1 else norm.kind if norm.padded else EVEN
             for root in torch.unique(networks.student_roots[norm.units]).tolist():
-                kinds[root].add(norm.kind if norm.padded else EVEN)
+                kinds[root].add(wanted)
     return kinds
 
 
 def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict[str, float]]:
-    """Check what norms see; return the factors of mean squares where they see padding, and new eps by module."""
+    """Check what norms see; return the factors of mean squares that change, and new eps by the place of each."""
     networks = unit_map.networks
-    padding_factors, eps = {}, {}
+    padding_factors, eps, kept = {}, {}, set()
     for layer in networks.student.layers.values():
         if "eps" not in layer.options:
             continue
@@ -38,7 +39,7 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
             continue
         roots = networks.student_roots[norm.units]
         if bool(unit_map.rotated[roots].all()):
-            eps[norm.module] = other.eps * other.units.shape[1] / norm.units.shape[1]
+            eps[_eps_place(norm)] = other.eps * other.units.shape[1] / norm.units.shape[1]
             continue
         grown = [copied for copied in unit_map.g[roots] if not bool((copied == NEW).all())]  # groups of old units
         factors = {_factor(unit_map, norm, other, copied) for copied in grown}
@@ -48,9 +49,26 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
             )
         if (factor := factors.pop()) != 1.0:
             padding_factors[norm.key] = (norm, factor)
-        if norm.eps != other.eps * factor:
-            eps[norm.module] = other.eps * factor
+        wanted = other.eps * (factor**0.5 if norm.outside else factor)
+        if norm.eps == wanted:
+            kept.add(norm.eps_at)
+        elif eps.setdefault(_eps_place(norm), wanted) != wanted:
+            raise _one_eps(norm)
+        if norm.eps_at in eps.keys() & kept:
+            raise _one_eps(norm)
     return padding_factors, eps
+
+
+def _eps_place(norm: Norm) -> str:
+    if norm.eps_at is None:
+        why = f"its eps is the number {norm.eps:g} in the forward pass, and would have to be another"
+        advice = "Make it an attribute of the module, called eps"
+        raise TransferError(f"The norm in {norm.module or 'the network'} cannot grow in this way: {why}. {advice}.")
+    return norm.eps_at
+
+
+def _one_eps(norm: Norm) -> TransferError:
+    return TransferError(f"Norms that would need different eps share one ({norm.eps_at}): give each its own.")
 
 
 def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float:
@@ -66,6 +84,11 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
         codes = [MEAN - k for k, mean in enumerate(unit_map.means) if torch.equal(torch.sort(mean).values, wanted)]
         undone = torch.tensor([ZERO] if norm.kind == NormKind.RMS else codes, dtype=torch.long)
         if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(torch.isin(padding, undone).all()):
+            if norm.divisor and other.divisor:
+                factor = float(seen[0]) * other.divisor / norm.divisor
+                if norm.kind != NormKind.MEAN or factor == 1.0:
+                    return factor
+                raise _refusal(norm, len(copied), len(theirs))
             return 1.0 - len(padding) / len(copied)
         raise _refusal(norm, len(copied), len(theirs))
     where = norm.module or "in the network"
@@ -76,6 +99,8 @@ def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:
     needs = "the mean over all units, which stays what it is only if each is copied equally often"
     if norm.kind == NormKind.EXTREME:
         needs = "the largest or smallest of all units, and some are new here"
+    elif norm.kind == NormKind.MEAN and norm.divisor != width:
+        needs = "a sum over all units, which copies change"
     elif norm.kind == NormKind.LAYER:
         needs += ", or if means can be added to them, which the layers before it cannot do"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"

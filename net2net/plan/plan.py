@@ -66,8 +66,8 @@ class Plan(Networks):
 
     @cached_property
     def padded_norms(self) -> set[str]:
-        """The modules of norms that see padding."""
-        return {norm.tensors["weight"].rpartition(".")[0] for norm, _ in self.padding_factors.values() if norm.tensors}
+        """The names of norms that see padding."""
+        return {norm.name for norm, _ in self.padding_factors.values()}
 
     @cached_property
     def query_gains(self) -> dict[int, float]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ..errors import TransferError, used_differently
 from ..record import NEW, ZERO, Axis, Fill, How, Origin, Record
-from ..tensors import parametrised, refuse_spectral_norm
-from ..trace.facts import Layer, LayerKind
+from ..tensors import find_eps, parametrised, refuse_spectral_norm
+from ..trace.facts import Layer, LayerKind, Norm
 from .axes import kernel_axis, make_axis, merged_groups, passed_entries, reading_axis, signs, unit_axis
 from .new_layers import densify, new_origins
 from .plan import Plan
@@ -27,10 +27,9 @@ def make_record(
     for name, factor in plan.chains.factors.items():
         weight = plan.student.layers[name].tensors["weight"]
         origins[weight] = replace(origins[weight], factor=origins[weight].factor * factor)
-    for norm, factor in {norm.module: (norm, factor) for norm, factor in plan.padding_factors.values()}.values():
-        if "weight" not in norm.tensors:
-            where = norm.module or "in the network"
-            raise TransferError(f"The norm {where} would see padding, and has no weight to undo what it does.")
+    for norm, factor in {norm.name: (norm, factor) for norm, factor in plan.padding_factors.values()}.values():
+        for name in _readers_of_bare(plan, norm) if "weight" not in norm.tensors else ():
+            origins[name] = replace(origins[name], factor=origins[name].factor * factor**0.5)
         for role, name in norm.tensors.items():
             origins[name] = _beside_padding(origins[name], role, factor)
     for name in [name for name in origins if _is_tied(plan, name)]:
@@ -64,10 +63,23 @@ def _check_modules(plan: Plan, student: nn.Module) -> None:
         theirs, tensors = plan.names.get(name), plan.teacher.parameters.tensors
         if theirs and plan.student.parameters.tensors[name].shape != tensors[theirs].shape:
             refuse_spectral_norm(module, weight, name)
-    for module_name in plan.eps:
-        if not hasattr(student.get_submodule(module_name), "eps"):
-            needed = f"needs the eps {plan.eps[module_name]:.3g}, which it does not keep in an attribute `eps`"
-            raise TransferError(f"The norm {module_name or 'in the network'} {needed}: use a norm of torch.nn.")
+    for place, eps in plan.eps.items():
+        module, attribute = find_eps(student, place)
+        if not hasattr(module, attribute):
+            needed = f"needs the eps {eps:.3g}, which it does not keep in an attribute `eps`"
+            raise TransferError(f"The norm {place or 'in the network'} {needed}: use a norm of torch.nn.")
+
+
+def _readers_of_bare(plan: Plan, norm: Norm) -> list[str]:
+    """List the layers that read the result of a norm without a weight, which can undo its factor; refuse others."""
+    idle = plan.roles.silent | plan.roles.fresh
+    readers = [x for x in plan.student.layers.values() if norm.name in x.normed_by and x.name not in idle]
+    for layer in readers:
+        plain = layer.after_norm == layer.first_norm == norm.name and layer.kind == LayerKind.MIX
+        if not plain or plan.names[layer.name] is None:
+            why = f"has no weight to undo what copies or padding do to it, and {layer.name} cannot"
+            raise TransferError(f"The norm in {norm.module or 'the network'} {why}. A multiple of the width may serve.")
+    return [layer.name for layer in readers]
 
 
 def _beside_padding(origin: Origin, role: str, factor: float) -> Origin:

@@ -63,6 +63,35 @@ class Key:
         return text if self.inside is None else f"{text} in {self.inside}"
 
 
+class Step(StrEnum):
+    """How far a statistic across units is on the way to a norm."""
+
+    MEAN = "mean"
+    CENTRED = "centred"  # the activation without its mean
+    SQUARE = "square"  # of the activation
+    VARIANCE = "variance"  # the mean of the squares
+    DEVIATION = "deviation"  # its root
+    INVERSE = "inverse"  # one by the root
+    NORMED = "normed"  # the norm's result
+    SCALED = "scaled"  # the activation times a weight, before it is divided
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What is computed of an activation, on the way to a norm that is written by hand."""
+
+    of: Tensor  # the activation
+    step: Step
+    key: Key | None = None  # of the norm, or of the mean
+    divisor: float = 0.0  # of the sum of squares
+    centred: bool = False  # whether the squares are those of what is left without the mean
+    mean: Key | None = None  # that mean
+    eps: float = 0.0
+    eps_at: str | None = None
+    outside: bool = False  # whether eps is added to the root
+    weight: Tensor | None = None  # that has multiplied the activation
+
+
 @dataclass(frozen=True)
 class Labels:
     """What is known of an activation."""
@@ -80,6 +109,7 @@ class Labels:
     range: Range = None  # the numbers that it can be
     chain: Chain | None = None  # the activations since the last layer, each directly behind the one before
     result_of: str | None = None  # the layer whose result it is, untouched
+    statistic: Statistic | None = None  # what it is on the way to a norm
 
     @classmethod
     def of(cls, units: Tensor, *operands: "Labels", norms: Collection[str] = (), **state: Any) -> "Labels":
@@ -132,6 +162,9 @@ class Norm:
     padded: bool = False  # it could undo means (layer norm) or zeros (RMS norm) that the units before it hold
     name: str = ""  # of its layer
     first_norm: str | None = None  # what its input begins with, `NO_NORM` if that is a sum of layers
+    eps_at: str | None = None  # where its eps can be set: a module, or an attribute of one
+    outside: bool = False  # whether eps is added to the root of the mean square
+    divisor: float = 0.0  # what the sum over a group is divided by, if not by the number of its units
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 from ...blend import blend as blend_function
 from ...network import tensors_in
 from ..activations import NOTHING, Chain, Passage, Range, add_ranges, apply_gate, range_after
-from ..facts import Call, Key, Labels, Layer, LayerKind
+from ..facts import Call, Key, Labels, Layer, LayerKind, Step
 from ..graph import Trace
 from ..units import compact, spread
+from .by_hand import add_affine, followed, result_of_norm
 from .registry import CannotFollow, carries_no_units, factor_in, first_labels, first_norm_of_sum, names, rule
 
 LINEAR = names("mul div neg to float double half bfloat16 dropout detach clone contiguous identity")
@@ -76,7 +77,10 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     units, *rest = (known.units.broadcast_to(out.shape) for known in labels)
     for other in rest:
         units = trace.units.combine(units, other, call)
+    statistic = followed(trace, call, operands)
     units, scales, constants = _combine_others(trace, call, units, others, labels)
+    if len(activations) == len(others) == 1 and len(operands) == 2:
+        statistic = add_affine(trace, call, others[0], labels[0])
     alone = labels[0] if len(labels) == len(operands) == 1 else None
     # A mask that is the same for all units may multiply a plain sum: stochastic depth, for one.
     count = len([x for x in operands if x.numel() > 1]) - (constants if name == "mul" else 0)
@@ -91,7 +95,13 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         "passage": _passage(trace, call, labels, len(operands), len(activations)),
         "range": result_range,
         "chain": chain,
+        "statistic": statistic,
     }
+    if statistic is not None and statistic.step in (Step.VARIANCE, Step.DEVIATION):
+        state["gain"] = 1.0  # the statistic holds the number
+    state |= result_of_norm(trace, statistic)
+    if statistic is not None and statistic.step == Step.NORMED:
+        scales = {str(state["after_norm"])}
     trace.label(out, Labels.of(units, *labels, norms=scales, **state))
 
 

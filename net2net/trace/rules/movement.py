@@ -52,6 +52,7 @@ def movement(trace: Trace, call: Call) -> None:
         "first_norm": first_norm_of_sum(labels),
         "passage": known[0].passage if len({one and one.passage for one in labels}) == 1 else NOTHING,
         "range": join_ranges(one and one.range for one in labels),
+        "statistic": known[0].statistic if call.plain == "unsqueeze" else None,
     }
     for out, new in zip(call.results, moved, strict=True):
         trace.label(out, Labels.of(new, *known, **state))

@@ -10,6 +10,7 @@ from ..activations import ALL
 from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind
 from ..graph import Trace
 from ..units import spread
+from .by_hand import eps_place
 from .registry import CannotFollow, first_labels, rule
 
 
@@ -91,7 +92,8 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else str(key)
     padded = norm.kind == NormKind.RMS or (labels.linear and once)
     first = NO_NORM if labels.linear else labels.first_norm
-    trace.norms.append(replace(norm, padded=padded, name=name, first_norm=first))
+    place = eps_place(trace, call, norm.eps)
+    trace.norms.append(replace(norm, padded=padded, name=name, first_norm=first, eps_at=place))
     known = (labels.sources, labels.norms_since, {"across": True})
     state = {"normed_by": labels.normed_by, "key": None if tensors else key}
     trace.add(Layer(LayerKind.NORM, name, tensors, norm.units.reshape(-1), *known, **state))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..activations import NOTHING, join_ranges
-from ..facts import Call, Labels, Norm, NormKind
+from ..facts import Call, Labels, Norm, NormKind, Step
 from ..graph import Trace
 from ..units import spread
+from .by_hand import reduced
 from .elementwise import pointwise
 from .registry import CannotFollow, first_labels, names, rule
 
@@ -42,10 +43,14 @@ def channelwise(trace: Trace, call: Call) -> None:
         trace.label(out, Labels.of(spread(units, dim, out.shape), labels, **state))
 
 
-@rule(
-    *names("mean sum amax amin max min prod var std var_mean std_mean norm logsumexp all any argmax argmin"),
-    *names("linalg_vector_norm nansum nanmean count_nonzero median nanmedian"),
-)
+REDUCTIONS = """
+    mean sum amax amin max min prod var std var_mean std_mean norm linalg_norm linalg_vector_norm logsumexp all any
+    argmax argmin nansum nanmean count_nonzero median nanmedian
+"""
+EVENLY = names("mean amax amin max min all any")  # equal copies of all units change nothing
+
+
+@rule(*names(REDUCTIONS))
 def reduction(trace: Trace, call: Call) -> None:
     """A mean or sum over positions keeps the units."""
     # A mean or an extreme over units is a new unit, which stays what it is if each of them is copied equally often. Any
@@ -55,17 +60,37 @@ def reduction(trace: Trace, call: Call) -> None:
     labels, name = first_labels(trace, call), call.plain
     rank, dims = labels.units.dim(), call.arg(2 if "norm" in name else 1, "dim")
     dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
-    if name in ("mean", "amax", "amin", "max", "min", "all", "any"):
+    count, statistic = len(trace.norms), None
+    size = math.prod(call.args[0].shape[d] for d in dims)
+    divisor = size if name in EVENLY else _divisor(trace, call, size)
+    if divisor is not None:
         units = _reduce_units(trace, call, labels.units, dims)
+        if len(trace.norms) > count:  # it is taken over units
+            norm = trace.norms[-1] = replace(trace.norms[-1], divisor=divisor)
+            statistic = reduced(trace, call, norm.key, call.args[0], norm.divisor)
     else:
         units = trace.units.tie_along(labels.units, dims, f"{call} mixes them")
     shape = [1 if d in dims else size for d, size in enumerate(labels.units.shape)]
-    result = Labels.of(units, labels, range=labels.range if name in ("mean", "amax", "amin") else None)
+    result = Labels.of(
+        units, labels, statistic=statistic, range=labels.range if name in ("mean", "amax", "amin") else None
+    )
     if name in ("mean", "sum"):
         result = replace(result, gain=labels.gain, linear=labels.linear, passage=labels.passage)
         result = replace(result, after_norm=labels.after_norm, first_norm=labels.first_norm)
     for out in call.results:
         trace.label(out, replace(result, units=units.expand(shape).reshape(out.shape)))
+
+
+def _divisor(trace: Trace, call: Call, size: int) -> int | None:
+    """Return by what a sum of squares over units is divided; None for another reduction."""
+    name, labels = call.plain, trace.labels(call.args[0])
+    if name in ("var", "std"):
+        unbiased = call.arg(2, "unbiased", True)
+        return size - call.kwargs.get("correction", int(unbiased))
+    if "norm" in name:
+        return 1 if call.arg(1, "ord" if "linalg" in name else "p", 2) in (2, "fro", None) else None
+    statistic = None if labels is None else labels.statistic
+    return 1 if name == "sum" and statistic is not None and statistic.step == Step.SQUARE else None
 
 
 def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) -> Tensor:
@@ -78,7 +103,7 @@ def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) 
     rows = units.movedim(varying, list(range(-len(varying), 0))).flatten(-len(varying)).reshape(math.prod(shape), -1)
     rows, which = torch.unique(trace.units.find(rows), dim=0, return_inverse=True)  # several positions have the same
     key = trace.units.key("across", call.module)
-    kind = NormKind.MEAN if call.plain == "mean" else NormKind.EXTREME
+    kind = NormKind.EXTREME if call.plain in EVENLY - {"mean"} else NormKind.MEAN
     trace.norms.append(Norm(key, kind, rows, {}, 0.0, call.module))
     results = trace.units.fresh(len(rows), key)
     if len(rows) > 1:
@@ -86,13 +111,13 @@ def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) 
     return results[which].reshape(shape)
 
 
-@rule(*names("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin sort argsort topk normalize"))
+@rule(*names("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin sort argsort topk"))
 def lengthwise(trace: Trace, call: Call) -> None:
     """Functions along an axis, as softmax: over positions they keep the units, units move as a whole."""
     labels = first_labels(trace, call)
     name = call.plain
-    default = {"normalize": 1, "sort": -1, "argsort": -1, "topk": -1}.get(name)
-    dim = call.arg(2 if name in ("normalize", "topk") else 1, "dim", default)
+    default = -1 if name in ("sort", "argsort", "topk") else None
+    dim = call.arg(2 if name == "topk" else 1, "dim", default)
     if not isinstance(dim, int):
         raise CannotFollow(f"{call} mixes elements along an axis that is not named")
     units = trace.units.tie_along(labels.units, [dim], f"{call} mixes them")

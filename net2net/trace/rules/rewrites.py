@@ -20,6 +20,12 @@ def gated_linear_unit(input: Tensor, dim: int = -1) -> Tensor:
     return a * b.sigmoid()
 
 
+@rule("normalize", rewrite=True)
+def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *_: Any) -> Tensor:
+    """Divide by the length."""
+    return input / input.norm(p, dim, keepdim=True).clamp_min(eps)
+
+
 @rule("addmm", "baddbmm", rewrite=True)
 def add_product(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any) -> Tensor:
     """Add a matrix product."""

@@ -1,0 +1,201 @@
+"""Norms by what they compute: written by hand, in any order of steps, with or without a weight."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_same, error, refused, trained
+from networks import Net
+from torch import Tensor, nn
+
+from net2net import equivalence, transfer, widen
+
+pytestmark = pytest.mark.usefixtures("float64")
+Compute = Callable[[nn.Module, Tensor], Tensor]
+
+
+class ByHand(nn.Module):
+    """A norm that computes what it is given; its eps is an attribute of any name."""
+
+    def __init__(self, width: int, compute: Compute, tensors: str = "weight", eps: str = "eps") -> None:
+        super().__init__()
+        for name in tensors.split():
+            setattr(self, name, nn.Parameter(torch.ones(width)))
+        self.compute = compute
+        setattr(self, eps, 1e-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def tokens() -> Tensor:
+    rows = torch.randn(12, 7, 6, generator=torch.Generator().manual_seed(0))
+    return torch.cat([rows, rows * 0.05])  # eps counts
+
+
+def square(x: Tensor) -> Tensor:
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def cast(net: nn.Module, x: Tensor) -> Tensor:
+    return net.weight * (x * torch.rsqrt(square(x.to(torch.float64)) + net.variance_epsilon)).to(x.dtype)
+
+
+NORMS: dict[str, tuple[Compute, str]] = {
+    "rsqrt": (lambda net, x: net.weight * (x * torch.rsqrt(square(x) + net.eps)), "eps"),
+    "sqrt, another name": (lambda net, x: x / torch.sqrt((x * x).mean(-1, True) + net.epsilon) * net.weight, "epsilon"),
+    "a power": (lambda net, x: net.weight * (x * (x.square().mean(-1, True) + net.eps) ** -0.5), "eps"),
+    "of a cast": (cast, "variance_epsilon"),
+    "unsqueeze": (lambda net, x: net.weight * (x / (x.pow(2).mean(-1).unsqueeze(-1) + net.eps).sqrt()), "eps"),
+    "weight first": (lambda net, x: net.weight * x / (square(x) + net.eps).sqrt(), "eps"),
+    "eps beside the root": (lambda net, x: net.weight * (x / (square(x).sqrt() + net.eps)), "eps"),
+    "a sum": (lambda net, x: net.weight * (x / (x.pow(2).sum(-1, keepdim=True) + net.eps).sqrt()), "eps"),
+    "a length": (lambda net, x: net.weight * (x / (x.norm(dim=-1, keepdim=True) + net.eps)), "eps"),
+    "a length by the root of the width": (
+        lambda net, x: net.weight * (x / (x.norm(2, -1, keepdim=True) * x.shape[-1] ** -0.5 + net.eps)),
+        "eps",
+    ),
+    "normalize": (lambda net, x: F.normalize(x, dim=-1, eps=net.eps) * x.shape[-1] ** 0.5 * net.weight, "eps"),
+    "layer norm": (
+        lambda net, x: centred(x) * torch.rsqrt(square(centred(x)) + net.eps) * net.weight + net.bias,
+        "eps",
+    ),
+    "layer norm by var": (
+        lambda net, x: (
+            centred(x) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + net.eps) * net.weight + net.bias
+        ),
+        "eps",
+    ),
+    "layer norm by std": (
+        lambda net, x: net.weight * centred(x) / (x.std(-1, keepdim=True) + net.eps) + net.bias,
+        "eps",
+    ),
+    "1 + weight": (lambda net, x: x * torch.rsqrt(square(x) + net.eps) * (1.0 + net.weight), "eps"),
+}
+BARE: dict[str, Compute] = {
+    "rms norm": lambda net, x: x * torch.rsqrt(square(x) + net.eps),
+    "layer norm": lambda net, x: centred(x) / torch.sqrt(square(centred(x)) + net.eps),
+    "normalize": lambda net, x: F.normalize(x, dim=-1, eps=net.eps),
+    "torch's layer norm": lambda net, x: F.layer_norm(x, x.shape[-1:], eps=net.eps),
+}
+
+
+def between(width: int, norm: nn.Module, act: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, width), norm, act or nn.Identity(), nn.Linear(width, 5))
+
+
+@pytest.mark.parametrize("width", [16, 12])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_by_hand_grows_to_any_width(name: str, width: int) -> None:
+    compute, eps = NORMS[name]
+    tensors = "weight bias" if "layer" in name else "weight"
+    teacher, student = trained(*(between(n, ByHand(n, compute, tensors, eps), nn.Tanh()) for n in (8, width)))
+    if name == "1 + weight" and width == 12:
+        with refused("has no weight to undo", student):
+            transfer(teacher, student, tokens()[:2])
+        return
+    if name == "normalize":  # the root of the width is a number in front of tanh
+        teacher[2], student[2] = nn.Identity(), nn.Identity()
+    record = transfer(teacher, student, tokens()[:2])
+    assert_same(teacher, student, tokens())
+    if record.eps:
+        setattr(student[1], eps, 1e-2)
+        assert error(replace(record, eps={}), teacher, student, tokens()) > 1e-4
+
+
+@pytest.mark.parametrize("width", [16, 12])
+@pytest.mark.parametrize("name", BARE)
+def test_a_norm_without_a_weight_is_undone_by_what_reads_it(name: str, width: int) -> None:
+    teacher, student = trained(*(between(n, ByHand(n, BARE[name], tensors="")) for n in (8, width)))
+    transfer(teacher, student, tokens()[:2])
+    assert_same(teacher, student, tokens())
+    if width == 12 and name != "normalize":
+        teacher, student = trained(*(between(n, ByHand(n, BARE[name], tensors=""), nn.GELU()) for n in (8, width)))
+        with refused(r"has no weight to undo.*3\.weight cannot", student):
+            transfer(teacher, student, tokens()[:2])
+
+
+def test_a_number_as_eps_serves_multiples_alone() -> None:
+    def make(width: int) -> nn.Module:
+        return between(width, ByHand(width, lambda net, x: net.weight * (x / (square(x) + 1e-5).sqrt()), eps="e"))
+
+    teacher, double, more = trained(make(8), make(16), make(12))
+    transfer(teacher, double, tokens()[:2])
+    assert_same(teacher, double, tokens())
+    with refused("its eps is the number 1e-05", more):
+        transfer(teacher, more, tokens()[:2])
+
+
+def test_norms_that_share_an_eps_need_the_same() -> None:
+    def make(width: int) -> nn.Module:
+        parts = {"a": nn.Linear(6, width), "b": nn.Linear(width, 9), "c": nn.Linear(9, 3)}
+        net = Net(parts, lambda net, x: net.c(scaled(net, net.b(scaled(net, net.a(x), "v")), "w")))
+        net.v, net.w, net.eps = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(9)), 1e-5
+        return net
+
+    def scaled(net: nn.Module, x: Tensor, name: str) -> Tensor:
+        return getattr(net, name) * (x * torch.rsqrt(square(x) + net.eps))
+
+    teacher, double, more = trained(make(8), make(16), make(12))
+    transfer(teacher, double, tokens()[:2])
+    assert_same(teacher, double, tokens())
+    with refused("share one", more):
+        transfer(teacher, more, tokens()[:2])
+
+
+def test_a_layer_norm_over_channels_of_images() -> None:
+    def compute(net: nn.Module, x: Tensor) -> Tensor:
+        away = x - x.mean(1, keepdim=True)
+        x = away / torch.sqrt(away.pow(2).mean(1, keepdim=True) + net.eps)
+        return net.weight[:, None, None] * x + net.bias[:, None, None]
+
+    x = torch.randn(4, 3, 6, 6)
+    teacher, student = trained(
+        *(
+            nn.Sequential(nn.Conv2d(3, n, 3), ByHand(n, compute, "weight bias"), nn.ReLU(), nn.Conv2d(n, 4, 1))
+            for n in (8, 11)
+        )
+    )
+    transfer(teacher, student, x)
+    assert_same(teacher, student, x)
+
+
+def language_model(width: int, layers: int = 1) -> nn.Module:
+    """Post-norm blocks with norms by hand behind a table that is tied to the last layer."""
+    norms = [ByHand(width, cast, eps="variance_epsilon") for _ in range(layers)]
+    branches = [nn.Sequential(nn.Linear(width, 9), nn.SiLU(), nn.Linear(9, width)) for _ in norms]
+    parts = {"table": nn.Embedding(20, width), "norms": nn.ModuleList(norms), "branches": nn.ModuleList(branches)}
+    parts["head"] = nn.Linear(width, 20, bias=False)
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.table(x)
+        for branch, norm in zip(net.branches, net.norms, strict=True):
+            x = norm(x + branch(x))
+        return net.head(x)
+
+    net = Net(parts, how)
+    net.head.weight = net.table.weight
+    return net
+
+
+@pytest.mark.parametrize("split", ["equal", "uneven"])
+@pytest.mark.parametrize(("width", "layers"), [(16, 1), (12, 1), (16, 3), (12, 3)])
+def test_a_tied_table_behind_a_norm_by_hand(width: int, layers: int, split: str) -> None:
+    words = torch.randint(20, (3, 6), generator=torch.Generator().manual_seed(0))
+    teacher, student = trained(language_model(8), language_model(width, layers))
+    transfer(teacher, student, words, split=split)
+    assert_same(teacher, student, words)
+
+
+def test_widen_gives_norms_without_affine_the_new_width() -> None:
+    for norm in (nn.LayerNorm, nn.RMSNorm):
+        (teacher,) = trained(between(8, norm(8, elementwise_affine=False)))
+        wider = widen(teacher, tokens()[:2], {"0": 12})
+        assert wider[1].normalized_shape == (12,)
+        assert equivalence(teacher, wider, tokens()).max_relative < 1e-12
