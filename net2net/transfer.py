@@ -1,6 +1,7 @@
 """Filling a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from .attempts import Attempt, first_that_serves, list_attempts, restore_on_refusal
@@ -91,7 +93,7 @@ def transfer(  # noqa: PLR0913 (public signature)
     *,
     generator: torch.Generator | None = None,
     noise: float = 0.0,
-    split: str = "equal",
+    split: str = "uneven",
     depth: str = "identity",
     rename: Rename = None,
     calibrate: Tensor | Iterable[Example] | None = None,
@@ -110,10 +112,11 @@ def transfer(  # noqa: PLR0913 (public signature)
         generator: draws the units to copy and the shares, on the CPU. None means seed 0.
         noise: standard deviation of Gaussian noise on the incoming weights of all but the first copy of a unit, in
             units of the tensor's own (paper, section 3.3). It changes the function.
-        split: how the copies of a unit divide its outgoing weight. "equal" is the paper's: such copies get the same
-            gradients and never part, unless dropout tells them apart. "uneven" draws positive shares for every reading
+        split: how the copies of a unit divide its outgoing weight. "uneven" draws positive shares for every reading
             unit; "paired" adds noise that the copies cancel among themselves. "fresh" makes no copies: a new unit is as
-            the student's constructor drew it, and what reads it is zero at first. They leave the function as it is.
+            the student's constructor drew it, and what reads it is zero at first. "equal" is the paper's, which needs
+            `noise`: such copies get the same gradients and never part, unless dropout tells them apart. All of them
+            leave the function as it is.
         depth: what a new layer on the way of units becomes: "identity" (paper, section 3.4), or "dense" where no
             activation stands behind it: a random rotation, which the next layer undoes (after Network Morphism).
         rename: student names to teacher names, where they differ otherwise: a function, or a dict of prefixes in which
@@ -151,6 +154,8 @@ def transfer(  # noqa: PLR0913 (public signature)
     record = first_that_serves(grow, attempts, generator)
     if noise:
         add_noise(student, record, generator)
+    elif split == "equal":
+        _warn_of_equal_copies(record, student)
     return Transfer(**vars(record)).of(teacher, student)
 
 
@@ -222,6 +227,14 @@ def check_networks(record: Record, teacher: nn.Module, student: nn.Module) -> No
             name = next(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
             here, there = mine.get(name), theirs.get(name)
             raise TransferError(f"The record is of another {which}: {name} is {here} here, {there} there.")
+
+
+def _warn_of_equal_copies(record: Record, student: nn.Module) -> None:
+    copies = any(axis.reads and axis.copies for origin in record.origins.values() for axis in origin.axes.values())
+    dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in student.modules())
+    if copies and not dropout:
+        why = "Copies of a unit that share its outgoing weights equally get the same gradients, and never part"
+        warnings.warn(f"{why}: give them noise, or take split='uneven'.", stacklevel=3)
 
 
 def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split: str, depth: str) -> None:

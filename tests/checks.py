@@ -53,7 +53,7 @@ def grow(
 ) -> Transfer:
     """Make both look trained, transfer on the first two inputs, compare on all, and return the record."""
     inputs = images() if inputs is None else inputs
-    record = transfer(*trained(teacher, student), inputs[:2], **options)
+    record = transfer(*trained(teacher, student), inputs[:2], **{"split": "equal"} | options)
     assert_same(teacher, student, inputs, modes)
     return record
 

@@ -100,7 +100,7 @@ def test_predicted_gradients_are_autograds(name: str) -> None:
     make, narrow, wide, inputs = CASES[name]
     for seed in range(3):
         teacher, student = look_trained(make(*narrow), seed=seed), look_trained(make(*wide), seed=seed + 9)
-        record = transfer(teacher, student, inputs(), generator=torch.Generator().manual_seed(seed))
+        record = transfer(teacher, student, inputs(), split="equal", generator=torch.Generator().manual_seed(seed))
         assert all(wrong <= BAR for wrong in errors(record, teacher, student, inputs()))
 
 
@@ -108,14 +108,16 @@ def test_predicted_gradients_are_autograds(name: str) -> None:
 def test_without_the_share_the_prediction_is_wrong(name: str) -> None:
     make, narrow, wide, inputs = CASES[name]
     teacher, student = trained(make(*narrow), make(*wide))
-    record = transfer(teacher, student, inputs())
+    record = transfer(teacher, student, inputs(), split="equal")
     spoilt = change_axes(record, lambda axis: replace(axis, share=torch.ones_like(axis.share)))
     assert max(errors(spoilt, teacher, student, inputs())) > 0.1
 
 
 def test_what_the_teachers_gradient_does_not_say_is_not_a_number() -> None:
     teacher, student = kernels(3), kernels(5)
-    predicted = transfer(teacher, student, images()).gradients(gradients(teacher, images(), torch.ones(4, 4)))
+    predicted = transfer(teacher, student, images(), split="equal").gradients(
+        gradients(teacher, images(), torch.ones(4, 4))
+    )
     inside = torch.zeros(5, 5, dtype=torch.bool)
     inside[1:4, 1:4] = True
     assert torch.equal(~predicted["0.weight"].isnan(), inside.expand(4, 3, 5, 5))
@@ -125,7 +127,7 @@ def test_what_the_teachers_gradient_does_not_say_is_not_a_number() -> None:
 def test_padding_of_a_layer_norm_is_not_predicted_as_if_it_were_a_copy() -> None:
     """What is predicted at all is right also where the width is no multiple of the teacher's."""
     x, (teacher, student) = rows(), trained(*(mlp(3, n, n, 4, act=lambda n=n: nn.LayerNorm(n)) for n in (8, 12)))
-    record = transfer(teacher, student, x)
+    record = transfer(teacher, student, x, split="equal")
     assert record.eps
     assert not any(wrong > BAR for wrong in errors(record, teacher, student, x))
 
@@ -162,7 +164,7 @@ def test_the_state_is_that_of_a_student_that_had_been_there_all_the_time(kind: s
     teacher, student = trained(chain(3, 4), chain(7, 9))
     old = OPTIMIZERS[kind](teacher.parameters())
     history = take_steps(teacher, old, 4)
-    record = transfer(teacher, student, images())
+    record = transfer(teacher, student, images(), split="equal")
     before = state(student)
     new = OPTIMIZERS[kind](student.parameters())
     record.optimizer_state(old, new)
@@ -190,7 +192,7 @@ def test_the_moments_are_those_of_the_predicted_gradient(name: str) -> None:
     """After one step of Adam they are the gradient and its square, times numbers."""
     make, narrow, wide, inputs = CASES[name]
     teacher, student = trained(make(*narrow), make(*wide))
-    record, x = transfer(teacher, student, inputs()), inputs()
+    record, x = transfer(teacher, student, inputs(), split="equal"), inputs()
     old, new = (Adam(model.parameters(), betas=(0.5, 0.75)) for model in (teacher, student))
     theirs = gradients(teacher, x, torch.ones_like(teacher(x)))
     old.step()
@@ -206,7 +208,7 @@ def test_new_layers_start_without_a_state() -> None:
     teacher, student = trained(chain(3, 4), chain(7, 9, new=1))
     old, new = Adam(teacher.parameters()), Adam(student.parameters())
     take_steps(teacher, old)
-    transfer(teacher, student, images()).optimizer_state(old, new)
+    transfer(teacher, student, images(), split="equal").optimizer_state(old, new)
     assert {name for name, p in student.named_parameters() if p not in new.state} == {
         f"{layer}{k}_1.{role}" for layer in ("conv", "norm") for k in range(2) for role in ("weight", "bias")
     } - {"conv0_1.bias", "conv1_1.bias"}
@@ -220,7 +222,7 @@ def test_the_new_optimizer_keeps_its_groups_with_their_rates_and_names() -> None
         take_steps(teacher, old)
     flat, other = ([one for one in student.named_parameters() if (one[1].dim() == 1) == is_flat] for is_flat in (1, 0))
     new = AdamW([{"params": other, "lr": 0.3}, {"params": flat, "weight_decay": 0.0}], lr=0.2)
-    transfer(teacher, student, images()).optimizer_state(old, new)
+    transfer(teacher, student, images(), split="equal").optimizer_state(old, new)
     assert [(group["lr"], group["weight_decay"]) for group in new.param_groups] == [(0.3, 0.01), (0.2, 0.0)]
     for group, expected in zip(new.param_groups, (other, flat), strict=True):
         assert list(zip(group["param_names"], map(id, group["params"]), strict=True)) == [
@@ -235,7 +237,7 @@ def test_the_old_groups_are_divided_by_where_parameters_come_from() -> None:
     flat, other = ([p for p in teacher.parameters() if (p.dim() == 1) == is_flat] for is_flat in (True, False))
     old = AdamW([{"params": other, "lr": torch.tensor(0.1)}, {"params": flat, "weight_decay": 0.0}])
     student.fc.bias.requires_grad_(False)
-    groups = transfer(teacher, student, images()).parameter_groups(old)
+    groups = transfer(teacher, student, images(), split="equal").parameter_groups(old)
     names = {id(p): name for name, p in student.named_parameters()}
     found = {
         (float(group["lr"]), group["weight_decay"], group["origin"]): {names[id(p)] for p in group["params"]}
@@ -260,7 +262,7 @@ def test_with_fresh_new_only_the_first_copy_of_a_unit_keeps_its_momentum() -> No
     teacher, student = trained(chain(3, 4), chain(7, 9))
     old = Adam(teacher.parameters())
     take_steps(teacher, old, 3)
-    record = transfer(teacher, student, images())
+    record = transfer(teacher, student, images(), split="equal")
     kept, fresh = Adam(student.parameters()), Adam(student.parameters())
     record.optimizer_state(old, kept)
     record.optimizer_state(old, fresh, fresh_new=True)
@@ -282,7 +284,7 @@ def test_frozen_parameters_that_no_optimizer_holds_stay_outside() -> None:
         model.conv0.weight.requires_grad_(False)
     old, new = (Adam([p for p in model.parameters() if p.requires_grad]) for model in (teacher, student))
     take_steps(teacher, old)
-    transfer(teacher, student, images()).optimizer_state(old, new)
+    transfer(teacher, student, images(), split="equal").optimizer_state(old, new)
     assert student.conv0.weight not in new.state
     assert all(p is not student.conv0.weight for group in new.param_groups for p in group["params"])
 
@@ -291,7 +293,7 @@ def test_a_record_from_a_file_must_be_told_its_networks(tmp_path) -> None:
     teacher, student = trained(chain(3, 4), chain(7, 9))
     old, new = Adam(teacher.parameters()), Adam(student.parameters())
     (theirs,) = take_steps(teacher, old)
-    record = transfer(teacher, student, images())
+    record = transfer(teacher, student, images(), split="equal")
     save_record(record, tmp_path / "record.json")
     loaded = load_record(tmp_path / "record.json")
     for call in (lambda: loaded.optimizer_state(old, new), lambda: loaded.gradients(theirs)):
@@ -318,7 +320,7 @@ def test_a_record_from_a_file_must_be_told_its_networks(tmp_path) -> None:
 )
 def test_wrong_optimizers_are_refused(kinds: tuple, models: str, message: str) -> None:
     teacher, student = chain(3, 4), chain(7, 9)
-    record = transfer(teacher, student, images())
+    record = transfer(teacher, student, images(), split="equal")
     weights = [{"t": teacher, "s": student}[which].fc.weight for which in models]
     old, new = (kind([weight], lr=0.1) for kind, weight in zip(kinds, weights, strict=True))
     weights[0].grad = torch.ones_like(weights[0])

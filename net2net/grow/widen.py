@@ -29,14 +29,13 @@ def widen(
     widths: Widths,
     *,
     generator: torch.Generator | None = None,
-    split: str = "equal",
+    split: str = "uneven",
     noise: float = 0.0,
 ) -> nn.Module:
     """Return a wider copy of a network, of the same class and state-dict keys, that computes the same function.
 
     Units that only grow together (`describe`) grow by one factor. A width that the forward pass has as a number must be
-    an attribute of a module; it follows the tensors. With the default split the copies of a unit get the same gradients
-    and never part, unless dropout tells them apart.
+    an attribute of a module; it follows the tensors.
 
     Args:
         model: the network, which is left as it was.
