@@ -38,7 +38,7 @@ def test_a_dtype_is_as_exact_as_its_rounding(dtype: torch.dtype, bar: float, spl
 
 def test_shares_of_low_precision_are_rounded_once() -> None:
     teacher, student = (model.to(torch.bfloat16) for model in pair())
-    record = transfer(teacher, student, images().to(torch.bfloat16))
+    record = transfer(teacher, student, images().to(torch.bfloat16), split="equal")
     axes = record.origins["conv1.weight"].axes
     exact = teacher.conv1.weight.double()[axes[0].index][:, axes[1].index] * axes[1].share[:, None, None]
     once = exact.float().bfloat16()
