@@ -18,7 +18,6 @@ from .arms import ARMS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TEACHER = "teacher"  # the network that arms start from
-FIRST = "first"  # the network that the teacher itself is grown from, if it is
 OPTIMIZERS = ("rmsprop", "sgd")
 DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired", "fresh")
@@ -58,7 +57,6 @@ class Schedule:
 
     epochs: str = "6ep"  # length of each student's training
     teacher_epochs: str | None = None  # length of the teacher's training; None: as the students'
-    first_epochs: str | None = None  # length of the training of `first`; None: as the teacher's
     batch_size: int = 128
     optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd
     lr: float = 0.001  # initial learning rate of a network that is trained from scratch
@@ -105,8 +103,6 @@ class Config:
     inception: dict[str, Any] = field(default_factory=dict)  # the size of the paper's network at this scale
     speedrun: dict[str, Any] = field(default_factory=dict)  # the size of the speed-run network at this scale
     teacher: dict[str, Any] = field(default_factory=dict)  # how the teacher differs from `model`
-    # Optional smaller network that the teacher itself is grown from; the teacher then trains at rates.net2net.
-    first: dict[str, Any] = field(default_factory=dict)
     students: dict[str, Any] = field(default_factory=dict)  # name of each student -> how it differs from `model`
     # Initial learning rate of each arm, as a multiple of schedule.lr.
     rates: dict[str, float] = field(default_factory=lambda: {name: arm.rate for name, arm in ARMS.items()})
@@ -138,14 +134,14 @@ def shorten(config: Config) -> Config:
     if config.limit is None:
         return config
     schedule = replace(config.schedule, evaluate="100%", batch_size=min(config.schedule.batch_size, config.limit // 10))
-    for key in ("epochs", "teacher_epochs", "first_epochs"):
+    for key in ("epochs", "teacher_epochs"):
         if getattr(schedule, key) is not None:
             schedule = replace(schedule, **{key: "2ep"})
     growth = replace(config.growth, calibrate=min(config.growth.calibrate, config.limit))
     return replace(config, schedule=schedule, growth=growth, runs=f"{config.runs.rstrip('/')}-limit{config.limit}")
 
 
-LENGTHS = ("epochs", "teacher_epochs", "first_epochs", "evaluate")  # schedule durations of at least one step
+LENGTHS = ("epochs", "teacher_epochs", "evaluate")  # schedule durations of at least one step
 FOLDER = re.compile(r"(?!seed\d)\w[\w.+-]*")  # valid names of folders beside those of the seeds
 _DURATION = re.compile(r"^(\d+(?:\.\d*)?)(ep|it|%)$")
 
@@ -170,7 +166,7 @@ def check(config: Config) -> None:
     for name, spec in config.students.items():
         if not isinstance(spec, Mapping):
             raise ExperimentError(f"students.{name}={spec} is no network: write what it changes, as in {{width: 1.0}}.")
-        if not FOLDER.fullmatch(name) or name in (TEACHER, FIRST):
+        if not FOLDER.fullmatch(name) or name == TEACHER:
             raise ExperimentError(f"The student {name!r} cannot name a folder of its own: give it another name.")
     _check_words(config)
     _check_numbers(config)
@@ -212,10 +208,6 @@ def _check_words(config: Config) -> None:
     for arm in config.arms:
         if arm not in config.rates:
             raise ExperimentError(f"The arm {arm} has no rate: set rates.{arm}, a multiple of schedule.lr.")
-    if config.schedule.first_epochs is not None and not config.first:
-        raise ExperimentError("schedule.first_epochs is set, but no `first` network: name it, as in +first.width=0.25.")
-    if config.first and "net2net" not in config.rates:
-        raise ExperimentError("A teacher that is grown from `first` trains at rates.net2net: set it.")
 
 
 def _check_numbers(config: Config) -> None:

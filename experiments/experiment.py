@@ -20,7 +20,6 @@ import net2net
 from . import checkpoint, files, progress, start, wandb_log
 from .arms import ARMS
 from .config import (
-    FIRST,
     LENGTHS,
     TEACHER,
     Config,
@@ -162,12 +161,6 @@ def _check_growth(run: Run, networks: Networks) -> None:
     for student in run.config.students if arm else ():
         teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
         start.fill(str(arm), teacher, trial, run.config, run.images)
-    if run.earlier is not None:
-        first, trial = run.earlier.make_network(None), copy.deepcopy(networks[None])
-        try:
-            start.fill("net2net", first.to(run.device), trial.to(run.device), run.config, run.images)
-        except ExperimentError as error:
-            raise ExperimentError(f"The teacher (student) cannot grow from `first` (teacher): {error}") from error
 
 
 def _is_done(run: Run, name: str, arm: str, student: str | None) -> bool:
@@ -240,33 +233,25 @@ def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) 
     _say(run, f"[bold]{config.name}[/bold]: {config.claim}")
     _say(run, f"data      {run.splits.description}")
     _say(run, f"machine   {describe(run.device)}, {run.arithmetic}, scale={config.scale}")
-    rows = [(student or TEACHER, run, student, network) for student, network in networks.items()]
-    if run.earlier is not None:
-        rows.insert(0, (FIRST, run.earlier, None, run.earlier.make_network(None)))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("network")
     for head in ("parameters", "FLOPs forward", "epochs"):
         table.add_column(head, justify="right")
-    for label, of, student, network in rows:
-        parameters = sum(p.numel() for p in network.parameters())
-        table.add_row(label, f"{parameters:,}", f"{of.costs[student][0] / 1e6:,.1f} M", of.epochs(student or TEACHER))
+    for student, network in networks.items():
+        label, parameters = student or TEACHER, sum(p.numel() for p in network.parameters())
+        table.add_row(label, f"{parameters:,}", f"{run.costs[student][0] / 1e6:,.1f} M", run.epochs(label))
     run.console.print(table)
     _say(run, f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if missing:
-        trained = []
+        students = {stages[name][1] for name in missing}
+        step = {student: _measure_step(run, networks[student]) for student in students}
+        evaluation = {student: _measure_evaluation(run, networks[student]) for student in students}
+        total = 0.0
         for name in missing:
             student = stages[name][1]
-            more = run.job(name, student, 1.0).flops / run.costs[student][1]  # the passes of a guide
-            trained.append((run, run.epochs(name), more, student or TEACHER))
-        if run.earlier is not None and TEACHER in missing and not is_teacher_trained(run.earlier):
-            trained.append((run.earlier, run.earlier.epochs(TEACHER), 1.0, FIRST))
-        networks_by_label = {label: network for label, _, _, network in rows}
-        step = {label: _measure_step(run, networks_by_label[label]) for label in {label for *_, label in trained}}
-        evaluation = {label: _measure_evaluation(run, networks_by_label[label]) for label in step}
-        total = 0.0
-        for of, epochs, more, label in trained:
-            job = replace(of.job(TEACHER, None, 1.0), epochs=epochs)
-            total += job.total * step[label] * more + (1 + math.ceil(job.total / job.every)) * evaluation[label]
+            job = run.job(name, student, 1.0)
+            more = job.flops / run.costs[student][1]  # the passes of a guide
+            total += job.total * step[student] * more + (1 + math.ceil(job.total / job.every)) * evaluation[student]
         _say(run, f"to do     {', '.join(missing)}: about {progress.duration(total)}, by the speed of a few steps")
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +21,7 @@ from .models.speedrun import SpeedRun
 from .training import Job
 
 # Keys of the schedule that concern other stages, or that `stage_config` has put in place for this one.
-OTHER_STAGES = ("teacher_epochs", "first_epochs", "teacher_decay", "teacher_augment")
-Costs = Mapping[str, float]  # what networks have cost: examples, seconds, flops
+OTHER_STAGES = ("teacher_epochs", "teacher_decay", "teacher_augment")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class Run:
     device: torch.device
     console: Console
     ranks: Ranks = ALONE
-    later: "Run | None" = None  # the run whose teacher is grown from this run's teacher
 
     @property
     def experiment(self) -> Path:
@@ -46,16 +43,6 @@ class Run:
     def folder(self) -> Path:
         """The folder of the seed's stages."""
         return self.experiment / f"seed{self.config.seed}"
-
-    @cached_property
-    def earlier(self) -> "Run | None":
-        """The run that trains `first`, which this run's teacher is grown from; None if the teacher starts fresh."""
-        config, schedule = self.config, self.config.schedule
-        if not config.first:
-            return None
-        schedule = replace(schedule, teacher_epochs=schedule.first_epochs or self.epochs(TEACHER), first_epochs=None)
-        changed = replace(config, teacher=config.first, first={}, students={TEACHER: config.teacher}, schedule=schedule)
-        return replace(self, config=changed, later=self)
 
     @cached_property
     def channels(self) -> int:
@@ -76,13 +63,8 @@ class Run:
         count = min(count, len(self.splits.train))
         return next(self.splits.train.batches(count, epoch=0, seed=self.config.seed))[0]
 
-    def job(
-        self, name: str, student: str | None, rate: float, folder: Path | None = None, before: Costs | None = None
-    ) -> Job:
-        """Return the training run of one stage.
-
-        `rate` multiplies schedule.lr. `before` holds the costs of the networks trained earlier.
-        """
+    def job(self, name: str, student: str | None, rate: float, folder: Path | None = None) -> Job:
+        """Return the training run of one stage; `rate` multiplies schedule.lr."""
         arm = split_arm(name)[1]
         config = stage_config(self.config, arm)
         return Job(
@@ -97,7 +79,6 @@ class Run:
             name=name,
             ranks=self.ranks,
             augment=config.schedule.teacher_augment or arm != TEACHER,
-            before=before or {},
         )
 
     def epochs(self, name: str) -> str:
@@ -130,8 +111,6 @@ class Run:
         settings["data"] |= {"description": self.splits.description, "fingerprint": self.fingerprint}
         if self.ranks.count > 1:  # batch norm sees a share of each batch
             settings["ranks"] = self.ranks.count
-        if arm == TEACHER and self.earlier is not None:
-            settings["first"] = self.earlier.teacher
         if arm != TEACHER and ARMS[arm].needs_teacher:
             settings["teacher"] = self.teacher
         return settings
@@ -148,16 +127,14 @@ def stage_config(config: Config, arm: str) -> Config:
     if arm == TEACHER:
         length, decay = schedule.teacher_epochs or schedule.epochs, schedule.teacher_decay or schedule.decay
         schedule = replace(schedule, epochs=length, decay=decay)
-    if config.first if arm == TEACHER else ARMS[arm].starts_from_teacher:
+    elif ARMS[arm].starts_from_teacher:
         schedule = replace(schedule, warmup=config.growth.warmup or schedule.warmup)
     return replace(config, schedule=schedule)
 
 
 def stage_rate(config: Config, arm: str) -> float:
-    """Return the initial learning rate of a stage as a multiple of schedule.lr; a grown teacher has net2net's."""
-    if arm == TEACHER:
-        return config.rates["net2net"] if config.first else 1.0
-    return config.rates[arm]
+    """Return the initial learning rate of a stage as a multiple of schedule.lr."""
+    return 1.0 if arm == TEACHER else config.rates[arm]
 
 
 def stage_settings(config: Config, arm: str, student: str | None) -> dict[str, Any]:
@@ -170,11 +147,9 @@ def stage_settings(config: Config, arm: str, student: str | None) -> dict[str, A
         "schedule": {key: value for key, value in tree["schedule"].items() if key not in OTHER_STAGES},
     }
     if arm == TEACHER:
-        settings["augment"] = config.schedule.teacher_augment
-    if arm != TEACHER or config.first:
-        settings["rate"] = stage_rate(config, arm)
-    reads = ARMS["net2net" if arm == TEACHER else arm].reads
-    if reads and (arm != TEACHER or config.first):
+        return settings | {"augment": config.schedule.teacher_augment}
+    settings["rate"] = stage_rate(config, arm)
+    if reads := ARMS[arm].reads:
         settings["growth"] = {key: tree["growth"][key] for key in reads}
     return settings
 

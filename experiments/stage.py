@@ -1,8 +1,7 @@
 """Stages: train one network once. What is complete is skipped; what was made with other settings is refused.
 
 The teacher is shared by all arms and experiments that start from the same one. It lies in `runs/teachers/<hash>`, where
-the hash is of all that determines it, and each seed has a link to it beside its other stages. A teacher may itself be
-grown, from a network that is trained in the same way; its curve then begins with what that one has cost.
+the hash is of all that determines it, and each seed has a link to it beside its other stages.
 """
 
 import hashlib
@@ -19,18 +18,18 @@ from torch import Tensor, nn
 
 import net2net
 
-from . import checkpoint, files, run_log, start, wandb_log
+from . import checkpoint, files, run_log, wandb_log
 from .arms import ARMS
-from .config import FIRST, TEACHER, ExperimentError, flatten
+from .config import TEACHER, ExperimentError, flatten
 from .machine import describe
 from .progress import Follower
-from .run import Run, stage_rate
+from .run import Run
 from .training import Job, load, train
 
 State = dict[str, Any]
 GROWTH = "growth.json"  # the record of a growth, in the folder of the stage that it begins
 CERTIFIED = 64  # test images on which a student is compared with its teacher in eval and train mode
-MEASURED = ("growth", "certificate", "step0", "before", "grown_from")  # facts of a stage from before its first step
+MEASURED = ("growth", "certificate", "step0")  # facts of a stage from before its first step
 
 
 def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
@@ -107,7 +106,7 @@ def _describe_stage(run: Run, job: Job, arm: str, student: str | None, network: 
         "student": student,
         "seed": run.config.seed,
         "settings": run.settings(arm, student),
-        "config": asdict((run.later or run).config),  # what the command composes
+        "config": asdict(run.config),  # what the command composes
         "data": run.splits.description,
         **asdict(run.arithmetic),
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -123,47 +122,23 @@ def _describe_stage(run: Run, job: Job, arm: str, student: str | None, network: 
 def is_teacher_trained(run: Run) -> bool:
     """Return whether the teacher is complete; ExperimentError if the seed's stages started from another one."""
     settings, place = run.settings(TEACHER, None), _place(run)
-    places = [place] if run.later is not None else [run.folder / TEACHER, place]
-    return run.ranks.on_first(lambda: any(is_complete(one, settings) for one in places))
+    return run.ranks.on_first(lambda: any(is_complete(one, settings) for one in (run.folder / TEACHER, place)))
 
 
 def obtain_teacher(run: Run, network: nn.Module) -> None:
     """Load the trained teacher into `network`. If there is none, train it, or wait for the process that does."""
     place, ranks = _place(run), run.ranks
-    if place != run.folder / TEACHER and run.later is None:
+    if place != run.folder / TEACHER:
         ranks.on_first(partial(_link, run.folder / TEACHER, place))
     if _load_teacher(run, network, place):
         return
-    name = TEACHER if run.later is None else FIRST
-    with ranks.enter_on_first(lambda: files.hold(place, partial(_announce_wait, run, name, place))):
+    with ranks.enter_on_first(lambda: files.hold(place, partial(_announce_wait, run, place))):
         if not _load_teacher(run, network, place):
-            facts, optimizer = ({}, None) if run.earlier is None else _grow_teacher(run, run.earlier, network)
-            job = run.job(TEACHER, None, stage_rate(run.config, TEACHER), place, facts.get("before"))
-            run_stage(run, replace(job, name=name), TEACHER, None, network, facts, optimizer)
+            run_stage(run, run.job(TEACHER, None, 1.0, place), TEACHER, None, network, {}, None)
 
 
-def _announce_wait(run: Run, name: str, place: Path, owner: str) -> None:
-    run.console.print(f"{name:<22} waits for {owner}, which trains it ({place})", highlight=False, soft_wrap=True)
-
-
-def _grow_teacher(run: Run, earlier: Run, network: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Fill the teacher from `first`; return facts for its manifest, and the optimizer state that it starts with."""
-    first = earlier.make_network(None)
-    obtain_teacher(earlier, first)
-    started = time.perf_counter()
-    first.to(run.device)
-    transfer = start.fill("net2net", first, network.to(run.device), run.config, run.images)
-    assert isinstance(transfer, net2net.Transfer)
-    state = run.ranks.on_first(lambda: checkpoint.load(_place(earlier)))
-    origin = run.ranks.on_first(lambda: run_log.read_manifest(_place(earlier) / run_log.MANIFEST)) or {}
-    facts = {
-        **describe_growth(run, _place(run), (first, network), transfer, run.settings(TEACHER, None), started),
-        "before": {key: state["rows"][-1][key] for key in ("examples", "seconds", "flops")},
-        "grown_from": {key: origin.get(key) for key in ("settings", "processes", "hardware", "curve_sha256")},
-    }
-    if run.config.growth.optimizer_state == "dropped":
-        return facts, None
-    return facts, start.carry_optimizer_state(transfer, first, network, state["optimizer"], run.config)
+def _announce_wait(run: Run, place: Path, owner: str) -> None:
+    run.console.print(f"{TEACHER:<22} waits for {owner}, which trains it ({place})", highlight=False, soft_wrap=True)
 
 
 def describe_growth(
@@ -207,7 +182,7 @@ def teacher_optimizer_state(run: Run) -> dict[str, Any]:
 def _place(run: Run) -> Path:
     """The teacher's folder: among all teachers, unless the seed has one of its own, as a copy without links does."""
     own = run.folder / TEACHER
-    if run.later is None and run.ranks.on_first(lambda: own.is_dir() and not own.is_symlink()):
+    if run.ranks.on_first(lambda: own.is_dir() and not own.is_symlink()):
         return own
     return Path(run.config.runs) / "teachers" / run.teacher
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +49,6 @@ class Job:
     ranks: Ranks = ALONE  # the processes that share each batch
     augment: bool = True  # whether training images are cropped and mirrored
     guide: nn.Module | None = None  # the teacher whose outputs are learnt, too, on the device
-    before: Mapping[str, float] = field(default_factory=dict)  # costs of earlier networks, added to these columns
 
     @property
     def per_epoch(self) -> int:
@@ -259,11 +258,10 @@ def evaluate_if_due(run: _Run, requests: Requests) -> None:
 
 
 def _costs(run: _Run) -> Row:
-    """The columns of a row that say what it has cost, with what earlier networks have cost."""
+    """The columns of a row that say what it has cost."""
     examples, seconds = run.step * run.job.config.schedule.batch_size, run.stopwatch.seconds() if run.step else 0.0
-    row: Row = {"step": run.step, "epoch": run.step / run.job.per_epoch}
-    row |= {"examples": examples, "seconds": seconds, "flops": examples * run.job.flops}
-    return row | {key: row[key] + spent for key, spent in run.job.before.items()}
+    row = {"step": run.step, "epoch": run.step / run.job.per_epoch}
+    return row | {"examples": examples, "seconds": seconds, "flops": examples * run.job.flops}
 
 
 def evaluate_splits(network: nn.Module, job: Job, requests: Requests) -> Row:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .config import FIRST, TEACHER, Config
+from .config import TEACHER, Config
 
 REPORT = "report"  # the run that holds what compares the arms of a seed
 DESCRIPTION = ("settings", "parameters", "forward_flops", "commit", "hardware", "certificate")  # keys of a manifest
@@ -87,7 +87,7 @@ def mirror(
     in W&B, where rows up to `last_step` are already.
     """
     swept = name in (TEACHER, REPORT) and "WANDB_SWEEP_ID" in os.environ  # W&B's sweep gives its identity to the arm
-    if config.logger == "none" or mode() == "disabled" or name == FIRST or swept:
+    if config.logger == "none" or mode() == "disabled" or swept:
         yield Mirror(None, name, console)
         return
     run = _attempt(lambda: _start(config, name, manifest), console)

@@ -2,11 +2,12 @@
 
 It reads results/claims.yaml and results/curves alone and prints the verdict on each claim and what was measured;
 scripts/figures.py writes the same into results/README.md. With --rates it prints the best initial rate of each arm in
-a search of rates, such as tune_deeper, by final holdout accuracy over the seeds that all rates of an arm have. The last
+a search of rates, such as tune_ladder, by final holdout accuracy over the seeds that all rates of an arm have. The last
 line of each budget can be copied to `rates` in a configuration.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -53,8 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ExperimentError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
-    for finding in findings:
-        print(f"{finding.verdict:<12} {finding.claim.claim}: {finding.value}")
+    for group, members in itertools.groupby(findings, key=lambda finding: finding.claim.group):
+        if group:
+            print(group)
+        for finding in members:
+            note = f" ({finding.note})" if finding.note else ""
+            print(f"{finding.verdict:<12} {finding.claim.claim}: {finding.value}{note}")
     print(count_verdicts(findings))
     return 0
 

@@ -2,8 +2,8 @@
 
 It reads results/curves, results/trials and results/claims.yaml alone, and needs no network. It writes
 results/figures/*.png and .svg (a figure for each experiment, and the paper's figures 4 to 6), results/README.md, and
-beside the results the block between the results markers of README.md and between the trials markers of
-docs/reproduction.md. The same curves give the same bytes.
+beside the results the blocks between the results markers of README.md, and between the ladder and the trials markers
+of docs/reproduction.md. The same curves give the same bytes.
 """
 
 import argparse
@@ -48,13 +48,14 @@ def write_pages(folder: Path, results: Results) -> list[str]:
     claims = folder / "claims.yaml"
     findings = [judge(claim, results) for claim in read_claims(claims)] if claims.is_file() else []
     write(folder / "README.md", pages.results_page(results, findings).encode())
-    blocks = {
-        "README.md": ("results", pages.summary_block(results, findings)),
-        "docs/reproduction.md": ("trials", pages.trials_block(folder / "trials")),
-    }
+    blocks = [
+        ("README.md", "results", pages.summary_block(results, findings)),
+        ("docs/reproduction.md", "ladder", pages.ladder_block(findings)),
+        ("docs/reproduction.md", "trials", pages.trials_block(folder / "trials")),
+    ]
     parent = folder.resolve().parent
-    filled = {page: name for page, (name, text) in blocks.items() if fill_block(parent / page, name, text)}
-    return [str(folder / "README.md"), *(f"{page}, between its {name} markers" for page, name in filled.items())]
+    filled = [(page, name) for page, name, text in blocks if fill_block(parent / page, name, text)]
+    return [str(folder / "README.md"), *(f"{page}, between its {name} markers" for page, name in filled)]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from rich.console import Console
 
 from experiments.analysis.claims import Claim, parse_claims, read_claims
 from experiments.analysis.curves import describe_differences, find_arms, find_experiments
-from experiments.config import TEACHER, Config, ExperimentError, arm_folders, flatten
+from experiments.config import TEACHER, Config, ExperimentError, Schedule, arm_folders, flatten
 from experiments.experiment import prepare
 from experiments.run import digest, stage_settings
 from experiments.run_log import MANIFEST, parse_curve, read_complete, read_manifest
@@ -100,8 +101,15 @@ def check_files(place: str, seed: int, arm: str, curve: Path, manifest: Path) ->
 
 
 def compose_again(record: dict[str, Any]) -> Config:
-    """Return the configuration in a manifest."""
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), record["config"])))
+    """Return the configuration in a manifest. Settings that have been removed since are left out if they were unset."""
+    tree = _drop_removed(record["config"], Config)
+    tree |= {"schedule": _drop_removed(tree["schedule"], Schedule)}
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree)))
+
+
+def _drop_removed(tree: dict[str, Any], kind: type) -> dict[str, Any]:
+    known = {field.name for field in fields(kind)}
+    return {key: value for key, value in tree.items() if key in known or value not in (None, {})}
 
 
 def check_command(record: dict[str, Any]) -> Iterator[str]:
@@ -138,8 +146,8 @@ def check_folder(folder: Path, records: Records) -> Iterator[tuple[int, str, str
 
 
 def check_commits(record: dict[str, Any], history: set[str]) -> Iterator[str]:
-    """Yield what is wrong with the commits that made a curve, or the network that it is grown from."""
-    processes = [record, *record.get("processes", []), *record.get("grown_from", {}).get("processes", [])]
+    """Yield what is wrong with the commits that made a curve."""
+    processes = [record, *record.get("processes", [])]
     for commit, dirty in dict.fromkeys((process.get("commit"), process.get("dirty")) for process in processes):
         if dirty is not False:
             how = "made with" if dirty else "nobody knows whether there were"
@@ -198,15 +206,14 @@ def verify_growth(folder: Path) -> str:
     manifest = read_manifest(folder / MANIFEST) or {}
     if "certificate" not in manifest:
         raise ExperimentError(f"There is no certificate in {folder / MANIFEST}: name the folder of an arm that grows.")
-    arm, run = manifest["arm"], prepare(compose_again(manifest), Console(quiet=True))
-    source = run.earlier if arm == TEACHER else run
-    if source is None or not is_teacher_trained(source):
+    run = prepare(compose_again(manifest), Console(quiet=True))
+    if not is_teacher_trained(run):
         raise ExperimentError(
             f"The teacher of {folder} is not in {run.config.runs}: call this where the experiment ran."
         )
-    teacher, student = source.make_network(None).to(run.device), run.make_network(manifest["student"]).to(run.device)
-    obtain_teacher(source, teacher)
-    record = fill("net2net" if arm == TEACHER else arm, teacher, student, run.config, run.images)
+    teacher, student = (run.make_network(name).to(run.device) for name in (None, manifest["student"]))
+    obtain_teacher(run, teacher)
+    record = fill(manifest["arm"], teacher, student, run.config, run.images)
     assert record is not None
     images, certificate = certified_images(run), manifest["certificate"]
     found = verify(certificate, teacher, student, images)

@@ -4,6 +4,7 @@ An operand reads `experiment:arm` or `experiment/case:arm`. The case `best` is, 
 ends best on the holdout images of the other seeds; it is then measured on the test images of this seed.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from .cases import choose_cases, find_planned
 from .curves import Results, describe_differences, find_first_reach
 from .statistics import Estimate, Reached
 
+Noted = str | tuple[str, str]  # a cell of a table, alone or with its note
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -39,6 +42,7 @@ class Claim:
     within: float | None = None  # a difference up to this value either way, or a ratio up to this factor either way
     headline: bool = False  # readers will quote it, which takes more seeds
     registered: bool = False  # it was committed before the first curve of its experiment; scripts/verify.py checks that
+    group: str = ""  # the heading that it stands under
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
@@ -100,7 +104,7 @@ class Finding:
     claim: Claim
     verdict: str
     value: str  # the measured value as text
-    operands: tuple[Operand, ...]  # the runs that it was measured on
+    note: str = ""  # what a reader should know beside the two
 
 
 def read_claims(path: Path) -> list[Claim]:
@@ -109,11 +113,15 @@ def read_claims(path: Path) -> list[Claim]:
 
 
 def parse_claims(text: str, path: str | Path) -> list[Claim]:
-    """Return the claims in the text of a file; `path` is its name in messages."""
+    """Return the claims in the text of a file, alone or in groups; `path` is its name in messages."""
     known = [field.name for field in fields(Claim)]
     claims: list[Claim] = []
-    entries: Any = OmegaConf.to_container(OmegaConf.create(text))
-    for entry in entries:
+    found: Any = OmegaConf.to_container(OmegaConf.create(text))
+    groups = [
+        [claim | {"group": one["group"]} for claim in one["claims"]] if one.keys() == {"group", "claims"} else [one]
+        for one in found
+    ]
+    for entry in itertools.chain(*groups):
         try:
             if unknown := [key for key in entry if key not in known]:
                 raise ExperimentError(f"A claim has no {unknown[0]!r}{nearest(unknown[0], known)}.")
@@ -127,15 +135,16 @@ def judge(claim: Claim, results: Results) -> Finding:
     """Return the verdict on a claim: holds, fails, undecided (and what would decide it), or not run."""
     found, used = measure(claim.measure, results, claim.of, claim.against)
     if found is None:
-        return Finding(claim, "not run", "–", used)
+        return Finding(claim, "not run", "–")
     low, high = claim.region
     outcome = statistics.verdict(found, low, high, claim.headline)
+    notes = [found.note, *(one.best for one in used)]
     if differences := _list_differences(used):
-        outcome = f"undecided (its runs differ in {', '.join(differences)})"
+        outcome = "undecided (settings differ)"
+        notes.append(f"its runs differ in {', '.join(differences)}")
     elif outcome == "undecided":
         outcome += f" ({_what_would_decide(found, low, high, claim.headline)})"
-    chosen = "".join(f"; {one.best}" for one in used if one.best)
-    return Finding(claim, outcome, format_estimate(found, claim.measure) + chosen, used)
+    return Finding(claim, outcome, format_estimate(found, claim.measure), "; ".join(filter(None, notes)))
 
 
 def _list_differences(used: tuple[Operand, ...]) -> list[str]:
@@ -262,7 +271,7 @@ def _ratio(costs: list[tuple[Reached, Reached]], notes: dict[str, list[bool]]) -
     """Return the ratio of the costs, with a note on the seeds that each of `notes` marks."""
     if not costs:
         return None
-    texts = [f"{note} in {sum(seeds)} of {len(seeds)}" for note, seeds in notes.items() if any(seeds)]
+    texts = [f"{note} in {sum(seeds)} of {len(seeds)} seeds" for note, seeds in notes.items() if any(seeds)]
     return replace(statistics.log_ratio(costs), note=", ".join(texts))
 
 
@@ -276,21 +285,17 @@ class Measure:
     ratio: bool = False
 
 
-OVER = "over the final one of the other"
+# `measures` in texts.yaml explains the units.
 MEASURES = {
-    "accuracy": Measure(
-        lambda of: statistics.estimate(list(100 * _single(of).runs["final"])), "% test accuracy", pair=False
-    ),
-    "final": Measure(_compare("final", "final"), "points of final test accuracy"),
-    "start": Measure(_compare("start", "final"), f"points of test accuracy at step 0, {OVER}"),
-    "lowest": Measure(_compare("lowest", "final"), f"points of test accuracy at its lowest, {OVER}"),
-    "average": Measure(_compare("average", "average"), "points of holdout accuracy, on average over training"),
-    "mismatch": Measure(_measure_mismatch, "% of the test images are classified otherwise", pair=False),
-    "steps": Measure(_measure_steps, "× the steps to the target", ratio=True),
-    "budget": Measure(_measure_budget, "× the budget", ratio=True),
-    "total_budget": Measure(
-        partial(_measure_budget, cost="total_flops"), "× the budget, teachers' included", ratio=True
-    ),
+    "accuracy": Measure(lambda of: statistics.estimate(list(100 * _single(of).runs["final"])), "%", pair=False),
+    "final": Measure(_compare("final", "final"), "points"),
+    "start": Measure(_compare("start", "final"), "points at step 0"),
+    "lowest": Measure(_compare("lowest", "final"), "points at the lowest"),
+    "average": Measure(_compare("average", "average"), "points on average"),
+    "mismatch": Measure(_measure_mismatch, "% differ", pair=False),
+    "steps": Measure(_measure_steps, "× steps", ratio=True),
+    "budget": Measure(_measure_budget, "× compute", ratio=True),
+    "total_budget": Measure(partial(_measure_budget, cost="total_flops"), "× compute in all", ratio=True),
 }
 
 
@@ -305,35 +310,30 @@ def format_estimate(found: Estimate, measure: str, unit: bool = True) -> str:
     ends = {(True, True): f" ({low} to {high})", (True, False): f" (from {low})", (False, True): f" (up to {high})"}
     open_ = {-1, 1} & set(found.sides)
     bound = "about " if len(open_) == 2 else "≤ " if -1 in open_ else "≥ " if 1 in open_ else ""
-    note = f" ({found.note})" if found.note else ""
     interval = ends.get((low is not None, high is not None), "")
-    return f"{bound}{mean}{f' {kind.unit}' if unit else ''}{interval}, n = {found.n}{note}"
+    return f"{bound}{mean}{f' {kind.unit}' if unit else ''}{interval}, n = {found.n}"
 
 
 def _what_would_decide(found: Estimate, low: float, high: float, headline: bool) -> str:
-    least = statistics.HEADLINE_SEEDS if headline else statistics.CLAIM_SEEDS
     needed = statistics.seeds_needed(found, low, high, headline)
     if needed is not None:
-        return f"about {max(needed, found.n + 1)} seeds would tell"
+        return f"about {max(needed, found.n + 1)} seeds"
+    least = statistics.HEADLINE_SEEDS if headline else statistics.CLAIM_SEEDS
     if found.n < least:
         return f"{least} seeds at least"
-    if found.sides:
-        return "a larger or smaller budget, not more seeds"
-    return "more than 1,000 seeds"
+    return "other budgets" if found.sides else "over 1,000 seeds"
 
 
-def tabulate_budgets(name: str, results: Results) -> tuple[list[str], list[list[str]]]:
+def tabulate_budgets(name: str, results: Results) -> tuple[list[str], list[list[Noted]]]:
     """Return the table of a frontier, an experiment whose cases are budgets: its heads, and its lines of cells.
 
     It says which share of each budget of random_init every arm needs; `frontier` in texts.yaml explains the columns.
     """
     arms = [arm for arm in ARMS if arm in results.arms and arm != "random_init"]
-    heads = ["budget of `random_init`", *(f"`{arm}`" for arm in arms)]
-    heads += ["`net2net`, teacher's included", "`net2net`, read as a curve"]
-    lines: list[list[str]] = []
-    for case in results.experiments[name]:
-        columns = [("budget", f"{name}:{arm}") for arm in arms]
-        columns += [("total_budget", f"{name}:net2net"), ("steps", f"{name}/{case}:net2net")]
-        found = [(kind, measure(kind, results, of, f"{name}/{case}:random_init")[0]) for kind, of in columns]
-        lines.append([case, *("–" if one is None else format_estimate(one, kind, unit=False) for kind, one in found)])
-    return heads, lines
+    lines: list[list[Noted]] = []
+    for case, arm in itertools.product(results.experiments[name], arms):
+        columns = {"budget": f"{name}:{arm}", "total_budget": f"{name}:{arm}", "steps": f"{name}/{case}:{arm}"}
+        found = {kind: measure(kind, results, of, f"{name}/{case}:random_init")[0] for kind, of in columns.items()}
+        cells = [(format_estimate(one, kind, unit=False), one.note) if one else "–" for kind, one in found.items()]
+        lines.append([case, f"`{arm}`", *cells])
+    return ["budget of `random_init`", "arm", "compute", "compute in all", "steps, read as a curve"], lines

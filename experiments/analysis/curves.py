@@ -26,7 +26,6 @@ PER_RUN = {
     *("data.root", "data.cache", "data.workers"),
     # The scale sets these. They also stand in `model` of the network that is trained.
     *("inception.slim", "inception.stem", "speedrun.slim"),
-    "first",  # in a teacher's settings: the hash of the network that it is grown from, which contains the seed
 }
 Rows = list[dict[str, float]]
 Run = tuple[str, int, dict[str, Any], Rows]  # arm, seed, manifest, rows of the curve

@@ -3,13 +3,15 @@
 import io
 import itertools
 import math
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from pandas import DataFrame
 
 from ..arms import ARMS
@@ -18,6 +20,7 @@ from ..files import write
 from .cases import is_frontier, is_search, list_arms, summarise_cases, tabulate_rates
 from .curves import INDEX, Results, cost_unit, flops_unit, load
 from .statistics import Estimate
+from .titles import describe_cases, describe_frontier, describe_race, describe_search
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 FORMATS = ("png", "svg")
@@ -34,13 +37,16 @@ CASE_LOOKS: list[tuple[str, Any, str]] = [
     ("#6cb33f", (0, (5, 1.2, 1, 1.2, 1, 1.2)), ">"),
     ("#b5a400", (0, (3, 1, 1, 1)), "*"),
 ]
-PAPER = {  # experiment -> the figure of the paper that shows it, and the arms there
-    "wider_inception": (4, ("net2net", "random_pad", "random_init")),
-    "deeper_inception": (5, ("net2net", "random_init")),
-    "design_space": (6, ("net2net",)),
+BASELINES = {"random_pad": "Random pad", "random_init": "Random initialization"}
+PAPER: dict[str, tuple[int, dict[str, str]]] = {  # experiment -> the paper's figure of it, and its names of the arms
+    "wider_inception": (4, {"net2net": "Net2WiderNet", **BASELINES}),
+    "deeper_inception": (5, {"net2net": "Net2DeeperNet", "random_init": BASELINES["random_init"]}),
+    "design_space": (6, {"deeper_net2net": "Net2DeeperNet", "wider_net2net": "Net2WiderNet", TEACHER: "Teacher"}),
 }
 MARKERS = 7  # a curve carries about this many
 BARS = "bars are 95 % intervals"
+TITLE_WIDTH = 84  # characters of a title that fit into WIDTH
+LEGEND_COLUMNS = 4
 
 
 def choose_looks(arms: list[str]) -> dict[str, dict[str, Any]]:
@@ -122,26 +128,31 @@ def draw(name: str, results: Results, path: Path, formats: tuple[str, ...] = FOR
     for ax in (over_steps, enlarged):
         ax.set_ylabel("accuracy (%)")
     seeds = results.runs.groupby(level="arm").size()
-    return save(_finish(figure, f"{name}: {describe_seeds(seeds)}", over_flops, columns=3), path, formats)
+    return save(
+        _finish(figure, describe_race(results), f"{name}: {describe_seeds(seeds)}", over_steps, over_flops),
+        path,
+        formats,
+    )
 
 
 @matplotlib.rc_context(fname=STYLE)
 def draw_paper(name: str, results: Results, path: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Draw an experiment as the paper's figure of it, with its arms alone; the validation images are our test images.
 
-    Where no student was trained from scratch it shows the teacher's own curve, as figure 6 does.
+    Where no student was trained from scratch that includes the teacher's own curve, as in figure 6.
     """
-    number, raced = PAPER[name]
-    arms = [arm for arm in list_arms(results) if split_arm(arm)[1] in raced]
-    teacher = "" if "random_init" in raced else "the original, from scratch"
+    number, names = PAPER[name]
+    shown = Results(*(table[table.index.isin(names, level="arm")] for table in (results.curves, results.runs)))
+    arms = list_arms(shown)
     figure = Figure(figsize=(WIDTH, 3.1))
     training, validation = figure.subplots(1, 2)
-    draw_panel(training, results, arms, "train_accuracy", "(a) training", teacher=teacher)
-    draw_panel(validation, results, arms, "test_accuracy", "(b) validation", teacher=teacher)
+    draw_panel(training, shown, arms, "train_accuracy", "(a) training", names=names)
+    draw_panel(validation, shown, arms, "test_accuracy", "(b) validation", names=names)
     training.set_ylabel("accuracy (%)")
-    seeds = results.runs.groupby(level="arm").size()[arms]
-    title = f"Figure {number} of the paper, from {name}\n{describe_seeds(seeds)}"
-    return save(_finish(figure, title, validation, columns=3), path, formats)
+    source = (
+        f"figure {number} of the paper, from {name}: {describe_seeds(shown.runs.groupby(level='arm').size()[arms])}"
+    )
+    return save(_finish(figure, describe_race(shown, names, leads=True), source, validation), path, formats)
 
 
 def draw_panel(
@@ -151,28 +162,28 @@ def draw_panel(
     column: str,
     heading: str,
     flops: bool = False,
-    teacher: str | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Draw one column of the arms' curves over steps, or over FLOPs with the teacher's.
 
-    The teacher is a line at the height of its end, and over FLOPs a curve. If `teacher` names it, it is a curve over
-    its own steps; with the name "" it is left out.
+    The teacher is a line at the height of its end, and a curve over FLOPs, or where `names` has a name for each arm.
     """
     looks = choose_looks(arms)
     run = results.arms
     largest = max(make_band(results, arm, "test_accuracy")["flops"].max() for arm in run) if flops else 0.0
     size, unit = flops_unit(largest)
-    drawn = [*arms, TEACHER] if flops or teacher else arms
+    whole = flops or names is not None
+    drawn = [*arms, TEACHER] if whole else arms
     for place, arm in enumerate(arm for arm in drawn if arm in run):
         band = make_band(results, arm, column)
         x = band["flops"] / size if flops else band.index
         if arm == TEACHER:
-            ax.plot(x, band["mean"], **{**TEACHER_LINE, "linestyle": "-"}, label=teacher or TEACHER)
+            ax.plot(x, band["mean"], **{**TEACHER_LINE, "linestyle": "-"}, label=(names or {}).get(arm, arm))
             continue
-        _plot_curve(ax, x, band["mean"], arm, place, looks[arm])
+        _plot_curve(ax, x, band["mean"], (names or {}).get(arm, arm), place, looks[arm])
         if len(results.select(arm=arm).runs) > 1:
             ax.fill_between(x, band["low"], band["high"], color=looks[arm]["color"], alpha=0.15, linewidth=0)
-    if TEACHER in run and teacher is None:
+    if TEACHER in run and not whole:
         end = results.select(arm=TEACHER).curves.groupby(level=INDEX)[column].last().mean()
         ax.axhline(100 * end, **TEACHER_LINE, label="teacher at its end")
     ax.set_title(heading, loc="left")
@@ -208,15 +219,14 @@ def _draw_frontier(name: str, results: Results) -> Figure:
     headings = "(a) by the arm's own compute", "(b) with the teacher's"
     for ax, column, heading in zip((own, total), ("flops", "total_flops"), headings, strict=True):
         for arm in list_arms(results):
-            arm_lines = lines.xs(arm, level="arm")
+            arm_lines = lines.xs(arm, level="arm").sort_values(column)
             _draw_bars(ax, arm, arm_lines["final"], arm_lines[column] / size, upright=True)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         ax.set_xlabel(f"training compute ({unit})")
         ax.set_title(heading, loc="left")
     own.set_ylabel("final test accuracy (%)")
-    title = f"{name}: budgets of {', '.join(results.experiments[name])}"
-    return _finish(figure, f"{title}\n{describe_seeds(lines['n'], BARS)}", own, columns=4)
+    return _finish(figure, describe_frontier(results), f"{name}: {describe_seeds(lines['n'], BARS)}", own)
 
 
 def _draw_search(name: str, results: Results) -> Figure:
@@ -238,7 +248,8 @@ def _draw_search(name: str, results: Results) -> Figure:
         ax.set_xlabel("initial rate (multiples of schedule.lr)")
     for ax in axes[:, 0]:
         ax.set_ylabel("holdout accuracy (%)")
-    return _finish(figure, f"{name}: {describe_seeds(summarise_cases(results)['n'])}", axes[0, 0], columns=5)
+    seeds = describe_seeds(summarise_cases(results)["n"])
+    return _finish(figure, describe_search(results), f"{name}: {seeds}", axes[0, 0])
 
 
 def _draw_ends(name: str, results: Results) -> Figure:
@@ -260,7 +271,7 @@ def _draw_ends(name: str, results: Results) -> Figure:
     else:
         right = figure.subplots()
     _draw_rows(right, results, lines, costs=not few)
-    return _finish(figure, f"{name}\n{describe_seeds(lines['n'], BARS)}", right, columns=4)
+    return _finish(figure, describe_cases(results), f"{name}: {describe_seeds(lines['n'], BARS)}", right)
 
 
 def _draw_rows(ax: Axes, results: Results, lines: DataFrame, costs: bool) -> None:
@@ -297,11 +308,14 @@ def _draw_bars(ax: Axes, arm: str, found: Iterable[Estimate], at: Any, upright: 
         ax.errorbar(means, at, xerr=lengths, **look | {"linestyle": "none"})
 
 
-def _finish(figure: Figure, title: str, ax: Axes, columns: int) -> Figure:
-    """Return the figure with its title, and below the panels the legend of one of them."""
-    figure.suptitle(title, fontsize=10)
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+def _finish(figure: Figure, finding: str, source: str, *panels: Axes) -> Figure:
+    """Return the figure with its finding above, in small letters what it shows, and below the panels' legend."""
+    lines = textwrap.wrap(finding, TITLE_WIDTH)
+    title = figure.suptitle("\n".join([*lines, ""]), fontsize=10)  # the empty line is that of the source
+    note = Annotation(source, (0.5, 0), xycoords=title, ha="center", va="bottom", fontsize=8, color="#555555")
+    figure.add_artist(note)
+    shown = {label: handle for ax in panels for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=LEGEND_COLUMNS)
     return figure
 
 

@@ -1,8 +1,10 @@
 """Write what the curves say: the table in the terminal, results/README.md, and the tables in README.md and docs/."""
 
+import itertools
 import shlex
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,25 @@ from pandas import Series
 from rich import box
 from rich.table import Table
 
-from ..arms import ARMS
-from ..config import TEACHER, flatten, ordered, split_arm
+from ..config import flatten, ordered
 from . import cases, curves
-from .claims import Finding, tabulate_budgets
+from .claims import Finding, Noted, tabulate_budgets
 from .curves import COSTS, PER_RUN, Results, cost_unit, list_distinct, own_manifests
 from .figures import PAPER
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS
+from .titles import describe
 
 COMMAND = "python scripts/figures.py"
+LADDER = ("ladder_wider", "10ep")  # the experiment and the budget that README.md shows
+WAYS = {  # its arms there
+    "random_init": "the large network, from the start",
+    "net2net": "a small network, grown with net2net and trained on",
+    "teacher_continued": "the small network alone, trained on",
+}
 TEXTS: Any = OmegaConf.load(Path(__file__).with_name("texts.yaml"))
 Cells = tuple[list[str], list[list[str]]]  # of a table: its heads, and its lines
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+PER_COMMAND = ("seed=", "case=", "arms=", "runs=", "logger=", "-")  # how words begin that are one run's own
 
 
 def describe_agreement(manifests: Iterable[dict[str, Any]]) -> str:
@@ -109,11 +119,28 @@ def tabulate_costs(results: Results) -> Cells | None:
     return ["arm", "reached by", *heads, *(f"{head}, with teacher's" for head in heads)], lines
 
 
-def markdown_table(heads: list[str], lines: list[list[str]], code: bool = False) -> str:
-    """Return a Markdown table, its first column left-aligned, and as code if wanted, the others right-aligned."""
-    rule = [":--"] + ["--:"] * (len(heads) - 1)
+def markdown_table(heads: list[str], lines: list[list[str]], code: bool = False, rule: str = "--:") -> str:
+    """Return a Markdown table, its first column left-aligned, and as code if wanted, the others as `rule` says."""
+    rules = [":--"] + [rule] * (len(heads) - 1)
     cells = [[f"`{line[0]}`", *line[1:]] for line in lines] if code else lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rules, *cells])
+
+
+def noted_table(heads: list[str], lines: list[list[Noted]]) -> str:
+    """Return a Markdown table of text, with the notes of its cells below; equal notes share a number."""
+    notes = list(dict.fromkeys(cell[1] for line in lines for cell in line if not isinstance(cell, str) and cell[1]))
+    numbers = {note: str(place).translate(RAISED) for place, note in enumerate(notes, 1)}
+    cells = [
+        [cell if isinstance(cell, str) else f"{cell[0]} {numbers.get(cell[1], '')}".rstrip() for cell in line]
+        for line in lines
+    ]
+    table = markdown_table(heads, cells, rule=":--")
+    return "\n\n".join([table, *(wrap(f"{number} {note}") for note, number in numbers.items())])
+
+
+def wrap(text: str, indent: str = "") -> str:
+    """Return a paragraph, or an item of a list, as lines of up to 120 characters; all but the first are indented."""
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def describe_data(manifest: dict[str, Any]) -> str:
@@ -139,39 +166,27 @@ def describe_schedule(configs: list[dict[str, Any]]) -> str:
 
 
 def describe_cases(results: Results) -> str:
-    """Say what the cases change: first what more than half of them have, then what each has instead."""
+    """Say what the cases change: first what more than half of them have, then a line each on what it has instead."""
     settings = {case: flatten(one["config"]) for case, one in cases.case_manifests(results).items()}
     keys = dict.fromkeys(key for one in settings.values() for key in one if key not in ("case", *PER_RUN))
     counts = {key: Counter(str(one.get(key)) for one in settings.values()) for key in keys}
     varied = {key: found.most_common(1)[0] for key, found in counts.items() if len(found) > 1}
     usual = {key: value for key, (value, count) in varied.items() if 2 * count > len(settings)}
     common = ", ".join(f"{key} {value}" for key, value in usual.items() if value != "None")
-    phrases = [f"{common} where nothing else is said"] if common else []
+    phrases = [f"{common} where nothing else is said" if common else ""]
     for case, one in settings.items():
         other = ", ".join(f"{key} {one.get(key)}" for key in varied if str(one.get(key)) != usual.get(key))
         phrases.append(f"`{case}`: {other}" if other else f"`{case}`")
-    return "; ".join(phrases)
+    return "\n".join(phrases)
 
 
-def format_commands(commands: Iterable[str]) -> str:
-    """Return the distinct commands as code; those that differ only in seed or case become one sweep."""
-    by_seed = _join_sweeps(list_distinct(commands), "seed")
-    return "<br>".join(f"`{command}`" for command in _join_sweeps(by_seed, "case"))
-
-
-def _join_sweeps(commands: list[str], key: str) -> list[str]:
-    """Join the commands that differ only in the value of `key`."""
-    values: dict[tuple[str, ...], list[str]] = {}
-    for words in map(shlex.split, commands):
-        common = tuple(f"{key}=" if word.startswith(f"{key}=") else word for word in words)
-        values.setdefault(common, []).extend(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
-    joined: list[str] = []
-    for words, found in values.items():
-        sweep = [f"{key}={','.join(list_distinct(found))}" if word == f"{key}=" else word for word in words]
-        if len(list_distinct(found)) > 1 and "-m" not in sweep:
-            sweep.insert(2, "-m")
-        joined.append(shlex.join(sweep))
-    return joined
+def join_commands(records: Sequence[dict[str, Any]]) -> str:
+    """Return one command that repeats these runs with all of their seeds, of the words that their commands share."""
+    first, *others = [shlex.split(record["command"]) for record in records]
+    shared = [word for word in first if all(word in words for words in others) and not word.startswith(PER_COMMAND)]
+    seeds = sorted({int(record["seed"]) for record in records})
+    sweep = ["-m"] if len(seeds) > 1 else []
+    return shlex.join([*shared[:2], *sweep, *shared[2:], f"seed={','.join(map(str, seeds))}"])
 
 
 def collect_facts(results: Results) -> dict[str, str]:
@@ -190,7 +205,7 @@ def collect_facts(results: Results) -> dict[str, str]:
     commits = [str(record["commit"])[:10] + (dirty if record["dirty"] else "") for record in records]
     return {
         "Claim": own[0]["config"]["claim"],
-        "Command": format_commands(record["command"] for record in own),
+        "Found": f"{describe(results)}.",
         "Data": "; ".join(list_distinct(describe_data(record) for record in own)),
         "Schedule": describe_schedule([record["config"] for record in own]),
         "Seeds": f"{len(seeds)} ({', '.join(map(str, seeds))})",
@@ -200,11 +215,16 @@ def collect_facts(results: Results) -> dict[str, str]:
     }
 
 
-def _section_head(name: str, facts: Mapping[str, str], caption: str) -> str:
-    """Return the head of an experiment's section: its facts as a list, its figure and links to its files."""
-    bullets = "\n".join(f"- **{fact}:** {text}" for fact, text in facts.items())
+def _section_head(name: str, results: Results, facts: Mapping[str, str], caption: str) -> str:
+    """Return the head of an experiment's section: its command, its facts as a list, its figure, links to its files."""
+    command = join_commands(own_manifests(results.runs["manifest"]))
+    bullets: list[str] = []
+    for fact, text in facts.items():
+        first, *others = text.split("\n")
+        bullets += [wrap(f"- **{fact}:** {first}", "  "), *(wrap(f"  - {line}", "    ") for line in others)]
+    image = f"![{caption}: {name}](figures/{name}.png)"
     links = f"[As SVG](figures/{name}.svg), [curves and manifests](curves/{name})"
-    return f"## {name}\n\n{bullets}\n\n![{caption}: {name}](figures/{name}.png)\n\n{links}"
+    return "\n\n".join([f"## {name}", f"```bash\n{command}\n```", "\n".join(bullets), image, links])
 
 
 def experiment_section(name: str, results: Results) -> str:
@@ -212,10 +232,12 @@ def experiment_section(name: str, results: Results) -> str:
     facts = collect_facts(results)
     if differences := curves.describe_differences(own_manifests(results.runs["manifest"])):
         facts["Not all curves share"] = ", ".join(differences)
-    number = PAPER[name][0] if name in PAPER else None
-    parts = [
-        _section_head(name, facts, "Accuracy of each arm over training steps and over compute"),
-        *([f"![Figure {number} of the paper](figures/paper_figure_{number}.png)"] if number else []),
+    parts = [_section_head(name, results, facts, "Accuracy of each arm over training steps and over compute")]
+    if name in PAPER:
+        number = PAPER[name][0]
+        image = f"![Figure {number} of the paper, from our curves](figures/paper_figure_{number}.png)"
+        parts += [image, TEXTS.paper_figure.format(number=number)]
+    parts += [
         TEXTS.target.format(target=curves.find_target(results)),
         markdown_table(*tabulate_arms(results), code=True),
     ]
@@ -229,15 +251,15 @@ def cases_section(name: str, results: Results) -> str:
     frontier, search = cases.is_frontier(results), cases.is_search(results)
     kind = "against training budget" if frontier else "against initial rate" if search else "of each case"
     facts = collect_facts(results) | ({} if search else {"Cases": describe_cases(results)})
-    parts = [_section_head(name, facts, f"Accuracy {kind}")]
+    parts = [_section_head(name, results, facts, f"Accuracy {kind}")]
     if search:
         return "\n\n".join([*parts, TEXTS.search, markdown_table(*_tabulate_search(results))])
     if frontier:
-        parts += [TEXTS.frontier, markdown_table(*tabulate_budgets(name, results))]
+        parts += [TEXTS.frontier, noted_table(*tabulate_budgets(name, results))]
     parts.append(markdown_table(*_tabulate_cases(results)))
     best = [f"`{arm}` `{case}` ({100 * accuracy:.2f} %)" for arm, (case, accuracy) in cases.best_cases(results).items()]
     if best and not frontier:
-        parts.append(f"Best by holdout accuracy: {', '.join(best)}.")
+        parts.append(wrap(f"Best by holdout accuracy: {', '.join(best)}."))
     return "\n\n".join(parts)
 
 
@@ -267,15 +289,27 @@ def _tabulate_search(results: Results) -> Cells:
     return ["budget", "arm", *(f"{rate:g} ×" for rate in table.columns)], lines
 
 
-def claim_line(finding: Finding) -> list[str]:
-    """Return the cells of one claim in the table of claims."""
+def claim_line(finding: Finding, drawn: Collection[str]) -> list[Noted]:
+    """Return the cells of one claim in the table of its group; `drawn` are the experiments with a section."""
     claim = finding.claim
-    names = list_distinct(text.partition(":")[0].partition("/")[0] for text in (claim.of, claim.against) if text)
-    configs = ", ".join(f"[{name}](../configs/experiment/{name}.yaml)" for name in names)
-    commands = [record["command"] for one in finding.operands for record in one.runs["manifest"]]
-    commands = commands or [f"python train.py experiment={name}" for name in names]
+    links = [
+        f"[figure](#{name})" if name in drawn else f"[config](../configs/experiment/{name}.yaml)"
+        for name in sorted(claim.experiments)
+    ]
+    paper = claim.source if claim.paper == "–" else f"{claim.source}: {claim.paper}"
     verdict = f"**{finding.verdict}**" if finding.verdict in ("holds", "fails") else finding.verdict
-    return [claim.claim, claim.source, claim.paper, finding.value, verdict, configs, format_commands(commands)]
+    return [claim.claim, paper, (finding.value, finding.note), verdict, ", ".join(links)]
+
+
+def claims_section(findings: list[Finding], drawn: Collection[str]) -> str:
+    """Return the part of results/README.md on the claims: a table for each group."""
+    verdicts = count_verdicts(findings)
+    parts = [TEXTS.claims.format(verdicts=verdicts, seeds=CLAIM_SEEDS, headline_seeds=HEADLINE_SEEDS), TEXTS.measures]
+    heads = ["claim", "paper", "ours (95 % interval), n", "verdict", "figure"]
+    for group, members in itertools.groupby(findings, key=lambda finding: finding.claim.group):
+        table = noted_table(heads, [claim_line(finding, drawn) for finding in members])
+        parts += [f"### {group}", table] if group else [table]
+    return "\n\n".join(parts)
 
 
 def count_verdicts(findings: Iterable[Finding]) -> str:
@@ -290,12 +324,7 @@ def results_page(results: Results, findings: list[Finding]) -> str:
     """Return the text of results/README.md."""
     parts = [TEXTS.introduction.format(command=COMMAND)]
     if findings:
-        heads = ["claim", "source", "paper", "ours", "verdict", "config", "command"]
-        lines = [claim_line(finding) for finding in findings]
-        parts += [
-            TEXTS.claims.format(verdicts=count_verdicts(findings), seeds=CLAIM_SEEDS, headline_seeds=HEADLINE_SEEDS),
-            markdown_table(heads, lines),
-        ]
+        parts.append(claims_section(findings, results.experiments))
     plain = [name for name, found in results.experiments.items() if found == [""]]
     parts += [experiment_section(name, results.select(name)) for name in plain]
     parts += [cases_section(name, results.select(name)) for name in results.experiments if name not in plain]
@@ -303,32 +332,34 @@ def results_page(results: Results, findings: list[Finding]) -> str:
 
 
 def summary_block(results: Results, findings: list[Finding]) -> str:
-    """Return the block of the top-level README: a line for each experiment and student, and how the claims stand."""
-    rows: list[tuple[str, str, dict[str, str], dict[str, str]]] = []
-    for name, found in results.experiments.items():
-        if found != [""]:  # an experiment with cases has its table in results/README.md
-            continue
-        table = curves.summarise_arms(results.select(name))
-        arms = [(*split_arm(str(arm)), row) for arm, row in table.iterrows()]
-        for student in sorted({owner for owner, _, _ in arms if owner is not None} or {None}, key=str):
-            own = {arm: row for owner, arm, row in arms if owner in (student, None)}
-            counts = sorted({int(row["n"]) for row in own.values()})
-            n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-            label = f"[{name}](results/README.md#{name})" + (f", {student}" if student else "")
-            accuracies = {arm: format_percent(row, "final") for arm, row in own.items()}
-            rows.append((label, n, accuracies, {arm: format_steps(row) for arm, row in own.items()}))
-    arms = [arm for arm in (TEACHER, *ARMS) if any(arm in accuracies for _, _, accuracies, _ in rows)]
-    raced = [arm for arm in ("net2net", "random_init") if arm in arms]
-    lines = [
-        [label, n, *(accuracies.get(arm, "–") for arm in arms), " / ".join(steps.get(arm, "–") for arm in raced)]
-        for label, n, accuracies, steps in rows
-    ]
-    heads = ["experiment", "n", *(f"`{arm}`" for arm in arms), f"steps to target: {' / '.join(raced)}"]
-    parts = ["Final test accuracy in per cent, mean over n seeds (lowest–highest).", markdown_table(heads, lines)]
+    """Return the block of the top-level README: three ways to spend compute, and how the claims stand."""
+    parts: list[str] = []
+    ladder = results.select(*LADDER)
+    if len(ladder.runs):
+        rows = cases.summarise_cases(ladder).droplevel("case")
+        size, unit = cost_unit(ladder.runs)
+        lines = [_way_line(WAYS[arm], rows.loc[arm], size) for arm in WAYS if arm in rows.index]
+        heads = ["what is trained", f"{unit} in all", "of it after the teacher", "test accuracy (%)", "seeds"]
+        parts.append(markdown_table(heads, lines))
     if findings:
-        parts.append(f"The claims, each a test: {count_verdicts(findings)} ([the table](results/README.md#claims)).")
+        parts.append(f"The claims, each a test: {count_verdicts(findings)} ([the tables](results/README.md#claims)).")
     parts.append(f"Figures, settings and costs: [results/README.md](results/README.md). Generated by `{COMMAND}`.")
     return "\n\n".join(parts)
+
+
+def _way_line(way: str, row: Series, size: float) -> list[str]:
+    own, total = (f"{row[column] / size:.0f}" for column in ("flops", "total_flops"))
+    ends = [f"{100 * number:.2f}" for number in (row["final"].mean, row["final"].low, row["final"].high)]
+    accuracy = ends[0] if row["n"] == 1 else f"{ends[0]} ({ends[1]} to {ends[2]})"
+    return [way, total, own if own != total else "–", accuracy, f"{row['n']:.0f}"]
+
+
+def ladder_block(findings: list[Finding]) -> str:
+    """Return the verdicts on growing in width on the strong baseline."""
+    own = [finding for finding in findings if LADDER[0] in finding.claim.experiments and finding.claim.against]
+    lines = [[line[0], line[2], line[3]] for line in (claim_line(finding, ()) for finding in own)]
+    table = noted_table(["claim", "ours (95 % interval)", "verdict"], lines)
+    return f"{table}\n\nGenerated by `{COMMAND}` from `results/claims.yaml` and the curves."
 
 
 def trials_block(folder: Path) -> str:

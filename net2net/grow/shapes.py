@@ -80,7 +80,7 @@ def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = Fals
 
 
 def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:
-    """Raise TransferError if a layer that the example does not reach may read units that grow."""
+    """Raise TransferError if a parameter of which the pass shows no use may read units that grow."""
     names = {name for name, _ in copied.named_parameters() if name in traced.parameters.tensors}
     unreached = sorted(names - traced.parameters.used)
     widths = _changed_sizes(copied, traced, count)[""] if unreached else {}
@@ -90,7 +90,7 @@ def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:
             # A matrix may read the units of a whole map.
             if width := next((w for w in widths if size == w or (len(shape) == 2 and dim == 1 and not size % w)), None):
                 raise TransferError(
-                    f"The forward pass on this example does not reach {name}, of shape {tuple(shape)}, which may read "
+                    f"The forward pass on this example shows no use of {name}, of shape {tuple(shape)}, which may read "
                     f"units of a width that grows ({width}): give an example that reaches it, or let that width be."
                 )
 

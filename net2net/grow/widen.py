@@ -159,7 +159,7 @@ def _no_such_layer(description: Description, traced: Trace, pattern: str) -> Tra
     if not own:
         why = "it has no parameters of its own: name layers that have (net2net.describe)"
     elif not own & traced.parameters.used:
-        why = "the forward pass on this example does not reach it: give an example that does"
+        why = "the forward pass on this example shows no use of it: give an example that reaches it"
     return TransferError(f"{name} has no units to grow: {why}.")
 
 

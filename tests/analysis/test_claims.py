@@ -1,5 +1,6 @@
 """Claims: their verdicts on curves made up for the purpose, and that the committed ones name what exists."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -7,36 +8,17 @@ from typing import Any
 import pytest
 from conftest import cases
 from pandas import DataFrame, Series
-from simulated import make_curve
+from simulated import Runs, make_curve, make_frontier, make_runs
 
 from experiments.analysis import cases as analysis_cases
 from experiments.analysis import claims, curves, pages
 from experiments.analysis.claims import Claim, Finding, read_claims
 from experiments.analysis.curves import make_results
-from experiments.analysis.statistics import HEADLINE_SEEDS
+from experiments.analysis.statistics import HEADLINE_SEEDS, Estimate
 from experiments.config import ExperimentError, split_arm
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = read_claims(ROOT / "results/claims.yaml")
-Seeds = list[list[float]]  # the accuracies of each seed, a point every ten steps
-Runs = dict[tuple[str, str, int], tuple[dict[str, Any], list[dict[str, float]]]]  # name, arm, seed -> manifest, curve
-
-
-def make_runs(experiments: dict[str, dict[str, Seeds]], costs: dict[str, float] | None = None) -> Runs:
-    """Runs with manifests; an experiment's students cost what `costs` says, teachers 1."""
-    found: Runs = {}
-    for name, arms in experiments.items():
-        for arm, seeds in arms.items():
-            cost = 1.0 if arm == "teacher" else (costs or {}).get(name, 1.0)
-            for seed, accuracies in enumerate(seeds):
-                manifest = {
-                    "command": f"python train.py experiment={name}",
-                    "config": {"target": "random_init"},
-                    "step0": {"agree": 100, "of": 100} if arm == "net2net" else None,
-                    "teacher": "teacher" if arm in ("net2net", "random_pad", "teacher_continued") else None,
-                }
-                found[name, arm, seed] = manifest, make_curve(accuracies, flops=cost)
-    return found
 
 
 def judge(runs: Runs, measure: str, of: str, against: str = "", **region: Any) -> Finding:
@@ -56,15 +38,15 @@ FAST, NEVER = [0.5, 0.7, 0.7, 0.8], [0.5, 0.6, 0.6, 0.65]
 @pytest.mark.parametrize(
     ("of", "against", "measure", "region", "verdict", "value"),
     [
-        (BETTER, WORSE, "final", {"above": 0}, "holds", "+1.00 points of final test accuracy (+1.00 to +1.00), n = 3"),
+        (BETTER, WORSE, "final", {"above": 0}, "holds", "+1.00 points (+1.00 to +1.00), n = 3"),
         (WORSE, BETTER, "final", {"above": 0}, "fails", "-1.00"),
         (WORSE, BETTER, "final", {"within": 1.5}, "holds", "-1.00"),
         (WORSE, BETTER, "final", {"within": 0.5}, "fails", "-1.00"),
         # Two seeds decide nothing, and a headline takes five.
         (GOOD[:1], LOW[:1], "final", {"above": 0}, "undecided (3 seeds at least)", "+10.00"),
-        (GOOD[:2], LOW[:2], "final", {"above": 0}, "undecided (about 3 seeds would tell)", "+10.05"),
+        (GOOD[:2], LOW[:2], "final", {"above": 0}, "undecided (about 3 seeds)", "+10.05"),
         (GOOD[:3], LOW[:3], "final", {"above": 0}, "holds", "+10.10"),
-        (GOOD, LOW, "final", {"above": 0, "headline": True}, "undecided (about 5 seeds would tell)", "+10.15"),
+        (GOOD, LOW, "final", {"above": 0, "headline": True}, "undecided (about 5 seeds)", "+10.15"),
         # A tie is neither above nor below.
         (TIE, TIE, "final", {"above": 0}, "fails", "+0.00"),
         (TIE, TIE, "final", {"below": 0}, "fails", "+0.00"),
@@ -77,23 +59,18 @@ FAST, NEVER = [0.5, 0.7, 0.7, 0.8], [0.5, 0.6, 0.6, 0.65]
         ([[0.6, 0.5, 0.7]] * 3, [[0.1, 0.6]] * 3, "start", {"within": 0.5}, "holds", "+0.00"),
         (BETTER, WORSE, "average", {"above": 0.4}, "holds", "+0.50"),
         # Steps to the target, which some seeds never reach.
-        ([FAST] * 3, SCRATCH, "steps", {"below": 1}, "holds", "0.33 × the steps to the target (0.33 to 0.33), n = 3"),
-        ([[0.75, *FAST[1:]]] * 3, SCRATCH, "steps", {"below": 1}, "holds", "≤ 0.33 × the steps to the target (up to"),
+        ([FAST] * 3, SCRATCH, "steps", {"below": 1}, "holds", "0.33 × steps (0.33 to 0.33), n = 3"),
+        ([[0.75, *FAST[1:]]] * 3, SCRATCH, "steps", {"below": 1}, "holds", "≤ 0.33 × steps (up to"),
         # No seed got there in all the steps that random_init took; how many it takes was not seen.
-        (
-            *([NEVER] * 3, SCRATCH, "steps", {"below": 1}, "fails"),
-            "≥ 1.00 × the steps to the target (from 1.00), n = 3 (never within the run in 3 of 3)",
-        ),
-        (
-            *([FAST, FAST, NEVER], SCRATCH, "steps", {"below": 1}),
-            *("undecided (a larger or smaller budget, not more seeds)", "≥ "),
-        ),
+        ([NEVER] * 3, SCRATCH, "steps", {"below": 1}, "fails", "≥ 1.00 × steps (from 1.00), n = 3"),
+        ([FAST, FAST, NEVER], SCRATCH, "steps", {"below": 1}, "undecided (other budgets)", "≥ "),
     ],
 )
 def test_verdicts(of, against, measure, region, verdict, value):
     made = make_runs({"e": {"net2net": of, "random_init": against}})
     found = judge(made, measure, "e:net2net", "e:random_init", **region)
     assert (found.verdict, found.value[: len(value)]) == (verdict, value)
+    assert found.note == (f"never within the run in {of.count(NEVER)} of 3 seeds" if NEVER in of else "")
 
 
 def test_what_was_not_run_is_not_judged():
@@ -101,7 +78,10 @@ def test_what_was_not_run_is_not_judged():
     for of, against in (("e:net2net", "e:random_init"), ("f:net2net", "e:net2net"), ("e/best:random_pad", "e:net2net")):
         found = judge(made, "final", of, against)
         assert (found.verdict, found.value) == ("not run", "–")
-        assert pages.claim_line(found)[-1].startswith("`python train.py experiment=")
+        assert pages.claim_line(found, ["e"])[-1] in (
+            "[figure](#e)",
+            "[figure](#e), [config](../configs/experiment/f.yaml)",
+        )
     assert judge(made, "mismatch", "e:net2net", within=0).verdict == "holds"
     made["e", "net2net", 1][0]["step0"]["agree"] = 0
     assert judge(made, "mismatch", "e:net2net", below=50).verdict.startswith("undecided")
@@ -117,8 +97,9 @@ def test_one_evaluation_above_the_target_alone_is_not_enough():
 def test_runs_of_different_settings_are_not_judged_together():
     made = make_runs({"e": {"net2net": GOOD, "random_init": LOW}})
     made["e", "random_init", 2][0]["config"]["schedule"] = {"lr": 0.5}
-    said = judge(made, "final", "e:net2net", "e:random_init").verdict
-    assert said == "undecided (its runs differ in `schedule.lr` (None, 0.5))"
+    found = judge(made, "final", "e:net2net", "e:random_init")
+    said = "its runs differ in `schedule.lr` (None, 0.5)"
+    assert (found.verdict, found.note) == ("undecided (settings differ)", said)
 
 
 def test_arms_of_one_case_that_were_trained_differently_are_not_judged_together():
@@ -128,48 +109,33 @@ def test_arms_of_one_case_that_were_trained_differently_are_not_judged_together(
             record["config"]["schedule"] = {"epochs": "8ep"}
         elif arm == "teacher":
             record |= {"arm": "teacher", "settings": {"schedule": {"epochs": "1ep"}}}
-    said = judge(made, "final", "e:net2net", "e:random_init").verdict
-    assert said == "undecided (its runs differ in `schedule.epochs` (8ep, None))"
+    said = judge(made, "final", "e:net2net", "e:random_init").note
+    assert said == "its runs differ in `schedule.epochs` (8ep, None)"
     assert judge(made, "final", "e:net2net", "e:teacher").verdict == "holds"  # a teacher's are its own
 
 
-def frontier(net2net: list[float], random_init: list[float], seeds: int = 3) -> Runs:
-    """One case a budget of 1, 2, 4, ...: what either arm ends with, less 0.001 a seed."""
-    budgets = {f"f/{2**i}ep": 2.0**i for i in range(len(net2net))}
-    ends = zip(budgets, net2net, random_init, strict=True)
-    arms = {
-        name: {
-            "net2net": [[0.1, one - s / 1000] for s in range(seeds)],
-            "random_init": [[0.1, other - s / 1000] for s in range(seeds)],
-            "teacher": [[0.1, 0.5]] * seeds,
-        }
-        for name, one, other in ends
-    }
-    return make_runs(arms, budgets)
-
-
 def test_the_budget_is_interpolated_between_those_that_were_run():
-    made = frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75])
+    made = make_frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75])
     found = judge(made, "budget", "f:net2net", "f/4ep:random_init", below=1)
-    assert (found.verdict, found.value) == ("holds", "0.71 × the budget (0.71 to 0.71), n = 3")  # 2 * sqrt(2) of 4
+    assert (found.verdict, found.value) == ("holds", "0.71 × compute (0.71 to 0.71), n = 3")  # 2 * sqrt(2) of 4
     # With the teacher's unit: budgets of 3 and 5 reach it at sqrt(15), of 4.
     found = judge(made, "total_budget", "f:net2net", "f/4ep:random_init", below=1)
-    assert found.value == "0.97 × the budget, teachers' included (0.97 to 0.97), n = 3"
+    assert found.value == "0.97 × compute in all (0.97 to 0.97), n = 3"
     assert judge(made, "budget", "f:net2net", "f/2ep:random_init", below=1).value.startswith("≤ 0.50 ×")
     other = judge(made, "budget", "f:random_init", "f/4ep:net2net", above=1)
-    value = "≥ 1.00 × the budget (from 1.00), n = 3 (not with the largest budget in 3 of 3)"
-    assert (other.verdict, other.value) == ("holds", value)
+    assert (other.verdict, other.value) == ("holds", "≥ 1.00 × compute (from 1.00), n = 3")
+    assert other.note == "not with the largest budget in 3 of 3 seeds"
     for (_, arm, _), (_, points) in made.items():
         if arm == "net2net":
             points[0]["test_accuracy"] = 0.56  # at the target before it is trained
     found = judge(made, "budget", "f:net2net", "f/2ep:random_init", below=1)
-    assert found.value.endswith("(untrained already in 3 of 3)")
+    assert found.note == "untrained already in 3 of 3 seeds"
     with pytest.raises(ExperimentError, match=r"there are 3 \(f/1ep, f/2ep, f/4ep\): name a case"):
         judge(made, "final", "f:net2net", "f/1ep:random_init")
 
 
 def test_of_seeds_that_lack_a_budget_nothing_is_interpolated():
-    made = frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75], seeds=4)
+    made = make_frontier([0.60, 0.70, 0.80], [0.40, 0.55, 0.75], seeds=4)
     whole = judge(made, "budget", "f:net2net", "f/4ep:random_init", below=1).value
     del made["f/2ep", "net2net", 1]  # between 1 and 4 it would be elsewhere
     left = judge(made, "budget", "f:net2net", "f/4ep:random_init", below=1).value
@@ -181,9 +147,9 @@ def test_the_best_case_is_chosen_on_the_holdout_and_measured_on_the_test_images(
     made = make_runs({f"t/{name}": {"net2net": [[0, end]] * 3, "random_init": LOW[:3]} for name, end in ends.items()})
     for seed in range(3):
         made["t/mid", "net2net", seed][1][-1]["holdout_accuracy"] = 0.9
-    found = judge(made, "final", "t/best:net2net", "t/high:net2net").value
-    assert found.startswith("-10.00 points of final test accuracy (-10.00 to -10.00), n = 3; ")
-    assert found.endswith("best of 3 for net2net: mid (3 of 3 seeds)")
+    found = judge(made, "final", "t/best:net2net", "t/high:net2net")
+    assert found.value == "-10.00 points (-10.00 to -10.00), n = 3"
+    assert found.note == "best of 3 for net2net: mid (3 of 3 seeds)"
     with pytest.raises(ExperimentError, match="the best case is of several: name a case"):
         judge(made, "steps", "t/best:net2net", "t/low:random_init", below=1)
 
@@ -199,14 +165,14 @@ def test_the_best_case_of_a_seed_is_that_of_the_others():
 
 
 def test_the_best_case_is_not_known_until_all_were_run():
-    cases = analysis_cases.find_planned("ablation_rate", "net2net")
-    assert cases == {"x0.1", "x0.3", "x1", "x3", "x10"}
-    made = make_runs({f"ablation_rate/{case}": {"net2net": [[0, 0.5]] * 3} for case in cases})
-    operands = "ablation_rate/x0.1:net2net", "ablation_rate/best:net2net"
+    cases = analysis_cases.find_planned("tune_ladder", "net2net")
+    assert cases == {"x0.1", "x0.3", "x1", "x2", "10ep_x0.1", "10ep_x0.3", "10ep_x1"}
+    made = make_runs({f"tune_ladder/{case}": {"net2net": [[0, 0.5]] * 3} for case in cases})
+    operands = "tune_ladder/x0.1:net2net", "tune_ladder/best:net2net"
     assert judge(made, "final", *operands, above=-0.5).verdict == "holds"
-    made = {key: run for key, run in made.items() if key[0] != "ablation_rate/x3"}
+    made = {key: run for key, run in made.items() if key[0] != "tune_ladder/x2"}
     assert judge(made, "final", *operands, above=-0.5).verdict == "not run"
-    assert analysis_cases.find_planned("grow_schedule", "random_init") == {"start", "start_half", "start_double"}
+    assert analysis_cases.find_planned("when_to_grow", "random_init") == {"start", "start_half", "start_double"}
 
 
 def test_average_accuracy_is_an_area():
@@ -234,10 +200,48 @@ def test_a_malformed_claim_is_named(tmp_path, entry, message):
         read_claims(tmp_path / "claims.yaml")
 
 
+def test_claims_stand_in_groups_or_alone():
+    rest = "source: s, paper: p, measure: final, of: 'e:a', against: 'e:b', above: 0}"
+    text = f"- {{claim: alone, {rest}\n- group: G\n  claims:\n  - {{claim: one, {rest}\n  - {{claim: two, {rest}\n"
+    found = claims.parse_claims(text, "here")
+    assert [(one.claim, one.group) for one in found] == [("alone", ""), ("one", "G"), ("two", "G")]
+    assert len({one.question for one in found}) == 1
+    with pytest.raises(ExperimentError, match="here, the claim 'two': A claim has no 'over'"):
+        claims.parse_claims(text.replace("above: 0}\n", "over: 0}\n").replace("over", "above", 2), "here")
+    with pytest.raises(ExperimentError, match="A claim has no 'claims'"):
+        claims.parse_claims("- {claims: []}", "here")
+
+
+def test_notes_stand_below_the_table_of_their_group():
+    made = make_runs({"e": {"net2net": [NEVER] * 3, "random_init": SCRATCH}})
+    claim = Claim("c", "4.2", "faster", "steps", "e:net2net", "e:random_init", below=1, group="G")
+    other = Claim("d", "ours", "–", "final", "f:net2net", "f:random_init", above=0, group="H")
+    findings = [
+        claims.judge(one, make_results((*key, *run) for key, run in made.items())) for one in (claim, claim, other)
+    ]
+    first, second = pages.claims_section(findings, ["e"]).partition("### G\n\n")[2].split("\n\n### H\n\n")
+    line = "| c | 4.2: faster | ≥ 1.00 × steps (from 1.00), n = 3 ¹ | **fails** | [figure](#e) |"
+    assert first.split("\n")[2:] == [line, line, "", "¹ never within the run in 3 of 3 seeds"]
+    assert second.split("\n")[2:] == ["| d | ours | – | not run | [config](../configs/experiment/f.yaml) |"]
+
+
+@pytest.mark.parametrize("verdict", ["undecided (over 1,000 seeds)", "not run"])
+def test_the_line_of_a_claim_fits_whatever_the_curves_say(verdict):
+    run = verdict != "not run"
+    ratio = Estimate(-math.log(9), -math.log(9), -math.log(9), values=(0.0,) * 5)
+    points = Estimate(-12.0, -12.0, -12.0, values=(0.0,) * 5)
+    for claim in COMMITTED:
+        value = claims.format_estimate(ratio if claims.MEASURES[claim.measure].ratio else points, claim.measure)
+        finding = Finding(claim, verdict, value if run else "–", "a note" if run else "")
+        table = pages.noted_table(["claim"] * 5, [pages.claim_line(finding, claim.experiments if run else [])])
+        assert max(map(len, table.splitlines())) <= 200, claim.claim
+        assert claim.group
+
+
 def test_the_committed_claims_cover_the_paper_and_some_are_headlines():
     assert len(COMMITTED) > 30
     sources = " ".join(one.source for one in COMMITTED)
-    assert all(section in sources for section in ("3.3", "3.4", "4.2", "4.3", "4.4", "appendix A"))
+    assert all(section in sources for section in ("3.3", "3.4", "4.2", "4.3", "4.4"))
     assert HEADLINE_SEEDS == 5 and sum(one.headline for one in COMMITTED) >= 5
 
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import cases as compose_cases
 
@@ -18,7 +19,6 @@ from scripts import claims, figures
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/reproduction.md", "results/README.md")
-BUDGETS = ["1ep", "2ep", "4ep", "8ep", "16ep"]
 KINDS = ["net2net", "random_pad", "random_init", "teacher_continued"]
 
 
@@ -43,6 +43,15 @@ def test_every_number_in_the_pages_is_that_of_the_curves(results, tmp_path):
     assert wrong == [], "run python scripts/figures.py and commit what it writes"
 
 
+def test_the_table_of_the_readme_is_that_of_the_ladder(results):
+    runs = results.select("ladder_wider", "10ep").runs
+    lines = pages.summary_block(results, []).splitlines()[2:5]
+    for line, arm in zip(lines, ("random_init", "net2net", "teacher_continued"), strict=True):
+        own = runs.xs(arm, level="arm")
+        assert f" | {100 * own['final'].mean():.2f} " in line and line.endswith(f" | {len(own)} |")
+        assert f" | {own['total_flops'].mean() / 1e12:.0f} | " in line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_in_the_pages_composes(page):
@@ -62,99 +71,126 @@ def sweep(word: str) -> list[str]:
     return [word] if "[" in values else [f"{key}={value}" for value in values.split(",")]
 
 
-def test_commands_that_differ_in_seed_and_case_alone_are_one_sweep():
-    base = "python train.py experiment=one seed={} case={} 'arms=[net2net]'"
-    commands = [base.format(seed, case) for case in ("x1", "x3") for seed in (0, 1)] * 2
-    one = "python train.py -m experiment=one seed=0,1 case=x1,x3 'arms=[net2net]'"
-    assert pages.format_commands(commands) == f"`{one}`"
-    assert pages.format_commands([*commands, one + " seed=4", "python train.py experiment=two"]).count("<br>") == 2
+def test_one_command_repeats_an_experiment():
+    base = (
+        "python train.py experiment=one case={} scale=cpu 'arms=[net2net]' runs=r logger=none seed={} 'rates={{a: 1}}'"
+    )
+    records = [{"command": base.format(case, seed), "seed": seed} for case in ("x1", "x3") for seed in (1, 0)]
+    assert pages.join_commands(records) == "python train.py -m experiment=one scale=cpu 'rates={a: 1}' seed=0,1"
+    records.append({"command": "python train.py -m experiment=one seed=0,1 'rates={a: 1}'", "seed": 0})
+    assert pages.join_commands(records[-1:]) == "python train.py experiment=one 'rates={a: 1}' seed=0"
+    assert pages.join_commands(records) == "python train.py -m experiment=one 'rates={a: 1}' seed=0,1"
+
+
+def test_no_line_of_the_results_is_long():
+    lines = (ROOT / "results/README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 200] == []
+
+
+def test_what_cases_change_is_a_list(results):
+    selected = results.select("tune_ladder")
+    section = pages._section_head("tune_ladder", selected, {"Cases": pages.describe_cases(selected)}, "caption")
+    assert "\n- **Cases:** schedule.epochs 2.5ep where nothing else is said\n  - `x0.1`: rates.net2net 0.1, " in section
+    assert max(map(len, section.splitlines())) <= 130
 
 
 # -- searches of rates --------------------------------------------------------------------------------------------
 
 
-def test_the_best_rate_of_each_arm(results, capsys):
-    claims.print_rates("ablation_rate", results)
-    *arms, last = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in arms] == [f"4ep {arm}" for arm in KINDS]
-    values = {rate: float(value) for rate, value in re.findall(r"([\d.]+) (\d\d\.\d\d)", arms[0])}
-    assert list(values) == ["0.1", "0.3", "1", "3", "10"]
-    chosen = max(values, key=lambda rate: values[rate])
-    assert arms[0].startswith(f"4ep net2net: {chosen}")
-    assert ("at the edge" in arms[0]) == (chosen in ("0.1", "10"))
-    assert last.startswith(f"4ep rates: {{net2net: {chosen}, ")
-
-
-def test_the_best_rate_with_each_budget(results, capsys):
-    table = cases.tabulate_rates(results.select("tune_deeper"))
-    assert list(table.index) == [(budget, arm) for budget in BUDGETS for arm in KINDS]
-    assert list(table.loc[("16ep", "net2net")].dropna().index) == [0.1, 0.3, 1, 3, 10]
-    assert list(table.loc[("4ep", "random_init")].dropna().index) == [0.03, 0.1, 0.3, 1, 3]  # a case of this arm alone
-    ends = results.select("tune_deeper", "2ep_x0.3").runs["holdout"].xs("random_pad", level="arm")
-    assert table.at[("2ep", "random_pad"), 0.3] == ends.iloc[0]
-    claims.print_rates("tune_deeper", results)
+def test_the_best_rate_of_each_arm_with_each_budget(results, capsys):
+    selected = results.select("tune_ladder")
+    table = cases.tabulate_rates(selected)
+    tried = {(record["config"]["schedule"]["epochs"], record["arm"]) for record in selected.runs["manifest"]}
+    assert list(table.index) == [
+        (budget, arm) for budget in ("2.5ep", "10ep") for arm in KINDS if (budget, arm) in tried
+    ]
+    ends = selected.select(case="x0.3").runs["holdout"].xs("random_pad", level="arm")
+    assert table.at[("2.5ep", "random_pad"), 0.3] == ends.iloc[0]
+    claims.print_rates("tune_ladder", results)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" {")[0] for line in lines if "rates:" in line] == [f"{budget} rates:" for budget in BUDGETS]
-    assert any("at the edge of the search" in line for line in lines)
+    values = {rate: float(value) for rate, value in re.findall(r"([\d.]+) (\d\d\.\d\d)", lines[0])}
+    assert list(values) == ["0.1", "0.3", "1", "2"]
+    chosen = max(values, key=lambda rate: values[rate])
+    assert lines[0].startswith(f"2.5ep net2net: {chosen}")
+    assert ("at the edge of the search" in lines[0]) == (chosen in ("0.1", "2"))
+    rates = [line for line in lines if "rates:" in line]
+    assert rates[0].startswith(f"2.5ep rates: {{net2net: {chosen}, ") and rates[1].startswith("10ep rates: {net2net: ")
 
 
 @pytest.mark.parametrize(
     ("key", "value", "search"),
     [
         ("growth", {"noise": 0.5}, False),
-        ("first", {"layers": 1}, False),  # a setting that one case alone has
+        ("unknown", {"layers": 1}, False),  # a setting that one case alone has
         ("inception", {"slim": 1.0}, True),  # another machine's default scale, of a network that this is not
     ],
 )
 def test_a_search_has_rates_alone_for_cases(results, key, value, search):
-    selected = results.select("tune_deeper")
+    selected = results.select("tune_ladder")
     manifests = list(selected.runs["manifest"])
-    place = next(n for n, key in enumerate(selected.runs.index) if key[1:3] == ("2ep_x1", "net2net"))
+    place = next(n for n, key in enumerate(selected.runs.index) if key[1:3] == ("x1", "net2net"))
     before, config = manifests[place], manifests[place]["config"]
     manifests[place] = before | {"config": config | {key: config.get(key, {}) | value}}
     assert cases.is_search(Results(selected.curves, selected.runs.assign(manifest=manifests))) == search
     assert bool(describe_differences([before, manifests[place]])) != search
 
 
+def with_other_noise(results: Results) -> Results:
+    """The same runs, each grown with another noise."""
+    manifests = list(results.runs["manifest"])
+    for n, manifest in enumerate(manifests):
+        manifests[n] = manifest | {"config": manifest["config"] | {"growth": {"noise": n}}}
+    return Results(results.curves, results.runs.assign(manifest=manifests))
+
+
 def test_rates_of_what_is_no_search_or_half_of_one(results, tmp_path, capsys):
     with pytest.raises(ExperimentError, match="differ in more than rates"):
-        claims.print_rates("grow_schedule", results)
-    runs = results.select("ablation_rate").runs
-    # The arm has seed 0 with one of the rates, and other seeds with all others.
-    kept = [arm != "net2net" or (case == "x3") == (seed == 0) for _, case, arm, seed in runs.index]
-    claims.print_rates("ablation_rate", Results(results.curves, runs[kept]))
-    assert "4ep net2net: no seed has all of its rates" in capsys.readouterr().out
+        claims.print_rates("tune_ladder", with_other_noise(results.select("tune_ladder")))
+    runs = results.select("tune_ladder").runs
+    runs = pd.concat([runs, runs.rename({100: 0}, level="seed")])
+    # The arm has seed 0 with one of the rates, and the other seed with all others.
+    kept = [arm != "net2net" or (case == "x0.3") == (seed == 0) for _, case, arm, seed in runs.index]
+    claims.print_rates("tune_ladder", Results(results.curves, runs[kept]))
+    assert "2.5ep net2net: no seed has all of its rates" in capsys.readouterr().out
     teachers = Results(results.curves, runs.xs("teacher", level="arm", drop_level=False))
-    for experiment in ("ablation_rate", "tune_wider"):
+    for experiment in ("tune_ladder", "never_run"):
         with pytest.raises(ExperimentError, match=f"There are no curves of cases of {experiment}: "):
             claims.print_rates(experiment, teachers)
-    assert claims.main(["--results", str(tmp_path), "--rates", "ablation_rate"]) == 1
+    assert claims.main(["--results", str(tmp_path), "--rates", "tune_ladder"]) == 1
     assert capsys.readouterr().err.startswith(f"There are no curves under {tmp_path / 'curves'}: ")
 
 
 def test_the_claims_and_the_rates_of_a_folder(tmp_path, capsys):
-    shutil.copytree(ROOT / "results/curves/ablation_rate", tmp_path / "curves/ablation_rate")
+    for name in ("tune_ladder", "wider_imagenette"):
+        shutil.copytree(ROOT / f"results/curves/{name}", tmp_path / f"curves/{name}")
     shutil.copy(ROOT / "results/claims.yaml", tmp_path)
     assert claims.main(["--results", str(tmp_path)]) == 0
-    assert re.search(r"\n\d+ holds?, (\d+ \w+, )*\d+ not run\n$", capsys.readouterr().out)
-    assert claims.main(["--results", str(tmp_path), "--rates", "ablation_rate"]) == 0
-    assert "\n4ep rates: {net2net: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"\n\d+ holds?, (\d+ \w+, )*\d+ not run\n$", out)
+    assert (
+        "\nWider on photographs, as the paper reads it (wider_imagenette)\nholds        net2net is ahead of random_init"
+        in out
+    )
+    assert "(from 1.00), n = 3 (never within the run in 3 of 3 seeds)\n" in out
+    assert claims.main(["--results", str(tmp_path), "--rates", "tune_ladder"]) == 0
+    assert "\n10ep rates: {net2net: " in capsys.readouterr().out
 
 
 # -- experiments with cases, and costs ----------------------------------------------------------------------------
 
 
 def test_a_case_of_which_only_the_teacher_was_run_is_no_result(results):
-    runs = results.select("frontier_wider").runs
-    kept = [case != "2ep" or arm == "teacher" for _, case, arm, _ in runs.index]
-    assert Results(results.curves, runs[kept]).experiments == {"frontier_wider": ["1ep", "4ep", "8ep", "16ep"]}
+    runs = results.select("ladder_wider").runs
+    kept = [case != "5ep" or arm == "teacher" for _, case, arm, _ in runs.index]
+    left = [case for case in results.experiments["ladder_wider"] if case != "5ep"]
+    assert "10ep" in left and Results(results.curves, runs[kept]).experiments == {"ladder_wider": left}
 
 
-@pytest.mark.parametrize("name", ["frontier_wider", "ablation_rate", "tune_deeper", "grow_schedule"])
+@pytest.mark.parametrize("name", ["ladder_wider", "tune_ladder"])
 def test_the_figure_of_cases_is_the_same_each_time(results, tmp_path, name):
     (drawn,) = drawing.draw_cases(name, results.select(name), tmp_path / "figure", ("svg",))
     first = drawn.read_bytes()
     assert len(first) > 10_000
-    if name == "frontier_wider":
+    if name == "ladder_wider":
         drawing.draw_cases(name, results.select(name), tmp_path / "figure", ("svg",))
         assert drawn.read_bytes() == first

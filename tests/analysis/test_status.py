@@ -132,7 +132,7 @@ def test_no_runs(tmp_path, capsys):
 
 def write_runs(runs: Path) -> None:
     """Write the committed runs of an experiment as train.py writes them, one after another."""
-    for manifest in sorted(CURVES.glob("ablation_rate/**/*.json")):
+    for manifest in sorted(CURVES.glob("tune_ladder/**/*.json")):
         folder, record = runs / manifest.relative_to(CURVES).with_suffix(""), json.loads(manifest.read_text())
         lines = manifest.with_suffix(".csv").read_text().splitlines(keepends=True)
         files.write(folder / "manifest.json", json.dumps(record | {"complete": False, "curve_sha256": None}).encode())
@@ -154,5 +154,5 @@ def test_collecting_while_runs_go_on(tmp_path, capsys):
         times += 1
     assert writer.exitcode == 0 and times > 1
     assert capsys.readouterr().out.endswith(" collected, 0 skipped, 0 refused\n")
-    for committed in CURVES.glob("ablation_rate/**/*.csv"):
+    for committed in CURVES.glob("tune_ladder/**/*.csv"):
         assert (results / "curves" / committed.relative_to(CURVES)).read_bytes() == committed.read_bytes()

@@ -61,7 +61,6 @@ WRONG: dict[str, tuple[Any, str]] = {  # setting -> a value that no run can have
     "schedule.momentum": (1.0, "schedule.momentum is 1.0: it has to be below 1."),
     "schedule.weight_decay": (float("nan"), "schedule.weight_decay is nan"),
     "schedule.teacher_epochs": ("0it", "schedule.teacher_epochs is 0it"),
-    "schedule.first_epochs": ("4it", "schedule.first_epochs is set, but no `first` network"),
     "growth.warmup": ("-1it", "growth.warmup is -1it: '-1it'"),
     "students.a/b": ({}, "The student 'a/b' cannot name a folder of its own"),
     "data.holdout": (1.0, "data.holdout is 1.0: choose a share between 0 and 1"),

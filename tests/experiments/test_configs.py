@@ -14,10 +14,16 @@ from experiments.models import build
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
 SCALES = sorted(path.stem for path in (ROOT / "configs/scale").glob("*.yaml"))
+OF_ONE_SIZE = [
+    name for name in EXPERIMENTS if re.search(r"(?m)^scale:", (ROOT / f"configs/experiment/{name}.yaml").read_text())
+]
+SCALED = [(name, scale) for name in EXPERIMENTS if name not in OF_ONE_SIZE for scale in SCALES]
 
 
-@pytest.mark.parametrize("scale", [None, *(pytest.param(scale, marks=pytest.mark.slow) for scale in SCALES)])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    ("experiment", "scale"),
+    [*((name, None) for name in EXPERIMENTS), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SCALED)],
+)
 def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every_scale(experiment, scale):
     text = (ROOT / f"configs/experiment/{experiment}.yaml").read_text()
     line = re.search(r"^# Command +python train\.py (.+)$", text, re.M)
@@ -35,11 +41,6 @@ def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every
         assert sizes[0] < min(sizes[1:])
     names = [config.name for config in configs]
     assert len(set(names)) == len(names)
-
-
-OF_ONE_SIZE = [
-    name for name in EXPERIMENTS if re.search(r"(?m)^scale:", (ROOT / f"configs/experiment/{name}.yaml").read_text())
-]
 
 
 def test_every_open_question_that_is_named_is_in_the_paper_notes():
@@ -63,7 +64,7 @@ def test_every_student_can_be_filled_from_its_teacher(experiment, scale):
             config.model["slim"] = 0.03
         config.growth.calibrate = min(config.growth.calibrate, 8)
         # Cases that differ in how they train grow alike.
-        what = (config.first, config.teacher, config.students, config.growth)
+        what = (config.teacher, config.students, config.growth)
         if what in done:
             continue
         done.append(what)
@@ -73,29 +74,26 @@ def test_every_student_can_be_filled_from_its_teacher(experiment, scale):
         def images(count: int, size: int = size) -> torch.Tensor:
             return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
-        pairs = [(arm, teacher, student) for student in config.students for arm in ("net2net", "random_pad")]
-        pairs += [("net2net", build(config.model | config.first, 10, 3), None)] * bool(config.first)
-        for arm, grown, student in pairs:
-            record = start.fill(arm, grown, start.make_network(config, student, 10, 3), config, images)
+        pairs = [(arm, student) for student in config.students for arm in ("net2net", "random_pad")]
+        for arm, student in pairs:
+            record = start.fill(arm, teacher, start.make_network(config, student, 10, 3), config, images)
             assert record is not None
             if arm == "net2net" and not config.growth.noise:
                 assert record.measured is not None and record.measured.max_relative < 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["grow_schedule", "when_to_grow"])
-def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(experiment):
+def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same():
     spent: dict[str, float] = {}
-    for config in cases(f"experiment={experiment}"):
+    for config in cases("experiment=when_to_grow"):
         epochs = steps(config.schedule.epochs, 351)
         arm = config.arms[0]  # the others cost as much
-        large, small, first = (
+        large, small = (
             flops.count(build(config.model | spec, 10, 3), 3, 32)[1]
-            for spec in (*config.students.values(), config.teacher, config.first)
+            for spec in (*config.students.values(), config.teacher)
         )
         own = small if arm == "teacher_continued" else large
         before = 0 if arm == "random_init" else small * steps(config.schedule.teacher_epochs or "", 351)
-        before += first * steps(config.schedule.first_epochs or "0it", 351)
         spent[config.case or ""] = own * epochs + before
     whole = spent.pop("start")
     assert spent.pop("start_half") == pytest.approx(whole / 2, rel=0.01)
@@ -107,7 +105,7 @@ def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same(experiment):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", OF_ONE_SIZE)
 def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(monkeypatch, experiment):
-    assert {"quickstart", "wider_imagenette", "frontier_wider"} <= set(OF_ONE_SIZE)
+    assert {"quickstart", "wider_imagenette", "baseline"} <= set(OF_ONE_SIZE)
     found = []
     for scale in ("cpu", "gpu"):  # what a machine may choose
         monkeypatch.setattr(command, "default_scale", lambda scale=scale: scale)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torture
 from conftest import TINY, composed
 from loops import read_rows, run_of
 from rich.console import Console
@@ -63,18 +62,6 @@ def test_other_images_are_another_teachers(tiny):
     run, other = run_of(tiny()), run_of(tiny())
     other.splits.train.images[0, 0, 0, 0] ^= 1
     assert run.teacher != other.teacher
-
-
-def test_what_a_grown_teacher_depends_on():
-    base = [*torture.SETTINGS, "+first.width=0.125"]
-    teacher = run_of(composed(*base)).teacher
-    changes = ["first.width=0.2", "schedule.first_epochs=4it", "rates.net2net=3", "growth.noise=0.1"]
-    others = [run_of(composed(*base, change)).teacher for change in (*changes, "growth.warmup=2it")]
-    assert len({teacher, *others}) == 1 + len(others)
-    for change in ("rates.random_init=3", "students.wider.width=0.6"):
-        assert run_of(composed(*base, change)).teacher == teacher
-    settings = run_of(composed(*base[:-1])).settings(TEACHER, None)  # without a first network
-    assert not {"first", "rate", "growth"} & settings.keys() and "first_epochs" not in settings["schedule"]
 
 
 def test_a_teacher_without_augmentation_sees_the_images_as_they_are(tiny):

@@ -14,15 +14,13 @@ import pytest
 import torch
 import torture
 from conftest import composed
-from loops import interrupt, run_of, wait_for
+from loops import run_of, wait_for
 from rich.console import Console
 
 from experiments import checkpoint, experiment, files, stage, training
 from experiments.analysis.curves import find_targets
 from experiments.analysis.curves import load as load_results
-from experiments.config import Config, ExperimentError, check
-from experiments.run_log import parse_curve
-from scripts import verify
+from experiments.config import Config, ExperimentError
 
 Make = Callable[..., Config]
 SMALL = [*torture.SETTINGS[1:], "schedule.epochs=8it", "schedule.evaluate=4it", "growth.calibrate=0"]
@@ -156,85 +154,3 @@ def test_no_lock_is_left(small, tmp_path):
         (tmp_path / "runs/quickstart/seed0" / name / files.LOCK).touch()
     compare(small())
     assert not list(tmp_path.rglob(".*"))
-
-
-# -- a teacher that is grown itself -------------------------------------------------------------------------------
-
-GROWN = ("arms=net2net", "+first.width=0.125", "schedule.first_epochs=4it")
-
-
-@pytest.mark.slow
-def test_a_teacher_that_is_grown_itself(small, tmp_path):
-    log = tmp_path / "log.txt"
-    config = small(*GROWN, "schedule.teacher_epochs=8it")
-    compare(config, log)
-    run = run_of(config)
-    folders = {"first": run.earlier.teacher, "teacher": run.teacher}
-    places = {name: tmp_path / "runs/teachers" / folder for name, folder in folders.items()}
-    assert {path.name for path in (tmp_path / "runs/teachers").iterdir()} == set(folders.values())
-    points = {name: parse_curve((path / "curve.csv").read_bytes(), path) for name, path in places.items()}
-    manifests = {name: json.loads((path / "manifest.json").read_text()) for name, path in places.items()}
-    end, start, last = points["first"][-1], points["teacher"][0], points["teacher"][-1]
-    assert (end["step"], start["step"], last["step"]) == (4, 0, 8)
-    assert start["test_accuracy"] == end["test_accuracy"]
-    assert start["holdout_loss"] == pytest.approx(end["holdout_loss"])
-    # What the first network has cost is part of what the teacher has: once, and of each kind.
-    assert start["flops"] == end["flops"] > 0 and start["examples"] == end["examples"] > 0
-    own = manifests["teacher"]["train_flops_per_image"] * 8 * config.schedule.batch_size
-    assert last["flops"] == pytest.approx(end["flops"] + own, rel=1e-5)
-    assert manifests["teacher"]["settings"]["first"] == places["first"].name
-    assert manifests["teacher"]["settings"]["rate"] == config.rates["net2net"]
-    origin = manifests["teacher"]["grown_from"]
-    assert origin["settings"] == manifests["first"]["settings"]
-    assert origin["curve_sha256"] == manifests["first"]["curve_sha256"]
-    assert manifests["first"]["config"] == manifests["teacher"]["config"]  # what the command composes
-    assert manifests["teacher"]["certificate"]["operator"] == "wider"
-    assert verify.verify_growth(places["teacher"]).startswith(
-        "The teacher and the student are those of the certificate."
-    )
-    # The first network is trained once: what starts from it anew finds it there.
-    shutil.rmtree(places["teacher"])
-    shutil.rmtree(tmp_path / "runs/quickstart")
-    compare(config, log)
-    assert "first                  step" not in log.read_text() and "teacher                step" in log.read_text()
-
-
-@pytest.mark.slow
-def test_a_grown_teacher_can_start_with_the_state_of_the_optimizer(small, tmp_path):
-    ends = {}
-    for state in ("dropped", "carried"):
-        config = small(*GROWN[:2], f"growth.optimizer_state={state}", f"runs={tmp_path}/{state}")
-        compare(config)
-        ends[state] = checkpoint.load(tmp_path / state / "teachers" / run_of(config).teacher)["rows"]
-    assert ends["dropped"][0]["test_loss"] == ends["carried"][0]["test_loss"]
-    assert ends["dropped"][-1]["train_loss"] != ends["carried"][-1]["train_loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [3, 6])  # steps, of which the first network has four
-def test_a_grown_teacher_is_the_same_after_an_interruption(small, tmp_path, monkeypatch, at):
-    settings = (*GROWN, "schedule.teacher_epochs=4it")
-    whole = small(*settings, f"runs={tmp_path}/whole")
-    compare(whole)
-    config = small(*settings, "checkpoint_seconds=0")
-    with monkeypatch.context() as patch:
-        interrupt(patch, "train_step", {at + 1}, MagicMock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            compare(config)
-    compare(config)
-    ends = [checkpoint.load(Path(one.runs) / "teachers" / run_of(one).teacher) for one in (whole, config)]
-    assert torture.equal(ends[0]["network"], ends[1]["network"])
-    assert [row["flops"] for row in ends[0]["rows"]] == [row["flops"] for row in ends[1]["rows"]]
-    manifest = json.loads((tmp_path / "runs/teachers" / run_of(config).teacher / "manifest.json").read_text())
-    assert [len(one["processes"]) for one in (manifest["grown_from"], manifest)] == ([2, 1] if at == 3 else [1, 2])
-
-
-def test_a_teacher_that_cannot_be_grown_is_refused_before_anything_is_trained(small, tmp_path):
-    with pytest.raises(ExperimentError, match=r"cannot grow from `first` .* is smaller"):
-        compare(small("arms=net2net", "+first.width=1.0"))
-    assert not (tmp_path / "runs/teachers").exists()
-    config = small(*GROWN[:2])
-    del config.rates["net2net"]
-    config.arms = ["random_init"]
-    with pytest.raises(ExperimentError, match=r"set it"):
-        check(config)
