@@ -45,6 +45,7 @@ class Attempt:
     passing_all: bool = False  # see `plan.make_plan`
     in_pairs: bool = False  # see `plan.make_plan`
     absorb: bool = False  # whether layers take the numbers that they are multiplied by for their own
+    both_modes: bool = True  # whether the growth fits what the training mode adds, too
 
 
 def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb: bool = False) -> list[Attempt]:
@@ -78,6 +79,20 @@ def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt]
     every = ExceptionGroup("Every way to pair the layers is refused.", refusals)
     untried = f" ({len(refusals)} of {len(attempts)} ways to pair the layers were tried, in {patience.seconds:.0f} s.)"
     raise TransferError(f"{likeliest}{untried * (len(refusals) < len(attempts))}", reasons) from every
+
+
+def serve_most_modes(
+    grow: Callable[[Attempt], Result], attempts: list[Attempt], generator: torch.Generator, asks: bool
+) -> tuple[Result, TransferError | None]:
+    """Return the first that serves both modes, else the first that serves the eval mode and why none serves both."""
+    # `asks`: the training mode may add something at all.
+    try:
+        return first_that_serves(grow, attempts, generator), None
+    except TransferError as refusal:
+        if not asks:
+            raise
+        both = refusal
+    return first_that_serves(grow, [replace(each, both_modes=False) for each in attempts], generator), both
 
 
 def _order(refusals: list[TransferError], attempts: list[Attempt]) -> list[TransferError]:

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import TransferError, no_other_error
 from .network import Example, Inputs, run, tensors_in, unwrap
+from .randomness import SameForAll
 from .rounding import disturbed_runs
 
 
@@ -79,21 +83,8 @@ def assert_equivalent(
 ) -> Equivalence:
     """Measure the difference of a filled student and its teacher; raise TransferError if rounding cannot explain it."""
     # `output` is the teacher's output on the example; `identities` are named in the message.
-    tensors = [t for model in (teacher, student) for t in (*model.parameters(), *model.buffers())]
-    kinds = {t.dtype for t in tensors if t.is_floating_point()} | {torch.float32}
-    tolerance = min(torch.finfo(kind).eps for kind in kinds) ** 0.5  # so small a difference needs no measurement
-
-    def check(theirs: object, others: Inputs, where: str, largest: float = 0.0) -> Equivalence:
-        mine, allowed = run(student, others), tolerance
-        measured = compare(theirs, mine)
-        if not measured.max_relative <= tolerance:  # the student may compute in another precision
-            pair = ((teacher, theirs), (student, mine))
-            allowed = max(tolerance, *(_rounding(model, others, exact, largest) for model, exact in pair))
-        if not measured.max_relative <= allowed:
-            raise _refusal(measured, allowed, where, identities)
-        return measured
-
-    measured = check(output, inputs, "the example")
+    judge = _Judge(teacher, student, identities)
+    measured = judge.check(inputs, output, "the example")
     for others in (inputs.draw_like(), inputs.draw_like(numbers=None)):
         try:
             theirs = run(teacher, others)
@@ -102,20 +93,57 @@ def assert_equivalent(
         if all(bool(x.isfinite().all()) for x in tensors_in(theirs)):
             # Units that are dead on the example may be alive here. Far from its data a deep network can amplify
             # rounding. A hundredth of the output is no rounding, however deep the network.
-            check(theirs, others, "other inputs like it", largest=1e-2)
+            judge.check(others, theirs, "other inputs like it", largest=1e-2)
             break
     return measured
 
 
-def _rounding(model: nn.Module, inputs: Inputs, output: object, largest: float) -> float:
-    """Return the difference that rounding can explain: twice what it is measured to be in one of the networks."""
-    # In a thousand random networks the student differs by 1.4 times that at most, and by 0.3 times in the median. The
-    # bound, `largest` or the square root of the coarsest precision that ran, is for networks that amplify more: those
-    # would let anything pass.
-    outputs, precisions = zip(*disturbed_runs(model, inputs), strict=True)
-    measured = [compare(output, each).max_relative for each in outputs]
-    bound = max(largest, max(precisions) ** 0.5)
-    return min(2 * max(measured), bound) if all(map(math.isfinite, measured)) else 0.0
+def assert_equivalent_in_training(
+    teacher: nn.Module, student: nn.Module, inputs: Inputs, identities: Collection[str]
+) -> None:
+    """Raise TransferError if the two differ in training mode, with random numbers that are the same for all units."""
+    judge = _Judge(teacher, student, identities, training=True)
+    judge.check(inputs, judge.run(teacher, inputs), "the example in training mode")
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Judges whether a filled student computes its teacher's function up to rounding."""
+
+    teacher: nn.Module
+    student: nn.Module
+    identities: Collection[str]  # the layers that pass units through, which a refusal names
+    training: bool = False  # the mode in which the networks run
+
+    def run(self, model: nn.Module, inputs: Inputs, *modes: AbstractContextManager) -> Any:
+        """Return the network's output; in training mode with random numbers that are the same for all units."""
+        # What disturbs draws random numbers of its own, under the constants.
+        return run(model, inputs, self.training, modes=[*modes, *([SameForAll()] if self.training else [])])
+
+    def check(self, inputs: Inputs, theirs: object, where: str, largest: float = 0.0) -> Equivalence:
+        """Measure the difference from the teacher's output `theirs`; raise TransferError if it is no rounding."""
+        tensors = [t for model in (self.teacher, self.student) for t in (*model.parameters(), *model.buffers())]
+        kinds = {t.dtype for t in tensors if t.is_floating_point()} | {torch.float32}
+        allowed = min(torch.finfo(kind).eps for kind in kinds) ** 0.5  # so small a difference needs no measurement
+        mine = self.run(self.student, inputs)
+        measured = compare(theirs, mine)
+        if not measured.max_relative <= allowed:  # the student may compute in another precision
+            pair = ((self.teacher, theirs), (self.student, mine))
+            allowed = max(allowed, *(self._rounding(model, inputs, output, largest) for model, output in pair))
+        if not measured.max_relative <= allowed:
+            raise _refusal(measured, allowed, where, self.identities)
+        return measured
+
+    def _rounding(self, model: nn.Module, inputs: Inputs, output: object, largest: float) -> float:
+        """Return the difference that rounding can explain: twice what it is measured to be in one of the networks."""
+        # In a thousand random networks the student differs by 1.4 times that at most, and by 0.3 times in the median.
+        # The bound, `largest` or the square root of the coarsest precision that ran, is for networks that amplify more:
+        # those would let anything pass.
+        runs = disturbed_runs(partial(self.run, model), inputs)
+        outputs, precisions = zip(*runs, strict=True)
+        measured = [compare(output, each).max_relative for each in outputs]
+        bound = max(largest, max(precisions) ** 0.5)
+        return min(2 * max(measured), bound) if all(map(math.isfinite, measured)) else 0.0
 
 
 def _refusal(measured: Equivalence, allowed: float, where: str, identities: Collection[str]) -> TransferError:

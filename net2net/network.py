@@ -1,7 +1,7 @@
 """Run a network and leave it as it was: its inputs, its modes, its wrappers."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,10 +175,19 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         raise TransferError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
-def run(model: nn.Module, inputs: Inputs, training: bool = False, seed: int = 0) -> Any:
+def run(
+    model: nn.Module,
+    inputs: Inputs,
+    training: bool = False,
+    seed: int = 0,
+    modes: Iterable[AbstractContextManager] = (),
+) -> Any:
     """Return the network's output in one mode, without gradients; the network and the inputs stay as they were."""
-    # `seed` is that of dropout.
-    with in_mode(model, training):
+    # `seed` is that of dropout; `modes` of torch are on during the forward pass.
+    with in_mode(model, training), ExitStack() as on:
         if training:
             torch.manual_seed(seed)
-        return call(model, inputs.map(torch.clone))
+        inputs = inputs.map(torch.clone)
+        for mode in modes:
+            on.enter_context(mode)
+        return call(model, inputs)

@@ -21,6 +21,7 @@ from .equivalence import Equivalence
 from .errors import TransferError
 
 FORMAT = 1
+EXACT_IN_TRAINING = "exact, apart from random numbers: copies of a unit draw their own"
 
 NEW = -1  # the teacher has no such unit: the student keeps its own value, and the weights that read it are zero
 ZERO = -2  # zero everywhere: what pads an RMS norm
@@ -129,6 +130,7 @@ class Record:
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     shapes: tuple[Shapes, Shapes] = field(default_factory=lambda: ({}, {}))  # all tensors of the teacher, the student
     measured: Equivalence | None = None  # the difference on the example, before noise; None for `random_pad`
+    modes: dict[str, str] = field(default_factory=dict)  # "eval" and "train": how far the function is kept in this mode
 
     def __str__(self) -> str:
         origins = self.origins.values()
@@ -138,7 +140,9 @@ class Record:
             f"{count[How.SHARED]} tensors from the teacher ({wider} of them wider), {count[How.IDENTITY]} of "
             f"identities, {count[How.SILENT]} of silent branches, {count[How.FRESH]} fresh"
         )
-        return f"{text}; {self.measured}" if self.measured else text
+        train = self.modes.get("train", EXACT_IN_TRAINING)
+        text += f"; {self.measured}" * bool(self.measured)
+        return text if train == EXACT_IN_TRAINING else f"{text}; in train mode {train.partition(':')[0]}"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self}>"

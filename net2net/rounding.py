@@ -1,6 +1,6 @@
 """How much of a network's output is rounding, in the arithmetic that its forward pass runs in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .network import Inputs, call, in_mode, tensors_in
+from .network import Inputs, tensors_in
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
 DRAWS = 4  # of one number alone a single draw may happen to show too little
@@ -52,12 +52,9 @@ def _place(x: Tensor) -> int | None:
     return x.untyped_storage().data_ptr() if x.layout == torch.strided else None
 
 
-def disturbed_runs(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Any, float]]:
-    """Yield the outputs of runs in eval mode that are disturbed in every last place, and the coarsest precision."""
+def disturbed_runs(run: Callable[[Inputs, Disturbing], Any], inputs: Inputs) -> Iterator[tuple[Any, float]]:
+    """Yield what `run` gives if every last place is disturbed, and the coarsest precision in it."""
     for seed in range(DRAWS):
         disturbing = Disturbing(seed)
-        with in_mode(model, training=False):
-            near = inputs.map(lambda x: disturbing.disturb(x.clone()) if x.dtype in DTYPES else x.clone())  # noqa: B023
-            with disturbing:
-                output = call(model, near)
-        yield output, disturbing.coarsest
+        near = inputs.map(lambda x: disturbing.disturb(x.clone()) if x.dtype in DTYPES else x)  # noqa: B023
+        yield run(near, disturbing), disturbing.coarsest

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from .attempts import Attempt, first_that_serves, list_attempts, restore_on_refusal
-from .equivalence import assert_equivalent
+from .attempts import Attempt, list_attempts, restore_on_refusal, serve_most_modes
+from .equivalence import assert_equivalent, assert_equivalent_in_training
 from .errors import TransferError, no_other_error
 from .fill.fill import SPLITS, add_noise, fill
 from .fill.new_layers import calibrate as measure_norms
@@ -26,7 +26,7 @@ from .plan.new_layers import check_identities, new_batch_norms
 from .plan.plan import Plan, make_plan
 from .plan.tensors import make_record
 from .plan.traces import Traces, trace_both
-from .record import Record, read_record
+from .record import EXACT_IN_TRAINING, Record, read_record
 from .tensors import named_tensors
 
 
@@ -125,7 +125,8 @@ def transfer(  # noqa: PLR0913 (public signature)
             section 3.4). Without them those are exact in eval mode only.
 
     Returns:
-        The record: where every tensor came from, and the measured difference.
+        The record: where every tensor came from, the measured difference, and `modes`: "eval" and "train", and how far
+        the function is kept in this mode.
 
     Raises:
         TransferError: the student is smaller than its teacher somewhere, or units would grow that an operation pins;
@@ -144,14 +145,18 @@ def transfer(  # noqa: PLR0913 (public signature)
         plan = _plan(traces, attempt, generator, split == "fresh")
         check_identities(plan)
         record = make_record(plan, student, generator.get_state(), split, noise, depth)
-        with restore_on_refusal(student, record) if len(attempts) > 1 else nullcontext():
+        with restore_on_refusal(student, record) if len(attempts) > 1 or traces.training_counts else nullcontext():
             fill(teacher, student, record)
             if batches is not None:
                 measure_norms(student, record, new_batch_norms(plan), batches)
             measured = assert_equivalent(teacher, student, traces.inputs, plan.teacher.output, plan.roles.identity)
-        return replace(record, measured=measured)
+            modes = _judge_modes(traces, plan, noise)
+        return replace(record, measured=measured, modes=modes)
 
-    record = first_that_serves(grow, attempts, generator)
+    record, refusal = serve_most_modes(grow, attempts, generator, traces.training_counts)
+    if refusal is not None and record.modes["train"].startswith("not kept"):
+        why = f"{record.modes['train']} Why no growth is exact in both modes: {refusal}"
+        record = replace(record, modes=record.modes | {"train": why})
     if noise:
         add_noise(student, record, generator)
     elif split == "equal":
@@ -193,7 +198,8 @@ def random_pad(
     def pad(attempt: Attempt) -> Record:
         return make_record(_plan(traces, attempt, generator), student, generator.get_state(), "pad")
 
-    record = first_that_serves(pad, list_attempts(teacher, student, rename), generator)
+    attempts = list_attempts(teacher, student, rename)
+    record, _ = serve_most_modes(pad, attempts, generator, traces.training_counts)
     fill(teacher, student, record)
     return Transfer(**vars(record)).of(teacher, student)
 
@@ -249,5 +255,23 @@ def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split
 
 
 def _plan(traces: Traces, attempt: Attempt, generator: torch.Generator, fresh: bool = False) -> Plan:
-    pair = traces.comparable(attempt.rename, attempt.absorb)
+    pair = traces.comparable(attempt.rename, attempt.absorb, attempt.both_modes)
     return make_plan(pair, attempt.rename, generator, attempt.passing_all, attempt.in_pairs, fresh)
+
+
+def _judge_modes(traces: Traces, plan: Plan, noise: float) -> dict[str, str]:
+    """Say for each mode how far a filled student, exact in eval mode, keeps the function of its teacher."""
+    (teacher, student), failure = (each.model for each in traces.plain), traces.plain[0].failure
+    train = EXACT_IN_TRAINING
+    if noise:
+        return dict.fromkeys(("eval", "train"), "close: there is noise on the copies")
+    if any(new_batch_norms(plan).values()):
+        train = "close: new batch norms take the statistics of the batch"
+    elif failure is not None:
+        train = f"not known: {failure}"
+    elif traces.training_counts:
+        try:
+            assert_equivalent_in_training(teacher, student, traces.inputs, plan.roles.identity)
+        except TransferError as error:
+            train = f"not kept: {error}"
+    return {"eval": "exact", "train": train}

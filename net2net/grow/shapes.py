@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import TransferError
-from ..network import Inputs, like, run
+from ..network import like
 from ..record import Record
 from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.graph import Trace
@@ -254,14 +254,14 @@ def _follow(number: int, sizes: Mapping[int, set[int]]) -> int:
     return next(iter(after)) if len(after) == 1 else number
 
 
-def put_idle_back(copied: nn.Module, inputs: Inputs, changes: Changes) -> bool:
+def put_idle_back(run: Callable[[], None], changes: Changes) -> bool:
     """Put back numbers that only happened to equal a width: the network runs without. Tell whether there were any."""
     any_idle = False
     for alike in changes.values():
         for module, key, before, _ in alike:
             vars(module)[key] = before
         try:
-            run(copied, inputs)
+            run()
             any_idle = True
         except TransferError:
             for module, key, _, after in alike:

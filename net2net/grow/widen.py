@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from numbers import Integral, Real
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import TransferError, no_other_error
 from ..network import Example, Inputs, run, unwrap
 from ..trace.graph import Trace
 from ..trace.tracer import trace
-from ..transfer import transfer
+from ..transfer import Transfer, transfer
 from .describe import Description, describe_trace
 from .shapes import attach_record, count_copies, follow_widths, make_room, put_idle_back, split_groups
 
@@ -58,18 +59,31 @@ def widen(
         Linear(in_features=3, out_features=6, bias=True)
     """
     model, inputs = unwrap(model), Inputs.of(example)
-    traced = trace(model, inputs)
+    traced, fill = trace(model, inputs), partial(transfer, model, example=example, split=split, noise=noise)
+    try:
+        return _widen(traced, inputs, widths, fill, generator)
+    except TransferError:
+        if traced.both is not None:  # what grows alone in eval mode may have to grow with others in training
+            with suppress(TransferError):
+                return _widen(traced.both, inputs, widths, fill, generator)
+        raise
+
+
+def _widen(
+    traced: Trace, inputs: Inputs, widths: Widths, fill: Callable[..., Transfer], generator: torch.Generator | None
+) -> nn.Module:
+    """Return a wider copy of the network of a trace; `fill` fills a student."""
     description = describe_trace(traced)
     parts = split_groups(traced, description)
     state = (generator or torch.Generator().manual_seed(0)).get_state()
 
     def grow(factors: Factors, follow_all: bool = False) -> nn.Module:
         count = count_copies(traced, parts, factors)
-        copied, put_back = _make_runnable(model, inputs, traced, count, follow_all=follow_all)
+        copied, put_back = _make_runnable(inputs, traced, count, follow_all=follow_all)
         draws = torch.Generator()
         draws.set_state(state)
         try:
-            record = transfer(model, copied, example, generator=draws, split=split, noise=noise)
+            record = fill(copied, generator=draws)
         except TransferError:
             if not put_back:
                 raise
@@ -80,7 +94,7 @@ def widen(
         return copied
 
     def try_shapes(factors: Factors) -> nn.Module:
-        return _make_runnable(model, inputs, traced, count_copies(traced, parts, factors), trial=True)[0]
+        return _make_runnable(inputs, traced, count_copies(traced, parts, factors), trial=True)[0]
 
     if isinstance(widths, Mapping):
         return grow(_requested_factors(description, widths, traced))
@@ -88,26 +102,32 @@ def widen(
     free = [k for k, group in enumerate(description.groups) if group.free]
     if widths < 1 or not free:
         why = "; ".join(f"{group.layers[0]}: {group.state}" for group in description.groups[:5])
-        name = type(model).__name__
+        name = type(traced.model).__name__
         raise TransferError(f"No width of {name} is free to grow by {widths}: {why or 'it has no layers'}.")
     runnable, _ = _grow_most(try_shapes, dict.fromkeys(free, float(widths)))  # a width in the code itself stays
     return _grow_most(grow, runnable)[1]
 
 
 def _make_runnable(
-    model: nn.Module, inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, follow_all: bool = False
+    inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, follow_all: bool = False
 ) -> tuple[nn.Module, bool]:
     """Return a copy with room for new units that runs, and whether numbers were put back that may stay as they are."""
     # The numbers that modules hold follow the widths where it does not run otherwise; all with `follow_all` or `trial`.
-    copied = make_room(model, traced, count, trial)
-    try:
+    copied = make_room(traced.model, traced, count, trial)
+
+    def run_copy() -> None:
         run(copied, inputs)
+        if traced.trains:
+            run(copied, inputs, training=True)
+
+    try:
+        run_copy()
         return copied, False
     except TransferError as error:
         changes = follow_widths(copied, traced, count)
         with suppress(TransferError):
-            run(copied, inputs)
-            return copied, not follow_all and not trial and put_idle_back(copied, inputs, changes)
+            run_copy()
+            return copied, not follow_all and not trial and put_idle_back(run_copy, changes)
         why = "a copy of these widths does not run, as a number in its code or its modules does not follow them"
         advice = "build the wider network yourself, and fill it by net2net.transfer"
         raise TransferError(f"{str(error).rstrip('.')}: {why}. Let it follow, or {advice}.") from error

@@ -31,15 +31,22 @@ class Traces:
         theirs, mine = (trace(each.model, self.inputs, SeenAs(scale_absorbed=layers)) for each, layers in pairs)
         return theirs, mine
 
-    def comparable(self, rename: Rename, absorb: bool = False) -> tuple[Trace, Trace]:
+    @property
+    def training_counts(self) -> bool:
+        """Whether the training mode may add something to either network."""
+        return any(each.both is not None for each in self.plain)
+
+    def comparable(self, rename: Rename, absorb: bool = False, both_modes: bool = True) -> tuple[Trace, Trace]:
         """Return the traces of teacher and student, with the groups and heads of the teacher seen as the student's."""
-        theirs, mine = self.absorbed if absorb else self.plain
+        # `both_modes`: with what the training mode adds.
+        theirs, mine = ((both_modes and each.both) or each for each in (self.absorbed if absorb else self.plain))
         names = teacher_names(mine, theirs, rename)
         merged = _merged_groups(theirs, mine, names)
         as_grouped = _split_groups(theirs, mine, names) - {Key(name) for name in merged}
         if not as_grouped and not merged:
             return theirs, mine
-        return trace(theirs.model, self.inputs, SeenAs(as_grouped, merged, theirs.seen_as.scale_absorbed)), mine
+        again = trace(theirs.model, self.inputs, SeenAs(as_grouped, merged, theirs.seen_as.scale_absorbed))
+        return (both_modes and again.both) or again, mine
 
 
 def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: Rename) -> Traces:

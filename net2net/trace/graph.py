@@ -45,6 +45,9 @@ class Trace:
         self.chains: dict[str, list[Chain]] = {}  # layer -> the activations directly behind it
         self.outputs: dict[str, Labels] = {}  # module -> the labels of its result, if that is one tensor
         self.output: Any = None  # what the network returned
+        self.both: Trace | None = None  # with what the training mode adds; None if the network was not run in it
+        self.trains = False  # whether the pass in training mode came to its end
+        self.failure: str | None = None  # why it did not
 
     @property
     def mixers(self) -> list[Layer]:

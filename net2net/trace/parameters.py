@@ -12,7 +12,7 @@ class Parameters:
     """The parameters and buffers of one network, and the units of their axes as far as the pass has come."""
 
     def __init__(self, model: nn.Module, units: Units) -> None:
-        self._units = units
+        self.units = units
         # A weight that a parametrisation computes replaces the tensors it is computed from.
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self.originals = dict(self.tensors)  # before any tensor was replaced by one with its groups merged
@@ -26,7 +26,7 @@ class Parameters:
         self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
         self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> units of axis 1 in every group, groups
         self.used: set[str] = set()  # tensors that a call was given
-        self._reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
+        self.reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
     def name_of(self, tensor: object) -> str | None:
         """Return the name of a parameter or buffer of the network; a tied tensor goes by its first name."""
@@ -82,13 +82,13 @@ class Parameters:
         """Return the units of a parameter's elements that are used as an activation of `shape`."""
         sizes = self.tensors[view.name].shape
         if view.name not in self.values:
-            self.values[view.name] = self._units.fresh(sizes.numel(), Key(view.name), distinct=False)
+            self.values[view.name] = self.units.fresh(sizes.numel(), Key(view.name), distinct=False)
         flat, step = torch.zeros(shape, dtype=torch.long), sizes.numel()
         for places, size in zip(view.places, sizes, strict=True):
             step //= size
             flat = flat + places * step
         units = self.values[view.name][flat]
-        self._reached.setdefault(view.name, torch.zeros(sizes.numel(), dtype=torch.bool))[flat] = True
+        self.reached.setdefault(view.name, torch.zeros(sizes.numel(), dtype=torch.bool))[flat] = True
         return units
 
     def axis(self, name: str, dim: int, units: Tensor | None = None, taken: Tensor | None = None) -> Tensor:
@@ -100,10 +100,10 @@ class Parameters:
         if known is None:
             if taken is None and units is not None and len(units) != size:
                 raise TransferError(f"{name} is used with {len(units)} entries on axis {dim}, and has {size}.")
-            axes[dim] = known = units if units is not None and taken is None else self._units.fresh(size)
+            axes[dim] = known = units if units is not None and taken is None else self.units.fresh(size)
         part = known if taken is None else known[taken]
         if units is not None and units is not part:
-            self._units.unite(units, part)
+            self.units.unite(units, part)
         return part
 
     def axis_labels(self, name: str, dim: int) -> Tensor | None:
@@ -116,31 +116,31 @@ class Parameters:
         """Let axis 1 of the tensor `name` carry `units`, one row of them for each of its groups; return the labels."""
         if name not in self.inner:
             size = self.tensors[name].shape[1] * groups
-            self.inner[name] = (self._units.fresh(size) if units is None else units, groups)
+            self.inner[name] = (self.units.fresh(size) if units is None else units, groups)
         known = self.inner[name][0]
         if units is not None and units is not known:
-            self._units.unite(units, known)
+            self.units.unite(units, known)
         return known
 
     def complete(self) -> None:
         """Let elements that the pass did not use have the units of those that it used."""
         # Such elements are positions beyond the example's length, or rows of other classes. They are pinned where the
         # used elements differ along an axis that is used in part, and so do not show the units of the others.
-        for name, reached in self._reached.items():
+        for name, reached in self.reached.items():
             if reached.all() or len(self.values[name]) != len(reached):
                 continue
             shape = self.tensors[name].shape
             box, labels = reached.reshape(shape), self.values[name].reshape(shape)
             used = [box.movedim(d, 0).reshape(shape[d], -1).any(1).nonzero().flatten() for d in range(len(shape))]
             partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
-            inside = self._units.find(labels[torch.meshgrid(*used, indexing="ij")])
+            inside = self.units.find(labels[torch.meshgrid(*used, indexing="ij")])
             same = all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly)
             if int(reached.sum()) != inside.numel() or not same:
                 why = f"the example uses only {int(reached.sum())} of the {len(reached)} elements of {name}"
-                self._units.pin(labels, why)
+                self.units.pin(labels, why)
                 continue
             for dim in partly:  # as the first that is used
                 like = torch.arange(shape[dim])
                 like[~torch.isin(like, used[dim])] = used[dim][0]
                 labels = labels.index_select(dim, like)
-            self._units.unite(self.values[name], labels.reshape(-1))
+            self.units.unite(self.values[name], labels.reshape(-1))

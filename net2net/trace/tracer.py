@@ -6,7 +6,7 @@ views, so almost no memory). Data movement is applied to the labels themselves; 
 otherwise is one short rule (`rules`).
 """
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from types import CodeType
 from typing import Any
@@ -20,27 +20,38 @@ from ..network import Inputs, in_mode, run, tensors_in
 from ..tensors import parametrised
 from .facts import Call, Key, Labels, Layer, LayerKind
 from .graph import PLAIN, SeenAs, Trace
+from .modes import fork, learn_missed
 from .rules.registry import REWRITES, Rewrite, apply, describe_crash, function_name, pin_operands, put_in_order
 
 
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
     """Run an unwrapped network once in eval mode on `inputs` and return what the pass tells of its units."""
-    # A network that has parameters which the eval mode does not reach (auxiliary heads), or code of its own that asks
-    # for the mode, runs once in training mode, too. The units of its output are pinned: a result keeps its width.
+    # It runs once in training mode, too, if that may show more (see `modes`). The units of its output are pinned: a
+    # result keeps its width.
     result = Trace(model, seen_as)
     with parametrize.cached(), in_mode(model, training=False):  # in training a spectral norm refines its estimate
         for name, module, weight in parametrised(model):
             prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
             result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
-        known, held = result.parameters, (layer.tensors.values() for layer in result.layers.values())
-        reached = known.axes.keys() | known.values.keys() | {tensor for tensors in held for tensor in tensors}
-        missed = {name for name, _ in model.named_parameters() if name in known.tensors} - reached
-        if missed or _asks_for_mode(model):
-            with suppress(TransferError):  # it may need what an example does not give: several images, a target
-                _pass(model, inputs, result, training=True)
+        missed = result.parameters.tensors.keys() - _reached(result)
+        if not missed.isdisjoint(dict(model.named_parameters())) or _asks_for_mode(model):
+            result.both = both = fork(result)
+            try:
+                _pass(model, inputs, both, training=True)
+                result.trains = both.trains = True
+            except TransferError as error:  # it may need what an example does not give: several images, a target
+                result.failure = str(error)
+            learn_missed(result, both, missed)
+            both.parameters.complete()
         result.parameters.complete()
     return result
+
+
+def _reached(result: Trace) -> set[str]:
+    """Return the names of the tensors that the pass has met."""
+    known, held = result.parameters, (layer.tensors.values() for layer in result.layers.values())
+    return known.axes.keys() | known.values.keys() | {tensor for tensors in held for tensor in tensors}
 
 
 def _asks_for_mode(model: nn.Module) -> bool:
@@ -124,8 +135,9 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
         inputs = inputs.map(lambda x: x.detach().clone())  # new objects: the caller's tensors stay unlabelled
         for position, x in enumerate(inputs.tensors):
             if x.is_floating_point() or x.is_complex():
-                units = result.units.fresh(1, Key(f"input {position}")).expand(x.shape)
-                result.label(x, Labels(units, frozenset({"input"})))
+                key = Key(f"input {position}")
+                units = result.units.families[key] if training else result.units.fresh(1, key)
+                result.label(x, Labels(units.expand(x.shape), frozenset({"input"})))
         try:
             with mode:
                 output = model(*inputs.args, **inputs.kwargs)

@@ -28,6 +28,7 @@ class Units:
         self.meetings: set[Key] = set()  # all elementwise calls in which units met
         self.whole: list[tuple[Tensor, str]] = []  # labels that move as a whole only, and why
         self.pinned: list[tuple[Tensor, str]] = []  # labels that may not be copied at all, and why
+        self.mode = ""  # ends the keys of what is seen in training mode
         self._count = 0
         self._calls: Counter[tuple[str, str]] = Counter()
         self._root = torch.empty(0, dtype=torch.long)  # label -> smallest label of its unit
@@ -43,6 +44,26 @@ class Units:
         other._pending, other._without_contractions = list(self._pending), list(self._without_contractions)
         return other
 
+    def learn_new(self, other: "Units") -> Tensor:
+        """Learn what `other`, which went on from these units, says of new ones; tell for each label if it is old."""
+        # Labels that are new there become one unit as they are there, and one with an old unit. Old units that are one
+        # there stay apart.
+        mine, theirs, known = self.roots(), other.roots(), self._count
+        pairs = torch.unique(torch.stack([theirs[:known], mine]), dim=1)
+        met = torch.bincount(pairs[0], minlength=len(theirs))[theirs]  # how many old units each label is one with
+        self._count, self._ends, self._distinct = other._count, list(other._ends), list(other._distinct)
+        new = torch.arange(known, len(theirs))
+        self.unite(new[met[new] <= 1], theirs[new[met[new] <= 1]])
+        old = met > 0
+        for held, found in ((self.whole, other.whole), (self.pinned, other.pinned)):
+            held += [(labels[~old[labels]], why) for labels, why in found[len(held) :] if not bool(old[labels].all())]
+        for key, (children, parents) in other.relations.items():
+            if key not in self.relations and not bool(old[children].any() or old[parents].any()):
+                self.relations[key] = (children, parents)
+        self.families = other.families | self.families
+        self.meetings = self.meetings | other.meetings
+        return old
+
     def fresh(self, count: int, key: Key | None = None, distinct: bool = True) -> Tensor:
         """Return `count` labels that nothing carries yet, which can be paired by a `key` that both networks share."""
         # `distinct`: they are units of one layer, which `combine` must not make one.
@@ -56,6 +77,7 @@ class Units:
 
     def key(self, what: str, where: str) -> Key:
         """Return a name for the next `what` in a module; the same thing has it in the other network."""
+        what += self.mode
         self._calls[where, what] += 1
         return Key(where, what, self._calls[where, what])
 

@@ -289,12 +289,6 @@ REFUSED = {
         rows(lambda net, x: x * net.g[: x.shape[1]], g=lambda w: nn.Parameter(torch.randn(9 + w))),
         *(ROWS, "only 8 of the 17 elements of g"),
     ),
-    "a sum in training mode": (
-        when_training(lambda net, x: net.o(x / x.abs().sum(1, keepdim=True))),
-        ROWS,
-        "sum in the network mixes",
-    ),
-    "an output in training mode": (when_training(lambda net, x: (net.o(x), x)), ROWS, "it is the network's output"),
 }
 
 
@@ -303,6 +297,21 @@ def test_refusals_name_the_reason(name: str) -> None:
     make, example, message = REFUSED[name]
     with refused(message):
         transfer(make(4), make(8), example)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (lambda net, x: net.o(x / x.abs().sum(1, keepdim=True)), "sum in the network mixes"),
+        (lambda net, x: (net.o(x), x), "it is the network's output"),
+    ],
+    ids=["a sum", "an output"],
+)
+def test_what_training_alone_pins_is_exact_in_eval_mode_and_told(how: Callable, reason: str) -> None:
+    teacher, student = when_training(how)(4), when_training(how)(8)
+    record = transfer(teacher, student, ROWS)
+    assert_same(teacher, student, 9 * ROWS)
+    assert record.modes["train"].startswith("not kept: ") and reason in record.modes["train"]
 
 
 def test_a_network_that_cannot_be_copied_is_refused() -> None:

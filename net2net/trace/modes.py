@@ -1,0 +1,57 @@
+"""Two traces of one network: what the eval mode shows, and what the training mode adds to it.
+
+The trace of the eval mode decides what can grow. The network runs in training mode, too, if its own code asks for the
+mode, or if there are parameters that the eval mode does not reach. The second trace goes on from the first: a growth
+that fits both is exact in both modes. Of what it adds, the first takes over the layers that only training reaches, and
+what it says of their units, but nothing of units that the eval mode shows.
+"""
+
+from copy import copy
+from typing import TypeVar
+
+from torch import Tensor
+
+from .facts import LayerKind
+from .graph import Trace
+
+Held = TypeVar("Held")
+
+
+def fork(trace: Trace) -> Trace:
+    """Return a trace that goes on from here into the training mode; this one stays as it is."""
+    both, both_units, parameters = _copy(trace), _copy(trace.units), _copy(trace.parameters)
+    both.units, both.parameters = both_units, parameters
+    both_units.mode, parameters.units = " in training", both_units
+    parameters.reached = {name: reached.clone() for name, reached in parameters.reached.items()}
+    return both
+
+
+def _copy(holder: Held) -> Held:
+    """Copy an object with its containers, and the containers in those, but with the tensors themselves."""
+    copied = copy(holder)
+    for name, value in vars(holder).items():
+        if isinstance(value, (dict, list, set)):
+            vars(copied)[name] = value = copy(value)
+        if isinstance(value, dict):
+            value.update({key: copy(item) for key, item in value.items() if isinstance(item, (list, set))})
+    return copied
+
+
+def learn_missed(trace: Trace, both: Trace, missed: set[str]) -> None:
+    """Let the trace of the eval mode know the parameters `missed` there, from `both`, which went on from it."""
+    shown = trace.units.learn_new(both.units)
+
+    def is_new(labels: Tensor) -> bool:
+        return not bool(shown[labels].any())
+
+    norms = both.norms[len(trace.norms) :]
+    trace.norms += [n for n in norms if is_new(n.units) or (n.tensors and missed >= set(n.tensors.values()))]
+    trace.contractions += [c for c in both.contractions[len(trace.contractions) :] if is_new(c.left)]
+    for name, layer in both.layers.items():
+        if name not in trace.layers and layer.kind != LayerKind.OUTPUT:
+            trace.layers[name] = layer
+    trace.outputs = both.outputs | trace.outputs
+    trace.parameters.used |= both.parameters.used
+    for kind in ("axes", "values", "read_axis", "inner", "reached", "tensors"):
+        found = getattr(both.parameters, kind)
+        getattr(trace.parameters, kind).update({name: found[name] for name in missed & found.keys()})
