@@ -57,7 +57,7 @@ def _reached(result: Trace) -> set[str]:
 def _asks_for_mode(model: nn.Module) -> bool:
     """Tell whether a module that is not torch's own has code that names the training mode."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    own = [vars(base) for base in classes if not base.__module__.startswith(("torch.", "builtins"))]
+    own = [vars(base) for base in classes if not base.__module__.startswith("torch.")]
     own += [vars(module) for module in model.modules()]
     codes = [code for held in own for method in held.values() if (code := getattr(method, "__code__", None))]
     while codes:
