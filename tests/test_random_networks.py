@@ -147,7 +147,7 @@ def test_a_wrong_share_is_noticed() -> None:
     for pair in map(drawn, range(150)):
         before = state(pair.student)
         with contextlib.suppress(TransferError):
-            record = transfer(pair.teacher, pair.student, pair.inputs(2, 1))
+            record = transfer(pair.teacher, pair.student, pair.inputs(2, 1), split="equal")
             axes = [axis for origin in record.origins.values() for axis in origin.axes.values()]
             if alive(pair.teacher, pair.inputs) and any(axis.reads and axis.copies for axis in axes):
                 pair.student.load_state_dict(before)

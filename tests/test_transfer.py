@@ -305,7 +305,7 @@ REFUSED = {
     "a norm that keeps no eps": (
         lambda: functional_norm(4),
         lambda: functional_norm(6),
-        r"norm in the network needs the",
+        r"its eps is the number .* in the forward pass",
     ),
     "numbers for each layer": (lambda: scaled_layers(2), lambda: scaled_layers(3), r"s has shape .* keep their size"),
     "several attempts": (lambda: normed(8, torch.relu, False), lambda: normed(11, torch.tanh, True), None),
