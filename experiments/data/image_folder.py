@@ -129,7 +129,12 @@ def _fingerprint(parts: dict[str, list[str]], root: str, size: int) -> str:
     digest = blake2b(repr(size).encode(), digest_size=8)
     for name, pictures in parts.items():
         for path in pictures:
-            status = os.stat(path)
+            try:
+                status = os.stat(path)
+            except OSError as error:  # a link to nowhere
+                raise ExperimentError(
+                    f"The image {path} cannot be read ({error.strerror}): replace it, or delete it."
+                ) from error
             entry = (name, os.path.relpath(path, root), status.st_size, status.st_mtime_ns)
             digest.update(repr(entry).encode())
     return digest.hexdigest()

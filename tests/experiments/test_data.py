@@ -325,14 +325,18 @@ def test_a_cache_that_cannot_be_written_and_a_tree_larger_than_memory_are_refuse
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-@pytest.mark.parametrize("damage", ["truncated", "no picture"])
+@pytest.mark.parametrize("damage", ["truncated", "no picture", "a link to nowhere"])
 def test_an_unreadable_picture_is_named(config, root, suffix, damage):
     file = root / "train" / "dog" / f"broken.{suffix}"
     Image.fromarray(pixels(60, 60, 3)).save(file)
-    file.write_bytes(file.read_bytes()[:800] if damage == "truncated" else b"no picture")
+    if damage == "a link to nowhere":
+        file.unlink()
+        file.symlink_to("nowhere")
+    else:
+        file.write_bytes(file.read_bytes()[:800] if damage == "truncated" else b"no picture")
     with pytest.raises(ExperimentError, match=rf"The image .*dog/broken.{suffix} cannot be read \(.*: replace it"):
         load(config)
-    assert list(Path(config.cache).iterdir()) == []
+    assert not list(Path(config.cache).glob("*"))
 
 
 @pytest.mark.parametrize(
