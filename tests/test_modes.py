@@ -19,7 +19,7 @@ ROWS = torch.randn(6, 5, dtype=torch.double, generator=torch.Generator().manual_
 
 
 def trains(how: Callable, **parts: Callable[[int], nn.Module]) -> Callable[..., Net]:
-    """Two layers by the width between them; `how(net, h)` is what training makes of the first one's result."""
+    """Two layers with `width` units between them. In training, `how(net, h)` changes the first layer's output."""
 
     def make(width: int, rate: float = 0.25) -> Net:
         layers = {"a": nn.Linear(5, width), "b": nn.Linear(width, 3)}

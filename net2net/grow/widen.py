@@ -185,8 +185,8 @@ def _no_such_layer(description: Description, traced: Trace, pattern: str) -> Tra
 
 def _grow_most(grow: Callable[[Factors], nn.Module], factors: Factors) -> tuple[Factors, nn.Module]:
     """Grow all groups that can grow together, found by halving; return them and the network grown by them."""
-    # `grow` returns the grown network, or raises TransferError. If no group grows, the first reason is raised. Where
-    # many of hundreds of groups do not grow, the result is what `TRIES` attempts have found.
+    # `grow` returns the grown network, or raises TransferError. If no group grows, the first reason is raised. The
+    # search stops after `TRIES` attempts and returns the most that has grown until then.
     held: Factors = {}
     best: list[nn.Module] = []
     refusals: list[TransferError] = []

@@ -2,8 +2,8 @@
 
 The trace of the eval mode decides what can grow. The network runs in training mode, too, if its own code asks for the
 mode, or if there are parameters that the eval mode does not reach. The second trace goes on from the first: a growth
-that fits both is exact in both modes. Of what it adds, the first takes over the layers that only training reaches, and
-what it says of their units, but nothing of units that the eval mode shows.
+that fits both is exact in both modes. The first trace then takes over the layers that only training reaches, with their
+units. It takes over nothing about units that the eval mode shows.
 """
 
 from copy import copy
