@@ -45,15 +45,15 @@ class StudentStart:
         """The settings of `growth`."""
         return self.config.growth
 
-    def transfer(self) -> None:
-        """Fill the student so that it computes its teacher's function, as the settings of `growth` say."""
+    def transfer(self, split: str | None = None) -> None:
+        """Fill the student so that it computes its teacher's function, as `split` and the settings of `growth` say."""
         self.record = net2net.transfer(
             self.teacher,
             self.student,
             self.images(2),
             generator=self.generator,
             noise=self.growth.noise,
-            split=self.growth.split,
+            split=split or self.growth.split,
             calibrate=self.images(self.growth.calibrate) if self.growth.calibrate else None,
         )
 

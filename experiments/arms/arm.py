@@ -8,8 +8,8 @@ from typing import Any, Protocol
 class Start(Protocol):
     """What an arm can do to the student before it is trained. `experiments/start.py` does it."""
 
-    def transfer(self) -> None:
-        """Fill the student so that it computes its teacher's function, as the settings of `growth` say."""
+    def transfer(self, split: str | None = None) -> None:
+        """Fill the student so that it computes its teacher's function, as `split` and the settings of `growth` say."""
 
     def random_pad(self) -> None:
         """Fill one corner of each tensor with the teacher's; the rest stays as the constructor drew it."""

@@ -83,6 +83,22 @@ def test_shrink_pad_perturb_lies_between_random_pad_and_the_fresh_student(tiny: 
     assert differs
 
 
+def test_the_recipe_starts_as_its_teacher_with_units_that_are_no_copies(tiny: Make) -> None:
+    config = tiny("arms=[net2net,net2net_recipe]")
+    run = run_of(config)
+    teacher, images = run.make_network(None).eval(), run.images(16)
+    students = {name: run.make_network("wider") for name in ("net2net", "net2net_recipe")}
+    copies = {}
+    for name, student in students.items():
+        start.fill(name, teacher, student, config, run.images)
+        with torch.no_grad():
+            torch.testing.assert_close(student.eval()(images), teacher(images), rtol=1e-4, atol=1e-5)
+        rows = next(p for p in student.parameters() if p.dim() == 4).flatten(1)
+        copies[name] = len(rows) - len(rows.unique(dim=0))
+    assert copies["net2net"] > 0
+    assert copies["net2net_recipe"] == 0
+
+
 def test_distilled_learns_the_teachers_outputs_on_the_same_images(tiny: Make) -> None:
     """The loss is Hinton's, written out; the share 0 leaves the labels alone, and the teacher is not trained."""
     config = tiny("growth.guide_share=0.25", "growth.guide_temperature=3", "schedule.label_smoothing=0.1")

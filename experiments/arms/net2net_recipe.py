@@ -1,0 +1,24 @@
+"""Our recipe: grown exactly, but with new units in place of copies, and guided by the teacher while it trains on."""
+
+from .arm import Arm, Start
+
+
+def start(start: Start) -> None:
+    """Fill the student so that it computes its teacher's function, with new units that nothing reads at first."""
+    start.transfer(split="fresh")
+
+
+ARM = Arm(
+    name="net2net_recipe",
+    place=7,
+    summary="net2net with new units in place of copies, which also learns its teacher's outputs",
+    look=("#000000", (0, (3, 1)), "*"),
+    rate=0.1,
+    start=start,
+    needs_teacher=True,
+    starts_from_teacher=True,
+    is_default=False,
+    keeps_function=True,
+    is_guided=True,
+    reads=("calibrate", "optimizer_state", "guide_share", "guide_temperature"),
+)
