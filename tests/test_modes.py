@@ -243,3 +243,20 @@ def test_rounding_that_is_measured_in_training_leaves_the_buffers() -> None:
     assert record.measured is not None and 1.5e-8 < record.measured.max_relative < 1e-6
     assert record.modes["train"] == EXACT_IN_TRAINING
     assert unchanged(teacher, before)
+
+
+class Named(dict):
+    """An output that refuses to be changed, as those of transformers do."""
+
+    def update(self, *_: object) -> None:
+        raise TypeError("it is what the network returned")
+
+
+def test_what_the_network_returns_is_not_copied() -> None:
+    def make(width: int) -> Net:
+        layers = {"a": nn.Linear(5, width), "b": nn.Linear(width, 3)}
+        return Net(layers, lambda net, x: Named(logits=add_noise(net, net.a(x)) if net.training else net.b(net.a(x))))
+
+    small, large = look_trained(make(4)), look_trained(make(6), seed=1)
+    transfer(small, large, ROWS)
+    assert_same(small, large, ROWS)

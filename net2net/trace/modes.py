@@ -6,6 +6,7 @@ that fits both is exact in both modes. The first trace then takes over the layer
 units. It takes over nothing about units that the eval mode shows.
 """
 
+from collections import Counter
 from copy import copy
 from typing import TypeVar
 
@@ -30,10 +31,10 @@ def _copy(holder: Held) -> Held:
     """Copy an object with its containers, and the containers in those, but with the tensors themselves."""
     copied = copy(holder)
     for name, value in vars(holder).items():
-        if isinstance(value, (dict, list, set)):
-            vars(copied)[name] = value = copy(value)
-        if isinstance(value, dict):
-            value.update({key: copy(item) for key, item in value.items() if isinstance(item, (list, set))})
+        if type(value) in (dict, list, set, Counter):  # not the network's output, which may refuse it
+            vars(copied)[name] = held = copy(value)
+            if isinstance(held, dict):
+                held.update({key: copy(item) for key, item in held.items() if isinstance(item, (list, set))})
     return copied
 
 
