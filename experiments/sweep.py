@@ -115,7 +115,7 @@ def read_failures() -> Iterator[str]:
     """Yield why jobs of this process's sweep failed."""
     for folder in planned:
         with suppress(FileNotFoundError):
-            yield (folder / FAILURE).read_text().strip()
+            yield (folder / FAILURE).read_text(encoding="utf-8").strip()
 
 
 def job_name(config: Config) -> str:

@@ -88,6 +88,40 @@ def shifted(branches: int) -> Net:
     return Net(parts | {each: nn.ParameterList(tensors) for each, tensors in numbers.items()}, how)
 
 
+def steps_side_by_side(blocks: int, n: int = 2) -> Net:
+    """All steps of a stream, read together (C2f of YOLOv8)."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        steps = list(F.silu(net.a(x)).chunk(2, 1))
+        for block in net.blocks:
+            steps.append(steps[-1] + block(steps[-1]))
+        return net.fc(net.b(torch.cat(steps, 1)).mean((2, 3)))
+
+    parts = {"a": conv(3, 2 * n), "b": conv((2 + blocks) * n, n), "fc": nn.Linear(n, 4)}
+    return Net(parts | {"blocks": nn.ModuleList(conv(n, n) for _ in range(blocks))}, how)
+
+
+def low_rank(scale: float) -> Net:
+    """A layer beside one of low rank, which is multiplied by a number (LoRA)."""
+    parts = {"a": nn.Linear(3, 4), "down": nn.Linear(3, 2), "up": nn.Linear(2, 4), "fc": nn.Linear(4, 5)}
+    return Net(parts, lambda net, x: net.fc(net.a(x := x.mean((2, 3))) + net.up(net.down(x)) * scale))
+
+
+@pytest.mark.parametrize("split", ["equal", "uneven", "paired", "fresh"])
+def test_the_step_of_a_new_block_is_read_with_zero_weights(split: str) -> None:
+    teacher, student = steps_side_by_side(1), steps_side_by_side(3, 5)
+    grow(teacher, student, split=split)
+    assert not student.b.weight[:2, -10:].any()
+    with torch.no_grad():
+        student.b.weight[:2, -5] += 0.1  # negative control: the stream is read once more
+    assert equivalence(teacher, student, images()).max_relative > 1e-3
+
+
+@pytest.mark.parametrize(("before", "after"), [(2.0, 0.5), (2.0, 1.0), (1.0, 2.0), (1.0, 1.0)])
+def test_a_layer_takes_the_number_that_multiplies_it_for_its_own(before: float, after: float) -> None:
+    grow(low_rank(before), low_rank(after))
+
+
 DEEPER = {
     "blocks of addmm": (lambda: of_matrices(1, 1), lambda: of_matrices(2, 3)),
     "blocks of addmm, wider": (lambda: of_matrices(1, 1), lambda: of_matrices(2, 2, n=7)),

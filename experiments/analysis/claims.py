@@ -109,7 +109,7 @@ class Finding:
 
 def read_claims(path: Path) -> list[Claim]:
     """Return the claims in a file; ExperimentError, which names the claim, if one is malformed."""
-    return parse_claims(path.read_text(), path)
+    return parse_claims(path.read_text(encoding="utf-8"), path)
 
 
 def parse_claims(text: str, path: str | Path) -> list[Claim]:

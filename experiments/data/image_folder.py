@@ -28,6 +28,7 @@ class Pictures(ImageFolder):
         def is_picture(file: str) -> bool:
             return "/." not in file.removeprefix(str(folder)) and file.lower().endswith(IMG_EXTENSIONS)
 
+        _refuse_circles(folder)
         try:
             super().__init__(folder, is_valid_file=is_picture)
         except (FileNotFoundError, ValueError) as error:
@@ -39,6 +40,14 @@ class Pictures(ImageFolder):
         """Return the names of the classes, sorted, and their numbers."""
         names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
         return names, {name: number for number, name in enumerate(names)}
+
+
+def _refuse_circles(folder: Path) -> None:
+    """Raise ExperimentError if a link below the folder leads to a folder around it, which would be read for ever."""
+    for place, folders, _ in os.walk(folder, followlinks=True):
+        for link in (Path(place, name) for name in folders if os.path.islink(Path(place, name))):
+            if any(os.path.samefile(link, around) for around in link.parents):
+                raise ExperimentError(f"The link {link} leads to a folder that contains it: delete it.")
 
 
 def find_pictures(root: str | None, data: str, tests: tuple[str, ...]) -> tuple[Pictures, Pictures]:
@@ -70,9 +79,16 @@ def read_picture(file: str, prepare: Callable[[Image.Image], object] | None = No
             if opened.mode == "RGB":  # convert would copy it
                 opened.load()
                 return opened
-            return opened.convert("RGB")
+            return _to_eight_bits(opened).convert("RGB")
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise ExperimentError(f"The image {file} cannot be read ({error}): replace it, or delete it.") from error
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return a picture of 16 bits a pixel with the upper 8; refuse numbers of which no scale is known."""
+    if image.mode in ("I", "F"):  # convert would make everything above 255 white
+        raise ValueError(f"what is white in Pillow's mode {image.mode} is not known: save it with 8 or 16 bits a pixel")
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I;16") else image
 
 
 def crop_centre(image: Image.Image, side: int, size: int) -> Image.Image:

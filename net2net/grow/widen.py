@@ -15,7 +15,7 @@ from ..network import Example, Inputs, run, unwrap
 from ..trace.graph import Trace
 from ..trace.tracer import trace
 from ..transfer import Transfer, transfer
-from .describe import Description, describe_trace
+from .describe import Description, Group, describe_trace
 from .shapes import attach_record, count_copies, follow_widths, make_room, put_idle_back, split_groups
 
 Widths = float | Mapping[str, float | int]
@@ -97,7 +97,7 @@ def _widen(
         return _make_runnable(inputs, traced, count_copies(traced, parts, factors), trial=True)[0]
 
     if isinstance(widths, Mapping):
-        return grow(_requested_factors(description, widths, traced))
+        return grow(_requested_factors(description, parts, widths, traced))
     _check_width(widths, "the layers")
     free = [k for k, group in enumerate(description.groups) if group.free]
     if widths < 1 or not free:
@@ -138,7 +138,9 @@ def _check_width(width: object, what: str) -> None:
         raise TransferError(f"{width!r} is no width for {what}: give a factor (a float) or a number of units (an int).")
 
 
-def _requested_factors(description: Description, widths: Mapping[str, float | int], traced: Trace) -> Factors:
+def _requested_factors(
+    description: Description, parts: list[list[Tensor]], widths: Mapping[str, float | int], traced: Trace
+) -> Factors:
     """Return the factor of every group that `widths` names; raise TransferError if one cannot grow so."""
     first_names = traced.parameters.first_names.items()
     other_names = [(name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in first_names]
@@ -164,8 +166,17 @@ def _requested_factors(description: Description, widths: Mapping[str, float | in
             factor = width / now if isinstance(width, Integral) else width
             if factor < 1:
                 raise TransferError(f"{name} has {now} units: it cannot shrink to {width}.")
+            made = _reached_width(traced, description.groups[k], count_copies(traced, parts, {k: factor}))
+            if isinstance(width, Integral) and made != width:
+                steps = "its units grow in steps, as those of gates or heads do"
+                raise TransferError(f"{name} cannot grow from {now} to {width} units, but to {made}: {steps}.")
             factors[k] = max(factor, factors.get(k, 1.0))
     return factors
+
+
+def _reached_width(traced: Trace, group: Group, count: Tensor) -> int:
+    produced = [x.produces for x in traced.mixers if x.produces is not None and x.module in group.layers]
+    return round(group.width * float(count[traced.units.roots()[max(produced, key=len)]].mean()))
 
 
 def _no_such_layer(description: Description, traced: Trace, pattern: str) -> TransferError:

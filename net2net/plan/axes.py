@@ -33,6 +33,8 @@ def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> t
         parts = _number_parts(roots, plan.apart[units]), _number_parts(theirs, plan.teacher_apart[source])
         index = match_entries(roots, plan.g[roots], theirs, parts)
         _check_complete(name, index, len(source), dim)
+        if reads and _reads_silent(plan, name):  # it may read a stream once more, behind a branch that adds zero to it
+            index = torch.where((index == NEW) & (plan.g[roots] >= 0), ZERO, index)
         _check_closed(plan, name, roots, index)
     if reads:
         layer = plan.student.layers.get(name)
@@ -51,6 +53,11 @@ def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> t
     if inner is None:
         plan.producing_axes[id(units), id(source)] = labels, axis, rows
     return axis, rows
+
+
+def _reads_silent(plan: Plan, name: str) -> bool:
+    layer = plan.student.layers.get(name)
+    return layer is not None and not plan.roles.silent.isdisjoint(layer.sources | layer.norms_since)
 
 
 def reading_axis(plan: Plan, index: Tensor, roots: Tensor, groups: int, means: tuple[Tensor, ...] = ()) -> Axis:

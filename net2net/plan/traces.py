@@ -62,8 +62,7 @@ def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[froz
     # An example is an embedding times the root of the width, to which positions are added: no reader of the sum can
     # undo that number, but the embedding can.
     theirs, mine = (
-        {layer: next(iter(by)) for layer, by in each.multipliers.items() if len(by) == 1 and by != {1.0}}
-        for each in traces
+        {layer: next(iter(by)) for layer, by in each.multipliers.items() if len(by) == 1} for each in traces
     )
     try:
         names = teacher_names(traces[1], traces[0], rename)

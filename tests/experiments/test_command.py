@@ -1,5 +1,6 @@
 """The command line: what is wrong with it is said in one sentence, at once, and nothing is left behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -115,6 +116,14 @@ def test_values_that_hydra_cannot_read_are_quoted(monkeypatch):
     assert quote_values(words) == quoted
     read = OverridesParser.create().parse_overrides(quoted[:3])
     assert [override.value() for override in read] == ["/home/a/x", "/a/lr=1", "a#b's"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(encoding):
+    program = "import sys, experiments; print('1 – 2'); print('1 – 2', file=sys.stderr)"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (run.stdout, run.stderr, run.returncode) == ("1 ? 2\n", "1 ? 2\n", 0)
 
 
 def run_without_torch(*typed: str) -> subprocess.CompletedProcess[str]:

@@ -324,6 +324,28 @@ def test_a_cache_that_cannot_be_written_and_a_tree_larger_than_memory_are_refuse
         load(config)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_picture_of_16_bits_keeps_its_scale_and_numbers_without_one_are_refused(tmp_path, suffix):
+    file = tmp_path / f"ramp.{suffix}"
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).save(file)
+    assert np.array_equal(np.array(image_folder.read_picture(str(file)))[..., 0].ravel(), np.arange(256))
+    for kind in (np.float32, np.int32):
+        Image.fromarray(np.zeros((4, 4), kind)).save(tmp_path / "a.tif")
+        with pytest.raises(ExperimentError, match=r"a\.tif cannot be read \(what is white .* 8 or 16 bits a pixel"):
+            image_folder.read_picture(str(tmp_path / "a.tif"))
+
+
+@pytest.mark.parametrize("target", ["train/cat", "."])
+def test_a_link_to_a_folder_around_it_is_named_and_other_links_are_followed(config, root, target, tmp_path):
+    os.rename(root / "train" / "dog", tmp_path / "dogs")
+    (root / "train" / "dog").symlink_to(tmp_path / "dogs")
+    assert len(load(config).train) == 24
+    for name in ("one", "two"):
+        (root / "train" / "cat" / name).symlink_to(root / target)
+    with pytest.raises(ExperimentError, match=r"The link .*cat/(one|two) leads to a folder that contains it: delete"):
+        load(config)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize("damage", ["truncated", "no picture", "a link to nowhere"])
 def test_an_unreadable_picture_is_named(config, root, suffix, damage):

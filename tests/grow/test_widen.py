@@ -272,6 +272,20 @@ def test_a_search_among_groups_has_an_end(monkeypatch, tries: int, groups: int) 
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.parametrize(("width", "made"), [(17, 16), (18, 20)])
+def test_a_number_of_units_that_gates_cannot_have_is_refused(width: int, made: int) -> None:
+    """Four gates share their units, so the layer grows by four at a time."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        i, f, o, g = net.a(x).chunk(4, -1)
+        return net.out(o.sigmoid() * torch.tanh(i.sigmoid() * g.tanh() + f.sigmoid()))
+
+    net = look_trained(Net({"a": nn.Linear(3, 16), "out": nn.Linear(4, 2)}, how))
+    with refused(f"a cannot grow from 16 to {width} units, but to {made}"):
+        widen(net, rows(), {"a": width})
+    assert size(assert_wider(net, rows, {"a": 20}), "a") == [20]
+
+
 def test_a_parametrisation_of_fixed_shape_is_refused() -> None:
     net = nn.Sequential(orthogonal(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
     with refused("parametrisation", net):
