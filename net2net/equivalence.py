@@ -22,7 +22,7 @@ class Equivalence:
 
     max_abs: float  #: the largest |teacher - student| over all outputs
     max_relative: float  #: the same over the teacher's largest |output|
-    agree: int  #: how many rows have the same largest entry (top-1)
+    agree: int  #: how many rows have the same largest entry (top-1); of N x T x classes, each position is a row
     examples: int  #: how many rows there are
     mode: str  #: how the networks ran, "eval" or "train"
 
@@ -69,7 +69,7 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
     pairs = [[x.to(torch.complex128 if x.is_complex() else torch.double) for x in pair] for pair in pairs]
     differences = [(a - b).abs().max().item() for a, b in pairs]
     sizes = [a.abs().max().item() for a, _ in pairs]
-    a, b = pairs[0]
+    a, b = (x.flatten(0, 1) if x.dim() == 3 else x for x in pairs[0])
     examples = len(a) if a.dim() > 1 and not a.is_complex() else 0
     if not all(map(math.isfinite, differences)):  # max() of a NaN would depend on the order
         return Equivalence(float("nan"), float("nan"), 0, examples, mode)

@@ -14,6 +14,7 @@ from experiments.config import CONFIGS
 ROOT = Path(__file__).parents[1]
 DOCS = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
 PAGES = sorted(["README.md", "CONTRIBUTING.md", "results/README.md", *DOCS])
+SLOW = {"docs/language-models.md"}
 HEADERS = sorted(f"configs/{path.relative_to(CONFIGS)}" for path in CONFIGS.rglob("*.yaml"))
 ROUNDING = re.compile(r"\d\.\d\de-\d\d")  # differs from machine to machine
 
@@ -48,7 +49,9 @@ def test_some_pages_have_code():
     assert {page for page in PAGES if blocks(page)} >= {"README.md", "docs/growing-your-own.md", "docs/exactness.md"}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES if blocks(page)]
+)
 def test_every_block_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     torch.manual_seed(0)

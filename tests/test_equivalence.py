@@ -10,6 +10,7 @@ from networks import Net, chain
 from torch import Tensor, nn
 
 from net2net import Equivalence, equivalence, transfer
+from net2net.equivalence import compare
 from net2net.testing import look_trained
 
 
@@ -28,6 +29,13 @@ def test_the_largest_difference_is_reported_and_nothing_cancels() -> None:
     assert (theirs - mine).sum() == 0
     assert measured == Equivalence(max_abs=1.0, max_relative=0.25, agree=1, examples=2, mode="eval")
     assert str(measured) == "max |difference| 1.00e+00, relative 2.50e-01, same top-1 on 1 of 2 (eval mode)"
+
+
+def test_each_position_of_a_sequence_counts() -> None:
+    theirs = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]])
+    mine = theirs.clone()
+    mine[0, 2] = torch.tensor([4.0, 3.0])
+    assert (compare(theirs, mine).agree, compare(theirs, mine).examples) == (2, 3)
 
 
 def test_the_difference_is_relative_to_the_teacher() -> None:

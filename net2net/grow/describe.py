@@ -97,16 +97,19 @@ def describe_trace(traced: Trace) -> Description:
     """Return the groups of units of a network that was traced already. Closes the groups of its units."""
     traced.units.close()
     roots = traced.units.roots()
-    layers = [layer for layer in traced.mixers if layer.produces is not None]
-    number = _components([torch.unique(roots[layer.produces]) for layer in layers], len(roots))
-    members: dict[int, list[Layer]] = defaultdict(list)
-    for layer in layers:
-        members[int(number[roots[layer.produces]][0])].append(layer)
+    layers = traced.mixers
+    produced = [(layer, layer.produces) for layer in layers if layer.produces is not None]
+    # A table that is read as a layer's weight, too, is that layer in the trace; its rows are what the layer reads.
+    tables = [(layer, layer.reads) for layer in layers if layer.options.get("embedding") and layer.reads is not None]
+    number = _components([torch.unique(roots[units]) for _, units in produced], len(roots))
+    members: dict[int, list[tuple[Layer, Tensor]]] = defaultdict(list)
+    for layer, units in tables + produced:
+        members[int(number[roots[units]][0])].append((layer, units))
     readers = _collect(((layer.reads, layer.module) for layer in layers if layer.reads is not None), number[roots])
     # Tensors with an entry for each unit, of layers that produce none.
     entries = {name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None}
     entries = (entries | traced.parameters.values).items()
-    producers = {layer.name for layer in layers}
+    producers = {layer.name for layer, _ in produced}
     held = ((units, name.rpartition(".")[0] or name) for name, units in entries if name not in producers)
     carriers = _collect(held, number[roots])
     seen = [(n.units, n.module or "in the network", n.kind) for n in traced.norms if n.kind != NormKind.EXTREME]
@@ -115,14 +118,14 @@ def describe_trace(traced: Trace) -> Description:
     pinned, whole = _collect(traced.units.pinned, roots), _find_wholes(traced, roots)
     groups = []
     for k, producers in members.items():
-        units = torch.unique(torch.cat([roots[layer.produces] for layer in producers]))
+        units = torch.unique(torch.cat([roots[units] for _, units in producers]))
         labels = units.tolist()
         groups.append(
             Group(
-                layers=tuple(dict.fromkeys(layer.module for layer in producers)),
+                layers=tuple(dict.fromkeys(layer.module for layer, _ in producers)),
                 carriers=tuple(carriers[k]),
                 readers=tuple(readers[k]),
-                width=max(_width(traced, layer) for layer in producers),
+                width=max(_width(traced, layer, units) for layer, units in producers),
                 pinned=next((why for label in labels for why in pinned[label]), None),
                 whole=next((whole[label] for label in labels if label in whole), None),
                 norms=tuple(dict.fromkeys(name for label in labels for name in norms[label])),
@@ -162,12 +165,10 @@ def _collect(pairs: Iterable[tuple[Tensor, str]], number: Tensor) -> Reasons:
     return found
 
 
-def _width(traced: Trace, layer: Layer) -> int:
+def _width(traced: Trace, layer: Layer, units: Tensor) -> int:
     """Return what the layer's class calls its width: an LSTM counts a unit once, not each of its gates."""
-    assert layer.produces is not None
     module = traced.model.get_submodule(layer.module) if layer.module in traced.module_names else None
-    produced = len(layer.produces)
-    return min(produced, module.hidden_size) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else produced
+    return min(len(units), module.hidden_size) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else len(units)
 
 
 def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torchvision import models
 
-from net2net import TransferError, deepen, equivalence, load_record, replay, save_record, widen
+from net2net import TransferError, deepen, describe, equivalence, load_record, replay, save_record, widen
 from net2net.testing import look_trained
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -142,6 +142,25 @@ def test_modules_know_their_new_widths() -> None:
 
 
 # -- what is kept -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["table", "head"])
+def test_a_tied_table_stands_in_the_row_of_its_stream_and_either_name_widens_it(name: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.mlp, self.norm = nn.Embedding(11, 4), mlp(4, 6, 4), nn.LayerNorm(4)
+            self.head = nn.Linear(4, 11, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.table(x)
+            return self.head(self.norm(x + self.mlp(x)))
+
+    model = look_trained(Model())
+    assert [group.layers for group in describe(model, tokens()).groups if group.width == 4] == [("table", "mlp.2")]
+    grown = assert_wider(model, tokens, {name: 8})
+    assert grown.head.weight is grown.table.weight and grown.table.weight.shape == (11, 8)
 
 
 def test_tied_weights_stay_tied() -> None:
