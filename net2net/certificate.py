@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .equivalence import compare
 from .errors import TransferError
 from .grow.describe import describe
-from .network import Example, Inputs, run, tensors_in, unwrap
+from .network import Example, Inputs, Outputs, run, tensors_in, unwrap
 from .record import How, Record
 from .transfer import check_networks
 
@@ -25,7 +25,12 @@ KEYS = {"format", "operator", "settings", "teacher", "student", "inputs", "diffe
 
 
 def certify(
-    record: Record, teacher: nn.Module, student: nn.Module, inputs: Example, settings: Mapping[str, Any] | None = None
+    record: Record,
+    teacher: nn.Module,
+    student: nn.Module,
+    inputs: Example,
+    settings: Mapping[str, Any] | None = None,
+    outputs: Outputs = None,
 ) -> Certificate:
     """Measure a student that was just grown, and return a certificate of its growth, for `verify`.
 
@@ -50,6 +55,7 @@ def certify(
         student: the grown network, not yet trained.
         inputs: a tensor, a tuple of arguments or a dict of keyword arguments. Keep them for `verify`.
         settings: what else was done to the student, as `{"calibrate": 1000}`: anything that JSON can hold.
+        outputs: what of the result counts, as of `transfer`. Say the same to `verify`.
 
     Raises:
         TransferError: the record is of other networks, or they differ by no finite number in eval mode.
@@ -69,7 +75,7 @@ def certify(
         "teacher": _digest_network(teacher),
         "student": _digest_network(student),
         "inputs": _digest_inputs(inputs),
-        "difference": {mode: _measure(teacher, student, Inputs.of(inputs), mode)[0] for mode in MODES},
+        "difference": {mode: _measure(teacher, student, Inputs.of(inputs, outputs), mode)[0] for mode in MODES},
         "layers": layers,
         "pinned": {
             layer: group.pinned for group in describe(teacher, inputs).groups if group.pinned for layer in group.layers
@@ -82,7 +88,11 @@ def certify(
 
 
 def verify(
-    certificate: Mapping[str, Any], teacher: nn.Module, student: nn.Module, inputs: Example | None = None
+    certificate: Mapping[str, Any],
+    teacher: nn.Module,
+    student: nn.Module,
+    inputs: Example | None = None,
+    outputs: Outputs = None,
 ) -> str:
     """Check that two networks are those of a certificate, and that they differ by what it says.
 
@@ -95,6 +105,7 @@ def verify(
         teacher: the network that was grown.
         student: the grown network, as it was before its training.
         inputs: those that the difference was measured on. Without them it is not measured again.
+        outputs: as of `certify`.
 
     Returns:
         A sentence that says what was found to be as certified.
@@ -128,7 +139,7 @@ def verify(
     said = []
     for mode in MODES:
         stated = certificate["difference"][mode]
-        found, largest = _measure(teacher, student, Inputs.of(inputs), mode)
+        found, largest = _measure(teacher, student, Inputs.of(inputs, outputs), mode)
         said.append(f"{_say(found)} in {mode} mode")
         if not _is_close(stated, found, _tolerance(teacher, student), largest):
             faults.append(f"The difference in {mode} mode is {_say(found)}, and {_say(stated)} by the certificate.")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import TransferError, no_other_error
-from .network import Example, Inputs, run, tensors_in, unwrap
+from .network import Example, Inputs, Outputs, run, tensors_in, unwrap
 from .randomness import SameForAll
 from .rounding import disturbed_runs
 
@@ -34,7 +34,9 @@ class Equivalence:
 
 
 @no_other_error("equivalence")
-def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode: str = "eval") -> Equivalence:
+def equivalence(
+    teacher: nn.Module, student: nn.Module, inputs: Example, *, mode: str = "eval", outputs: Outputs = None
+) -> Equivalence:
     """Measure |teacher - student|, in the precision of their weights: `torch.autocast` around the call is off.
 
     Args:
@@ -43,6 +45,7 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
         inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
         mode: "eval", or "train" to let batch norm use the batch's statistics. Running statistics, modes and the random
             state are put back. Dropout makes the train mode meaningless.
+        outputs: what of the result counts, as of `transfer`.
 
     Raises:
         TransferError: the outputs differ in shape, a forward pass fails, or the mode is neither.
@@ -53,7 +56,7 @@ def equivalence(teacher: nn.Module, student: nn.Module, inputs: Example, *, mode
     """
     if mode not in ("eval", "train"):
         raise TransferError(f"The mode {mode!r} is unknown: it is 'eval' or 'train'.")
-    teacher, student, arguments = unwrap(teacher), unwrap(student), Inputs.of(inputs)
+    teacher, student, arguments = unwrap(teacher), unwrap(student), Inputs.of(inputs, outputs)
     mine, theirs = (run(model, arguments, training=mode == "train") for model in (student, teacher))
     return compare(theirs, mine, mode)
 

@@ -1,8 +1,8 @@
 """Run a network and leave it as it was: its inputs, its modes, its wrappers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from .errors import TransferError
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
+Outputs = Callable[[Any], Any] | str | Sequence[str] | None  # what of a network's result counts; None: all of it
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 QUANTISED_MODULES = ("torch.ao.nn", "torch.nn.quantized")
@@ -44,16 +45,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a forward pass."""
+    """The arguments of a forward pass, and what of its result counts."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    outputs: Outputs = None
 
     @classmethod
-    def of(cls, example: Example) -> "Inputs":
+    def of(cls, example: Example, outputs: Outputs = None) -> "Inputs":
         """Return the arguments that `example` stands for: one tensor, a tuple of arguments or a dict of keywords."""
         args = example if isinstance(example, tuple) else (example,) if isinstance(example, Tensor) else ()
-        inputs = cls(args, example if isinstance(example, dict) else {})
+        inputs = cls(args, example if isinstance(example, dict) else {}, outputs)
         if not inputs.tensors:
             kinds = "a tensor, a tuple of arguments or a dict of keyword arguments"
             raise TransferError(f"The example must be {kinds}, with at least one tensor in it.")
@@ -66,7 +68,20 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """Return the same arguments with every tensor changed."""
-        return Inputs(_map(self.args, change), _map(self.kwargs, change))
+        return replace(self, args=_map(self.args, change), kwargs=_map(self.kwargs, change))
+
+    def select(self, result: Any) -> Any:
+        """Return what counts of a network's result; raise TransferError if it has no such part."""
+        if self.outputs is None:
+            return result
+        if callable(self.outputs):
+            chosen = self.outputs(result)
+        else:
+            names = [self.outputs] if isinstance(self.outputs, str) else self.outputs
+            chosen = [result.get(name) if isinstance(result, dict) else getattr(result, name, None) for name in names]
+        if not tensors_in(chosen):
+            raise TransferError(f"outputs={self.outputs!r} chooses no tensor of the result, a {type(result).__name__}.")
+        return chosen
 
     def draw_like(self, numbers: int | None = 2**16) -> "Inputs":
         """Draw other inputs: normal noise of the same deviation for floating tensors, else the example's numbers."""
@@ -166,7 +181,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """Return the network's output on these very tensors; raise TransferError if the forward pass fails."""
     try:
-        return model(*inputs.args, **inputs.kwargs)
+        return inputs.select(model(*inputs.args, **inputs.kwargs))
     except TransferError:
         raise
     except Exception as error:

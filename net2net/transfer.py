@@ -19,7 +19,7 @@ from .equivalence import assert_equivalent, assert_equivalent_in_training
 from .errors import TransferError, no_other_error
 from .fill.fill import SPLITS, add_noise, fill
 from .fill.new_layers import calibrate as measure_norms
-from .network import Example, Inputs, unwrap
+from .network import Example, Inputs, Outputs, unwrap
 from .optimizer import gradients, optimizer_state, parameter_groups
 from .plan.names import Rename
 from .plan.new_layers import check_identities, new_batch_norms
@@ -97,6 +97,7 @@ def transfer(  # noqa: PLR0913 (public signature)
     depth: str = "identity",
     rename: Rename = None,
     calibrate: Tensor | Iterable[Example] | None = None,
+    outputs: Outputs = None,
 ) -> Transfer:
     """Fill `student` in place so that it computes the function of `teacher` in eval mode, up to rounding.
 
@@ -123,6 +124,8 @@ def transfer(  # noqa: PLR0913 (public signature)
             "" marks a layer that the teacher lacks.
         calibrate: one batch of inputs, or several, on which the statistics of new batch norms are measured (paper,
             section 3.4). Without them those are exact in eval mode only.
+        outputs: what of the result counts, where it is not all of it: a function of the result, the name of a part, or
+            names. What else the network returns may then change.
 
     Returns:
         The record: where every tensor came from, the measured difference, and `modes`: "eval" and "train", and how far
@@ -137,7 +140,7 @@ def transfer(  # noqa: PLR0913 (public signature)
     _check_arguments(teacher, student, noise, split, depth)
     generator = generator or torch.Generator().manual_seed(0)
     teacher, student = unwrap(teacher), unwrap(student)
-    traces = trace_both(teacher, student, Inputs.of(example), rename)
+    traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
     attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled_layers[0]))
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
@@ -172,6 +175,7 @@ def random_pad(
     *,
     generator: torch.Generator | None = None,
     rename: Rename = None,
+    outputs: Outputs = None,
 ) -> Transfer:
     """Fill one corner of `student` in place with the teacher's weights, the paper's baseline (section 4.2).
 
@@ -184,6 +188,7 @@ def random_pad(
         example: an input of both, as of `transfer`.
         generator: draws the units to copy, as of `transfer`.
         rename: student names to teacher names, as of `transfer`.
+        outputs: what of the result counts, as of `transfer`.
 
     Returns:
         The record; its split is "pad".
@@ -193,7 +198,7 @@ def random_pad(
     """
     generator = generator or torch.Generator().manual_seed(0)
     teacher, student = unwrap(teacher), unwrap(student)
-    traces = trace_both(teacher, student, Inputs.of(example), rename)
+    traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
 
     def pad(attempt: Attempt) -> Record:
         return make_record(_plan(traces, attempt, generator), student, generator.get_state(), "pad")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..blend import Blend
 from ..errors import TransferError, no_other_error
-from ..network import Example, Inputs, unwrap
+from ..network import Example, Inputs, Outputs, unwrap
 from ..trace.graph import Trace
 from ..trace.tracer import trace
 from ..transfer import transfer
@@ -26,6 +26,7 @@ def deepen(  # noqa: PLR0913 (public signature)
     generator: torch.Generator | None = None,
     depth: str = "identity",
     calibrate: Tensor | Iterable[Example] | None = None,
+    outputs: Outputs = None,
 ) -> nn.Module:
     """Return a deeper copy of a network, of the same class, that computes the same function (paper, section 3.4).
 
@@ -43,6 +44,7 @@ def deepen(  # noqa: PLR0913 (public signature)
         generator: as of `transfer`.
         depth: as of `transfer`.
         calibrate: as of `transfer`.
+        outputs: as of `transfer`.
 
     Returns:
         The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own).
@@ -57,7 +59,7 @@ def deepen(  # noqa: PLR0913 (public signature)
         >>> len(deeper.state_dict()) - len(model.state_dict())
         3
     """
-    model, inputs = unwrap(model), Inputs.of(example)
+    model, inputs = unwrap(model), Inputs.of(example, outputs)
     if not after:
         raise TransferError("No module is named to put a layer behind.")
     traced = trace(model, inputs)
@@ -72,7 +74,8 @@ def deepen(  # noqa: PLR0913 (public signature)
         module.add_module("deeper", new.to(reference.device, reference.dtype).train(model.training))
         if not _calls_children(module):
             module.register_forward_hook(_call_deeper)
-    record = transfer(model, deeper, example, generator=generator, rename={}, depth=depth, calibrate=calibrate)
+    how = {"generator": generator, "rename": {}, "depth": depth, "calibrate": calibrate, "outputs": outputs}
+    record = transfer(model, deeper, example, **how)
     attach_record(deeper, record)
     return deeper
 

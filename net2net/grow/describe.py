@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import no_other_error
-from ..network import Example, Inputs, unwrap
+from ..network import Example, Inputs, Outputs, unwrap
 from ..trace.facts import Layer, NormKind
 from ..trace.graph import Trace
 from ..trace.tracer import trace
@@ -69,12 +69,13 @@ def _list_some(names: tuple[str, ...], most: int = 3) -> str:
 
 
 @no_other_error("describe")
-def describe(model: nn.Module, example: Example) -> Description:
+def describe(model: nn.Module, example: Example, *, outputs: Outputs = None) -> Description:
     """Return the groups of units that only grow together, found in one forward pass.
 
     Args:
         model: the network, which is left as it was.
         example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        outputs: what of the result counts, as of `transfer`.
 
     Returns:
         The groups; printed, they are a table.
@@ -90,7 +91,7 @@ def describe(model: nn.Module, example: Example) -> Description:
             2  2                pinned: it is the network's output
         2 groups of units, 1 of them free to grow to any width
     """
-    return describe_trace(trace(unwrap(model), Inputs.of(example)))
+    return describe_trace(trace(unwrap(model), Inputs.of(example, outputs)))
 
 
 def describe_trace(traced: Trace) -> Description:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attempts import Patience
 from ..errors import TransferError, no_other_error
-from ..network import Example, Inputs, run, unwrap
+from ..network import Example, Inputs, Outputs, run, unwrap
 from ..trace.graph import Trace
 from ..trace.tracer import trace
 from ..transfer import Transfer, transfer
@@ -32,6 +32,7 @@ def widen(
     generator: torch.Generator | None = None,
     split: str = "uneven",
     noise: float = 0.0,
+    outputs: Outputs = None,
 ) -> nn.Module:
     """Return a wider copy of a network, of the same class and state-dict keys, that computes the same function.
 
@@ -46,6 +47,7 @@ def widen(
         generator: as of `transfer`; so are `split` and `noise`.
         split: how the copies of a unit divide its outgoing weight.
         noise: changes the function a little.
+        outputs: what of the result counts, as of `transfer`.
 
     Returns:
         The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own).
@@ -58,8 +60,9 @@ def widen(
         >>> net2net.widen(model, torch.randn(5, 3), {"0": 6})[0]
         Linear(in_features=3, out_features=6, bias=True)
     """
-    model, inputs = unwrap(model), Inputs.of(example)
-    traced, fill = trace(model, inputs), partial(transfer, model, example=example, split=split, noise=noise)
+    model, inputs = unwrap(model), Inputs.of(example, outputs)
+    fill = partial(transfer, model, example=example, split=split, noise=noise, outputs=outputs)
+    traced = trace(model, inputs)
     try:
         return _widen(traced, inputs, widths, fill, generator)
     except TransferError:

@@ -140,7 +140,7 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
                 result.label(x, Labels(units.expand(x.shape), frozenset({"input"})))
         try:
             with mode:
-                output = model(*inputs.args, **inputs.kwargs)
+                output = inputs.select(model(*inputs.args, **inputs.kwargs))
         except TransferError:
             raise
         except Exception as error:
