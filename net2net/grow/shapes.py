@@ -74,9 +74,14 @@ def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = Fals
         else:
             held[name].data = value  # tied weights stay tied
     _check_unreached(copied, traced, count)
+    set_sizes(copied, model)
+    return copied
+
+
+def set_sizes(copied: nn.Module, model: nn.Module) -> None:
+    """Let the sizes that torch's modules hold follow the tensors of a copy of `model`."""
     for name, module in copied.named_modules():
         _set_attributes(module, model.get_submodule(name))
-    return copied
 
 
 def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:
@@ -163,7 +168,7 @@ def _draw(old: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
 _SIZES = {  # by the class of the module: attribute -> the axis of the weight whose size it is
     nn.Linear: {"out_features": 0, "in_features": 1},
     nn.GroupNorm: {"num_channels": 0},
-    nn.Embedding: {"embedding_dim": 1},
+    nn.Embedding: {"num_embeddings": 0, "embedding_dim": 1},
     nn.PReLU: {"num_parameters": 0},
 }
 _WITH_WEIGHTS = (*_SIZES, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.RNNBase, nn.RNNCellBase)

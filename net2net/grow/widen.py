@@ -13,9 +13,10 @@ from ..attempts import Patience
 from ..errors import TransferError, no_other_error
 from ..network import Example, Inputs, Outputs, run, unwrap
 from ..trace.graph import Trace
-from ..trace.tracer import trace
+from ..trace.tracer import IS_OUTPUT, trace
 from ..transfer import Transfer, transfer
 from .describe import Description, Group, describe_trace
+from .extend import New, extend
 from .shapes import attach_record, count_copies, follow_widths, make_room, put_idle_back, split_groups
 
 Widths = float | Mapping[str, float | int]
@@ -24,7 +25,7 @@ TRIES = 64
 
 
 @no_other_error("widen")
-def widen(
+def widen(  # noqa: PLR0913 (public signature)
     model: nn.Module,
     example: Example,
     widths: Widths,
@@ -33,6 +34,7 @@ def widen(
     split: str = "uneven",
     noise: float = 0.0,
     outputs: Outputs = None,
+    new: New | None = None,
 ) -> nn.Module:
     """Return a wider copy of a network, of the same class and state-dict keys, that computes the same function.
 
@@ -48,6 +50,9 @@ def widen(
         split: how the copies of a unit divide its outgoing weight.
         noise: changes the function a little.
         outputs: what of the result counts, as of `transfer`.
+        new: adds entries that are no copies, where `widths` names the last layer (more classes, a larger vocabulary), a
+            table (more rows) or the first layer (more channels of the input). They are "zero", the "mean" of the old
+            ones, or this tensor, and stand behind the old ones, on which the function is the same.
 
     Returns:
         The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own).
@@ -63,6 +68,12 @@ def widen(
     model, inputs = unwrap(model), Inputs.of(example, outputs)
     fill = partial(transfer, model, example=example, split=split, noise=noise, outputs=outputs)
     traced = trace(model, inputs)
+    if new is not None:
+        if not isinstance(widths, Mapping):
+            raise TransferError("`new` adds entries to layers that are named: give `widths` as a dictionary.")
+        for name, width in widths.items():
+            _check_width(width, repr(name))
+        return extend(model, traced, inputs, widths, new)
     try:
         return _widen(traced, inputs, widths, fill, generator)
     except TransferError:
@@ -163,7 +174,8 @@ def _requested_factors(
         if not growing:
             (k, name), *_ = named.items()
             held = description.groups[k]
-            raise TransferError(f"{name} cannot grow from {held.width} units: {held.pinned}.")
+            how = " More outputs are no copies: say new='zero' or new='mean'." * (held.pinned == IS_OUTPUT)
+            raise TransferError(f"{name} cannot grow from {held.width} units: {held.pinned}.{how}")
         for k, name in growing.items():
             now = description.groups[k].width
             factor = width / now if isinstance(width, Integral) else width
@@ -178,8 +190,11 @@ def _requested_factors(
 
 
 def _reached_width(traced: Trace, group: Group, count: Tensor) -> int:
-    produced = [x.produces for x in traced.mixers if x.produces is not None and x.module in group.layers]
-    return round(group.width * float(count[traced.units.roots()[max(produced, key=len)]].mean()))
+    """Return how many units the widest layer of a group gets, if each label becomes `count` of them."""
+    roots = traced.units.roots()
+    axes = [units for x in traced.mixers if x.module in group.layers for units in (x.produces, x.reads)]  # a tied table
+    own = [roots[units] for units in axes if units is not None and bool(torch.isin(roots[units], group.units).all())]
+    return round(group.width * float(count[max(own, key=len)].mean()))
 
 
 def _no_such_layer(description: Description, traced: Trace, pattern: str) -> TransferError:

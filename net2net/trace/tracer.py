@@ -23,6 +23,8 @@ from .graph import PLAIN, SeenAs, Trace
 from .modes import fork, learn_missed
 from .rules.registry import REWRITES, Rewrite, apply, describe_crash, function_name, pin_operands, put_in_order
 
+IS_OUTPUT = "it is the network's output"  # why units are pinned
+
 
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
     """Run an unwrapped network once in eval mode on `inputs` and return what the pass tells of its units."""
@@ -151,7 +153,7 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
             ) from error
     for position, tensor in enumerate(tensors_in(output)):
         if (labels := result.labels(tensor)) is not None:
-            result.units.pin(labels.units, "it is the network's output")
+            result.units.pin(labels.units, IS_OUTPUT)
             name = f"output {position}" + " in training" * training
             known = (labels.sources, labels.norms_since)
             result.add(Layer(LayerKind.OUTPUT, name, {}, None, *known, normed_by=labels.normed_by))

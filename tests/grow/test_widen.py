@@ -362,3 +362,9 @@ def test_numbers_that_modules_hold_follow_their_widths(equal: int, widths, numbe
     grown = assert_wider(model, rows, widths)
     assert (grown.width, grown.parts, grown.equal) == numbers
     assert (model.width, model.parts, model.equal) == (4, (4, 8), equal)
+
+
+def test_a_layer_of_several_groups_grows_to_the_number_that_is_asked_for() -> None:
+    parts = {"a": nn.Embedding(11, 4), "b": nn.LSTM(4, 6, num_layers=2, bidirectional=True), "c": nn.Linear(12, 2)}
+    model = look_trained(Net(parts, lambda net, x: net.c(net.b(net.a(x))[0])))
+    assert assert_wider(model, tokens, {"b": 8}).b.hidden_size == 8
