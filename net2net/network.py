@@ -1,7 +1,8 @@
 """Run a network and leave it as it was: its inputs, its modes, its wrappers."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +157,12 @@ def own_precision() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
+def uncompiled() -> AbstractContextManager:
+    """Let what torch compiles run as it was written: the compiler would compile the rules that follow its calls."""
+    is_loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+
+
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Hold the network in one mode, without gradients or autocast, while the block runs; then restore its modes."""
@@ -168,7 +175,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         name = type(model).__name__
         raise TransferError(f"{name} knows one mode alone, as what torch.export makes: pass the original.") from error
     try:
-        with own_precision(), torch.no_grad(), torch.random.fork_rng(enabled=training):
+        with own_precision(), uncompiled(), torch.no_grad(), torch.random.fork_rng(enabled=training):
             yield
     finally:
         for module, mode in modes.items():

@@ -4,6 +4,7 @@ import copy
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 
 import pytest
 import torch
@@ -301,3 +302,47 @@ def test_a_student_that_is_its_teacher_is_refused() -> None:
     for student in (teacher, nn.DataParallel(twin)):
         with refused("share parameters", teacher):
             transfer(teacher, student, images())
+
+
+# -- compiled, and patched forward passes -----------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """A forward pass with a part of its own in it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(3, 4), nn.Linear(4, 2), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)))
+
+
+@pytest.mark.parametrize("how", ["in place", "a part", "a function"])
+def test_compiled_parts_run_as_they_were_written(how: str) -> None:
+    counted: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        counted.append(graph)
+        return graph.forward
+
+    compiled_relu = torch.compile(nn.ReLU() if how == "a part" else torch.relu, backend=backend)
+    model = trained(Doubled(torch.relu if how == "in place" else compiled_relu))[0]
+    if how == "in place":
+        model.compile(backend=backend)
+    x = torch.randn(5, 3)
+    wider = widen(model, x, {"a": 6})
+    assert equivalence(model, wider, x).max_abs < 1e-12 and not counted
+    with torch.no_grad():
+        model(x)
+    assert counted  # and are compiled again when the caller runs them
+
+
+def test_a_forward_pass_that_a_function_replaced_is_not_shared_with_the_copy() -> None:
+    model, x = trained(mlp(3, 4, 2))[0], torch.randn(5, 3)
+    model[0].forward = MethodType(lambda self, x: 2 * F.linear(x, self.weight, self.bias), model[0])
+    assert equivalence(model, widen(model, x, {"0": 6}), x).max_abs < 1e-12
+    before = model[0].forward
+    model[0].forward = lambda x: before(x)
+    with refused("The forward pass of 0 was replaced by a function, which a copy would share", model):
+        widen(model, x, {"0": 6})

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -102,6 +103,13 @@ def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:
 
 def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
     """Return a copy without the record, with the attributes of parameters; `share` leaves the values where they are."""
+    for name, module in model.named_modules():
+        # A method or a partial is copied with its module, and torch.compile makes its function anew; no other function.
+        if isinstance(vars(module).get("forward"), FunctionType) and not hasattr(module, "_orig_mod"):
+            raise TransferError(
+                f"The forward pass of {name or 'the network'} was replaced by a function, which a copy would share: "
+                "put the old one back (`del module.forward`), or let it be a method (types.MethodType)."
+            )
     shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()} if share else {}
     try:
         copied = copy.deepcopy(model, shared)
