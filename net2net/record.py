@@ -111,6 +111,7 @@ class Origin:
     rows: Tensor | None = None  #: multiplies each entry of the axis that produces units, float64
     turn: int | None = None  #: the seed of a random rotation of the units between this layer and the next
     tied: bool = False  #: it is an embedding that a layer reads, too, or takes the shares of one
+    offset: float = 0.0  #: what the network adds to it before use: all of the above is of this sum
     merged: tuple[int, int] = (1, 1)  #: (groups, times): `times` groups of the teacher's make one, with zeros between
     mixed: tuple[Mixed, ...] = ()  #: axes that are a matrix times the teacher's, whatever `axes` says of them
 

@@ -29,13 +29,18 @@ def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
         matrices = {name: [mixing_matrix(m, theirs) for m in origin.mixed] for name, origin in record.origins.items()}
     for name, origin in record.origins.items():
         target = mine[name]
+        if origin.offset:
+            target.add_(origin.offset)
         if origin.how == How.SHARED:
             assert origin.teacher is not None
             source = merge_groups(theirs[origin.teacher], *origin.merged)
+            source = source + origin.offset if origin.offset else source
             source, origin = (source, _first_copies(origin)) if pad else mix(source, origin, matrices[name])
             target.copy_(gather(source, target, origin, generator, record.split))
         elif not pad:
             fill_new(target, origin, mine, generator, record.split)
+        if origin.offset:
+            target.sub_(origin.offset)
     if not pad:
         for place, eps in record.eps.items():
             setattr(*find_eps(student, place), eps)

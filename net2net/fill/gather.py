@@ -23,7 +23,8 @@ def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Gene
         value = _take(value, axis, dim, target if in_place and dim == last else None)
         missing = bool((axis.index < 0).any())
         if axis.reads:
-            value = share_out(axis, value, dim, generator, split, source)
+            beside = (each for each in (dim - 1, dim + 1) if each in origin.axes and not origin.axes[each].reads)
+            value = share_out(axis, value, (dim, next(beside, 1 - dim)), generator, split, source)
             if missing:
                 value = multiply(value, entrywise(axis, value, dim, axis.index >= 0), source)
         elif missing:
@@ -76,11 +77,13 @@ def entrywise(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
     return entries.reshape([-1 if d == dim else 1 for d in range(value.dim())])
 
 
-def share_out(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, split: str, source: Tensor) -> Tensor:
-    """Divide the weights of every unit among its copies, along an axis that reads them."""
+def share_out(
+    axis: Axis, value: Tensor, dims: tuple[int, int], generator: torch.Generator, split: str, source: Tensor
+) -> Tensor:
+    """Divide the weights of every unit among its copies. `dims`: the axis that reads them, the axis that produces."""
     if not axis.copies:
         return value
-    value = multiply(value, shares(axis, value, dim, generator, split), source)
+    value, dim = multiply(value, shares(axis, value, dims, generator, split), source), dims[0]
     if split != "paired" or axis.signed:
         return value
     spread = value.std()
@@ -92,13 +95,13 @@ def share_out(axis: Axis, value: Tensor, dim: int, generator: torch.Generator, s
     return torch.cat([_add_paired_noise(part, i, s, dim, generator, spread) for part, i, s in groups], 0)
 
 
-def shares(axis: Axis, value: Tensor, dim: int, generator: torch.Generator | None, split: str) -> Tensor:
+def shares(axis: Axis, value: Tensor, dims: tuple[int, int], generator: torch.Generator | None, split: str) -> Tensor:
     """Return the part of the teacher's outgoing weight that each copy takes; those of one entry add up to one."""
     # Uneven ones differ from one reading unit to the next: a factor common to all readers of a copy would only scale
     # its gradient, which RMSProp and Adam undo.
+    dim, other = dims if value.dim() > 1 else (dims[0], dims[0])
     if split != "uneven" or not axis.copies or axis.signed:
         return entrywise(axis, value, dim, axis.share).to(value)
-    other = 1 - dim if value.dim() > 1 else dim  # the axis that produces
     inside = axis.groups > 1 and dim == 1
     rows, size = value.shape[other], value.shape[dim]
     part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)  # none is thrice as large as another

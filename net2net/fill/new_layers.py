@@ -39,7 +39,7 @@ def fill_new(
         passes = (produced[:, None] == rows) & (rows >= 0)
         weight = torch.zeros_like(target)
         weight[_centre(target)] = (passes if reading == 1 else passes.T).to(weight)
-        weight = weight * shares(read, weight, reading, draws, split) * origin.factor
+        weight = weight * shares(read, weight, (reading, 1 - reading), draws, split) * origin.factor
         weight = scale_rows(weight, origin, weight)
         target.copy_(weight if origin.turn is None else rotate(weight, 1 - reading, origin.turn))
 

@@ -4,8 +4,10 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from itertools import combinations
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,24 @@ from ..tensors import parametrised, refuse_spectral_norm
 from ..trace.graph import Trace
 from .describe import Description
 
-Changes = dict[Hashable, list[tuple[nn.Module, str, Any, Any]]]  # module, attribute, value before and after
+
+class Change(NamedTuple):
+    """A number of a module that follows a width."""
+
+    module: nn.Module
+    attribute: str
+    before: Any
+    after: Any
+    doubtful: bool  # whether a width of the same value, inside the module, stays
+
+    def put(self, value: Any) -> None:
+        """Give the module this value."""
+        vars(self.module)[self.attribute] = value
+
+
+Changes = dict[Hashable, list[Change]]
 Sizes = dict[str, dict[int, set[int]]]  # module name -> width -> what that width becomes in the module
+DOUBTS = 5  # how many kinds of doubtful numbers are put back in all combinations
 
 
 def split_groups(traced: Trace, description: Description) -> list[list[Tensor]]:
@@ -89,7 +107,8 @@ def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:
     """Raise TransferError if a parameter of which the pass shows no use may read units that grow."""
     names = {name for name, _ in copied.named_parameters() if name in traced.parameters.tensors}
     unreached = sorted(names - traced.parameters.used)
-    widths = _changed_sizes(copied, traced, count)[""] if unreached else {}
+    sizes = _find_sizes(copied, traced, count)[""] if unreached else {}
+    widths = [width for width, after in sizes.items() if after != {width}]
     for name in unreached:
         shape = traced.parameters.tensors[name].shape
         for dim, size in enumerate(shape):
@@ -219,7 +238,7 @@ def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
     """Let whole numbers of modules follow the widths inside them, if all of that value become the same."""
     # What changed is listed by class for torch's own modules, for the user's by class, attribute and value.
     changes: Changes = defaultdict(list)
-    sizes = _changed_sizes(copied, traced, count)
+    sizes = _find_sizes(copied, traced, count)
     for name, module in copied.named_modules():
         bare = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is None
         if name not in sizes or (isinstance(module, _WITH_WEIGHTS) and not bare):
@@ -233,20 +252,21 @@ def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
             else:
                 continue
             if new != value:
-                changes[(type(module), key, str(value)) if own else type(module)].append((module, key, value, new))
-                vars(module)[key] = new
+                numbers = value if isinstance(value, (list, tuple)) else [value]
+                change = Change(module, key, value, new, any(number in sizes[name][number] for number in numbers))
+                changes[(type(module), key, str(value)) if own else type(module)].append(change)
+                change.put(new)
     return changes
 
 
-def _changed_sizes(copied: nn.Module, traced: Trace, count: Tensor) -> Sizes:
-    """Return for every module which widths in it change, of tensors and of results, and what they become."""
+def _find_sizes(copied: nn.Module, traced: Trace, count: Tensor) -> Sizes:
+    """Return for every module which widths are in it, of tensors and of results, and what they become."""
     sizes: Sizes = defaultdict(lambda: defaultdict(set))
 
     def note(name: str, before: int, after: int) -> None:
-        if before != after:
-            parts = name.split(".")
-            for depth in range(len(parts) + 1):  # every module around it
-                sizes[".".join(parts[:depth])][before].add(after)
+        parts = name.split(".")
+        for depth in range(len(parts) + 1):  # every module around it
+            sizes[".".join(parts[:depth])][before].add(after)
 
     roots = traced.units.roots()
     for name, labels in traced.outputs.items():
@@ -263,20 +283,37 @@ def _changed_sizes(copied: nn.Module, traced: Trace, count: Tensor) -> Sizes:
 
 def _follow(number: int, sizes: Mapping[int, set[int]]) -> int:
     """Return what a number becomes that is equal to a width."""
-    after = sizes.get(number, set())
+    after = sizes.get(number, set()) - {number}
     return next(iter(after)) if len(after) == 1 else number
+
+
+def put_doubtful_back(run: Callable[[], None], changes: Changes) -> bool:
+    """Put back the fewest kinds of doubtful numbers with which the network runs, and tell whether it does."""
+    # Of a width of the stream that equals that of all heads, say, only one grows.
+    doubtful = [kind for kind, alike in changes.items() if any(change.doubtful for change in alike)][:DOUBTS]
+    for kinds in (each for size in range(len(doubtful) + 1) for each in combinations(doubtful, size)):
+        for change in (change for kind in kinds for change in changes[kind]):
+            change.put(change.before)
+        with suppress(TransferError):
+            run()
+            for kind in kinds:
+                del changes[kind]
+            return True
+        for change in (change for kind in kinds for change in changes[kind]):
+            change.put(change.after)
+    return False
 
 
 def put_idle_back(run: Callable[[], None], changes: Changes) -> bool:
     """Put back numbers that only happened to equal a width: the network runs without. Tell whether there were any."""
     any_idle = False
     for alike in changes.values():
-        for module, key, before, _ in alike:
-            vars(module)[key] = before
+        for change in alike:
+            change.put(change.before)
         try:
             run()
             any_idle = True
         except TransferError:
-            for module, key, _, after in alike:
-                vars(module)[key] = after
+            for change in alike:
+                change.put(change.after)
     return any_idle

@@ -17,7 +17,15 @@ from ..trace.tracer import IS_OUTPUT, trace
 from ..transfer import Transfer, transfer
 from .describe import Description, Group, describe_trace
 from .extend import New, extend
-from .shapes import attach_record, count_copies, follow_widths, make_room, put_idle_back, split_groups
+from .shapes import (
+    attach_record,
+    count_copies,
+    follow_widths,
+    make_room,
+    put_doubtful_back,
+    put_idle_back,
+    split_groups,
+)
 
 Widths = float | Mapping[str, float | int]
 Factors = dict[int, float]  # by what factor each group of units grows, by its number
@@ -139,8 +147,7 @@ def _make_runnable(
         return copied, False
     except TransferError as error:
         changes = follow_widths(copied, traced, count)
-        with suppress(TransferError):
-            run_copy()
+        if put_doubtful_back(run_copy, changes):
             return copied, not follow_all and not trial and put_idle_back(run_copy, changes)
         why = "a copy of these widths does not run, as a number in its code or its modules does not follow them"
         advice = "build the wider network yourself, and fill it by net2net.transfer"

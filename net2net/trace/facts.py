@@ -165,6 +165,7 @@ class Norm:
     eps_at: str | None = None  # where its eps can be set: a module, or an attribute of one
     outside: bool = False  # whether eps is added to the root of the mean square
     divisor: float = 0.0  # what the sum over a group is divided by, if not by the number of its units
+    offset: float = 0.0  # what is added to the weight before it multiplies
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor whose elements are those of a parameter."""
+    """A tensor whose elements are those of a parameter, times `gain`, after `offset` has been added."""
 
     name: str
     places: tuple[Tensor, ...]  # of the elements on each of the parameter's axes
     gain: float = 1.0
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)

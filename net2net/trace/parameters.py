@@ -25,6 +25,7 @@ class Parameters:
         self.values: dict[str, Tensor] = {}  # tensor used as an activation -> the units of all its elements, flat
         self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
         self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> units of axis 1 in every group, groups
+        self.chosen: dict[tuple[str, int], str] = {}  # tensor, axis along which values choose entries -> the call
         self.used: set[str] = set()  # tensors that a call was given
         self.reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
@@ -63,7 +64,7 @@ class Parameters:
         """Return the parameter behind a weight; None unless every axis of the weight lies along one of its axes."""
         if (name := self.name_of(value)) is not None:
             return Weight(name, [(dim, None) for dim in range(value.dim())])
-        if (view := self.view(value)) is None:
+        if (view := self.view(value)) is None or view.offset:
             return None
         axes: list[tuple[int, Tensor | None]] = [(-1, None)] * value.dim()
         for axis, places in enumerate(map(compact, view.places)):
@@ -126,6 +127,10 @@ class Parameters:
         """Let elements that the pass did not use have the units of those that it used."""
         # Such elements are positions beyond the example's length, or rows of other classes. They are pinned where the
         # used elements differ along an axis that is used in part, and so do not show the units of the others.
+        for (name, dim), why in self.chosen.items():
+            for labels in (self.axis_labels(name, dim), self.values.get(name)):
+                if labels is not None:
+                    self.units.pin(labels, why)
         for name, reached in self.reached.items():
             if reached.all() or len(self.values[name]) != len(reached):
                 continue

@@ -174,6 +174,14 @@ def test_the_mode_of_the_model_is_that_of_the_new_layer(mode: bool) -> None:
     assert deepen(trained().train(mode), images(), ["1"]).get_submodule("1.deeper").training is mode
 
 
+def test_a_number_in_front_of_a_new_layer_is_undone_once() -> None:
+    """A GELU by hand begins with 0.5 x: the new layer passes it on, and the next does not undo it again."""
+    act = Net({}, lambda net, x: 0.5 * x * (1.0 + torch.tanh(0.8 * x)))
+    net = Net({"a": nn.Linear(3, 4), "act": act, "b": nn.Linear(4, 2)}, lambda net, x: net.b(net.act(net.a(x))))
+    grown = assert_deeper(net, rows, ["act"])
+    assert_same(net, deepen(grown, rows(), ["act"]), rows())
+
+
 @pytest.mark.parametrize(("after", "message"), [(["9"], r"no module '9'"), (["0", "stem"], r"no module 'stem'")])
 def test_wrong_names_are_refused(after: list[str], message: str) -> None:
     model = trained()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import assert_same, modes, refused, state, unchanged
 from networks import Net, attention, chain, grouped, images, mlp, positions, residual, rows, tied
 from torch import Tensor, nn
@@ -368,3 +369,18 @@ def test_a_layer_of_several_groups_grows_to_the_number_that_is_asked_for() -> No
     parts = {"a": nn.Embedding(11, 4), "b": nn.LSTM(4, 6, num_layers=2, bidirectional=True), "c": nn.Linear(12, 2)}
     model = look_trained(Net(parts, lambda net, x: net.c(net.b(net.a(x))[0])))
     assert assert_wider(model, tokens, {"b": 8}).b.hidden_size == 8
+
+
+def test_of_two_equal_widths_only_one_grows() -> None:
+    """The stream is as wide as all heads: the number that splits the heads stays, that of the stream follows."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        q, k, v = (part.unflatten(-1, (2, 3)).transpose(1, 2) for part in net.b(h).split(net.split, -1))
+        heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return net.d(h + net.c(heads).view(2, 5, net.stream))
+
+    net = Net({"a": nn.Linear(3, 6), "b": nn.Linear(6, 18), "c": nn.Linear(6, 6), "d": nn.Linear(6, 4)}, how)
+    net.split, net.stream = 6, 6
+    grown = assert_wider(net, positions, {"a": 2.0})
+    assert (grown.split, grown.stream, size(grown, "a", "b", "c")) == (6, 12, [12, 18, 12])

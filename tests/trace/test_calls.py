@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_same, refused
-from networks import Net, mlp
+from checks import assert_same, grow, refused
+from networks import Net, mlp, rows
 from torch import Tensor, nn
 
 from net2net import describe, transfer, widen
@@ -254,3 +254,72 @@ ENTRY_BY_ENTRY = {
 def test_functions_of_one_entry_or_of_positions_keep_units(how: Callable) -> None:
     model = network(lambda net, x: how(x), b=False)
     assert_same(model, widen(model, TOKENS, {"a": 12}, split="uneven"), OTHERS)
+
+
+def test_an_empty_part_of_the_units_of_a_head_is_no_obstacle() -> None:
+    """A rotation of a part of every head that, here, is the whole: what passes beside it is empty."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        return net.b(torch.cat([h[..., : net.turned].sin(), h[..., net.turned :]], -1))
+
+    def make(width: int) -> Net:
+        net = Net({"a": nn.Linear(3, width), "b": nn.Linear(width, 2)}, how)
+        net.turned = width
+        return net
+
+    grow(make(4), make(7), rows())
+
+
+def test_a_whole_state_is_overwritten_a_part_is_held() -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        h, state = net.a(x), torch.zeros(len(x), net.width)
+        (state if net.whole else state[:1]).copy_(h if net.whole else h[:1])
+        return net.b(state)
+
+    def make(width: int, whole: bool) -> Net:
+        net = Net({"a": nn.Linear(3, width), "b": nn.Linear(width, 2)}, how)
+        net.width, net.whole = width, whole
+        return net
+
+    grow(make(4, True), make(7, True), rows())
+    with refused("such axes keep their size"):
+        transfer(make(4, False), make(7, False), rows())
+
+
+def test_places_in_a_table_may_be_held_as_numbers_in_a_buffer() -> None:
+    def make(width: int) -> Net:
+        parts = {"e": nn.Embedding(9, width), "p": nn.Embedding(8, width), "b": nn.Linear(width, 2)}
+        net = Net(parts, lambda net, x: net.b(net.e(x) + net.p(net.places[: x.shape[1]].long())))
+        net.register_buffer("places", torch.arange(8, dtype=torch.int32))
+        return net
+
+    grow(make(4), make(7), torch.randint(9, (3, 5)))
+
+
+def test_experts_are_one_tensor_of_which_values_choose_a_matrix() -> None:
+    """As in mixtures of experts: every chosen expert's rows go through its own part of two stacks of weights."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        weights, chosen = net.router(h).softmax(-1).topk(2)
+        out, mask = torch.zeros_like(h), F.one_hot(chosen, 3).permute(2, 1, 0)
+        for expert in (mask.sum((-1, -2)) > 0).nonzero():
+            place, token = torch.where(mask[expert[0]])
+            gate, up = F.linear(h[token], net.up[expert[0]]).chunk(2, -1)
+            rows = F.linear(F.silu(gate) * up, net.down[expert[0]]) * weights[token, place, None]
+            out.index_add_(0, token, rows)
+        return net.b(h + out)
+
+    def make(stream: int, inner: int, experts: int = 3) -> Net:
+        stacks = {"up": nn.Parameter(torch.randn(experts, 2 * inner, stream))}
+        stacks["down"] = nn.Parameter(torch.randn(experts, stream, inner))
+        layers = {"a": nn.Linear(3, stream), "router": nn.Linear(stream, 3), "b": nn.Linear(stream, 2)}
+        return Net(layers | stacks, how)
+
+    tokens = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    grow(make(4, 5), make(8, 9), tokens)
+    wider = widen(look_trained(make(4, 5)), tokens, {"down": 6, "up": 1.5})
+    assert wider.up.shape == (3, 16, 6) and wider.down.shape == (3, 6, 8)
+    with refused("shape", make(4, 5, 4)):
+        transfer(make(4, 5), make(4, 5, 4), tokens)

@@ -35,7 +35,7 @@ def reduced(trace: Trace, call: Call, key: Key, x: Tensor, divisor: float) -> St
 def followed(trace: Trace, call: Call, operands: Sequence[Tensor]) -> Statistic | None:
     """Return the statistic that an elementwise call makes of its operands; that of a norm's result is `NORMED`."""
     name, first = call.plain, _statistic(trace, operands[0])
-    number = _number(call)
+    number = number_in(call)
     if name in SAME or (name in ("mul", "div") and number and first is not None and first.step == Step.NORMED):
         return first
     if call.name == "__rpow__":
@@ -62,7 +62,8 @@ def _statistic(trace: Trace, x: Tensor) -> Statistic | None:
     return None if labels is None else labels.statistic
 
 
-def _number(call: Call) -> float | None:
+def number_in(call: Call) -> float | None:
+    """Return the one number among a call's arguments."""
     numbers = [x for x in (*call.args, *call.kwargs.values()) if type(x) in (int, float)]
     return numbers[0] if len(numbers) == 1 else None
 
@@ -156,12 +157,14 @@ def _attach(trace: Trace, before: Statistic, role: str, parameter: Tensor) -> St
     if len(at) != 1 or not whole or role in trace.norms[at[0]].tensors or "bias" in trace.norms[at[0]].tensors:
         return None
     norm = trace.norms[at[0]]
+    if view.offset and (role == "bias" or norm.kind != NormKind.RMS):
+        return None
     layer = trace.layers.pop(norm.name)
     if role == "bias":
         trace.layers.pop(name, None)
     tensors = norm.tensors | {role: name}
     new = next(iter(tensors.values()))
-    trace.norms[at[0]] = replace(norm, tensors=tensors, name=new)
+    trace.norms[at[0]] = replace(norm, tensors=tensors, name=new, offset=norm.offset + view.offset)
     trace.add(replace(layer, name=new, tensors=tensors, key=None))
     return before
 

@@ -13,7 +13,7 @@ from ..activations import NOTHING, Chain, Passage, Range, add_ranges, apply_gate
 from ..facts import Call, Key, Labels, Layer, LayerKind, Step
 from ..graph import Trace
 from ..units import compact, spread
-from .by_hand import add_affine, followed, result_of_norm
+from .by_hand import add_affine, followed, number_in, result_of_norm
 from .registry import CannotFollow, carries_no_units, factor_in, first_labels, first_norm_of_sum, names, rule
 
 LINEAR = names("mul div neg to float double half bfloat16 dropout detach clone contiguous identity")
@@ -53,6 +53,14 @@ def list_places(trace: Trace, call: Call) -> None:
     unit = compact(labels.units).reshape(-1)[:1]
     for out in call.results:
         trace.label(out, Labels.of(unit.expand(out.shape), labels))
+
+
+@rule("copy")
+def overwrite_whole(trace: Trace, call: Call) -> None:
+    """The numbers of another activation take the place of a whole one; of a part, the rest would be unknown."""
+    if call.args[0]._is_view():
+        raise CannotFollow(f"{call} writes into a part of another tensor")
+    join(trace, call, [call.args[1]])
 
 
 @rule("to", "type_as", "cpu", "cuda")
@@ -122,8 +130,14 @@ def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], coun
     all_buffers = all(trace.parameters.owner_of(x) in trace.parameters.buffers for x in parameters)
     if not parameters or (all_buffers and call.results[0].dtype == torch.bool):  # a mask
         return None
-    if len(parameters) == count == 1 and call.plain in LINEAR and (view := trace.parameters.view(parameters[0])):
-        view = replace(view, gain=view.gain * factor_in(trace, call))
+    if len(parameters) == count == 1 and (view := trace.parameters.view(parameters[0])):
+        number = number_in(call)
+        if call.plain in LINEAR or (call.plain in ("long", "int") and not parameters[0].is_floating_point()):
+            view = replace(view, gain=view.gain * factor_in(trace, call))
+        elif call.plain == "add" and number is not None and parameters[0].dim() == 1 and not all_buffers:
+            view = replace(view, offset=view.offset + number / view.gain)  # as in the weight 1 + w of a norm
+        else:
+            return parameters[0]
         trace.parameters.remember_view(call.results[0], view)
         return None
     return parameters[0]

@@ -12,7 +12,7 @@ from ...network import tensors_in
 from ..activations import NOTHING, join_ranges
 from ..facts import Call, Labels
 from ..graph import Trace
-from ..units import spread
+from ..units import compact, spread
 from .elementwise import join
 from .registry import CannotFollow, carries_no_units, first_labels, first_norm_of_sum, label_constant, names, rule
 
@@ -77,11 +77,17 @@ def check_places(trace: Trace, call: Call, axes: Collection[int] | None, moved: 
     chosen_by = [x for x in call.tensors if not any(x is other for other in moved)]
     if axes is None or not all(carries_no_units(trace, x) for x in chosen_by):
         raise CannotFollow(f"{call} moves it to where the values say")
+    why = f"{call} chooses among them by values"
     for x in moved:
-        if (labels := trace.labels(x)) is not None:
+        view = trace.parameters.view(x)
+        if view is not None and call.plain == "index":  # of a stack of weights one is taken whole
+            sizes = [compact(places).shape for places in view.places]
+            chosen = [dim for dim, shape in enumerate(sizes) if any(shape[axis] > 1 for axis in axes)]
+            trace.parameters.chosen.update({(view.name, dim): why for dim in chosen})
+        elif (labels := trace.labels(x)) is not None:
             shape = trace.units.drop_repeats(labels.units).shape
             if any(shape[axis] > 1 for axis in axes):
-                raise CannotFollow(f"{call} chooses among them by values")
+                raise CannotFollow(why)
 
 
 def _chosen_axes(trace: Trace, call: Call) -> list[int] | None:

@@ -130,8 +130,13 @@ def apply(trace: Trace, call: Call) -> None:
 def _check_not_empty(trace: Trace, call: Call) -> None:
     """Raise CannotFollow where units would have to meet, or be read, in a tensor that is empty on this example."""
     followed = [x for x in call.tensors if trace.follows(x)]
-    if len(followed) > 1 and call.plain != "index" and not all(x.numel() for x in followed):
-        raise CannotFollow(f"{call} works on an empty tensor, which shows no units: give an example that fills it")
+    if len(followed) < 2 or call.plain == "index" or all(x.numel() for x in followed):
+        return
+    if call.plain in ("cat", "concat", "concatenate"):  # of units it adds none; positions might be of other units
+        dim, filled = call.arg(1, "dim", 0), [known for x in followed if x.numel() and (known := trace.labels(x))]
+        if any(trace.units.drop_repeats(known.units).shape[dim] > 1 for known in filled):
+            return
+    raise CannotFollow(f"{call} works on an empty tensor, which shows no units: give an example that fills it")
 
 
 def describe_crash(rule: Rule | Rewrite, call: Call, error: Exception) -> str:
