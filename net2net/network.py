@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -115,11 +115,25 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply `change` to every tensor in nested containers."""
     if isinstance(value, Tensor):
         return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{each.name: _map(getattr(value, each.name), change) for each in fields(value) if each.init}
+        )
     if isinstance(value, dict):
         return {key: _map(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return like(value, [_map(item, change) for item in value])
     return value
+
+
+def map_first(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to the first tensor in nested containers; the others stay what they are."""
+    changes = iter([change])
+    return _map(value, lambda x: next(changes, _stay)(x))
+
+
+def _stay(x: Tensor) -> Tensor:
+    return x
 
 
 def like(value: Any, items: list[Any]) -> Any:

@@ -28,6 +28,7 @@ from .plan.tensors import make_record
 from .plan.traces import Traces, trace_both
 from .record import EXACT_IN_TRAINING, Record, read_record
 from .tensors import named_tensors
+from .ties import tie_again, untie
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,8 +125,7 @@ def transfer(  # noqa: PLR0913 (public signature)
             "" marks a layer that the teacher lacks.
         calibrate: one batch of inputs, or several, on which the statistics of new batch norms are measured (paper,
             section 3.4). Without them those are exact in eval mode only.
-        outputs: what of the result counts, where it is not all of it: a function of the result, the name of a part, or
-            names. What else the network returns may then change.
+        outputs: what of the result counts, if not all: a function of it, a name, or names. The rest may change.
 
     Returns:
         The record: where every tensor came from, the measured difference, and `modes`: "eval" and "train", and how far
@@ -139,7 +139,8 @@ def transfer(  # noqa: PLR0913 (public signature)
     """
     _check_arguments(teacher, student, noise, split, depth)
     generator = generator or torch.Generator().manual_seed(0)
-    teacher, student = unwrap(teacher), unwrap(student)
+    given, student = unwrap(teacher), unwrap(student)
+    teacher, ties = untie(given, student)
     traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
     attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled_layers[0]))
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
@@ -164,7 +165,7 @@ def transfer(  # noqa: PLR0913 (public signature)
         add_noise(student, record, generator)
     elif split == "equal":
         _warn_of_equal_copies(record, student)
-    return Transfer(**vars(record)).of(teacher, student)
+    return Transfer(**vars(tie_again(record, ties))).of(given, student)
 
 
 @no_other_error("random_pad")
@@ -197,7 +198,8 @@ def random_pad(
         TransferError: as `transfer` does, with the student as it was.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    teacher, student = unwrap(teacher), unwrap(student)
+    given, student = unwrap(teacher), unwrap(student)
+    teacher, ties = untie(given, student)
     traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
 
     def pad(attempt: Attempt) -> Record:
@@ -206,7 +208,7 @@ def random_pad(
     attempts = list_attempts(teacher, student, rename)
     record, _ = serve_most_modes(pad, attempts, generator, traces.training_counts)
     fill(teacher, student, record)
-    return Transfer(**vars(record)).of(teacher, student)
+    return Transfer(**vars(tie_again(record, ties))).of(given, student)
 
 
 @no_other_error("replay")

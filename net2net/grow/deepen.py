@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..blend import Blend
 from ..errors import TransferError, no_other_error
-from ..network import Example, Inputs, Outputs, unwrap
+from ..network import Example, Inputs, Outputs, map_first, unwrap
 from ..trace.graph import Trace
 from ..trace.tracer import trace
 from ..transfer import transfer
@@ -37,7 +37,7 @@ def deepen(  # noqa: PLR0913 (public signature)
     Args:
         model: the network, which is left as it was.
         example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        after: the modules to put a new layer behind, by name.
+        after: the modules to put a new layer behind, by name. Of several results the first tensor goes through it.
         activation: makes the activation behind a new layer.
         make: makes another new layer from its number of units and of positions' dimensions (0: linear). It must be able
             to be an identity.
@@ -50,8 +50,8 @@ def deepen(  # noqa: PLR0913 (public signature)
         The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own).
 
     Raises:
-        TransferError: there is no such module, its result is not one tensor with one axis of units, or the new layer
-            cannot be an identity.
+        TransferError: there is no such module, its result is no tensor with one axis of units, or the new layer cannot
+            be an identity.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -73,7 +73,7 @@ def deepen(  # noqa: PLR0913 (public signature)
             raise TransferError(f"{name} has a 'deeper' of its own, which is where the new layer would stand.")
         module.add_module("deeper", new.to(reference.device, reference.dtype).train(model.training))
         if not _calls_children(module):
-            module.register_forward_hook(_call_deeper)
+            module.register_forward_hook(_call_deeper_first if name in traced.packed else _call_deeper)
     how = {"generator": generator, "rename": {}, "depth": depth, "calibrate": calibrate, "outputs": outputs}
     record = transfer(model, deeper, example, **how)
     attach_record(deeper, record)
@@ -85,6 +85,11 @@ def _call_deeper(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     return module.deeper(output)
 
 
+def _call_deeper_first(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Send the first tensor of a module's results through its child."""
+    return map_first(output, module.deeper)
+
+
 def _calls_children(module: nn.Module) -> bool:
     """Tell whether a module calls its children by itself, one after the other."""
     return type(module).forward is nn.Sequential.forward
@@ -92,7 +97,7 @@ def _calls_children(module: nn.Module) -> bool:
 
 def _last_new(module: nn.Module) -> nn.Module:
     """Return the module, or if it was deepened before, the last layer that was put behind it."""
-    while _call_deeper in module._forward_hooks.values() or (
+    while not {_call_deeper, _call_deeper_first}.isdisjoint(module._forward_hooks.values()) or (
         _calls_children(module) and [*module._modules][-1:] == ["deeper"]
     ):
         module = module.get_submodule("deeper")
@@ -107,7 +112,7 @@ def _result_of(traced: Trace, name: str) -> tuple[int, int]:
     if labels is not None:
         axes = [dim for dim, size in enumerate(traced.units.drop_repeats(labels.units).shape) if size > 1]
     if labels is None or len(axes) != 1:
-        raise TransferError(f"The result of {name} is not one tensor with one axis of units, as a layer needs it.")
+        raise TransferError(f"The result of {name} is no tensor with one axis of units, as a layer needs it.")
     (axis,), rank = axes, labels.units.dim()
     if axis not in (1, rank - 1):
         raise TransferError(f"The units of {name} are on axis {axis}: a layer behind it wants them on axis 1, or last.")

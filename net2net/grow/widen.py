@@ -119,7 +119,12 @@ def _widen(
         return _make_runnable(inputs, traced, count_copies(traced, parts, factors), trial=True)[0]
 
     if isinstance(widths, Mapping):
-        return grow(_requested_factors(description, parts, widths, traced))
+        factors, wanted = _requested_factors(description, widths, traced)
+        count = count_copies(traced, parts, factors)
+        grown = grow(factors) if bool((count > 1).any()) else None
+        for k, (name, width) in wanted.items():
+            _check_reached(traced, description.groups[k], count, name, width)
+        return grown or grow(factors)  # which raises that nothing grows
     _check_width(widths, "the layers")
     free = [k for k, group in enumerate(description.groups) if group.free]
     if widths < 1 or not free:
@@ -160,12 +165,13 @@ def _check_width(width: object, what: str) -> None:
 
 
 def _requested_factors(
-    description: Description, parts: list[list[Tensor]], widths: Mapping[str, float | int], traced: Trace
-) -> Factors:
-    """Return the factor of every group that `widths` names; raise TransferError if one cannot grow so."""
+    description: Description, widths: Mapping[str, float | int], traced: Trace
+) -> tuple[Factors, dict[int, tuple[str, int]]]:
+    """Return the factor of every group that `widths` names, and which get a number of units, and by what name."""
     first_names = traced.parameters.first_names.items()
     other_names = [(name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in first_names]
     factors: Factors = {}
+    wanted: dict[int, tuple[str, int]] = {}
     for pattern, width in widths.items():
         _check_width(width, repr(pattern))
         also = {first for name, first in other_names if name != first and fnmatchcase(name, pattern)}
@@ -188,20 +194,22 @@ def _requested_factors(
             factor = width / now if isinstance(width, Integral) else width
             if factor < 1:
                 raise TransferError(f"{name} has {now} units: it cannot shrink to {width}.")
-            made = _reached_width(traced, description.groups[k], count_copies(traced, parts, {k: factor}))
-            if isinstance(width, Integral) and made != width:
-                steps = "its units grow in steps, as those of gates or heads do"
-                raise TransferError(f"{name} cannot grow from {now} to {width} units, but to {made}: {steps}.")
-            factors[k] = max(factor, factors.get(k, 1.0))
-    return factors
+            if factor >= factors.get(k, 1.0):
+                factors[k] = factor
+                wanted.pop(k, None)
+                wanted |= {k: (name, int(width))} if isinstance(width, Integral) else {}
+    return factors, wanted
 
 
-def _reached_width(traced: Trace, group: Group, count: Tensor) -> int:
-    """Return how many units the widest layer of a group gets, if each label becomes `count` of them."""
+def _check_reached(traced: Trace, group: Group, count: Tensor, name: str, width: int) -> None:
+    """Raise TransferError if the widest layer of a group gets another number of units than was asked for."""
     roots = traced.units.roots()
     axes = [units for x in traced.mixers if x.module in group.layers for units in (x.produces, x.reads)]  # a tied table
     own = [roots[units] for units in axes if units is not None and bool(torch.isin(roots[units], group.units).all())]
-    return round(group.width * float(count[max(own, key=len)].mean()))
+    made = round(group.width * float(count[max(own, key=len)].mean()))
+    if made != width:
+        steps = "its units grow in steps, as those of gates or heads do"
+        raise TransferError(f"{name} cannot grow from {group.width} to {width} units, but to {made}: {steps}.")
 
 
 def _no_such_layer(description: Description, traced: Trace, pattern: str) -> TransferError:

@@ -43,7 +43,8 @@ class Trace:
         self.fixed_gains: dict[Key, tuple[tuple[float, ...], Tensor, str]] = {}
         self.unknown: dict[int, str] = {}  # the label of a result that no rule follows, which has a fixed shape -> why
         self.chains: dict[str, list[Chain]] = {}  # layer -> the activations directly behind it
-        self.outputs: dict[str, Labels] = {}  # module -> the labels of its result, if that is one tensor
+        self.outputs: dict[str, Labels] = {}  # module -> the labels of the first tensor of its result
+        self.packed: set[str] = set()  # the modules that return their tensors in a container
         self.output: Any = None  # what the network returned
         self.both: Trace | None = None  # with what the training mode adds; None if the network was not run in it
         self.trains = False  # whether the pass in training mode came to its end

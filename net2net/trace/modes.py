@@ -51,7 +51,7 @@ def learn_missed(trace: Trace, both: Trace, missed: set[str]) -> None:
     for name, layer in both.layers.items():
         if name not in trace.layers and layer.kind != LayerKind.OUTPUT:
             trace.layers[name] = layer
-    trace.outputs = both.outputs | trace.outputs
+    trace.outputs, trace.packed = both.outputs | trace.outputs, both.packed | trace.packed
     trace.parameters.used |= both.parameters.used
     for kind in ("axes", "values", "read_axis", "inner", "reached", "tensors"):
         found = getattr(both.parameters, kind)

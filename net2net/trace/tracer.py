@@ -84,8 +84,11 @@ class _Mode(TorchFunctionMode):
 
     def leave(self, name: str, module: nn.Module, args: tuple, out: Any) -> None:
         self.modules.pop()
-        if isinstance(out, Tensor) and (labels := self.trace.labels(out)) is not None:
+        first = next(iter(tensors_in(out)), None)
+        if first is not None and (labels := self.trace.labels(first)) is not None:
             self.trace.outputs[name] = labels
+            if first is not out:
+                self.trace.packed.add(name)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -189,10 +190,36 @@ def test_wrong_names_are_refused(after: list[str], message: str) -> None:
         deepen(model, images(), after)
 
 
+@dataclass(frozen=True)
+class Result:
+    hidden: Tensor
+    attention: object = None
+
+
+CONTAINERS = {
+    "tuple": (lambda h: (h, h.mean()), lambda result: result[0]),
+    "list": (lambda h: [None, h, h.detach()], lambda result: result[1]),
+    "dict": (lambda h: {"hidden": h, "all": (h,)}, lambda result: result["hidden"]),
+    "dataclass": (lambda h: Result(h, (h.detach(),)), lambda result: result.hidden),
+}
+
+
+@pytest.mark.parametrize(("pack", "take"), CONTAINERS.values(), ids=CONTAINERS)
+def test_of_several_results_the_first_goes_through_the_new_layer(pack: Callable, take: Callable) -> None:
+    block = Net({"a": nn.Linear(3, 4)}, lambda net, x: pack(net.a(x).relu()))
+    model = look_trained(Net({"block": block, "fc": nn.Linear(4, 2)}, lambda net, x: net.fc(take(net.block(x)))))
+    deeper = assert_deeper(model, rows, ["block"])
+    assert_deeper(deeper, rows, ["block"])  # behind the layer that is new
+    with torch.no_grad():
+        deeper.block.deeper[0].weight.add_(1)
+        deeper.block.deeper[1].amount.add_(1)
+    assert equivalence(model, deeper, rows()).max_abs > 0.01
+
+
 def test_a_result_without_one_axis_of_units_is_refused() -> None:
-    pair = Net({"a": nn.Linear(3, 4)}, lambda net, x: (net.a(x), net.a(x)))
-    net = Net({"pair": pair, "fc": nn.Linear(4, 2)}, lambda net, x: net.fc(sum(net.pair(x))))
-    with refused("pair is not one tensor with one axis of units"):
+    pair = Net({"a": nn.Linear(3, 4)}, lambda net, x: net.a(x).sum())
+    net = Net({"pair": pair, "fc": nn.Linear(4, 2)}, lambda net, x: net.fc(net.pair(x) + x.new_zeros(1, 4)))
+    with refused("pair is no tensor with one axis of units"):
         deepen(net, rows(), ["pair"])
 
 
