@@ -1,16 +1,17 @@
 """Settings of the documentation: `make docs` builds it in docs/_build."""
 
 import re
-import tomllib
 from pathlib import Path
 
 from sphinx.application import Sphinx
+
+import net2net
 
 ROOT = Path(__file__).resolve().parents[1]
 
 project = "net2net"
 author = "The net2net authors"
-release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+release = net2net.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]

@@ -14,6 +14,8 @@ from .record import Axis, Origin, save_record
 from .trace.rules import rule
 from .transfer import Transfer, load_record, random_pad, replay, transfer
 
+__version__ = "0.1.0"
+
 __all__ = ["Blend", "Transfer", "TransferError", "deepen", "random_pad", "replay", "rule", "transfer", "widen"]
 __all__ += ["Axis", "Description", "Equivalence", "Group", "Origin"]
 __all__ += ["certify", "describe", "equivalence", "load_record", "save_record", "verify"]

@@ -1,22 +1,31 @@
-"""Print the unit groups of a network, or grow one into another and print how equal they are.
+"""See how a network can grow, grow one into another, or check the certificate of a growth.
 
-python -m net2net resnet18            prints the unit groups of a network
-python -m net2net resnet18 resnet34   grows the first into the second
+net2net describe resnet18             prints which layers grow together, and what holds them
+net2net grow resnet18 resnet34        grows the first into the second, and prints how equal they are
+net2net verify certificate.json       checks what net2net.certify wrote, and prints what it says
 
-Networks are those of torchvision, or of timm if that is installed, by name, with weights that look trained.
+A network is one of torchvision or timm by its name, or package.module:function, which is called without arguments. It
+gets weights that look trained.
 """
 
 import argparse
+import io
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import __version__
+from .certificate import check_certificate
 from .equivalence import equivalence
 from .errors import TransferError
 from .grow.describe import describe
@@ -26,39 +35,80 @@ from .transfer import transfer
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, or 1 with one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m net2net", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("teacher", help="the name of a network, as resnet18 or timm's resnet10t")
-    parser.add_argument("student", nargs="?", help="a larger network to grow it into")
-    parser.add_argument("--size", type=int, default=224, help="height and width of the example images (224)")
-    parser.add_argument("--batch", type=int, default=2, help="how many of them (2)")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    images = torch.randn(options.batch, 3, options.size, options.size)
     try:
-        teacher = look_trained(_make_network(options.teacher))
-        if options.student is None:
-            print(describe(teacher, images))
-            return 0
-        student = _make_network(options.student)
-        print(transfer(teacher, student, images, split="uneven"))
-        print(f"on other images: {equivalence(teacher, student, torch.randn_like(images))}")
+        text, data = options.run(options)
+        print(json.dumps(data, indent=2) if options.json else text)
     except TransferError as error:
-        print(f"{options.teacher}{f' -> {options.student}' if options.student else ''}: {error}", file=sys.stderr)
+        print(f"{' -> '.join(filter(None, (options.subject, options.student)))}: {error}", file=sys.stderr)
         return 1
     finally:
         torch.set_default_dtype(before)
     return 0
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("net2net", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"net2net {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="describe, grow, verify")
+    for run, subject in ((_describe, "network"), (_grow, "teacher"), (_verify, "certificate")):
+        command = commands.add_parser(run.__name__[1:])
+        command.set_defaults(run=run, student=None)
+        command.add_argument("subject", metavar=subject)
+        if run is _grow:
+            command.add_argument("student", help="a larger network to grow it into")
+        if run is not _verify:
+            command.add_argument("--size", type=int, default=224, help="height and width of the example images (224)")
+            command.add_argument("--batch", type=int, default=2, help="how many of them (2)")
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(arguments)
+
+
+def _describe(options: argparse.Namespace) -> tuple[str, object]:
+    found = describe(look_trained(_make_network(options.subject)), _draw_images(options))
+    groups = [{key: value for key, value in vars(group).items() if key != "units"} for group in found.groups]
+    return str(found), [group | {"free": each.free} for group, each in zip(groups, found.groups, strict=True)]
+
+
+def _grow(options: argparse.Namespace) -> tuple[str, object]:
+    teacher, images = look_trained(_make_network(options.subject)), _draw_images(options)
+    student = _make_network(options.student)
+    record = transfer(teacher, student, images, split="uneven")
+    other = equivalence(teacher, student, torch.randn_like(images))
+    assert record.measured is not None
+    found = {"on the example": asdict(record.measured), "on other images": asdict(other), "modes": record.modes}
+    return f"{record}\non other images: {other}", found
+
+
+def _verify(options: argparse.Namespace) -> tuple[str, object]:
+    try:
+        certificate = json.loads(Path(options.subject).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TransferError(f"The certificate cannot be read: {error}.") from error
+    check_certificate(certificate)
+    shown = "\n".join(f"{key:<10}  {certificate[key]}" for key in ("operator", "settings", "difference", "inputs"))
+    networks = "The file is as it was written. net2net.verify checks the networks, too."
+    return f"{shown}\n{networks}", certificate
+
+
+def _draw_images(options: argparse.Namespace) -> torch.Tensor:
+    return torch.randn(options.batch, 3, options.size, options.size)
+
+
 def _make_network(name: str) -> nn.Module:
-    """Make a network of torchvision, or else of timm, with random weights."""
+    """Make a network of torchvision, or else of timm, or by a function that can be imported, with random weights."""
+    if ":" in name:
+        return _call(name)
+    known: list[str] = []
     if find_spec("torchvision"):
         models = import_module("torchvision.models")
-        if name in models.list_models():
+        known += models.list_models()
+        if name in known:
             options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
             if "weights_backbone" in signature(models.get_model_builder(name)).parameters:
                 options["weights_backbone"] = None
@@ -67,7 +117,27 @@ def _make_network(name: str) -> nn.Module:
         timm = import_module("timm")
         if name in timm.list_models():
             return timm.create_model(name, pretrained=False)
-    raise TransferError(f"No network is called {name!r} in torchvision, or in timm if that is installed.")
+        known += timm.list_models()
+    if not known:
+        raise TransferError("Networks by name come from torchvision: pip install torchvision, or name a function.")
+    near = get_close_matches(name, known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise TransferError(
+        f"No network is called {name!r}{hint} in torchvision, or in timm if that is installed. Yours is called as "
+        "package.module:function."
+    )
+
+
+def _call(place: str) -> nn.Module:
+    module, _, function = place.partition(":")
+    sys.path.insert(0, "")  # a console script does not look into this folder
+    try:
+        return getattr(import_module(module), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        why = f"makes no network when called without arguments: {error}"
+        raise TransferError(f"{function} of {module} {why}.") from error
+    finally:
+        sys.path.remove("")
 
 
 if __name__ == "__main__":

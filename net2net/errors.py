@@ -40,6 +40,11 @@ def no_other_error(doing: str) -> Iterator[None]:
         package = Path(__file__).parent
         frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         file, line = [frame for frame in frames if package in frame[0].parents][-1]
+        if file == Path(__file__):  # the call itself: an argument is missing, or unknown
+            raise TransferError(
+                f"{error}. The example of net2net.{doing} is an input of the network: a tensor, a tuple of arguments "
+                "or a dict of keyword arguments."
+            ) from None
         at = f"{file.relative_to(package.parent)}, line {line}"
         raise TransferError(
             f"{doing} stopped at {at}: {type(error).__name__}: {error}. That is a fault of net2net, unless a function "

@@ -131,13 +131,14 @@ class Record:
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     shapes: tuple[Shapes, Shapes] = field(default_factory=lambda: ({}, {}))  # all tensors of the teacher, the student
     measured: Equivalence | None = None  # the difference on the example, before noise; None for `random_pad`
+    grew: str = ""  # what `widen` and `deepen` say of the whole network
     modes: dict[str, str] = field(default_factory=dict)  # "eval" and "train": how far the function is kept in this mode
 
     def __str__(self) -> str:
         origins = self.origins.values()
         count = {how: sum(origin.how == how for origin in origins) for how in How}
         wider = sum(any(axis.copies for axis in o.axes.values()) for o in origins if o.how == How.SHARED)
-        text = (
+        text = f"{self.grew}; " * bool(self.grew) + (
             f"{count[How.SHARED]} tensors from the teacher ({wider} of them wider), {count[How.IDENTITY]} of "
             f"identities, {count[How.SILENT]} of silent branches, {count[How.FRESH]} fresh"
         )

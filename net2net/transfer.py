@@ -137,9 +137,9 @@ def transfer(  # noqa: PLR0913 (public signature)
             explains, a forward pass, calibration or parametrisation that fails; then the student may be filled already,
             and unusable. `reasons` has why each way to pair the layers was refused.
     """
-    _check_arguments(teacher, student, noise, split, depth)
     generator = generator or torch.Generator().manual_seed(0)
     given, student = unwrap(teacher), unwrap(student)
+    _check_arguments(given, student, noise, split, depth)
     teacher, ties = untie(given, student)
     traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
     attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled_layers[0]))

@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import net2net
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -93,7 +95,7 @@ def test_ci_is_executable():
 
 
 def test_version_is_the_same_everywhere():
-    number = PYPROJECT["project"]["version"]
+    number = net2net.__version__
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == number
     assert f"\n## {number}" in (ROOT / "CHANGELOG.md").read_text()
 
@@ -147,11 +149,11 @@ def test_wheel_holds_net2net_alone_and_asks_for_torch_alone(tmp_path):
         files = archive.namelist()
         (metadata,) = (f for f in files if f.endswith(".dist-info/METADATA"))
         header = Parser().parsestr(archive.read(metadata).decode())
-    number = PYPROJECT["project"]["version"]
+    number = net2net.__version__
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "net2net").rglob("*.py")}
     assert modules <= set(files)
     assert {f.split("/")[0] for f in files} == {"net2net", f"net2net-{number}.dist-info"}
-    assert f"net2net-{number}.dist-info/licenses/LICENSE" in files
+    assert {f"net2net-{number}.dist-info/{file}" for file in ("licenses/LICENSE", "entry_points.txt")} <= set(files)
     assert header["Version"] == number
     required = [Requirement(r) for r in header.get_all("Requires-Dist", [])]
     assert [r.name for r in required if r.marker is None] == ["torch"]

@@ -284,6 +284,17 @@ def test_an_auxiliary_head_is_grown_though_eval_mode_does_not_reach_it(split: st
     assert equivalence(teacher, student, images(), mode="train").max_relative > 1e-3
 
 
+def test_a_state_dict_and_a_missing_example_get_the_way_out() -> None:
+    net, x = mlp(3, 4, 2), images(6, 3)
+    weights = net.state_dict()
+    for call in (lambda: describe(weights, x), lambda: widen(weights, x, 2.0), lambda: transfer(net, weights, x)):
+        with refused("a state dict, which has no forward pass: build the network, load its weights"):
+            call()
+    for call in (lambda: describe(net), lambda: widen(net, widths=2.0), lambda: transfer(net, mlp(3, 8, 2))):
+        with refused(r"missing 1 required .* The example of net2net.* is an input of the network: a tensor"):
+            call()
+
+
 def test_unused_parameters_of_one_shape_are_copied() -> None:
     teacher, student = pair()
     for model in (teacher, student):

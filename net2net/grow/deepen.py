@@ -60,11 +60,12 @@ def deepen(  # noqa: PLR0913 (public signature)
         3
     """
     model, inputs = unwrap(model), Inputs.of(example, outputs)
-    if not after:
+    names = [after] if isinstance(after, str) else list(after)
+    if not names:
         raise TransferError("No module is named to put a layer behind.")
     traced = trace(model, inputs)
     deeper = copy_network(model)
-    for name in [after] if isinstance(after, str) else after:
+    for name in names:
         units, dims = _result_of(traced, name)
         new = make(units, dims) if make else nn.Sequential(_layer(units, dims), Blend(activation()))
         module = _last_new(deeper.get_submodule(name))
@@ -76,7 +77,7 @@ def deepen(  # noqa: PLR0913 (public signature)
             module.register_forward_hook(_call_deeper_first if name in traced.packed else _call_deeper)
     how = {"generator": generator, "rename": {}, "depth": depth, "calibrate": calibrate, "outputs": outputs}
     record = transfer(model, deeper, example, **how)
-    attach_record(deeper, record)
+    attach_record(deeper, record, model, f"new layers stand behind {', '.join(names)}")
     return deeper
 
 

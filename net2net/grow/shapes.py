@@ -5,6 +5,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from itertools import combinations
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -143,8 +144,10 @@ def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
     return copied
 
 
-def attach_record(grown: nn.Module, record: Record) -> None:
-    """Keep the record as the network's `growth`, or by the next name that is not taken."""
+def attach_record(grown: nn.Module, record: Record, model: nn.Module, grew: str) -> None:
+    """Keep the record, with what grew, as the network's `growth`, or by the next name that is not taken."""
+    before, after = (sum(p.numel() for p in each.parameters()) for each in (model, grown))
+    record = replace(record, grew=f"{before:,} to {after:,} parameters; {grew}")
     place = "growth"
     while hasattr(grown, place):
         place += "_"

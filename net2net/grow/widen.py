@@ -30,6 +30,7 @@ from .shapes import (
 Widths = float | Mapping[str, float | int]
 Factors = dict[int, float]  # by what factor each group of units grows, by its number
 TRIES = 64
+KEPT = 3  # groups that keep their width and are named
 
 
 @no_other_error("widen")
@@ -110,7 +111,11 @@ def _widen(
             if not put_back:
                 raise
             return grow(factors, follow_all=True)  # the network runs without a number, but may compute with it
-        attach_record(copied, record)
+        kept = [group for k, group in enumerate(description.groups) if k not in factors]
+        names = [f"{group.layers[0]} ({group.state})" for group in kept[:KEPT]]
+        names += [f"{len(kept) - KEPT} more"] * (len(kept) > KEPT)
+        grew = f"{len(factors)} of {len(description.groups)} groups of units grew"
+        attach_record(copied, record, traced.model, f"{grew}, others kept their width: {', '.join(names) or 'none'}")
         if generator is not None:
             generator.set_state(draws.get_state())
         return copied
@@ -154,9 +159,12 @@ def _make_runnable(
         changes = follow_widths(copied, traced, count)
         if put_doubtful_back(run_copy, changes):
             return copied, not follow_all and not trial and put_idle_back(run_copy, changes)
-        why = "a copy of these widths does not run, as a number in its code or its modules does not follow them"
-        advice = "build the wider network yourself, and fill it by net2net.transfer"
-        raise TransferError(f"{str(error).rstrip('.')}: {why}. Let it follow, or {advice}.") from error
+        roots = traced.units.roots()
+        grown = [x for x in traced.mixers if x.produces is not None and bool((count[roots[x.produces]] > 1).any())]
+        wide = ", ".join(f"{x.module} is {len(x.produces)} units wide" for x in grown[:3] if x.produces is not None)
+        number = f"A number in its code or its modules probably follows from the width of a layer ({wide})"
+        advice = "let it follow that layer, or build the wider network yourself and call net2net.transfer"
+        raise TransferError(f"{str(error).rstrip('.')}: a wider copy does not run. {number}: {advice}.") from error
 
 
 def _check_width(width: object, what: str) -> None:

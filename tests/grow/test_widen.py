@@ -247,7 +247,7 @@ REFUSED = [
     (lambda: nn.Sequential(nn.Linear(3, 2)), images, 2.0, r"forward pass of Sequential"),
     (SOFTMAX, rows, {"0": 2.0}, r"0\.weight cannot grow.*softmax in 1 mixes"),
     (written_into_the_pass, rows, {"a": 6}, r"forward pass of Net.*\(6, 3\) fails"),
-    (written_into_the_pass, rows, {"a": 6}, r"a number in its code or its modules does not follow.*net2net\.transfer"),
+    (written_into_the_pass, rows, {"a": 6}, r"follows from the width of a layer \(a is 4 .*net2net\.transfer"),
     (lambda: mlp(3, 4, 2), rows, {"1": 6}, r"1 has no units to grow: it has no parameters of its own"),
     (lambda: branched(1), rows, {"b": 6}, r"b has no units to grow: .* shows no use of it"),
     (lambda: branched(1), rows, {"stem": 6}, r"shows no use of b\.weight, of shape \(5, 4\).* width that grows \(4\)"),
@@ -292,6 +292,27 @@ def test_a_search_among_groups_has_an_end(monkeypatch, tries: int, groups: int) 
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
+def test_a_number_of_units_that_every_layer_of_a_module_gets() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.tags = nn.LSTM(3, 4, num_layers=2, bidirectional=True), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tags(self.lstm(x)[0])
+
+    grown = widen(look_trained(Tagger()), torch.randn(6, 2, 3), {"lstm": 6})
+    assert grown.lstm.hidden_size == 6 and grown.tags.in_features == 12
+
+
+def test_the_record_says_what_grew_and_what_stayed() -> None:
+    grew = widen(mlp(3, 4, 5, 2), rows(), {"0": 8}).growth.grew
+    assert grew.startswith(
+        "53 to 89 parameters; 1 of 3 groups of units grew, others kept their width: 2 (free), 4 (pin"
+    )
+    assert "new layers stand behind 0" in str(deepen(mlp(3, 4, 2), rows(), "0").growth)
+
+
 @pytest.mark.parametrize(("width", "made"), [(17, 16), (18, 20)])
 def test_a_number_of_units_that_gates_cannot_have_is_refused(width: int, made: int) -> None:
     """Four gates share their units, so the layer grows by four at a time."""
