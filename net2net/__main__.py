@@ -4,8 +4,8 @@ net2net describe resnet18             prints which layers grow together, and wha
 net2net grow resnet18 resnet34        grows the first into the second, and prints how equal they are
 net2net verify certificate.json       checks what net2net.certify wrote, and prints what it says
 
-A network is one of torchvision or timm by its name, or package.module:function, which is called without arguments. It
-gets weights that look trained.
+A network is one of torchvision or timm by its name, or package.module:function, which is called without arguments and
+may be in this folder if the command is python -m net2net. It gets weights that look trained.
 """
 
 import argparse
@@ -130,14 +130,11 @@ def _make_network(name: str) -> nn.Module:
 
 def _call(place: str) -> nn.Module:
     module, _, function = place.partition(":")
-    sys.path.insert(0, "")  # a console script does not look into this folder
     try:
         return getattr(import_module(module), function)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         why = f"makes no network when called without arguments: {error}"
         raise TransferError(f"{function} of {module} {why}.") from error
-    finally:
-        sys.path.remove("")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_json_and_a_network_of_ones_own(
 ) -> None:
     code = "from torch import nn\ndef net(n=4): return nn.Sequential(nn.Conv2d(3, n, 3), nn.ReLU(), nn.Conv2d(n, 2, 3))"
     (tmp_path / "mine.py").write_text(f"{code}\ndef wider(): return net(7)\n")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     assert main(["describe", "mine:net", "--size", "8", "--json"]) == 0
     first, last = json.loads(capsys.readouterr().out)
     assert (first["layers"], first["width"], first["free"]) == (["0"], 4, True)

@@ -56,7 +56,7 @@ def extend(model: nn.Module, traced: Trace, inputs: Inputs, widths: Mapping[str,
             "the network return what stands before it."
         )
     record = replace(record, measured=measured, modes={"eval": "exact on what was there", "train": "not compared"})
-    attach_record(copied, Transfer(**vars(record)).of(model, copied))
+    attach_record(copied, Transfer(**vars(record)).of(model, copied), model, f"new entries of {', '.join(widths)}")
     return copied
 
 
