@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
 import re
 from doctest import ELLIPSIS, OutputChecker
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -60,6 +62,21 @@ def test_every_block_prints_what_is_shown(page, tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, names)
         assert same(shown, printed.getvalue()), f"{code}\nprints\n{printed.getvalue()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grow", "curves"])
+def test_every_cell_of_a_notebook_runs_and_prints_what_is_shown(name, monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    monkeypatch.chdir(ROOT / "docs/notebooks")
+    names: dict[str, object] = {}
+    for cell in json.loads(read(f"docs/notebooks/{name}.ipynb"))["cells"]:
+        if cell["cell_type"] == "code":
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec("".join(cell["source"]), names)
+            shown = "".join(text for output in cell["outputs"] for text in output.get("text", []))
+            assert same(shown, printed.getvalue()) or name == "curves", printed.getvalue()  # its curves change
+            assert bool(shown) == bool(printed.getvalue())
 
 
 def test_what_is_not_printed_is_not_accepted():
