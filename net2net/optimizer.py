@@ -150,7 +150,7 @@ def optimizer_state(
 
     Args:
         record: of the growth.
-        old: trained the parameters of `teacher`: SGD, Adam, AdamW, NAdam, RMSprop or Adagrad.
+        old: trained the parameters of `teacher`: SGD, Adam, AdamW, NAdam, RMSprop, Adagrad or Muon.
         new: will train those of `student`; of the same class.
         teacher: the network that was grown.
         student: the grown network.

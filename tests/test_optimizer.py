@@ -204,6 +204,20 @@ def test_the_moments_are_those_of_the_predicted_gradient(name: str) -> None:
         assert torch.allclose(moments["exp_avg_sq"], known.square() / 4, rtol=1e-12, atol=0), key
 
 
+def test_muon_keeps_its_momentum_which_is_a_mean_of_gradients() -> None:
+    teacher, student = trained(nn.Linear(3, 4, bias=False), nn.Linear(3, 7, bias=False))
+    teacher, student = (nn.Sequential(each, nn.Linear(len(each.weight), 2, bias=False)) for each in (teacher, student))
+    record, x = transfer(teacher, student, torch.randn(5, 3), split="equal"), torch.randn(5, 3)
+    old, new = (torch.optim.Muon(model.parameters()) for model in (teacher, student))
+    theirs = gradients(teacher, x, torch.ones(5, 2))
+    old.step()
+    record.optimizer_state(old, new)
+    share = old.state[teacher[0].weight]["momentum_buffer"] / theirs["0.weight"]  # of the gradient
+    for name, gradient in record.gradients(theirs).items():
+        momentum = new.state[student.get_parameter(name)]["momentum_buffer"]
+        assert torch.allclose(momentum, gradient * share.mean(), rtol=1e-12, atol=0)
+
+
 def test_new_layers_start_without_a_state() -> None:
     teacher, student = trained(chain(3, 4), chain(7, 9, new=1))
     old, new = Adam(teacher.parameters()), Adam(student.parameters())
