@@ -1,6 +1,5 @@
 """Certificates of growths: which networks, what was done, and how far they differ; as small JSON, and checked again."""
 
-import ctypes
 import hashlib
 import json
 import math
@@ -15,6 +14,7 @@ from .errors import TransferError
 from .grow.describe import describe
 from .network import Example, Inputs, Outputs, run, tensors_in, unwrap
 from .record import How, Record
+from .tensors import view_bytes
 from .transfer import check_networks
 
 Certificate = dict[str, Any]
@@ -243,8 +243,7 @@ def _digest_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
         digest.update((json.dumps([name, list(tensor.shape), str(tensor.dtype)]) + "\n").encode())
         data = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
         data = data.cpu().resolve_conj().resolve_neg().contiguous()
-        if data.nbytes:
-            digest.update((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+        digest.update(view_bytes(data))
     return digest.hexdigest()
 
 

@@ -1,5 +1,7 @@
 """A network's tensors by name; parametrised and grouped weights."""
 
+import ctypes
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -22,6 +24,11 @@ def computed(module: nn.Module, weight: str) -> Tensor:
     """Return a parametrised weight as in eval mode: in training a spectral norm changes its buffers when it is read."""
     with in_mode(module.parametrizations[weight], training=False):  # type: ignore[index]
         return getattr(module, weight).detach()
+
+
+def view_bytes(tensor: Tensor) -> ctypes.Array:
+    """Return the bytes of a contiguous tensor on the CPU without a copy; they live as long as the tensor."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 def parametrised(model: nn.Module) -> list[tuple[str, nn.Module, str]]:

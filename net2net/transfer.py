@@ -26,6 +26,7 @@ from .plan.new_layers import check_identities, new_batch_norms
 from .plan.plan import Plan, make_plan
 from .plan.tensors import make_record
 from .plan.traces import Traces, trace_both
+from .pretrained import keep_configs, list_pretrained
 from .record import EXACT_IN_TRAINING, Record, read_record
 from .tensors import named_tensors
 from .ties import tie_again, untie
@@ -143,6 +144,7 @@ def transfer(  # noqa: PLR0913 (public signature)
     teacher, ties = untie(given, student)
     traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
     attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled_layers[0]))
+    models = list_pretrained(student)
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
     def grow(attempt: Attempt) -> Record:
@@ -158,9 +160,8 @@ def transfer(  # noqa: PLR0913 (public signature)
         return replace(record, measured=measured, modes=modes)
 
     record, refusal = serve_most_modes(grow, attempts, generator, traces.training_counts)
-    if refusal is not None and record.modes["train"].startswith("not kept"):
-        why = f"{record.modes['train']} Why no growth is exact in both modes: {refusal}"
-        record = replace(record, modes=record.modes | {"train": why})
+    record = _say_why(record, refusal)
+    keep_configs(models if record.eps else {}, student, traces.inputs)  # a config may hold the eps of norms
     if noise:
         add_noise(student, record, generator)
     elif split == "equal":
@@ -240,6 +241,14 @@ def check_networks(record: Record, teacher: nn.Module, student: nn.Module) -> No
             name = next(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
             here, there = mine.get(name), theirs.get(name)
             raise TransferError(f"The record is of another {which}: {name} is {here} here, {there} there.")
+
+
+def _say_why(record: Record, refusal: TransferError | None) -> Record:
+    """Add to a record that is not exact in training mode why no growth is exact in both."""
+    if refusal is None or not record.modes["train"].startswith("not kept"):
+        return record
+    why = f"{record.modes['train']} Why no growth is exact in both modes: {refusal}"
+    return replace(record, modes=record.modes | {"train": why})
 
 
 def _warn_of_equal_copies(record: Record, student: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """Make a deeper copy of a network, filled by `transfer`."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 from ..blend import Blend
 from ..errors import TransferError, no_other_error
 from ..network import Example, Inputs, Outputs, map_first, unwrap
+from ..pretrained import keep_configs, list_pretrained
 from ..trace.graph import Trace
 from ..trace.tracer import trace
 from ..transfer import transfer
+from .blocks import add_blocks
 from .shapes import attach_record, copy_network
 
 
@@ -33,6 +37,10 @@ def deepen(  # noqa: PLR0913 (public signature)
     Behind each module of `after` stands a new layer, as its child `deeper`: a linear layer, or a convolution of kernel
     3 that keeps the size, with as many units as the module gives. `Blend(activation())` follows it, which is the
     identity at first whatever the activation. The old keys of the state dict stay.
+
+    Behind blocks of a stack whose length the model's `config` counts (Hugging Face's `num_hidden_layers`), the new
+    layers are further blocks of that stack, if these can be exact. The config then says what the copy is; where no
+    config can, its `save_pretrained` refuses.
 
     Args:
         model: the network, which is left as it was.
@@ -63,6 +71,15 @@ def deepen(  # noqa: PLR0913 (public signature)
     names = [after] if isinstance(after, str) else list(after)
     if not names:
         raise TransferError("No module is named to put a layer behind.")
+    names = [after] if isinstance(after, str) else after
+    grew = f"new layers stand behind {', '.join(names)}"
+    how = {"generator": generator, "depth": depth, "calibrate": calibrate, "outputs": outputs}
+    fill = partial(transfer, model, example=example, **how)
+    if make is None and (blocks := add_blocks(model, names)) is not None:
+        deeper, renamed = blocks
+        with suppress(TransferError):
+            attach_record(deeper, fill(deeper, rename=renamed), model, grew)
+            return deeper
     traced = trace(model, inputs)
     deeper = copy_network(model)
     for name in names:
@@ -75,9 +92,8 @@ def deepen(  # noqa: PLR0913 (public signature)
         module.add_module("deeper", new.to(reference.device, reference.dtype).train(model.training))
         if not _calls_children(module):
             module.register_forward_hook(_call_deeper_first if name in traced.packed else _call_deeper)
-    how = {"generator": generator, "rename": {}, "depth": depth, "calibrate": calibrate, "outputs": outputs}
-    record = transfer(model, deeper, example, **how)
-    attach_record(deeper, record, model, f"new layers stand behind {', '.join(names)}")
+    attach_record(deeper, fill(deeper, rename={}), model, grew)
+    keep_configs(list_pretrained(model), deeper, inputs)
     return deeper
 
 

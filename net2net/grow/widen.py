@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..attempts import Patience
 from ..errors import TransferError, no_other_error
 from ..network import Example, Inputs, Outputs, run, unwrap
+from ..pretrained import keep_configs, list_pretrained
 from ..trace.graph import Trace
 from ..trace.tracer import IS_OUTPUT, trace
 from ..transfer import Transfer, transfer
@@ -64,7 +65,8 @@ def widen(  # noqa: PLR0913 (public signature)
             ones, or this tensor, and stand behind the old ones, on which the function is the same.
 
     Returns:
-        The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own).
+        The copy. Its `growth` is the record of the transfer (`growth_` if the network has a `growth` of its own). The
+        `config` of a Hugging Face model says what the copy is, or its `save_pretrained` refuses.
 
     Raises:
         TransferError: a name fits no layer, its units cannot grow as asked, or nothing can grow.
@@ -77,12 +79,25 @@ def widen(  # noqa: PLR0913 (public signature)
     model, inputs = unwrap(model), Inputs.of(example, outputs)
     fill = partial(transfer, model, example=example, split=split, noise=noise, outputs=outputs)
     traced = trace(model, inputs)
-    if new is not None:
+    if new is None:
+        wider = _widen_in_a_mode(traced, inputs, widths, fill, generator)
+    else:
         if not isinstance(widths, Mapping):
             raise TransferError("`new` adds entries to layers that are named: give `widths` as a dictionary.")
         for name, width in widths.items():
             _check_width(width, repr(name))
-        return extend(model, traced, inputs, widths, new)
+        wider = extend(model, traced, inputs, widths, new)
+    keep_configs(list_pretrained(model), wider, inputs)
+    return wider
+
+
+Fill = Callable[..., Transfer]
+
+
+def _widen_in_a_mode(
+    traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator: torch.Generator | None
+) -> nn.Module:
+    """Return a wider copy by the trace of the eval mode, or else by that of both modes."""
     try:
         return _widen(traced, inputs, widths, fill, generator)
     except TransferError:
@@ -92,9 +107,7 @@ def widen(  # noqa: PLR0913 (public signature)
         raise
 
 
-def _widen(
-    traced: Trace, inputs: Inputs, widths: Widths, fill: Callable[..., Transfer], generator: torch.Generator | None
-) -> nn.Module:
+def _widen(traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator: torch.Generator | None) -> nn.Module:
     """Return a wider copy of the network of a trace; `fill` fills a student."""
     description = describe_trace(traced)
     parts = split_groups(traced, description)
