@@ -530,6 +530,40 @@ def attention(d: Draw, x: Value):
 
     return x.to(y), make
 
+SHARED: dict[str, Callable[..., Tensor]] = {
+    "repeat": lambda q, k, v, n: F.scaled_dot_product_attention(q, *(u.repeat_interleave(n, 1) for u in (k, v))),
+    "expand": lambda q, k, v, n: F.scaled_dot_product_attention(
+        q, *(u[:, :, None].expand(-1, -1, n, -1, -1).flatten(1, 2) for u in (k, v))),
+    "function": lambda q, k, v, n: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    "broadcast": lambda q, k, v, n: F.scaled_dot_product_attention(
+        q.unflatten(1, (-1, n)), k[:, :, None], v[:, :, None]).flatten(1, 2),
+}
+
+def turned(v: Tensor) -> Tensor:
+    """Rotary positions, with a table that is made here."""
+    half = v.shape[-1] // 2
+    at = torch.outer(torch.arange(v.shape[-2], dtype=v.dtype), 10.0 ** -torch.arange(half, dtype=v.dtype))
+    return v * at.cos().repeat(1, 2) + torch.cat([-v[..., half:], v[..., :half]], -1) * at.sin().repeat(1, 2)
+
+@op("attention", ["sequence"])
+def shared_keys(d: Draw, x: Value):
+    """Several query heads for each key head, with rotary positions or without."""
+    keys, each, y = d.width("key heads", options=(1, 2)), d.width("queries for each", options=(1, 2, 3)), d.width()
+    turns, attend = d.one("turns", *FLAG), SHARED[d.one("how", *SHARED)]
+    e = times((1, 1), 2 * d.one("pairs", 1, 2)) if turns else d.width("head")
+
+    def make(i: int) -> nn.Module:
+        def forward(net: Net, u: Tensor) -> Tensor:
+            q, k, v = (part(u).unflatten(-1, (-1, e[i])).transpose(1, 2) for part in (net.q, net.k, net.v))
+            q, k = (turned(q), turned(k)) if turns else (q, k)
+            return net.out(attend(q, k, v, each[i]).transpose(1, 2).flatten(2))
+
+        widths = {"q": keys[i] * each[i] * e[i], "k": keys[i] * e[i], "v": keys[i] * e[i]}
+        parts = {name: nn.Linear(x.width[i], width) for name, width in widths.items()}
+        return Net(parts | {"out": nn.Linear(widths["q"], y[i])}, forward)
+
+    return x.to(y), make
+
 @op("attention", ["sequence"])
 def multihead(d: Draw, x: Value):
     """nn.MultiheadAttention to the value itself, or to another of another width."""

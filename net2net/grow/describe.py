@@ -175,16 +175,14 @@ def _width(traced: Trace, layer: Layer, units: Tensor) -> int:
 def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
     """Return for every unit that grows in whole pieces only the reason."""
     whole = {unit: next(iter(why)) for unit, why in _collect(traced.units.whole, roots).items()}
-    heads = [roots[contraction.left] for contraction in traced.contractions]
-    for units in heads:
-        whole |= dict.fromkeys(units.tolist(), "the units of a head, queries by keys")
+    heads = [roots[side] for contraction in traced.contractions for side in (contraction.left, contraction.right)]
     for children, parents in traced.units.relations.values():
         if heads:
             values = roots[children][torch.isin(roots[parents], torch.cat(heads))]
             whole |= dict.fromkeys(values.tolist(), "the units of a head, values")
         owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
         whole = owners | whole
-    return whole
+    return whole | {unit: "the units of a head, queries by keys" for units in heads for unit in units.tolist()}
 
 
 def _components(sets: list[Tensor], count: int) -> Tensor:

@@ -70,7 +70,25 @@ def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int,
         for units in parts[k]:
             wanted = round(len(units) * factor + 1e-9)  # halves are rounded up, not to even
             count[units] = max(len(units), wanted) / len(units)
+    _count_products(traced, {int(root) for group in parts for units in group for root in units}, count)
     return count
+
+
+def _count_products(traced: Trace, counted: set[int], count: Tensor) -> None:
+    """Set the count of units that are products of two others, as a query head's results are of it and of values."""
+    # Those of both, within what both belong to: a key head.
+    roots, relations = traced.units.roots(), traced.units.relations
+    owners: dict[int, set[int]] = defaultdict(set)
+    for children, parents in relations.values():
+        for child, parent in zip(roots[children].tolist(), roots[parents].tolist(), strict=True):
+            owners[child].add(parent)
+    for key, (products, left) in relations.items():
+        if key.part == "left" and key.inside is None:
+            right = relations[replace(key, part="right")][1]
+            for unit, a, b in zip(*(roots[each].tolist() for each in (products, left, right)), strict=True):
+                if unit not in counted | {a, b}:
+                    shared = [float(count[owner]) for owner in (owners[a] | {a}) & (owners[b] | {b})]
+                    count[unit] = count[a] * count[b] / max(shared, default=1.0)
 
 
 def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = False) -> nn.Module:

@@ -175,7 +175,7 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
     """Raise TransferError if a unit with several entries is not copied with all of them."""
     # Only queries and keys may have more entries than their teacher's, which are zero.
     lost = roots[(index == NEW) & (plan.g[roots] >= 0)]
-    for root in lost[~torch.isin(lost, plan.student_roots[plan.queries])].tolist():
+    for root in lost[~torch.isin(lost, plan.student_roots[torch.cat([plan.queries, plan.keys])])].tolist():
         moving = [*plan.student_units.whole, *plan.student_units.pinned]
         why = next((f", as {why}" for labels, why in moving if root in plan.student_roots[labels]), "")
         raise TransferError(

@@ -7,7 +7,7 @@ its first n units are the teacher's own, and each further unit is drawn from tho
 halves of a shuffle) are chosen apart.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import TransferError
 from ..record import MEAN, NEW, ZERO
-from ..trace.facts import Key, Layer, LayerKind, NormKind
+from ..trace.facts import Key, Layer, NormKind
 from ..trace.units import in_order
 from .traces import Networks
 
@@ -75,7 +75,9 @@ def map_units(
     size = len(networks.student_roots)
     g, patterns, narrowest = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long), torch.full((size,), size)
     unit_map = UnitMap(networks, _find_ties(networks), kinds, rotated, generator, g, patterns, narrowest, fresh)
-    families = _find_families(unit_map)
+    _spread_owners(unit_map)
+    pairs = _pair_families(networks)
+    families = [family for key, pair in pairs.items() for family in _split_by_level(unit_map, key, pair)]
     for level in sorted({family.level for family in families}):
         now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # parts before their sum
         for family in now:
@@ -91,7 +93,7 @@ def map_units(
         _pass_through(unit_map, layer, activations)
     for family in families:
         _check_family(unit_map, family)
-    _check_pins(networks)
+    _check_pins(networks, pairs)
     return unit_map
 
 
@@ -111,6 +113,18 @@ def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
                     owners[child][other] = parent
     readers, teacher_readers = _find_readers(networks, mine, theirs)
     return Ties(mine, readers), Ties(theirs, teacher_readers)
+
+
+def _spread_owners(unit_map: UnitMap) -> None:
+    """Ask for equally many copies of owners (key heads, say) that have room for fewer units than their teacher's."""
+    most: tuple[dict[Key, int], dict[Key, int]] = (defaultdict(int), defaultdict(int))
+    sizes = [Counter(owner for held in each.owners.values() for owner in held.items()) for each in unit_map.ties]
+    for found, counted in zip(most, sizes, strict=True):
+        for (key, _), size in counted.items():
+            found[key] = max(found[key], size)
+    for key, parent in sizes[0]:
+        if most[0][key] < most[1][key]:
+            unit_map.kinds[parent].add(EVEN)
 
 
 def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) -> tuple[Tensor, Tensor]:
@@ -137,26 +151,30 @@ def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) ->
     return mine, theirs
 
 
-def _find_families(unit_map: UnitMap) -> list[Family]:
-    """Find every family that both networks have; refuse the first layer that is too narrow."""
-    networks, names = unit_map.networks, [layer.name for layer in unit_map.networks.student.mixers]
+def _pair_families(networks: Networks) -> dict[Key, tuple[Tensor, Tensor]]:
+    """Pair the families that both networks have; refuse the first layer that is too narrow."""
+    names = [layer.name for layer in networks.student.mixers]
     pairs = {Key(name): networks.produced(name) for name in names if networks.names[name]}
     for key, labels in networks.student_units.families.items():
         other = networks.convert(key)
         if other is not None and other in networks.teacher_units.families:
             theirs = networks.teacher_units.families[other]
             pairs[key] = (networks.student_roots[labels], networks.teacher_roots[theirs])
+    return pairs
+
+
+def _split_by_level(unit_map: UnitMap, key: Key, pair: tuple[Tensor, Tensor]) -> list[Family]:
+    """Split the units of both networks that came into being together by how many units above them they belong to."""
+    (mine, theirs), name = pair, key.where or "the network"
+    levels, teacher_levels = (
+        torch.tensor([_level(unit, ties.owners) for unit in units.tolist()], dtype=torch.long)
+        for units, ties in zip(pair, unit_map.ties, strict=True)
+    )
     found = []
-    for key, pair in pairs.items():
-        (mine, theirs), name = pair, key.where or "the network"
-        levels, teacher_levels = (
-            torch.tensor([_level(unit, ties.owners) for unit in units.tolist()], dtype=torch.long)
-            for units, ties in zip(pair, unit_map.ties, strict=True)
-        )
-        for level in torch.unique(levels).tolist():
-            # Behind a new layer the student's units may belong to nothing where the teacher's do.
-            same = theirs[teacher_levels == level]
-            found.append(Family(name, mine[levels == level], same if len(same) else theirs, level, len(mine)))
+    for level in torch.unique(levels).tolist():
+        # Behind a new layer the student's units may belong to nothing where the teacher's do.
+        same = theirs[teacher_levels == level]
+        found.append(Family(name, mine[levels == level], same if len(same) else theirs, level, len(mine)))
     return found
 
 
@@ -203,14 +221,22 @@ def _group(units: Tensor, keys: frozenset[Key], ties: Ties, apart: bool) -> dict
 
 def _keep(unit_map: UnitMap, family: Family) -> None:
     """Set g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
+    # Copies of an owner keep all of its units each, or, where they have room for fewer, together.
     unit_map.narrowest[family.mine] = unit_map.narrowest[family.mine].clamp(max=family.width)
+    together = family.theirs[:0]
     for mine, theirs in _split_by_ties(unit_map, family):
         free = in_order(mine[unit_map.g[mine] == NEW])
         missing = in_order(theirs[~torch.isin(theirs, unit_map.g[mine])])
         if len(free) < len(missing):
-            joined = f"The student joins units of {family.name} with units that the teacher keeps apart"
-            raise TransferError(f"{joined}, so no mapping of units serves both.")
+            together = torch.cat([together, missing])
+            missing = missing[~torch.isin(missing, unit_map.g[family.mine])][: len(free)]
         unit_map.g[free[: len(missing)]] = missing
+    if lost := len(torch.unique(together[~torch.isin(together, unit_map.g[family.mine])])):
+        if family.level:
+            few = "those of one head or group stay in copies of it, and the student's are too small or too few"
+            raise TransferError(f"{family.name} has no room for {lost} of its teacher's units: {few}.")
+        joined = f"The student joins units of {family.name} with units that the teacher keeps apart"
+        raise TransferError(f"{joined}, so no mapping of units serves both.")
 
 
 def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> None:
@@ -232,6 +258,12 @@ def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> No
     elif kinds == {NormKind.LAYER}:
         unit_map.means.append(theirs)
         g[free] = MEAN - (len(unit_map.means) - 1)
+    elif EVEN in kinds:
+        counts = (g[among][:, None] == theirs[None, :]).sum(0)
+        for unit in free.tolist():
+            fewest = (counts == counts.min()).nonzero().flatten()
+            chosen = fewest[torch.randint(len(fewest), (), generator=unit_map.generator)]
+            g[unit], counts[chosen] = theirs[chosen], counts[chosen] + 1
     elif not unit_map.fresh:
         g[free] = theirs[torch.randint(len(theirs), (len(free),), generator=unit_map.generator)]
 
@@ -286,19 +318,16 @@ def _check_family(unit_map: UnitMap, family: Family) -> None:
                 )
 
 
-def _check_pins(networks: Networks) -> None:
+def _check_pins(networks: Networks, pairs: dict[Key, tuple[Tensor, Tensor]]) -> None:
     sides = ((networks.student_units, networks.student_roots, 0), (networks.teacher_units, networks.teacher_roots, 1))
     for units, roots, side in sides:
         why: dict[int, str] = {}
         for labels, reason in units.pinned:
             for root in roots[labels].tolist():
                 why.setdefault(root, reason)
-        for name, theirs_name in networks.names.items():
-            layer = networks.student.layers.get(name)
-            if layer is None or layer.kind != LayerKind.MIX or theirs_name is None:
-                continue
-            pair = networks.produced(name)
+        for key, pair in pairs.items():
             mine, theirs = map(len, pair)
             pinned = next((root for root in pair[side].tolist() if root in why), None)
             if mine > theirs and pinned is not None:
-                raise TransferError(f"{name} cannot grow from {theirs} to {mine} units: {why[pinned]}.")
+                where = key.where or "the network"
+                raise TransferError(f"{where} cannot grow from {theirs} to {mine} units: {why[pinned]}.")

@@ -82,7 +82,8 @@ def _can_rotate(networks: Networks, stream: Stream, behind: dict[str, Norm], pas
     elsewhere = [labels for name, axes in trace.parameters.axes.items() if name not in tensors for labels in axes]
     elsewhere += [labels for name, labels in trace.parameters.values.items() if name not in tensors]
     elsewhere += [labels for pair in networks.student_units.relations.values() for labels in pair]
-    elsewhere += [*(c.left for c in trace.contractions), *(labels for labels, _ in networks.student_units.pinned)]
+    elsewhere += [side for c in trace.contractions for side in (c.left, c.right)]
+    elsewhere += [labels for labels, _ in networks.student_units.pinned]
     elsewhere += [norm.units for norm in trace.norms if norm.kind != NormKind.LAYER or norm.name not in every]
     affine = [(name, norm) for norm in every.values() for name in norm.tensors.values()]
     return (

@@ -65,6 +65,11 @@ class Plan(Networks):
         return torch.cat([torch.empty(0, dtype=torch.long), *(c.left for c in self.student.contractions)])
 
     @cached_property
+    def keys(self) -> Tensor:
+        """The labels of what queries are multiplied by."""
+        return torch.cat([torch.empty(0, dtype=torch.long), *(c.right for c in self.student.contractions)])
+
+    @cached_property
     def padded_norms(self) -> set[str]:
         """The names of norms that see padding."""
         return {norm.name for norm, _ in self.padding_factors.values()}

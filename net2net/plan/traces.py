@@ -37,16 +37,20 @@ class Traces:
         return any(each.both is not None for each in self.plain)
 
     def comparable(self, rename: Rename, absorb: bool = False, both_modes: bool = True) -> tuple[Trace, Trace]:
-        """Return the traces of teacher and student, with the groups and heads of the teacher seen as the student's."""
+        """Return the traces of teacher and student, with the groups and heads of each seen as the other's."""
         # `both_modes`: with what the training mode adds.
         theirs, mine = ((both_modes and each.both) or each for each in (self.absorbed if absorb else self.plain))
         names = teacher_names(mine, theirs, rename)
         merged = _merged_groups(theirs, mine, names)
-        as_grouped = _split_groups(theirs, mine, names) - {Key(name) for name in merged}
-        if not as_grouped and not merged:
-            return theirs, mine
-        again = trace(theirs.model, self.inputs, SeenAs(as_grouped, merged, theirs.seen_as.scale_absorbed))
-        return (both_modes and again.both) or again, mine
+        related, as_grouped = _split_pairs(theirs, mine, names)
+        related |= _split_groups(theirs, mine, names) - {Key(name) for name in merged}
+        if related or merged:
+            again = trace(theirs.model, self.inputs, SeenAs(related, merged, theirs.seen_as.scale_absorbed))
+            theirs = (both_modes and again.both) or again
+        if as_grouped:
+            again = trace(mine.model, self.inputs, SeenAs(as_grouped, scale_absorbed=mine.seen_as.scale_absorbed))
+            mine = (both_modes and again.both) or again
+        return theirs, mine
 
 
 def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: Rename) -> Traces:
@@ -73,17 +77,31 @@ def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[froz
 
 
 def _split_groups(theirs: Trace, mine: Trace, names: Names) -> frozenset[Key]:
-    """Find what the teacher has one of (a group, a head) and the student several: tensors and pairs, by their keys."""
+    """Find what the teacher has one of (a group, a head) and the student several: tensors and products."""
     depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in (theirs, mine)]
     grouped = {names[name] for name in depthwise[1] | mine.parameters.values.keys()}
     found = {Key(name) for name in grouped - depthwise[0] - theirs.parameters.values.keys() if name is not None}
     inner = {names[name] for name in mine.parameters.inner} - theirs.parameters.inner.keys()
     found |= {Key(name, "groups") for name in inner if name is not None}
-    convert, relations = key_converter(names), theirs.units.relations.keys()
+    convert = key_converter(names)
     keys = {convert(c.key) for c in mine.contractions} - {c.key for c in theirs.contractions}
-    related = {convert(key) for key in mine.units.relations.keys() - relations} - relations
-    keys |= {key for key in related if key is not None and replace(key, part="") in theirs.units.meetings}
     return frozenset(found | {key for key in keys if key is not None})
+
+
+def _split_pairs(theirs: Trace, mine: Trace, names: Names) -> tuple[frozenset[Key], frozenset[Key]]:
+    """Find the meetings in which units are one in one network, and belong to each other in the other."""
+    # Their keys in the teacher, and in the student. Where units of both sides belong to new ones, that counts.
+    convert, found = key_converter(names), (set(), set())
+    for key in mine.units.meetings:
+        other = convert(key)
+        if other not in theirs.units.meetings:
+            continue
+        sides = (theirs, other), (mine, key)
+        parts = [{p for p in ("<", ">", "left") if replace(k, part=p) in s.units.relations} for s, k in sides]
+        wanted = parts[0] | parts[1]
+        for keys, (_, each), has in zip(found, sides, parts, strict=True):
+            keys |= {replace(each, part=part) for part in wanted & {"left"} or wanted} if has != wanted else set()
+    return frozenset(found[0]), frozenset(found[1])
 
 
 def _merged_groups(theirs: Trace, mine: Trace, names: Names) -> dict[str, int]:

@@ -174,6 +174,7 @@ class Contraction:
 
     key: Key
     left: Tensor  # the units of one factor, whose entries beyond the teacher's are zero in a student
+    right: Tensor  # those of the other, whose entries beyond the teacher's may then be anything
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Trace:
         self.softmax_gains: dict[Key, tuple[float, frozenset[str], Tensor]] = {}
         # operation -> numbers in front of units that nothing behind can undo, the units, the operation
         self.fixed_gains: dict[Key, tuple[tuple[float, ...], Tensor, str]] = {}
+        self.read: set[Key | None] = set()  # the statistics across units that a call is given, or that are returned
         self.unknown: dict[int, str] = {}  # the label of a result that no rule follows, which has a fixed shape -> why
         self.chains: dict[str, list[Chain]] = {}  # layer -> the activations directly behind it
         self.outputs: dict[str, Labels] = {}  # module -> the labels of the first tensor of its result

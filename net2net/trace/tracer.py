@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import TransferError
 from ..network import Inputs, in_mode, run, tensors_in
 from ..tensors import parametrised
-from .facts import Call, Key, Labels, Layer, LayerKind
+from .facts import Call, Key, Labels, Layer, LayerKind, NormKind
 from .graph import PLAIN, SeenAs, Trace
 from .modes import fork, learn_missed
 from .rules.registry import REWRITES, Rewrite, apply, describe_crash, function_name, pin_operands, put_in_order
@@ -156,8 +156,11 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
             ) from error
     for position, tensor in enumerate(tensors_in(output)):
         if (labels := result.labels(tensor)) is not None:
+            result.read.add(labels.statistic and labels.statistic.key)
             result.units.pin(labels.units, IS_OUTPUT)
             name = f"output {position}" + " in training" * training
             known = (labels.sources, labels.norms_since)
             result.add(Layer(LayerKind.OUTPUT, name, {}, None, *known, normed_by=labels.normed_by))
+    # A mean that nothing reads asks for nothing: weights of attention that are returned, for one.
+    result.norms = [norm for norm in result.norms if norm.kind != NormKind.MEAN or norm.key in result.read]
     return output

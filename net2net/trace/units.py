@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
@@ -110,10 +110,10 @@ class Units:
         edges = torch.cat(found, dim=1) if found else torch.empty(2, 0, dtype=torch.long)
         return _join(torch.arange(self._count), edges)
 
-    def combine(self, a: Tensor, b: Tensor, call: Call) -> Tensor:
+    def combine(self, a: Tensor, b: Tensor, call: Call, contraction: bool = False) -> Tensor:
         """Return the labels of an elementwise result of `a` and `b`: labels that meet are one unit."""
         # If that would make one unit of several that a layer keeps apart (a gate over all channels, a head's weights
-        # over its values), each belongs to what it meets instead.
+        # over its values, queries that share a key), each belongs to what it meets instead.
         shape, key = a.shape, self.key(call.name, call.module)
         self.meetings.add(key)
         a, b = torch.broadcast_tensors(self.drop_repeats(a), self.drop_repeats(b))
@@ -124,14 +124,16 @@ class Units:
         pairs, inverse = torch.unique(mine * base + theirs, return_inverse=True)
         left, right = pairs // base, pairs % base
         single = [len(torch.unique(side)) == len(pairs) for side in (left, right)]
-        belongs = [replace(key, part=part) in self.as_grouped for part in ("<", ">")]
-        if not any(belongs) and (all(single) or not self._collapses(left, right)):
-            self.unite(a, b)
+        belongs = {part for part in ("<", ">", "left") if replace(key, part=part) in self.as_grouped}
+        among = (left, right) if contraction else (torch.cat([left, right]),)  # one layer may give queries and keys
+        collapses = not all(single) and any(self._collapses(left, right, each) for each in among)
+        if not belongs and (not collapses or (contraction and self._are_made_of(left, right))):
+            self.unite(a, b, contraction)
             return a.expand(shape)
-        if single[0] and not belongs[1]:
+        if single[0] and not belongs & {">", "left"}:
             self.relate(replace(key, part="<"), left, right)
             return a.expand(shape)
-        if single[1]:
+        if single[1] and "left" not in belongs:
             self.relate(replace(key, part=">"), right, left)
             return b.expand(shape)
         joined = self.fresh(len(pairs), key)
@@ -139,18 +141,27 @@ class Units:
         self.relate(replace(key, part="right"), joined, right)
         return joined[inverse].reshape(a.shape).expand(shape)
 
-    def _collapses(self, left: Tensor, right: Tensor) -> bool:
-        """Tell whether uniting the roots `left` and `right` makes one unit of two that a layer keeps apart."""
+    def _collapses(self, left: Tensor, right: Tensor, among: Tensor) -> bool:
+        """Tell whether uniting the roots `left` and `right` makes one of two `among` them that a layer keeps apart."""
         before = self.roots()
         after = _join(before, torch.stack([left, right]))
         meeting = torch.zeros(self._count, dtype=torch.bool)
-        meeting[left] = meeting[right] = True
+        meeting[among] = True
         touched = meeting[before].nonzero().flatten()
         family = torch.bucketize(touched, torch.tensor(self._ends), right=True)
         distinct = torch.tensor(self._distinct)[family]
         touched, family = touched[distinct], family[distinct]
         count = [len(torch.unique(family * self._count + root[touched])) for root in (before, after)]
         return count[1] < count[0]
+
+    def _are_made_of(self, left: Tensor, right: Tensor) -> bool:
+        """Tell whether any of these roots are products of the roots beside them and others."""
+        for key, pair in self.relations.items():
+            if key.part in ("left", "right"):
+                a, b = map(self.find, pair)
+                if any(bool((torch.isin(a, x) & torch.isin(b, y)).any()) for x, y in ((left, right), (right, left))):
+                    return True
+        return False
 
     def relate(self, key: Key, children: Tensor, parents: Tensor) -> None:
         """Let each unit of `children` belong to the unit of `parents` beside it."""
@@ -238,9 +249,13 @@ def _nest(units: Units, nested: Collection[Key]) -> bool:
             for child, parent in zip(units.find(children).tolist(), units.find(parents).tolist(), strict=True):
                 owners_of[child][key] = parent
     owner_pairs: dict[tuple[Key, Key], set[tuple[int, int]]] = defaultdict(set)  # that a unit has in two relations
-    for owners in owners_of.values():
+    for direct in owners_of.values():
+        above = [owners_of[owner] for owner in direct.values() if owner in owners_of]  # what owns its owners
+        owners = dict(chain(*(each.items() for each in above), direct.items()))
         for a, b in combinations(sorted(owners, key=str), 2):
-            owner_pairs[a, b].add((owners[a], owners[b]))
+            x, y = owners[a], owners[b]
+            if x not in owners_of.get(y, {}).values() and y not in owners_of.get(x, {}).values():
+                owner_pairs[a, b].add((x, y))
     united: set[Key] = set()  # the pairs of these relations are no longer up to date
     for (a, b), both in owner_pairs.items():
         pairs = {(x, y) for x, y in both if x != y}

@@ -32,7 +32,7 @@ POINTWISE = """
     arcsin arccos arctan sinh cosh asinh acosh atanh arcsinh arccosh arctanh atan2 arctan2 exp2 log2 log10
     logaddexp2 erfc erfinv sinc frac fix lgamma digamma logit xlogy float_power fmax fmin hypot heaviside
     special_erf special_erfc special_exp2 special_expm1 special_log1p special_xlogy special_entr special_logit
-    special_sinc
+    special_sinc complex polar real imag angle conj conj_physical resolve_conj
 """
 
 
@@ -165,7 +165,11 @@ def _combine_others(
             constant = x.reshape(padded)
             rows = [constant.narrow(dim, 0, 1).expand_as(constant) for dim in shared]
             if x.is_meta or not all(torch.equal(constant, row) for row in rows):  # zeros, ones serve every width
-                trace.units.pin(units, f"{call} joins it to a constant of its own width")
+                sizes = [size if dim in shared else 1 for dim, size in enumerate(padded)]
+                key = trace.units.key(f"constant beside {call.name}", call.module)
+                entries = trace.units.fresh(math.prod(sizes), key, distinct=False)
+                trace.units.pin(entries, f"{call} joins it to a constant of its own width")
+                units = trace.units.combine(units, entries.reshape(sizes).expand(units.shape), call)
     return units, scales, constants
 
 

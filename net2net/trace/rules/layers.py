@@ -211,14 +211,13 @@ def _contract(trace: Trace, call: Call, left: Labels, right: Labels) -> None:
     why = f"{call} sums products over them"
     one = trace.units.tie_along(one, [one.dim() - 1], why)
     two = trace.units.tie_along(two, [two.dim() - 2], why)
-    if not any(sums_units):
-        units = trace.units.combine(one.expand(shape), two.expand(shape), call)
-        return trace.label(call.out, Labels.of(units, left, right, gain=gain))
-    one, two = torch.broadcast_tensors(one, two)
-    trace.units.unite(one, two, contraction=True)
+    units = trace.units.combine(one.expand(shape), two.expand(shape), call, contraction=any(sums_units))
     if all(sums_units):
-        trace.contractions.append(Contraction(key, torch.unique(trace.units.drop_repeats(left.units))))
-    _, numbers = torch.unique(trace.units.find(one), return_inverse=True)
-    units = trace.units.fresh(int(numbers.max()) + 1)[numbers]  # heads: labels of their own, of neither factor
-    trace.units.unite(units, one, contraction=True)
+        sides = (torch.unique(trace.units.drop_repeats(side.units)) for side in (left, right))
+        trace.contractions.append(Contraction(key, *sides))
+    if any(sums_units):
+        met = trace.units.drop_repeats(units)
+        _, numbers = torch.unique(trace.units.find(met), return_inverse=True)
+        units = trace.units.fresh(int(numbers.max()) + 1)[numbers]  # heads: labels of their own, of neither factor
+        trace.units.unite(units, met, contraction=True)
     trace.label(call.out, Labels.of(units.expand(shape), left, right, gain=gain))

@@ -212,6 +212,17 @@ def _resize(units: Tensor, dim: int, size: int) -> list[int]:
     return [size if d == dim else n for d, n in enumerate(units.shape)]
 
 
+@rule("view_as_complex", "view_as_real")
+def pair_up(trace: Trace, call: Call) -> None:
+    """Pairs of units become complex units, or the other way round: the units of a pair move as a whole."""
+    labels, shape = first_labels(trace, call), call.out.shape
+    if call.plain == "view_as_real":
+        units = labels.units[..., None].expand(shape)
+    else:
+        units = trace.units.tie_along(labels.units, [len(shape)], f"{call} pairs them")[..., 0].expand(shape)
+    trace.label(call.out, Labels.of(units, labels, gain=labels.gain))
+
+
 @rule("unfold")
 def unfold(trace: Trace, call: Call) -> None:
     """Patches of a map hold every unit once for each place in the patch."""

@@ -112,6 +112,8 @@ def apply(trace: Trace, call: Call) -> None:
         if (owner := trace.parameters.owner_of(x)) is not None:
             trace.parameters.used.add(owner)
         labels = trace.labels(x) if trace.is_activation(x) else None
+        if labels is not None and labels.statistic is not None:
+            trace.read.add(labels.statistic.key)
         if labels is not None and labels.result_of is not None:
             alone = len(call.tensors) == 1 and call.plain in ("mul", "div")
             trace.multipliers.setdefault(labels.result_of, set()).add(factor_in(trace, call) if alone else 1.0)

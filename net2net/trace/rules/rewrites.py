@@ -35,6 +35,12 @@ def add_product(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: f
     return product + (bias if beta == 1 else bias * beta)
 
 
+@rule("outer", "ger", rewrite=True)
+def outer(a: Tensor, b: Tensor, **_: Any) -> Tensor:
+    """Multiply every element of one vector by every element of another."""
+    return a[:, None] * b
+
+
 @rule("scaled_dot_product_attention", rewrite=True)
 def attention(
     query: Tensor,
@@ -50,10 +56,14 @@ def attention(
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    return _attention_weights(query, key, attn_mask, scale) @ value
+
+
+def _attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     logits = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None and attn_mask.is_floating_point():
-        logits = logits + attn_mask
-    return logits.softmax(-1) @ value
+    if mask is not None and mask.is_floating_point():
+        logits = logits + mask
+    return logits.softmax(-1)
 
 
 MULTI_HEAD_ATTENTION = inspect.signature(F.multi_head_attention_forward)
@@ -80,9 +90,15 @@ def multi_head_attention(*args: Any, **kwargs: Any) -> object:
             projected[which] = torch.cat([projected[which], more.reshape(-1).expand(shape)])
     # (..., head, position, unit)
     query, key, value = (x.unflatten(-1, (call.num_heads, -1)).movedim(0, -2) for x in projected)
-    merged = attention(query, key, value).movedim(-2, 0).flatten(-2)
-    # Hardly anyone reads the weights, which are the second result: they must not pin the heads.
-    return F.linear(merged, call.out_proj_weight, call.out_proj_bias), None
+    if call.add_zero_attn:
+        key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    if (mask := call.attn_mask) is not None:
+        mask = F.pad(mask, (0, key.shape[-2] - mask.shape[-1]))
+        mask = mask.reshape(*query.shape[:-1], -1) if mask.dim() == 3 else mask  # of each head, or of all
+    weights = _attention_weights(query, key, mask)
+    merged = (weights @ value).movedim(-2, 0).flatten(-2)
+    returned = weights.mean(-3) if call.average_attn_weights else weights
+    return F.linear(merged, call.out_proj_weight, call.out_proj_bias), returned
 
 
 @rule("einsum", rewrite=True)
