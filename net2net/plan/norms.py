@@ -19,8 +19,11 @@ def norm_kinds(networks: Networks) -> dict[int, set[str]]:
     for norm in networks.student.norms:
         if norm.kind != NormKind.EXTREME and networks.teacher_norm(norm) is not None:
             wanted = ZEROS if norm.kind == NormKind.RMS and norm.divisor == 1 else norm.kind if norm.padded else EVEN
-            for root in torch.unique(networks.student_roots[norm.units]).tolist():
-                kinds[root].add(wanted)
+            for row in networks.student_roots[norm.units]:
+                roots = set(row.tolist())
+                if len(roots) > 1:  # one unit that fills a group, as a head may, is copied as it is
+                    for root in roots:
+                        kinds[root].add(wanted)
     return kinds
 
 

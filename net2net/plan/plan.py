@@ -1,6 +1,7 @@
 """The plan of a growth, decided before a single weight is written."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -10,6 +11,7 @@ from ..record import Axis, Mixed
 from ..trace.activations import Bends
 from ..trace.facts import Key, Norm
 from ..trace.graph import Trace
+from ..trace.units import Units
 from .mapping import map_units
 from .mixing import find_rotations, find_streams
 from .names import Rename, key_converter, teacher_names
@@ -89,6 +91,20 @@ class Plan(Networks):
         return gains
 
 
+def _close(
+    teacher_units: Units, units: Units, convert: Callable[[Key], Key | None], teacher_first: bool = False
+) -> None:
+    """Close the units of both networks: what lies inside each other in the first does so in the second."""
+    if not teacher_first:
+        units.close()
+        teacher_units.close({other for key in units.relations if key.inside and (other := convert(key)) is not None})
+        return
+    mine = {convert(key): key for key in units.relations}
+    teacher_units.close()
+    pairs = [(mine.get(replace(key, inside=None)), mine.get(key.inside)) for key in teacher_units.relations]
+    units.close({replace(a, inside=b) for a, b in pairs if a is not None and b is not None})
+
+
 def make_plan(
     traces: tuple[Trace, Trace],
     rename: Rename,
@@ -113,9 +129,7 @@ def make_plan(
         roles = assign_roles(teacher, student, units, names, passing_all)
     sign_pairs = find_sign_pairs(student.layers.values(), roles.identity, idle) if in_pairs else {}
     unite_passed(student, units, roles.identity, sign_pairs)
-    units.close()
-    nested = {other for key in units.relations if key.inside is not None and (other := convert(key)) is not None}
-    teacher_units.close(nested)
+    _close(teacher_units, units, convert, teacher_first=bool(student.seen_as.as_grouped))
     known = (teacher, student, names, convert, chains, teacher_units, units, teacher_units.roots(), units.roots())
     networks = Networks(*known)
     streams = find_streams(networks, roles.identity)

@@ -69,6 +69,14 @@ def test_however_they_share_keys(many: tuple[int, int], how: str) -> None:
     grow(shared_keys(4, 2, how=how), shared_keys(*many, how=how), positions())
 
 
+@pytest.mark.parametrize("many", [(8, 2), (6, 3), (4, 4)])
+def test_queries_and_keys_that_are_normalised(many: tuple[int, int]) -> None:
+    def norm(_net: Net, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=0.1) * torch.arange(1.0, 1 + x.shape[-1])
+
+    grow(shared_keys(4, 2, turn=norm), shared_keys(*many, turn=norm), positions())
+
+
 def test_query_heads_that_are_copied_wrongly_are_noticed() -> None:
     teacher, student = shared_keys(4, 2), shared_keys(8, 2)
     record = grow(teacher, student, positions())

@@ -167,7 +167,7 @@ def _combine_others(
             if x.is_meta or not all(torch.equal(constant, row) for row in rows):  # zeros, ones serve every width
                 sizes = [size if dim in shared else 1 for dim, size in enumerate(padded)]
                 key = trace.units.key(f"constant beside {call.name}", call.module)
-                entries = trace.units.fresh(math.prod(sizes), key, distinct=False)
+                entries = trace.units.fresh(math.prod(sizes), key)
                 trace.units.pin(entries, f"{call} joins it to a constant of its own width")
                 units = trace.units.combine(units, entries.reshape(sizes).expand(units.shape), call)
     return units, scales, constants
