@@ -78,17 +78,22 @@ class Plan(Networks):
 
     @cached_property
     def query_gains(self) -> dict[int, float]:
-        """Root in `apart` -> the factor that undoes another number in front of a softmax than the teacher's."""
+        """Root in `apart` -> the factor that undoes another number in front of logits than the teacher's."""
+        # In front of a softmax, or of a mask that is added to them.
         gains: dict[int, float] = {}
-        for key, (gain, _, units) in self.student.softmax_gains.items():
-            other = self.convert(key)
-            theirs = None if other is None else self.teacher.softmax_gains.get(other)
-            if theirs is not None and theirs[0] != gain:
-                heads = self.student_roots[units]
-                for contraction in self.student.contractions:
-                    if bool(torch.isin(self.student_roots[contraction.left], heads).any()):
-                        gains |= dict.fromkeys(self.apart[contraction.left].tolist(), theirs[0] / gain)
+        theirs = _numbers_of_logits(self.teacher)
+        for key, (gain, units) in _numbers_of_logits(self.student).items():
+            wanted = theirs.get(self.convert(key) or key, (gain, units))[0]
+            for contraction in self.student.contractions if wanted != gain else ():
+                if bool(torch.isin(self.student_roots[contraction.left], self.student_roots[units]).any()):
+                    gains |= dict.fromkeys(self.apart[contraction.left].tolist(), wanted / gain)
         return gains
+
+
+def _numbers_of_logits(traced: Trace) -> dict[Key, tuple[float, Tensor]]:
+    """Return the one number in front of what a softmax takes, or a sum, and the units there."""
+    found = {key: (gain, units) for key, (gain, _, units) in traced.softmax_gains.items()}
+    return found | {k: (by[0], units) for k, (by, units, _) in traced.fixed_gains.items() if len(by) == 1}
 
 
 def _close(

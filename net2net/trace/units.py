@@ -265,7 +265,7 @@ def _nest(units: Units, nested: Collection[Key]) -> bool:
         x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
         a_inside, b_inside = replace(a, inside=b) in nested, replace(b, inside=a) in nested
         if len(lefts) == len(rights) == len(pairs) and not (a_inside or b_inside):
-            units.unite(x, y)
+            units.unite(x, y, contraction=True)  # queries that a gate belongs to are no gates
             united |= {a, b}
         elif len(lefts) == len(pairs) and not b_inside:
             units.relate(replace(a, inside=b), x, y)

@@ -198,6 +198,26 @@ def relative(heads: int, kind: str, width: int = 2) -> Net:
 def test_heads_with_relative_positions(kind: str) -> None:
     for few, many in ((2, 4), (2, 3), (1, 3)):
         grow(relative(few, kind), relative(many, kind), positions())
+    if kind in ("T5", "Swin"):  # the scale is another one, the numbers that are added are not
+        grow(relative(2, kind), relative(3, kind, width=3), positions())
+
+
+def gated(heads: int, width: int) -> Net:
+    """Heads with a mask and a gate that layers compute."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        q, k, v = net.qkv(x).unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+        mask, gate = (net.by(x).unflatten(-1, (2, heads))[..., each, :].mT for each in (0, 1))
+        y = (q @ k.mT * width**-0.5 + mask[:, :, None]).softmax(-1) @ v
+        return net.out((y * gate.sigmoid()[..., None]).transpose(1, 2).flatten(2))
+
+    widths = {"qkv": 3 * heads * width, "by": 2 * heads}
+    return Net({k: nn.Linear(3, n) for k, n in widths.items()} | {"out": nn.Linear(heads * width, 4)}, forward)
+
+
+def test_wider_heads_with_a_learned_mask_and_a_gate() -> None:
+    for heads, width in ((2, 3), (3, 4)):
+        grow(gated(2, 2), gated(heads, width), positions())
 
 
 # -- weights of attention as a result ----------------------------------------------------------------------------------
