@@ -178,6 +178,8 @@ def relative(heads: int, kind: str, width: int = 2) -> Net:
             a = a * scale + net.table[PLACES.flatten()].unflatten(0, (5, 5)).movedim(-1, 0)
         elif kind == "BERT":
             a = a * scale + torch.einsum("bhtc,tsc->bhts", q, net.table(PLACES))
+        elif kind == "Music Transformer":
+            a = a * scale + q @ net.table[:5].mT
         elif kind == "SAM":
             q, a = q.flatten(0, 1), a.flatten(0, 1) * scale
             a = (a + torch.einsum("btc,tsc->bts", q, net.table[PLACES])).unflatten(0, (-1, heads))
@@ -194,7 +196,7 @@ def relative(heads: int, kind: str, width: int = 2) -> Net:
     return Net(parts | ({"values": nn.Parameter(torch.randn(9, width))} if kind == "Shaw" else {}), forward)
 
 
-@pytest.mark.parametrize("kind", ["T5", "Swin", "BERT", "SAM", "Shaw"])
+@pytest.mark.parametrize("kind", ["T5", "Swin", "BERT", "SAM", "Shaw", "Music Transformer"])
 def test_heads_with_relative_positions(kind: str) -> None:
     for few, many in ((2, 4), (2, 3), (1, 3)):
         grow(relative(few, kind), relative(many, kind), positions())

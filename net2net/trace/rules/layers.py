@@ -180,7 +180,7 @@ def embedding(trace: Trace, call: Call) -> None:
 def matmul(trace: Trace, call: Call) -> None:
     """A layer, if one factor is a parameter; else a contraction of two activations."""
     a, b = call.args[:2]
-    if _is_weight(trace, b):
+    if _is_weight(trace, b) and not _is_contracted(trace, a):
         return apply_layer(trace, call, Product(a, -1, b, reads=0, produces=1))
     if _is_weight(trace, a) and b.dim() > 1:
         return apply_layer(trace, call, Product(b, -2, a))
@@ -199,6 +199,16 @@ def matmul(trace: Trace, call: Call) -> None:
 
 def _is_weight(trace: Trace, factor: Tensor) -> bool:
     return factor.dim() == 2 and not trace.is_activation(factor) and trace.parameters.weight(factor) is not None
+
+
+def _is_contracted(trace: Trace, x: Tensor) -> bool:
+    """Tell whether these are queries or keys that a product has summed over: a matrix is then one more of its kind."""
+    labels = trace.labels(x)
+    known = [side for each in trace.contractions for side in (each.left, each.right)]
+    if labels is None or not known:
+        return False
+    units = torch.unique(trace.units.drop_repeats(labels.units))
+    return bool(torch.isin(trace.units.find(units), trace.units.find(torch.cat(known))).all())
 
 
 def _contract(trace: Trace, call: Call, left: Labels, right: Labels) -> None:
