@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -46,6 +47,7 @@ python train.py experiment=NAME [KEY=VALUE ...] -m     every combination of valu
 python train.py experiment=NAME --cfg job              its settings; experiments/config.py explains them
 python train.py experiment=NAME --help                 the choices of each group, and its settings
 python train.py --hydra-help                           options of the command line itself
+eval "$(python train.py -sc install=bash)"             Tab completes settings and their choices (or fish, zsh)
 
 {listing}"""
 
@@ -100,6 +102,9 @@ def answer(arguments: list[str]) -> int | None:
     if {"-h", "--help"} & set(arguments):
         print(HELP.format(listing=list_experiments()))
         return 0
+    if "--version" in arguments:
+        print(f"net2net {importlib.import_module('net2net').__version__}")
+        return 0
     if any(a.startswith("-") for a in arguments):
         return None
     if arguments:
@@ -109,15 +114,16 @@ def answer(arguments: list[str]) -> int | None:
 
 
 def list_experiments() -> str:
-    """Return the experiments, each with its claim and its cases."""
+    """Return the experiments, each with its claim and its cases, cut to the width of the terminal."""
     lines = ["Experiments (python train.py experiment=NAME):", ""]
     paths = sorted((CONFIGS / "experiment").glob("*.yaml"))
     width = max(len(path.stem) for path in paths)
+    room = max(40, shutil.get_terminal_size((120, 24)).columns - width - 3)
     for path in paths:
         text = OmegaConf.load(path)
-        lines += [f"  {path.stem:<{width}} {OmegaConf.select(text, 'claim')}"]
-        if cases := OmegaConf.select(text, "cases"):
-            lines += [f"  {'':<{width}} case={', '.join(cases)}"]
+        cases = OmegaConf.select(text, "cases")
+        for name, said in ((path.stem, OmegaConf.select(text, "claim")), ("", cases and f"case={', '.join(cases)}")):
+            lines += [f"  {name:<{width}} {textwrap.shorten(said, room, placeholder=' ...')}"] if said else []
     scales = ", ".join(sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml")))
     return "\n".join([*lines, "", f"Scales: {scales}. Every setting: python train.py experiment=NAME --cfg job"])
 

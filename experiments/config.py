@@ -18,7 +18,7 @@ from .arms import ARMS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TEACHER = "teacher"  # the network that arms start from
-OPTIMIZERS = ("rmsprop", "sgd")
+OPTIMIZERS = ("rmsprop", "sgd")  # and those of torch.optim, by the names of their classes
 DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired", "fresh")
 STATES = ("dropped", "carried", "fresh_new")
@@ -58,7 +58,7 @@ class Schedule:
     epochs: str = "6ep"  # length of each student's training
     teacher_epochs: str | None = None  # length of the teacher's training; None: as the students'
     batch_size: int = 128
-    optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd
+    optimizer: str = "rmsprop"  # rmsprop (the paper's), sgd, or a class of torch.optim, as AdamW
     lr: float = 0.001  # initial learning rate of a network that is trained from scratch
     momentum: float = 0.9
     bias_rate: float = 1.0  # the learning rate of biases, as a multiple of that of the weights
@@ -95,6 +95,7 @@ class Config:
     claim: str = "???"  # one line: what the paper says, and where
     cases: dict[str, Any] = field(default_factory=dict)  # name -> the settings it changes; each runs as an experiment
     case: str | None = None  # the case to run; None: all, one after another
+    tag: str | None = None  # ends the name of the experiment's folder, so that other settings do not meet its runs
     seed: int = 0
     limit: int | None = None  # a trial on so many images: two epochs, two evaluations, in a folder of its own
     # A list of names, or one name (from a sweep).
@@ -126,7 +127,13 @@ class Config:
     @property
     def name(self) -> str:
         """The experiment, with its case if it has one: the path of its seeds under `runs` and `results/curves`."""
-        return self.experiment if self.case is None else f"{self.experiment}/{self.case}"
+        return place_of(self)
+
+
+def place_of(config: Any) -> str:
+    """Return where an experiment's runs are under `runs`: its name, its tag and its case."""
+    name = config.experiment if config.tag is None else f"{config.experiment}-{config.tag}"
+    return name if config.case is None else f"{name}/{config.case}"
 
 
 def shorten(config: Config) -> Config:
@@ -163,6 +170,8 @@ def check(config: Config) -> None:
         raise ExperimentError("arms is empty: name at least one, as in arms=[net2net].")
     if not config.students:
         raise ExperimentError(f"The experiment {config.experiment} names no students.")
+    if config.tag is not None and not FOLDER.fullmatch(config.tag):
+        raise ExperimentError(f"tag={config.tag} cannot end a folder's name: use letters, digits, dots and dashes.")
     for name, spec in config.students.items():
         if not isinstance(spec, Mapping):
             raise ExperimentError(f"students.{name}={spec} is no network: write what it changes, as in {{width: 1.0}}.")
@@ -193,7 +202,7 @@ def _check_words(config: Config) -> None:
         *(("arms", arm, ARMS) for arm in config.arms),
         *(("rates", arm, ARMS) for arm in config.rates),
         ("target", config.target, ARMS),
-        ("schedule.optimizer", config.schedule.optimizer, OPTIMIZERS),
+        *[("schedule.optimizer", name, OPTIMIZERS) for name in [config.schedule.optimizer] if not name[:1].isupper()],
         ("growth.split", config.growth.split, SPLITS),
         ("growth.optimizer_state", config.growth.optimizer_state, STATES),
         ("logger", config.logger, LOGGERS),

@@ -1,8 +1,10 @@
 """The optimizer and the schedule of the learning rate."""
 
+from inspect import signature
+
 from torch import nn, optim
 
-from .config import ExperimentError, Schedule, steps
+from .config import ExperimentError, Schedule, nearest, steps
 
 
 def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
@@ -26,7 +28,16 @@ def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
         return optim.RMSprop(groups, lr=schedule.lr, alpha=0.9, eps=1e-3, momentum=schedule.momentum)
     if schedule.optimizer == "sgd":
         return optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=schedule.momentum > 0)
-    raise ExperimentError(f"The optimizer {schedule.optimizer!r} is unknown: it is rmsprop or sgd.")
+    kind = getattr(optim, schedule.optimizer, None)
+    if not isinstance(kind, type) or not issubclass(kind, optim.Optimizer):
+        known = [name for name, each in vars(optim).items() if isinstance(each, type) and name != "Optimizer"]
+        what = f"torch.optim has no optimizer {schedule.optimizer!r}{nearest(schedule.optimizer, known)}"
+        raise ExperimentError(f"{what}. There are {', '.join(known)}.")
+    options = {"momentum": schedule.momentum} if "momentum" in signature(kind).parameters else {}
+    try:
+        return kind(groups, lr=schedule.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"{schedule.optimizer} does not take this network: {error}.") from error
 
 
 def rate_at(step: int, total: int, warmup: int, falling: int) -> float:

@@ -40,6 +40,10 @@ class Follower:
         text = f"loss {loss:.3f}  " * (loss == loss) + self.accuracy + self._speed() if self.has_bar else ""
         self.bar.update(self.task.id, completed=step, text=text)
 
+    def evaluate(self) -> None:
+        """Say on the bar that an evaluation goes on."""
+        self.bar.update(self.task.id, text="evaluates")
+
     def row(self, row: Row) -> None:
         """Show an evaluation and log it."""
         if self.log is not None:

@@ -53,7 +53,7 @@ def is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
     if changed:
         raise ExperimentError(
             f"{folder} holds a run made with other settings:\n" + "\n".join(changed) + "\n"
-            "Delete that folder to run it anew, or write elsewhere with runs=FOLDER."
+            "Add tag=NAME to run these settings in a folder of their own."
         )
     return bool(manifest["complete"])
 

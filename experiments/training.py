@@ -238,6 +238,7 @@ def evaluate_if_due(run: _Run, requests: Requests) -> None:
     """
     while run.is_evaluation_due:
         began = time.monotonic()
+        run.follower.evaluate()
         run.meter.check()  # which waits for the device, so that no training counts as evaluation
         try:
             with run.stopwatch.paused():

@@ -32,6 +32,8 @@ class Quiet:
         self.steps: list[int] = []
         self.at, self.action = at, action
 
+    def evaluate(self) -> None: ...
+
     def advance(self, step: int, loss: float) -> None:
         self.steps.append(step)
         if step == self.at:

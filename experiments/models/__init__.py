@@ -1,8 +1,9 @@
 """Networks by name: the paper's Inception, three others for CIFAR, and torchvision's classifiers."""
 
+import importlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,8 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
     """Build a network with fresh weights.
 
     Args:
-        spec: The network's `name`, and the arguments of its constructor.
+        spec: The network's `name`, or package.module:function, and the arguments of its constructor. A function that
+            does not take `classes` and `channels` gets `num_classes`, as torchvision's do.
         classes: Classes of the data set.
         channels: Channels of its images.
 
@@ -37,10 +39,14 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
     name = arguments.pop("name", "inception")
     if name in OURS:
         constructor, arguments = OURS[name], arguments | {"classes": classes, "channels": channels}
+    elif ":" in name:
+        constructor = _find_constructor(name)
+        given = {"classes": classes, "channels": channels, "num_classes": classes}
+        arguments = {key: given[key] for key in given if key in inspect.signature(constructor).parameters} | arguments
     elif name not in (known := models.list_models(module=models)):
         raise ExperimentError(
             f"There is no network {name!r}{nearest(name, [*OURS, *known])}. There are {', '.join(OURS)}, and the "
-            "classifiers of torchvision by their names there."
+            "classifiers of torchvision by their names there. Yours is called as package.module:function."
         )
     elif channels != 3:
         raise ExperimentError(f"The torchvision network {name} reads 3 channels, the images have {channels}.")
@@ -58,3 +64,12 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
         return constructor(**arguments)
     except (TypeError, ValueError) as error:
         raise ExperimentError(f"The network {name} cannot be built with {arguments}: {error}.") from error
+
+
+def _find_constructor(place: str) -> Callable[..., nn.Module]:
+    """Import the function or class that `place` names, as package.module:function."""
+    module, _, function = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ExperimentError(f"model.name={place} names no function that can be imported: {error}.") from error

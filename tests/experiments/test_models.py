@@ -145,3 +145,15 @@ def test_the_speed_run_networks_first_units_pass_the_image_on() -> None:
     network = speedrun(slim=1.0)
     layer = network.groups[1].second.conv.weight
     torch.testing.assert_close(layer.detach(), nn.init.dirac_(torch.empty_like(layer)))
+
+
+def own_network(classes: int, width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3, width), nn.Linear(width, classes))
+
+
+def test_a_network_of_ones_own_is_named_by_where_it_is() -> None:
+    assert build({"name": f"{__name__}:own_network", "width": 6}, 5, 3)[2].weight.shape == (5, 6)
+    assert build({"name": "torchvision.models:squeezenet1_1"}, 7, 3).num_classes == 7
+    for name, why in (("nowhere:net", "No module named 'nowhere'"), ("torch.nn:Linaer", "no attribute 'Linaer'")):
+        with pytest.raises(ExperimentError, match=f"names no function that can be imported.*{why}"):
+            build({"name": name}, 5, 3)

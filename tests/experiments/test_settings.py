@@ -17,6 +17,13 @@ from experiments.training import make_batches, set_rate
 SHORT = ("schedule.epochs=6it", "schedule.evaluate=2it", "schedule.teacher_epochs=8it")
 
 
+def test_a_tag_makes_a_folder_of_its_own(tiny, tmp_path):
+    config = tiny("tag=other", "case=null")
+    assert config.name.endswith("-other") and run_of(config).experiment.name.endswith("-other")
+    with pytest.raises(ExperimentError, match=r"tag=a/b cannot end a folder's name"):
+        check(tiny("tag=a/b"))
+
+
 def test_the_teachers_schedule_is_its_own(tiny):
     config = tiny("schedule.teacher_decay=constant", "schedule.teacher_epochs=8it", "growth.warmup=3it")
     names = (TEACHER, "net2net", "random_init", "teacher_continued")

@@ -57,7 +57,7 @@ def test_a_run_made_with_other_settings_is_refused_by_them(train_py, copied, cap
     assert train_py(typed) == 1
     err = capsys.readouterr().err
     assert f"{stage} holds a run made with other settings" in err and f"\n  {difference}\n" in err
-    assert "Delete that folder to run it anew, or write elsewhere with runs=FOLDER." in err
+    assert "Add tag=NAME to run these settings in a folder of their own." in err
 
 
 def test_one_job_at_a_time_draws_the_figure_of_all_curves(train_py, copied, monkeypatch):

@@ -202,7 +202,11 @@ def test_weight_decay_spares_biases_and_batch_norm():
         decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
         assert decayed == {id(net[0].weight), id(net[5].weight)}  # type: ignore[index]
         assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(net.parameters()))
-    with pytest.raises(ExperimentError, match="'adam' is unknown: it is rmsprop or sgd"):
+    adam = make_optimizer(network(), Schedule(optimizer="AdamW", lr=0.1, weight_decay=0.2))
+    assert type(adam) is torch.optim.AdamW and [group["weight_decay"] for group in adam.param_groups] == [0.2, 0.0, 0.0]
+    with pytest.raises(ExperimentError, match=r"Muon does not take this network: .* 2D"):
+        make_optimizer(network(), Schedule(optimizer="Muon"))
+    with pytest.raises(ExperimentError, match=r"no optimizer 'adam' \(did you mean 'Adam'\?\)"):
         make_optimizer(net, Schedule(optimizer="adam"))
 
 
