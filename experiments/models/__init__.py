@@ -24,8 +24,8 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
     """Build a network with fresh weights.
 
     Args:
-        spec: The network's `name`, or package.module:function, and the arguments of its constructor. A function that
-            does not take `classes` and `channels` gets `num_classes`, as torchvision's do.
+        spec: The network's `name`, or package.module:function, and the arguments of its constructor. It gets `classes`
+            and `channels`, or without an argument `classes` what torchvision's get, `num_classes`.
         classes: Classes of the data set.
         channels: Channels of its images.
 
@@ -41,8 +41,8 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
         constructor, arguments = OURS[name], arguments | {"classes": classes, "channels": channels}
     elif ":" in name:
         constructor = _find_constructor(name)
-        given = {"classes": classes, "channels": channels, "num_classes": classes}
-        arguments = {key: given[key] for key in given if key in inspect.signature(constructor).parameters} | arguments
+        ours = "classes" in inspect.signature(constructor).parameters
+        arguments |= {"classes": classes, "channels": channels} if ours else {"num_classes": classes}
     elif name not in (known := models.list_models(module=models)):
         raise ExperimentError(
             f"There is no network {name!r}{nearest(name, [*OURS, *known])}. There are {', '.join(OURS)}, and the "

@@ -147,8 +147,8 @@ def test_the_speed_run_networks_first_units_pass_the_image_on() -> None:
     torch.testing.assert_close(layer.detach(), nn.init.dirac_(torch.empty_like(layer)))
 
 
-def own_network(classes: int, width: int = 4) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(3, width), nn.Linear(width, classes))
+def own_network(classes: int, channels: int, width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels, width), nn.Linear(width, classes))
 
 
 def test_a_network_of_ones_own_is_named_by_where_it_is() -> None:
