@@ -11,6 +11,7 @@ from .grow.deepen import deepen
 from .grow.describe import Description, Group, describe
 from .grow.widen import widen
 from .record import Axis, Origin, save_record
+from .saving import load, save
 from .trace.rules import rule
 from .transfer import Transfer, load_record, random_pad, replay, transfer
 
@@ -18,4 +19,4 @@ __version__ = "0.1.0"
 
 __all__ = ["Blend", "Transfer", "TransferError", "deepen", "random_pad", "replay", "rule", "transfer", "widen"]
 __all__ += ["Axis", "Description", "Equivalence", "Group", "Origin"]
-__all__ += ["certify", "describe", "equivalence", "load_record", "save_record", "verify"]
+__all__ += ["certify", "describe", "equivalence", "load", "load_record", "save", "save_record", "verify"]

@@ -107,6 +107,9 @@ def _call_deeper_first(module: Any, inputs: tuple[Any, ...], output: Any) -> Any
     return map_first(output, module.deeper)
 
 
+DEEPER_HOOKS = {hook.__name__: hook for hook in (_call_deeper, _call_deeper_first)}  # as what is saved names them
+
+
 def _calls_children(module: nn.Module) -> bool:
     """Tell whether a module calls its children by itself, one after the other."""
     return type(module).forward is nn.Sequential.forward
@@ -114,7 +117,7 @@ def _calls_children(module: nn.Module) -> bool:
 
 def _last_new(module: nn.Module) -> nn.Module:
     """Return the module, or if it was deepened before, the last layer that was put behind it."""
-    while not {_call_deeper, _call_deeper_first}.isdisjoint(module._forward_hooks.values()) or (
+    while not {*DEEPER_HOOKS.values()}.isdisjoint(module._forward_hooks.values()) or (
         _calls_children(module) and [*module._modules][-1:] == ["deeper"]
     ):
         module = module.get_submodule("deeper")
