@@ -275,7 +275,7 @@ def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
             if new != value:
                 numbers = value if isinstance(value, (list, tuple)) else [value]
                 change = Change(module, key, value, new, any(number in sizes[name][number] for number in numbers))
-                changes[(type(module), key, str(value)) if own else type(module)].append(change)
+                changes[(type(module), key, str(value), change.doubtful) if own else type(module)].append(change)
                 change.put(new)
     return changes
 

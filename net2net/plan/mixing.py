@@ -88,7 +88,7 @@ def _can_rotate(networks: Networks, stream: Stream, behind: dict[str, Norm], pas
     affine = [(name, norm) for norm in every.values() for name in norm.tensors.values()]
     return (
         not any(on(labels) for labels in elsewhere)
-        and all(len(norm.units) == 1 and _even(stream, roots[norm.units]) for norm in every.values())
+        and all(len(n.units) == 1 and _even(stream, roots[n.units]) and not n.offset for n in every.values())
         and all(trace.parameters.tensors[name].shape == norm.units.shape[1:] for name, norm in affine)
         and all(
             layer.name in every if layer.kind == LayerKind.NORM else _is_linear(networks, stream, layer, behind)

@@ -91,21 +91,26 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
                 factor = float(seen[0]) * other.divisor / norm.divisor
                 if norm.kind != NormKind.MEAN or factor == 1.0:
                     return factor
-                raise _refusal(norm, len(copied), len(theirs))
+                raise _refusal(unit_map, norm, len(copied), len(theirs))
             return 1.0 - len(padding) / len(copied)
-        raise _refusal(norm, len(copied), len(theirs))
+        raise _refusal(unit_map, norm, len(copied), len(theirs))
     where = norm.module or "in the network"
     raise TransferError(f"The norm {where} sees none of the units that its teacher sees.")
 
 
-def _refusal(norm: Norm, width: int, teacher_width: int) -> TransferError:
+def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> TransferError:
     needs = "the mean over all units, which stays what it is only if each is copied equally often"
     if norm.kind == NormKind.EXTREME:
         needs = "the largest or smallest of all units, and some are new here"
     elif norm.kind == NormKind.MEAN and norm.divisor != width:
         needs = "a sum over all units, which copies change"
     elif norm.kind == NormKind.LAYER:
-        needs += ", or if means can be added to them, which the layers before it cannot do"
+        networks, where = unit_map.networks, "it"
+        for other in networks.student.norms if norm.padded else ():
+            met = torch.isin(networks.student_roots[other.units], networks.student_roots[norm.units])
+            if not other.padded and bool(met.any()):
+                where = other.module
+        needs += f", or if means can be added to them, which the layers before {where} cannot do"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"
     widths = f"has {width} units and its teacher {teacher_width}"
     return TransferError(f"The {what} {norm.module or 'in the network'} {widths}: it takes {needs}.")

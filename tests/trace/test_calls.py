@@ -323,3 +323,46 @@ def test_experts_are_one_tensor_of_which_values_choose_a_matrix() -> None:
     assert wider.up.shape == (3, 16, 6) and wider.down.shape == (3, 6, 8)
     with refused("shape", make(4, 5, 4)):
         transfer(make(4, 5), make(4, 5, 4), tokens)
+
+
+def test_a_mask_may_be_written_where_values_say() -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        best = net.score(h).squeeze(-1).argmax(-1)
+        kept = torch.zeros(x.shape[:2])
+        kept[torch.arange(len(x)), best] = 1.0
+        return net.b(h * kept[..., None])
+
+    def make(width: int) -> Net:
+        return Net({"a": nn.Linear(3, width), "score": nn.Linear(width, 1), "b": nn.Linear(width, 2)}, how)
+
+    grow(make(4), make(7), torch.randn(5, 4, 3))
+
+
+def test_rows_sorted_by_expert_go_through_a_stack_of_matrices() -> None:
+    """As transformers computes experts; the function takes no double numbers."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        weights, chosen = net.router(h).softmax(-1).topk(2)
+        experts, order = chosen.reshape(-1).sort()
+        ends = torch.histc(experts.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
+        rows = F.grouped_mm(h[order // 2], net.up.transpose(-2, -1), offs=ends).relu()
+        rows = F.grouped_mm(rows, net.down, offs=ends) * weights.reshape(-1)[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return net.b(h + rows[back].view(len(x), 2, -1).sum(1))
+
+    def make(stream: int, inner: int) -> Net:
+        stacks = {
+            "up": nn.Parameter(torch.randn(3, inner, stream)),
+            "down": nn.Parameter(torch.randn(3, inner, stream)),
+        }
+        layers = {"a": nn.Linear(3, stream), "router": nn.Linear(stream, 3), "b": nn.Linear(stream, 2)}
+        return look_trained(Net(layers | stacks, how).float(), seed=stream)
+
+    tokens, others = torch.randn(2, 30, 3).float()
+    teacher, student = make(4, 8), make(8, 12)
+    transfer(teacher, student, tokens)
+    assert_same(teacher, student, others, bar=1e-5)
+    assert_same(teacher, widen(teacher, tokens, {"up": 12}), others, bar=1e-5)

@@ -81,6 +81,11 @@ NORMS: dict[str, tuple[Compute, str]] = {
         "eps",
     ),
     "1 + weight": (one_more, "variance_epsilon"),
+    "torch's, and a weight": (lambda net, x: F.rms_norm(x, x.shape[-1:], eps=net.eps) * net.weight, "eps"),
+    "torch's layer norm, and a weight from one": (
+        lambda net, x: F.layer_norm(x, x.shape[-1:], eps=net.eps) * (net.weight + 1.0) + net.bias,
+        "eps",
+    ),
 }
 BARE: dict[str, Compute] = {
     "rms norm": lambda net, x: x * torch.rsqrt(square(x) + net.eps),

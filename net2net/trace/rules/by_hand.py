@@ -157,7 +157,7 @@ def _attach(trace: Trace, before: Statistic, role: str, parameter: Tensor) -> St
     if len(at) != 1 or not whole or role in trace.norms[at[0]].tensors or "bias" in trace.norms[at[0]].tensors:
         return None
     norm = trace.norms[at[0]]
-    if view.offset and (role == "bias" or norm.kind != NormKind.RMS):
+    if view.offset and role == "bias":
         return None
     layer = trace.layers.pop(norm.name)
     if role == "bias":

@@ -44,7 +44,7 @@ def pointwise(trace: Trace, call: Call) -> None:
     join(trace, call, [x for x in call.tensors if x is not call.kwargs.get("out")])
 
 
-@rule("nonzero", "argwhere", "one_hot")
+@rule("nonzero", "argwhere", "one_hot", "histc", "bincount")
 def list_places(trace: Trace, call: Call) -> None:
     """Places as numbers, or the other way round: no units, if those that choose them are none."""
     labels = first_labels(trace, call)

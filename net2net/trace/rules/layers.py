@@ -11,7 +11,7 @@ from ..activations import ALL, Passage
 from ..facts import Call, Contraction, Key, Labels, Layer, LayerKind, Weight
 from ..graph import Trace
 from ..units import spread
-from .registry import CannotFollow, rule, unknown
+from .registry import CannotFollow, carries_no_units, rule, unknown
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,15 @@ def matmul(trace: Trace, call: Call) -> None:
         units = units.broadcast_to((*call.out.shape[:-2], *units.shape[-2:])).expand(call.out.shape)
         return trace.label(call.out, Labels.of(units, labels))
     _contract(trace, call, left, right)
+
+
+@rule("grouped_mm")
+def grouped_product(trace: Trace, call: Call) -> None:
+    """Every row goes through one matrix of a stack; ends of groups, which say through which, are no units."""
+    x, weight, ends = call.args[0], call.args[1], call.arg(2, "offs")
+    if x.dim() != 2 or weight.dim() != 3 or ends is None or not carries_no_units(trace, ends):
+        raise CannotFollow(f"{call} multiplies something else than rows by a stack of matrices")
+    apply_layer(trace, call, Product(x, -1, weight, reads=1, produces=2))
 
 
 def _is_weight(trace: Trace, factor: Tensor) -> bool:

@@ -156,8 +156,11 @@ def assignment(trace: Trace, call: Call) -> None:
     """A part of an activation is overwritten: by units of another, or by constants."""
     x, index, value = call.args
     labels, new = trace.labels(x), trace.labels(value)
-    if any(map(trace.is_activation, tensors_in([index]))):
-        raise CannotFollow(f"{call} writes where the values say")
+    if chosen := [each for each in tensors_in([index]) if trace.is_activation(each)]:
+        if not all(carries_no_units(trace, each) for each in (x, *tensors_in([value]), *chosen)):
+            raise CannotFollow(f"{call} writes where the values say")
+        unit = compact(trace.labels(chosen[0]).units).reshape(-1)[:1]
+        return trace.label(x, Labels.of(unit.expand(x.shape), trace.labels(chosen[0])))
     units = label_constant(trace, call, x.shape) if labels is None else labels.units
     if new is None:
         part = units[index]

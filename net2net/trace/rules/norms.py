@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ALL
-from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind
+from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind, Statistic, Step
 from ..graph import Trace
 from ..units import spread
 from .by_hand import eps_place
@@ -98,4 +98,6 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     state = {"normed_by": labels.normed_by, "key": None if tensors else key}
     trace.add(Layer(LayerKind.NORM, name, tensors, norm.units.reshape(-1), *known, **state))
     state = {"after_norm": name, "first_norm": name, "normed_by": frozenset({name})}
+    if not tensors:  # a weight may follow
+        state["statistic"] = Statistic(call.args[0], Step.NORMED, key)
     trace.label(call.out, Labels.of(labels.units, labels, norms=[name], **state))
