@@ -159,8 +159,8 @@ def assignment(trace: Trace, call: Call) -> None:
     if chosen := [each for each in tensors_in([index]) if trace.is_activation(each)]:
         if not all(carries_no_units(trace, each) for each in (x, *tensors_in([value]), *chosen)):
             raise CannotFollow(f"{call} writes where the values say")
-        unit = compact(trace.labels(chosen[0]).units).reshape(-1)[:1]
-        return trace.label(x, Labels.of(unit.expand(x.shape), trace.labels(chosen[0])))
+        by = first_labels(trace, replace(call, args=(chosen[0],)))
+        return trace.label(x, Labels.of(compact(by.units).reshape(-1)[:1].expand(x.shape), by))
     units = label_constant(trace, call, x.shape) if labels is None else labels.units
     if new is None:
         part = units[index]
