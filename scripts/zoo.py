@@ -1,14 +1,15 @@
-"""Grow the classifiers of torchvision and timm, and measure whether they still compute the same.
+"""Grow the networks of other libraries, and measure whether they still compute the same.
 
-    python scripts/zoo.py               every step-up of zoo.yaml: results/zoo.md
-    python scripts/zoo.py --page timm   every network of timm.yaml, made wider: results/timm.md
+    python scripts/zoo.py                 torchvision's classifiers, every step-up of zoo.yaml: results/zoo.md
+    python scripts/zoo.py --page timm     every network of timm.yaml, made wider: results/timm.md
+    python scripts/zoo.py --page models   those of models.yaml, grown in every way (extra "models"): results/models.md
 
---list prints what would be measured. --only GLOB measures the pairs, or the modules of timm, whose name matches, and
-writes no page.
+--list prints what would be measured. --only GLOB measures what matches, and writes no page.
 """
 
 import argparse
 import fnmatch
+import math
 import multiprocessing
 import resource
 import signal
@@ -17,7 +18,8 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,24 +32,40 @@ from torch import Tensor, nn
 
 from experiments import files
 from experiments.machine import describe
-from net2net import TransferError, equivalence, transfer, widen
+from net2net import TransferError, transfer, widen
 from net2net.equivalence import compare
+from net2net.network import in_mode
 from net2net.testing import look_trained
-from scripts.zoo_networks import CASES, PIXELS, ZOO, Network, Pair, build, build_timm, count_parameters, images
+from scripts import zoo_models
+from scripts.zoo_models import GROWTHS, PACKAGES, Growth, models_page
+from scripts.zoo_networks import (
+    NETWORKS,
+    PAIRS,
+    PIXELS,
+    ZOO,
+    Network,
+    Pair,
+    build,
+    build_timm,
+    count_parameters,
+    images,
+)
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EXACT = 1e-10  # the largest relative error that counts as rounding, in float64
 ALIVE = 0.01  # an output that varies less than this between images would hide an error in the features
 FACTOR = 1.5  # by which networks of timm grow
-SECONDS = 120  # a network of timm may take so long on one core, so that other work on the machine does not count
+SECONDS = 120  # a growth in a process of its own may take so long on one core: other work does not count
 GIBIBYTES = 16  # and so much memory
+FACTS = {"exact": EXACT, "seconds": SECONDS, "gibibytes": GIBIBYTES, "hardware": describe(torch.device("cpu"))}
+CASES: dict[str, Sequence[Pair | Network | Growth]] = {"zoo": PAIRS, "timm": NETWORKS, "models": GROWTHS}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What growing one pair or one network gave."""
+    """What one growth gave."""
 
-    case: Pair | Network
+    case: Pair | Network | Growth
     seconds: float = 0.0
     sizes: tuple[int, int] = (0, 0)  # parameters before and after
     wider: tuple[int, int] = (0, 0)  # how many layers have more units than before, and how many there are
@@ -96,26 +114,53 @@ def measure_pair(pair: Pair) -> Result:
         transfer(teacher, student, example)
         return student
 
-    return _measure(pair, teacher, student, grow)
+    return _measure_on_images(pair, teacher, student, grow)
 
 
 def measure_network(network: Network) -> Result:
     """Widen all free widths by FACTOR and compare the network with itself before, on images it has not seen."""
     model = build_timm(network)
-    return _measure(network, model, model, lambda example: widen(model, example, FACTOR))
+    return _measure_on_images(network, model, model, lambda example: widen(model, example, FACTOR))
 
 
-def _measure(case: Pair | Network, before: nn.Module, after: nn.Module, grow: Callable[[Tensor], nn.Module]) -> Result:
-    """Grow `before`, for which `after` stands while nothing has grown, and compare."""
+def measure_growth(growth: Growth) -> Result:
+    """Grow a network as its cell says, and compare the two on every probe."""
+    model, probes = zoo_models.build_model(growth), zoo_models.list_probes(growth)
+    with in_mode(model, training=False):
+        results = [model(**zoo_models.draw_inputs(growth, seed)) for seed in (3, 5)]
+    result = _measure(growth, model, model, lambda: zoo_models.grow(growth, model), probes)
+    return replace(result, alive=compare(*results).max_relative)
+
+
+def _measure_on_images(
+    case: Pair | Network, before: nn.Module, after: nn.Module, grow: Callable[[Tensor], nn.Module]
+) -> Result:
+    """Measure on two images that the growth has not seen."""
     example, fresh = (images(2, case.pixels, seed) for seed in (2, 3))
-    found: dict[str, Any] = {"alive": variation(before, fresh)}
+    found = {"alive": variation(before, fresh)}
     if isinstance(case, Pair):
         found["rounding"] = rounding(before, fresh)
+    return replace(_measure(case, before, after, lambda: grow(example), [lambda model: model(fresh)]), **found)
+
+
+def _measure(
+    case: Pair | Network | Growth,
+    before: nn.Module,
+    after: nn.Module,
+    grow: Callable[[], nn.Module],
+    probes: Sequence[Callable[[nn.Module], Any]],
+) -> Result:
+    """Grow `before`, for which `after` stands while nothing has grown, and compare what the probes make of both."""
+    with in_mode(before, training=False):
+        expected = [probe(before) for probe in probes]
+    found: dict[str, Any] = {}
     started = time.process_time()
     try:
-        after = grow(example)
+        after = grow()
         found["seconds"] = time.process_time() - started
-        found["error"] = equivalence(before, after, fresh).max_relative
+        with in_mode(after, training=False):
+            errors = [compare(out, probe(after)).max_relative for probe, out in zip(probes, expected, strict=True)]
+        found["error"] = max(errors, key=lambda error: (math.isnan(error), error))
     except TransferError as refusal:
         found["reason"] = str(refusal)
     except Exception as error:  # a fault of net2net's, which is counted, and the table goes on
@@ -130,36 +175,39 @@ def _measure(case: Pair | Network, before: nn.Module, after: nn.Module, grow: Ca
     return Result(case, sizes=(count_parameters(before), count_parameters(after)), wider=(wider, len(old)), **found)
 
 
-def measure_isolated(network: Network) -> Result:
-    """Run `measure_network` in a process of its own, limited to SECONDS and GIBIBYTES."""
+def measure_isolated(case: Network | Growth) -> Result:
+    """Grow in a process of its own, limited to SECONDS and GIBIBYTES."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "torchvision"])
+    context.set_forkserver_preload(["timm", "torchvision", *(PACKAGES if isinstance(case, Growth) else ())])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(network, sender))
+    process = context.Process(target=_send, args=(case, sender))
     process.start()
     sender.close()
     try:
         if receiver.poll(10 * SECONDS):  # it may sleep, or get no share of the machine
             return receiver.recv()
-        return Result(network, reason=f"There was no result within {10 * SECONDS} s.", fault="SLOW")
+        return Result(case, reason=f"There was no result within {10 * SECONDS} s.", fault="SLOW")
     except EOFError:
         process.join()
         if process.exitcode == -signal.SIGXCPU:
-            return Result(network, SECONDS, reason=f"It took longer than {SECONDS} s.", fault="SLOW")
+            return Result(case, SECONDS, reason=f"It took longer than {SECONDS} s.", fault="SLOW")
         reason = f"The process ended without a result, with exit code {process.exitcode}."
-        return Result(network, reason=reason, fault="CRASHED")
+        return Result(case, reason=reason, fault="CRASHED")
     finally:
         process.kill()
         process.join()
 
 
-def _send(network: Network, sender: Connection) -> None:
+def _send(case: Network | Growth, sender: Connection) -> None:
     """Measure within the limits, and send the result."""
     torch.set_num_threads(1)
+    if isinstance(case, Growth):
+        torch.set_default_dtype(torch.double)
     resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES << 30, GIBIBYTES << 30))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 10))
-    with patch.object(Tensor, "float", Tensor.double):  # some networks compute parts in single precision
-        sender.send(measure_network(network))
+    # Some networks compute parts in single precision.
+    with patch.object(Tensor, "float", Tensor.double), patch.multiple(torch, float32=torch.double, float=torch.double):
+        sender.send(measure_growth(case) if isinstance(case, Growth) else measure_network(case))
 
 
 def summarise(results: Iterable[Result]) -> str:
@@ -191,6 +239,11 @@ def timm_page(results: Sequence[Result]) -> str:
     return page + ("\n".join(["\n## Not grown\n", *lines, ""]) if failed else "")
 
 
+def _models_page(results: Sequence[Result]) -> str:
+    """Write the page of other libraries' networks, as markdown."""
+    return models_page(results, summarise, FACTS, {name: version(name) for name in ("torch", *PACKAGES)})
+
+
 def _fill_page(name: str, results: Sequence[Result], row: Callable[[Result], str]) -> str:
     """Fill the text of a page (zoo_page.md, timm_page.md) with what was measured, and its table."""
     modules = timm.list_modules()
@@ -201,8 +254,8 @@ def _fill_page(name: str, results: Sequence[Result], row: Callable[[Result], str
         .read_text()
         .format(
             **{"count": len(results), "result": summarise(results), "table": "\n".join(map(row, results))},
-            **{"exact": EXACT, "alive": ALIVE, "pixels": PIXELS, "factor": FACTOR},
-            **{"seconds": SECONDS, "gibibytes": GIBIBYTES, "hardware": describe(torch.device("cpu"))},
+            **FACTS,
+            **{"alive": ALIVE, "pixels": PIXELS, "factor": FACTOR},
             **{"complete": "all" if is_complete else "**not all**", "modules": len(modules)},
             **{"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__},
         )
@@ -267,7 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
     if options.only == "*":
         page = RESULTS / f"{options.page}.md"
-        files.write(page, (zoo_page if options.page == "zoo" else timm_page)(results).encode())
+        write = {"zoo": zoo_page, "timm": timm_page, "models": _models_page}[options.page]
+        files.write(page, write(results).encode())
         print(f"written to results/{page.name}")
     return 0 if set(count) <= {"exact", "refused"} else 1
 

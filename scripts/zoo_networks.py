@@ -65,14 +65,12 @@ class Network:
 
 
 ZOO, TIMM = (yaml.safe_load(Path(__file__).with_name(table).read_text()) for table in ("zoo.yaml", "timm.yaml"))
-CASES: dict[str, Sequence[Pair] | Sequence[Network]] = {
-    "zoo": [
-        Pair(entry["family"], entry["grows"], *names, entry.get("pixels", PIXELS))
-        for entry in ZOO["pairs"]
-        for names in pairwise(entry["networks"])
-    ],
-    "timm": [Network(**entry) for entry in TIMM],
-}
+PAIRS = [
+    Pair(entry["family"], entry["grows"], *names, entry.get("pixels", PIXELS))
+    for entry in ZOO["pairs"]
+    for names in pairwise(entry["networks"])
+]
+NETWORKS = [Network(**entry) for entry in TIMM]
 
 
 def build(name: str) -> nn.Module:
@@ -86,13 +84,18 @@ def build_timm(network: Network) -> nn.Module:
     """Build a network of timm in float64 and make it look trained."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = timm.create_model(network.model, **network.options).double()
-        for weight in model.parameters():
-            # A weight that starts almost constant, or almost zero, would hide what flows through it.
-            fan = weight[0].numel() if weight.dim() > 1 else 0
-            if fan and weight.std() < 0.5 / fan**0.5:
-                weight += torch.randn_like(weight) / fan**0.5
+        model = disturb_constants(timm.create_model(network.model, **network.options).double())
     return look_trained(model, images(8, network.pixels, seed=1))
+
+
+@torch.no_grad()
+def disturb_constants(model: nn.Module) -> nn.Module:
+    """Add noise to each weight that starts almost constant, or almost zero: it would hide what flows through it."""
+    for weight in model.parameters():
+        fan = weight[0].numel() if weight.dim() > 1 else 0
+        if fan and weight.std() < 0.5 / fan**0.5:
+            weight += torch.randn_like(weight) / fan**0.5
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -413,18 +413,3 @@ def test_a_tied_table_that_grows_by_fresh_units_is_refused() -> None:
 
 def test_the_ties_of_the_teacher_may_be_broken() -> None:
     grow(tied(3), untied(8), split="uneven")
-
-
-def test_a_scaled_product_with_a_learned_bias_gets_longer_queries() -> None:
-    """The number in front of the product changes with the width of a head, the bias of positions does not."""
-
-    def how(net: Net, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (net.q, net.k, net.v))
-        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + net.bias
-        return net.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-    def make(width: int) -> Net:
-        parts = {name: nn.Linear(3, width) for name in "qkv"} | {"out": nn.Linear(width, 5)}
-        return Net(parts | {"bias": nn.Parameter(torch.randn(2, 4, 4))}, how)
-
-    grow(make(4), make(12), images(3, 4, 3))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,11 @@ from torchvision.models.regnet import BlockParams
 
 import net2net
 from net2net.testing import look_trained
-from scripts import zoo
-from scripts.zoo_networks import CASES, ZOO, Network, Pair, build
+from scripts import zoo, zoo_models
+from scripts.zoo_models import CELLS, GROWTHS, Growth, draw_inputs, merge
+from scripts.zoo_networks import NETWORKS, PAIRS, ZOO, Network, Pair, build
 
 QUICK = "mobilenet_v3_small -> mobilenet_v3_small x2.0"
-PAIRS = [case for case in CASES["zoo"] if isinstance(case, Pair)]
-NETWORKS = [case for case in CASES["timm"] if isinstance(case, Network)]
 
 
 def find(key: str) -> Pair:
@@ -139,7 +139,7 @@ def test_every_part_of_a_network_that_looks_trained_matters() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def result(case: Pair | Network, error: float | None = 1e-15, reason: str | None = None) -> zoo.Result:
+def result(case: Pair | Network | Growth, error: float | None = 1e-15, reason: str | None = None) -> zoo.Result:
     """A made-up measurement."""
     return zoo.Result(case, 1.23, (1_260_000, 2_000_000), (3, 4), 0.5, 2e-15, error, reason)
 
@@ -182,6 +182,55 @@ def test_the_page_of_timm() -> None:
     assert "- **Modules:** all 98 of" in zoo.timm_page([result(network) for network in NETWORKS])
 
 
+def test_the_table_of_other_libraries() -> None:
+    assert len({growth.key for growth in GROWTHS}) == len(GROWTHS)
+    assert len({(growth.library, growth.model) for growth in GROWTHS}) >= 60
+    assert {growth.cell for growth in GROWTHS} == set(CELLS)
+    for growth in GROWTHS:
+        given, longer = (draw_inputs(growth, 0, length) for length in (zoo_models.LENGTH, 13))
+        assert given.keys() == longer.keys()
+        if "lengths" in growth.entry.get("probes", []):
+            assert any(given[name].shape != longer[name].shape for name in given), growth
+    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "d": None, "e": None}) == {
+        "a": {"b": 4, "c": 2},
+        "e": None,
+    }
+
+
+DOZEN = (
+    *("transformers LlamaForCausalLM: stream x1.5", "transformers Gemma2ForCausalLM: stream x2"),
+    *("transformers MixtralForCausalLM: mlp x2", "transformers GPT2LMHeadModel: stream x2"),
+    *("transformers BertForMaskedLM: to heads", "transformers T5ForConditionalGeneration: to layers"),
+    *("transformers ViTForImageClassification: deepen", "transformers DebertaV2ForSequenceClassification: to hidden"),
+    *("diffusers UNet2DModel: free x2", "torch_geometric GCN: to hidden"),
+    *("segmentation_models_pytorch FPN: mlp x2", "x_transformers Decoder: stream x1.5"),
+)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("key", DOZEN)
+def test_a_network_of_another_library_grows(key: str) -> None:
+    growth = next(growth for growth in GROWTHS if growth.key == key)
+    if find_spec(growth.library.partition(".")[0]) is None:
+        pytest.skip(f"{growth.library} is not installed: it is of the extra 'models'")
+    found = zoo.measure_isolated(growth)
+    assert found.verdict == "exact" and found.sizes[1] > found.sizes[0], str(found)
+
+
+def test_the_page_of_other_libraries() -> None:
+    llama = [growth for growth in GROWTHS if growth.model == "LlamaForCausalLM"]
+    results = [result(growth) for growth in llama[:2]] + [result(llama[2], None, "No.")]
+    page = zoo_models.models_page(results, zoo.summarise, zoo.FACTS, {"torch": "2"})
+    for line in (
+        "- **Result:** 3 growths of 1 networks: 2 exact, 1 refused, 0 wrong",
+        "- **transformers:** 3 growths: 2 exact, 1 refused, 0 wrong",
+        f"- **LlamaForCausalLM, {llama[2].cell}:** “No.”",
+        "- **Versions:** torch 2",
+    ):
+        assert f"\n{line}\n" in page
+    assert "| transformers | LlamaForCausalLM | 1e-15 | 1e-15 | refused | – |" in page
+
+
 @pytest.mark.parametrize(("page", "measure"), [("zoo", "measure_pair"), ("timm", "measure_isolated")])
 def test_only_a_complete_run_writes_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], page: str, measure: str
@@ -192,8 +241,8 @@ def test_only_a_complete_run_writes_the_page(
     assert not list(tmp_path.iterdir())
     assert zoo.main(["--page", page]) == 0
     write = zoo.zoo_page if page == "zoo" else zoo.timm_page
-    assert (tmp_path / f"{page}.md").read_text() == write([result(case) for case in CASES[page]])
-    assert capsys.readouterr().out.endswith(f"{len(CASES[page])} exact\nwritten to results/{page}.md\n")
+    assert (tmp_path / f"{page}.md").read_text() == write([result(case) for case in zoo.CASES[page]])
+    assert capsys.readouterr().out.endswith(f"{len(zoo.CASES[page])} exact\nwritten to results/{page}.md\n")
 
 
 def test_the_list_and_a_name_that_is_not_on_it(capsys: pytest.CaptureFixture[str]) -> None:
