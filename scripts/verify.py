@@ -159,7 +159,9 @@ def check_commits(record: dict[str, Any], history: set[str]) -> Iterator[str]:
 def check_registration(record: dict[str, Any], claims: list[Claim]) -> Iterator[str]:
     """Yield each registered claim on the record's experiment that its first commit does not ask as it stands."""
     experiment = record["experiment"].partition("/")[0]
-    asked = [claim for claim in claims if claim.registered and experiment in claim.experiments]
+    own = f":{record['arm']}"
+    asked = [claim for claim in claims if experiment in claim.experiments and claim.registered]
+    asked = [claim for claim in asked if claim.registered is True or claim.of.endswith(own)]
     if asked and record["arm"] != TEACHER:
         commit = (record.get("processes") or [record])[0].get("commit")
         before = read_claims_at(str(commit))

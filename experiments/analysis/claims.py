@@ -41,7 +41,8 @@ class Claim:
     below: float | None = None
     within: float | None = None  # a difference up to this value either way, or a ratio up to this factor either way
     headline: bool = False  # readers will quote it, which takes more seeds
-    registered: bool = False  # it was committed before the first curve of its experiment; scripts/verify.py checks that
+    # It was committed before the first curve of its experiment, or of the `arm` that it measures (scripts/verify.py).
+    registered: bool | str = False
     group: str = ""  # the heading that it stands under
 
     def __post_init__(self) -> None:
@@ -50,6 +51,8 @@ class Claim:
         ends = [end for end in (self.above, self.below, self.within) if end is not None]
         if len(ends) != 1:
             raise ExperimentError("A claim says for which values it holds by one of above, below and within.")
+        if self.registered not in (True, False, "arm"):
+            raise ExperimentError(f"registered is {self.registered!r}: it is true, false or arm.")
         measure = MEASURES[self.measure]
         if measure.pair != bool(self.against):
             raise ExperimentError(

@@ -113,15 +113,26 @@ def test_what_lacks_its_company_is_found(copied):
 
 
 REGISTERED = (
-    "- {{claim: any words, source: ours, paper: none, measure: average, of: 'wider_inception:net2net',"
+    "- {{claim: any words, source: ours, paper: none, measure: average, of: 'wider_inception:{of}',"
     " against: 'wider_inception:random_pad', above: {bound}, headline: true, registered: {registered}}}"
 )
 
 
 @needs_history
-@pytest.mark.parametrize(("bound", "registered", "faults"), [("0", "true", 0), ("0.5", "true", 1), ("0.5", "false", 0)])
-def test_a_registered_claim_was_made_before_the_first_curve(copied, bound, registered, faults):
-    (copied / "claims.yaml").write_text(REGISTERED.format(bound=bound, registered=registered))
+@pytest.mark.parametrize(
+    ("of", "bound", "registered", "faults"),
+    [
+        ("net2net", "0", "true", 0),
+        ("net2net", "0.5", "true", 1),
+        ("net2net", "0.5", "false", 0),
+        ("net2net", "0", "arm", 0),
+        ("net2net", "0.5", "arm", 1),
+        ("random_init", "0.5", "arm", 0),  # whose curves are not there
+        ("random_init", "0.5", "true", 1),
+    ],
+)
+def test_a_registered_claim_was_made_before_the_first_curve(copied, of, bound, registered, faults):
+    (copied / "claims.yaml").write_text(REGISTERED.format(of=of, bound=bound, registered=registered))
     expected = [f"{PLACE}: 'any words' was not yet claimed at its commit"] * faults
     assert list(verify.find_faults(copied, HISTORY)) == expected
 
