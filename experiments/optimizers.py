@@ -1,6 +1,7 @@
 """The optimizer and the schedule of the learning rate."""
 
 from inspect import signature
+from typing import Any
 
 from torch import nn, optim
 
@@ -33,9 +34,11 @@ def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
         known = [name for name, each in vars(optim).items() if isinstance(each, type) and name != "Optimizer"]
         what = f"torch.optim has no optimizer {schedule.optimizer!r}{nearest(schedule.optimizer, known)}"
         raise ExperimentError(f"{what}. There are {', '.join(known)}.")
-    options = {"momentum": schedule.momentum} if "momentum" in signature(kind).parameters else {}
+    options: dict[str, Any] = {"lr": schedule.lr}
+    if "momentum" in signature(kind).parameters:
+        options["momentum"] = schedule.momentum
     try:
-        return kind(groups, lr=schedule.lr, **options)
+        return kind(groups, **options)
     except (TypeError, ValueError) as error:
         raise ExperimentError(f"{schedule.optimizer} does not take this network: {error}.") from error
 
