@@ -12,6 +12,7 @@ from ..network import Example, Inputs, Outputs, unwrap
 from ..trace.facts import Layer, NormKind
 from ..trace.graph import Trace
 from ..trace.tracer import trace
+from ..trace.units import join
 
 Reasons = dict[int, dict[str, None]]  # unit, or group of units -> names or sentences, in order
 
@@ -187,10 +188,5 @@ def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
 
 def _components(sets: list[Tensor], count: int) -> Tensor:
     """Return a number for every unit that is equal for units of sets which overlap, directly or by others."""
-    number = torch.arange(count)
-    while True:
-        before = number.clone()
-        for units in sets:
-            number[units] = number[units].min()
-        if torch.equal(before, number):
-            return number
+    edges = [torch.empty(2, 0, dtype=torch.long), *(torch.stack([x, x[:1].expand_as(x)]) for x in sets)]
+    return torch.arange(count).index_copy_(0, *join(torch.cat(edges, dim=1)))

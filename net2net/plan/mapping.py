@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import TransferError
 from ..record import MEAN, NEW, ZERO
 from ..trace.facts import Key, Layer, NormKind
-from ..trace.units import in_order
+from ..trace.units import distinct_pairs, in_order
 from .traces import Networks
 
 EVEN = "even"  # what a norm asks of a layer: every teacher unit is copied equally often
@@ -102,13 +102,18 @@ def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
     theirs: Owners = defaultdict(dict)
     roots, teacher_roots = networks.student_roots, networks.teacher_roots
     relations, teacher_relations = networks.student_units.relations, networks.teacher_units.relations
+    known: set[tuple[tuple[int, ...], ...]] = set()
     for key in relations:
         other = networks.convert(key)
         if other is None or other not in teacher_relations:
             continue
-        sides = (mine, roots, relations[key]), (theirs, teacher_roots, teacher_relations[other])
-        for owners, of, (children, parents) in sides:
-            for child, parent in zip(of[children].tolist(), of[parents].tolist(), strict=True):
+        sides = (roots, relations[key]), (teacher_roots, teacher_relations[other])
+        pairs = tuple(tuple(distinct_pairs(of[a], of[b]).T.reshape(-1).tolist()) for of, (a, b) in sides)
+        if pairs in known:  # as of most norms on the stream of a deep network
+            continue
+        known.add(pairs)
+        for owners, numbers in zip((mine, theirs), pairs, strict=True):
+            for child, parent in zip(numbers[::2], numbers[1::2], strict=True):
                 if child != parent:
                     owners[child][other] = parent
     readers, teacher_readers = _find_readers(networks, mine, theirs)

@@ -52,6 +52,15 @@ class Plan(Networks):
         return torch.bincount(copied[copied >= 0], minlength=len(self.teacher_roots))
 
     @cached_property
+    def gains(self) -> dict[str, float]:
+        """For each layer of the student the number in front of it and of new identities before it, which pass it on."""
+        gains: dict[str, float] = {}
+        for name, layer in self.student.layers.items():
+            passed = {gains.get(source, 1.0) for source in layer.sources & self.roles.identity}
+            gains[name] = layer.gain * (passed.pop() if len(passed) == 1 else 1.0)
+        return gains
+
+    @cached_property
     def apart(self) -> Tensor:
         """The student's roots as if contractions had joined nothing: queries and keys are told apart."""
         return self.student_units.roots_without_contractions()

@@ -149,7 +149,7 @@ def _factor(plan: Plan, name: str, theirs: str) -> float:
     layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
     factor = 1.0
     if layer is not None and counterpart is not None and layer.kind == LayerKind.MIX:
-        factor = counterpart.gain / _gain(plan, layer) * _slope_factor(plan, layer)
+        factor = counterpart.gain / plan.gains[layer.name] * _slope_factor(plan, layer)
     mine, other = (
         next((each for each in trace.seen_as.scale_absorbed if t in trace.layers[each].tensors.values()), None)
         for trace, t in ((plan.student, name), (plan.teacher, theirs))
@@ -157,12 +157,6 @@ def _factor(plan: Plan, name: str, theirs: str) -> float:
     if mine is None or other is None:
         return factor
     return factor * (next(iter(plan.teacher.multipliers[other])) / next(iter(plan.student.multipliers[mine])))
-
-
-def _gain(plan: Plan, layer: Layer) -> float:
-    """Return the number in front of a layer, with that in front of new identities, which pass it on."""
-    passed = {_gain(plan, plan.student.layers[name]) for name in layer.sources & plan.roles.identity}
-    return layer.gain * (passed.pop() if len(passed) == 1 else 1.0)
 
 
 def _slope_factor(plan: Plan, layer: Layer) -> float:

@@ -20,7 +20,7 @@ Held = TypeVar("Held")
 
 def fork(trace: Trace) -> Trace:
     """Return a trace that goes on from here into the training mode; this one stays as it is."""
-    both, both_units, parameters = _copy(trace), _copy(trace.units), _copy(trace.parameters)
+    both, both_units, parameters = _copy(trace), trace.units.copy(), _copy(trace.parameters)
     both.units, both.parameters = both_units, parameters
     both_units.mode, parameters.units = " in training", both_units
     parameters.reached = {name: reached.clone() for name, reached in parameters.reached.items()}

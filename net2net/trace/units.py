@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Units:
         self.mode = ""  # ends the keys of what is seen in training mode
         self._count = 0
         self._calls: Counter[tuple[str, str]] = Counter()
-        self._root = torch.empty(0, dtype=torch.long)  # label -> smallest label of its unit
+        self._root = torch.arange(1024)  # label -> a smaller label of its unit, or itself; for later labels, too
         self._pending: list[Tensor] = []  # 2 x k: labels that are one unit, not yet in `_root`
         self._without_contractions: list[Tensor] = []  # 2 x k: the unions that are not those of contractions
         self._ends: list[int] = []  # where the ranges of labels that were made together end
@@ -40,8 +40,9 @@ class Units:
     def copy(self) -> "Units":
         """Return units that can be united and related further without any effect on these."""
         other = copy(self)
-        other.relations = dict(self.relations)
-        other._pending, other._without_contractions = list(self._pending), list(self._without_contractions)
+        for name, value in vars(self).items():
+            if isinstance(value, (dict, list, set, Tensor)):
+                vars(other)[name] = value.clone() if isinstance(value, Tensor) else copy(value)
         return other
 
     def learn_new(self, other: "Units") -> Tensor:
@@ -49,7 +50,7 @@ class Units:
         # Labels that are new there become one unit as they are there, and one with an old unit. Old units that are one
         # there stay apart.
         mine, theirs, known = self.roots(), other.roots(), self._count
-        pairs = torch.unique(torch.stack([theirs[:known], mine]), dim=1)
+        pairs = distinct_pairs(theirs[:known], mine)
         met = torch.bincount(pairs[0], minlength=len(theirs))[theirs]  # how many old units each label is one with
         self._count, self._ends, self._distinct = other._count, list(other._ends), list(other._distinct)
         new = torch.arange(known, len(theirs))
@@ -86,19 +87,29 @@ class Units:
         if a.shape != b.shape:
             raise TransferError(f"Units of widths {tuple(a.shape)} and {tuple(b.shape)} meet in one parameter.")
         if a.numel():
-            edges = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)]), dim=1)
+            edges = distinct_pairs(a, b)
             self._pending.append(edges)
             if not contraction:
                 self._without_contractions.append(edges)
 
     def find(self, labels: Tensor) -> Tensor:
         """Return the root of every label: the smallest label of its unit, as far as the pass has come."""
+        # What has not changed since the last call is not touched: a pass over all labels would make the trace of a
+        # network grow with the square of its size.
         if len(self._root) < self._count:
-            self._root = torch.cat([self._root, torch.arange(len(self._root), self._count)])
+            self._root = torch.cat([self._root, torch.arange(len(self._root), 2 * self._count)])
         if self._pending:
             edges, self._pending = torch.cat(self._pending, dim=1), []
-            self._root = _join(self._root, edges)
-        return self._root[labels]
+            ends, smallest = join(self._follow(edges))
+            self._root[ends] = smallest
+        return self._follow(labels)
+
+    def _follow(self, labels: Tensor) -> Tensor:
+        """Return the end of the path that begins at each label, and let the label point to it."""
+        found = self._root[labels]
+        while not torch.equal(further := self._root[found], found):
+            self._root[labels] = found = further
+        return found
 
     def roots(self) -> Tensor:
         """Return the root of every label there is."""
@@ -108,7 +119,7 @@ class Units:
         """Return the roots as if contractions had joined nothing: queries and keys stay apart."""
         found = self._without_contractions
         edges = torch.cat(found, dim=1) if found else torch.empty(2, 0, dtype=torch.long)
-        return _join(torch.arange(self._count), edges)
+        return torch.arange(self._count).index_copy_(0, *join(edges))
 
     def combine(self, a: Tensor, b: Tensor, call: Call, contraction: bool = False) -> Tensor:
         """Return the labels of an elementwise result of `a` and `b`: labels that meet are one unit."""
@@ -143,15 +154,19 @@ class Units:
 
     def _collapses(self, left: Tensor, right: Tensor, among: Tensor) -> bool:
         """Tell whether uniting the roots `left` and `right` makes one of two `among` them that a layer keeps apart."""
-        before = self.roots()
-        after = _join(before, torch.stack([left, right]))
-        meeting = torch.zeros(self._count, dtype=torch.bool)
-        meeting[among] = True
-        touched = meeting[before].nonzero().flatten()
-        family = torch.bucketize(touched, torch.tensor(self._ends), right=True)
+        joined, smallest = join(torch.stack([left, right]))
+        ours = torch.isin(joined, among)
+        if self._meet(joined[ours], joined[ours], smallest[ours]):  # no need to look at all labels of their units
+            return True
+        before, after = self.roots(), torch.arange(self._count).index_copy_(0, joined, smallest)
+        touched = torch.isin(before, among).nonzero().flatten()
+        return self._meet(touched, before[touched], after[before[touched]])
+
+    def _meet(self, labels: Tensor, before: Tensor, after: Tensor) -> bool:
+        """Tell whether labels of one layer, apart in the roots `before`, are one unit in the roots `after`."""
+        family = torch.bucketize(labels, torch.tensor(self._ends), right=True)
         distinct = torch.tensor(self._distinct)[family]
-        touched, family = touched[distinct], family[distinct]
-        count = [len(torch.unique(family * self._count + root[touched])) for root in (before, after)]
+        count = [len(torch.unique((family * self._count + root)[distinct])) for root in (before, after)]
         return count[1] < count[0]
 
     def _are_made_of(self, left: Tensor, right: Tensor) -> bool:
@@ -165,7 +180,7 @@ class Units:
 
     def relate(self, key: Key, children: Tensor, parents: Tensor) -> None:
         """Let each unit of `children` belong to the unit of `parents` beside it."""
-        pairs = torch.unique(torch.stack([children.reshape(-1), parents.reshape(-1)]), dim=1)
+        pairs = distinct_pairs(children, parents)
         self.relations[key] = (pairs[0], pairs[1])
 
     def close(self, nested: Collection[Key] = ()) -> None:
@@ -220,7 +235,7 @@ class Units:
 
 def _edges_on_circles(edges: Tensor) -> Tensor:
     """Return the edges (unit, its owner), one a row, from whose end a path leads back to their start."""
-    edges = torch.unique(edges, dim=1)
+    edges = distinct_pairs(edges[0], edges[1])
     while True:  # an edge on a circle has another edge at both of its ends
         inner = torch.isin(edges[0], edges[1]) & torch.isin(edges[1], edges[0])
         if bool(inner.all()):
@@ -243,52 +258,87 @@ def _edges_on_circles(edges: Tensor) -> Tensor:
 
 def _nest(units: Units, nested: Collection[Key]) -> bool:
     """Relate the owners of one unit to each other where one decides the other; tell whether owners were united."""
-    owners_of: dict[int, dict[Key, int]] = defaultdict(dict)
-    for key, (children, parents) in units.relations.items():
-        if key.inside is None:
-            for child, parent in zip(units.find(children).tolist(), units.find(parents).tolist(), strict=True):
-                owners_of[child][key] = parent
-    owner_pairs: dict[tuple[Key, Key], set[tuple[int, int]]] = defaultdict(set)  # that a unit has in two relations
+    pairs, alike = _group_alike(units, nested)
+    # At once: on the stream of a deep network there are many.
+    apart = [(keys[0], key) for keys in alike for key in keys if not torch.equal(pairs[keys[0]], pairs[key])]
+    for first, key in apart:
+        units.unite(pairs[first][1], pairs[key][1], contraction=True)
+    if apart:
+        return True
+    owners_of: dict[int, dict[int, int]] = defaultdict(dict)
+    for number, (key, *_) in enumerate(alike):
+        for child, parent in pairs[key].T.tolist():
+            owners_of[child][number] = parent
+    owner_pairs: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)  # that a unit has in two relations
     for direct in owners_of.values():
         above = [owners_of[owner] for owner in direct.values() if owner in owners_of]  # what owns its owners
         owners = dict(chain(*(each.items() for each in above), direct.items()))
-        for a, b in combinations(sorted(owners, key=str), 2):
-            x, y = owners[a], owners[b]
-            if x not in owners_of.get(y, {}).values() and y not in owners_of.get(x, {}).values():
-                owner_pairs[a, b].add((x, y))
+        for i, j in combinations(sorted(owners), 2):
+            x, y = owners[i], owners[j]
+            if x != y and x not in owners_of.get(y, {}).values() and y not in owners_of.get(x, {}).values():
+                owner_pairs[i, j].add((x, y))
     united: set[Key] = set()  # the pairs of these relations are no longer up to date
-    for (a, b), both in owner_pairs.items():
-        pairs = {(x, y) for x, y in both if x != y}
-        lefts, rights = {x for x, _ in pairs}, {y for _, y in pairs}
-        if not pairs or (len(lefts) < len(pairs) and len(rights) < len(pairs)) or united & {a, b}:
-            continue
-        x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
-        a_inside, b_inside = replace(a, inside=b) in nested, replace(b, inside=a) in nested
-        if len(lefts) == len(rights) == len(pairs) and not (a_inside or b_inside):
-            units.unite(x, y, contraction=True)  # queries that a gate belongs to are no gates
-            united |= {a, b}
-        elif len(lefts) == len(pairs) and not b_inside:
-            units.relate(replace(a, inside=b), x, y)
-        else:
-            units.relate(replace(b, inside=a), y, x)
+    for (i, j), both in owner_pairs.items():
+        for a, b in product(alike[i], alike[j]):
+            if not united & {a, b} and _nest_pair(units, nested, (a, b), both):
+                united |= {a, b}
     return bool(united)
 
 
-def _join(root: Tensor, edges: Tensor) -> Tensor:
-    """Return the roots once the labels of every edge are one unit: each the smallest label of its unit."""
-    names, ends = torch.unique(root[edges], return_inverse=True)
-    parent = torch.arange(len(names))
+def _group_alike(units: Units, nested: Collection[Key]) -> tuple[dict[Key, Tensor], list[list[Key]]]:
+    """Return the pairs (unit, owner) of every relation, and lists of relations that group the same units alike."""
+    # One that has another inside, or is inside another, in the other network (`nested`) stands alone; so does one whose
+    # owners are owned in turn.
+    alone = {key for pair in nested for key in (replace(pair, inside=None), pair.inside)}
+    order = sorted((key for key in units.relations if key.inside is None), key=str)
+    pairs = {key: distinct_pairs(*map(units.find, units.relations[key])) for key in order}
+    owned = torch.cat([torch.empty(0, dtype=torch.long), *(units_of for units_of, _ in pairs.values())])
+    alike: dict[tuple[object, ...], list[Key]] = defaultdict(list)
+    for key, (units_of, owners) in pairs.items():
+        alone |= {key} if bool(torch.isin(owners, owned).any()) else set()
+        _, group = torch.unique(owners, return_inverse=True)
+        first = units_of.new_full(group.shape, units_of.max()).scatter_reduce(0, group, units_of, "amin")
+        alike[key if key in alone else None, *units_of.tolist(), *first[group].tolist()].append(key)
+    return pairs, list(alike.values())
+
+
+def _nest_pair(units: Units, nested: Collection[Key], keys: tuple[Key, Key], pairs: set[tuple[int, int]]) -> bool:
+    """Relate the owners that units have in two relations to each other, or unite them; tell whether it unites."""
+    a, b = keys
+    lefts, rights = {x for x, _ in pairs}, {y for _, y in pairs}
+    if len(lefts) < len(pairs) and len(rights) < len(pairs):
+        return False
+    x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
+    a_inside, b_inside = replace(a, inside=b) in nested, replace(b, inside=a) in nested
+    if len(lefts) == len(rights) == len(pairs) and not (a_inside or b_inside):
+        units.unite(x, y, contraction=True)  # queries that a gate belongs to are no gates
+        return True
+    if len(lefts) == len(pairs) and not b_inside:
+        units.relate(replace(a, inside=b), x, y)
+    else:
+        units.relate(replace(b, inside=a), y, x)
+    return False
+
+
+def join(edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the labels of the edges (2 x k), and for each the smallest label that edges lead to from it."""
+    labels, ends = torch.unique(edges, return_inverse=True)
+    parent = torch.arange(len(labels))
     while True:
         high, low = torch.maximum(parent[ends[0]], parent[ends[1]]), torch.minimum(parent[ends[0]], parent[ends[1]])
         hooked = parent.scatter_reduce(0, high, low, "amin")
         while not torch.equal(hooked, hooked[hooked]):
             hooked = hooked[hooked]
         if torch.equal(hooked, parent):
-            break
+            return labels, labels[parent]
         parent = hooked
-    moved = torch.arange(len(root))
-    moved[names] = names[parent]
-    return moved[root]
+
+
+def distinct_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Return the distinct pairs of labels that stand beside each other, 2 x k, in order."""
+    base = int(b.max()) + 1 if b.numel() else 1
+    pairs = torch.unique(a.reshape(-1) * base + b.reshape(-1))
+    return torch.stack([pairs // base, pairs % base])
 
 
 def in_order(values: Tensor) -> Tensor:
