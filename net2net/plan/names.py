@@ -7,7 +7,9 @@ those behind them (vgg11 -> vgg13 -> vgg16).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 
+import torch
 from torch import nn
 
 from ..errors import TransferError
@@ -17,6 +19,7 @@ from ..trace.graph import Trace
 Names = dict[str, str | None]  # the teacher's name of every student tensor; None where it has no such tensor
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
 Children = list[tuple[str, nn.Module]]
+Kind = tuple[type, tuple[tuple[str, torch.Size], ...]]  # of a layer: its class, and the shapes of its parameters
 
 
 class Unpaired(TransferError):
@@ -130,10 +133,11 @@ def _pair_children(
 def _align(teacher: Children, student: Children, closest: bool) -> dict[int, int] | None:
     """Map student positions to the teacher's, so that all of those are taken in order; None if that is impossible."""
     rows, columns = len(teacher), len(student)
+    theirs, mine = ([(type(child), _shapes(child)) for _, child in each] for each in (teacher, student))
     best = [[0.0] * (columns + 1)] + [[math.inf] * (columns + 1) for _ in range(rows)]  # the first i in the first j
     for i in range(1, rows + 1):
         for j in range(i, columns + 1):
-            best[i][j] = min(best[i][j - 1], best[i - 1][j - 1] + _cost(teacher[i - 1][1], student[j - 1][1], closest))
+            best[i][j] = min(best[i][j - 1], best[i - 1][j - 1] + _cost(theirs[i - 1], mine[j - 1], closest))
     if math.isinf(best[rows][columns]):
         return None
     pairs, j = {}, columns
@@ -145,14 +149,19 @@ def _align(teacher: Children, student: Children, closest: bool) -> dict[int, int
     return pairs
 
 
-def _cost(teacher: nn.Module, student: nn.Module, closest: bool) -> float:
+def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, tensor.shape) for name, tensor in module.named_parameters())
+
+
+@lru_cache
+def _cost(teacher: Kind, student: Kind, closest: bool) -> float:
     """Return how much larger the student's layer is, if size counts; infinity if it is no counterpart."""
-    if type(teacher) is not type(student):
+    if teacher[0] is not student[0]:
         return math.inf
-    shapes, cost = {name: tensor.shape for name, tensor in student.named_parameters()}, 0.0
-    for name, tensor in teacher.named_parameters():
+    shapes, cost = dict(student[1]), 0.0
+    for name, theirs in teacher[1]:
         mine = shapes.get(name)
-        if mine is None or len(mine) != tensor.dim() or any(m < t for m, t in zip(mine, tensor.shape, strict=True)):
+        if mine is None or len(mine) != len(theirs) or any(m < t for m, t in zip(mine, theirs, strict=True)):
             return math.inf
-        cost += math.log(mine.numel() / tensor.numel()) if closest else 0.0
+        cost += math.log(mine.numel() / theirs.numel()) if closest else 0.0
     return cost

@@ -6,7 +6,7 @@ and its negative, and the layer that reads them takes the difference. Behind a s
 (squeeze-excite) whose last layer gives zeros is one number for all inputs, which the next layer undoes.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import TransferError
@@ -93,21 +93,25 @@ def _branch_end(new: _New, name: str) -> str:
 def _needed_identities(teacher: Trace, new: _New) -> set[str]:
     """Find the new layers that must hand on what a layer of both networks needs to read."""
     identity: set[str] = set()
-    order = list(new.layers)
+    order = {name: place for place, name in enumerate(new.layers)}
 
-    def demand(reader: Layer, needed: set[str]) -> None:
+    def demand(reader: Layer, needed: set[str]) -> Iterator[tuple[Layer, set[str]]]:
         """Make identities of the layers that hand on what `reader` needs: the earliest one meets each need, once."""
-        for name in sorted(reader.sources & new.mixers, key=lambda name: (name not in identity, order.index(name))):
+        # Yielded is each identity with what it needs in turn, which is met before the next one is looked at.
+        for name in sorted(reader.sources & new.mixers, key=lambda name: (name not in identity, order[name])):
             met = new.origins(name) & needed
             needed = needed - met
             if met and name not in identity:
                 identity.add(name)
-                demand(new.layers[name], met - new.old_sources(new.layers[name]))
+                yield new.layers[name], met - new.old_sources(new.layers[name])
 
     for reader in new.readers:
         other = teacher.layers.get(teacher_layer(reader, new.names))
         if other is not None:
-            demand(reader, set(other.sources) - new.old_sources(reader))
+            waiting = [demand(reader, set(other.sources) - new.old_sources(reader))]
+            while waiting:  # a recursion would go as deep as the network
+                inner = next(waiting[-1], None)
+                waiting.append(demand(*inner)) if inner else waiting.pop()
     return identity
 
 

@@ -10,10 +10,12 @@ from ..errors import TransferError, used_differently
 from ..network import Inputs
 from ..trace.facts import Key, Norm
 from ..trace.graph import SeenAs, Trace
-from ..trace.tracer import trace
+from ..trace.tracer import trace, trace_shapes
 from ..trace.units import Units
 from .names import Names, Rename, Unpaired, key_converter, teacher_names
 from .norm_chains import NormChains
+
+LARGE = 10**10  # products: a pass of a teacher with as many takes longer than one without values of its student
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: R
     """Trace both networks, which must share no parameters, on `inputs`."""
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
-    plain = trace(teacher, inputs), trace(student, inputs)
+    theirs = trace(teacher, inputs)
+    plain = theirs, (trace_shapes if theirs.products > LARGE else trace)(student, inputs)
     return Traces(inputs, plain, _differing_scales(plain, rename))
 
 

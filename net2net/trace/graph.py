@@ -47,6 +47,7 @@ class Trace:
         self.outputs: dict[str, Labels] = {}  # module -> the labels of the first tensor of its result
         self.packed: set[str] = set()  # the modules that return their tensors in a container
         self.output: Any = None  # what the network returned
+        self.products = 0  # how many products of two numbers the layers have computed
         self.both: Trace | None = None  # with what the training mode adds; None if the network was not run in it
         self.trains = False  # whether the pass in training mode came to its end
         self.failure: str | None = None  # why it did not

@@ -6,12 +6,14 @@ views, so almost no memory). Data movement is applied to the labels themselves; 
 otherwise is one short rule (`rules`).
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from copy import deepcopy
 from functools import partial
 from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -48,6 +50,21 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
             both.parameters.complete()
         result.parameters.complete()
     return result
+
+
+def trace_shapes(model: nn.Module, inputs: Inputs) -> Trace:
+    """Return the trace of a network whose values do not matter, and compute none of them if nothing asks for one."""
+    # A student is such a network: its weights will be overwritten. Tensors without values are far cheaper to compute.
+    # Values can decide where the forward pass goes; torch then raises an error, and the network runs with them. The
+    # copy of its modules takes what the forward pass keeps in them. It has the same weights.
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
+    with suppress(Exception):
+        twin = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+        traced = trace(twin, inputs.map(shapes.from_tensor))
+        if traced.failure is None:
+            traced.model = model
+            return traced
+    return trace(model, inputs)
 
 
 def _reached(result: Trace) -> set[str]:

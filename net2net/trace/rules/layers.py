@@ -61,6 +61,7 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
     if weight is None:
         raise CannotFollow(f"the weight of {call} is not a parameter of the network")
     name, labels = weight.name, trace.labels(product.x)
+    trace.products += call.out.numel() * product.weight[0].numel()
     reads = None
     if labels is not None:
         reads = trace.units.units_along(labels.units, product.dim, f"{name} reads them with one weight")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch._C import _jit_get_schemas_for_operator
 from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import TransferError
 from ..facts import Call, Key, Labels, plain_name
@@ -143,6 +144,8 @@ def _check_not_empty(trace: Trace, call: Call) -> None:
 
 def describe_crash(rule: Rule | Rewrite, call: Call, error: Exception) -> str:
     """Return the reason for pinning units where a rule raises an error that it should not."""
+    if any(isinstance(x, FakeTensor) for x in call.tensors):
+        raise error  # it may have asked for a value that is not there (see `trace_shapes`)
     return f"the rule {function_name(rule)} fails on {call} ({type(error).__name__}: {error})"
 
 
