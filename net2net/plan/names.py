@@ -47,13 +47,14 @@ def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> Names:
 
 def _prefix_converter(rename: Mapping[str, str]) -> Callable[[str], str | None]:
     """Return the function that converts a student's name by its longest prefix in `rename`."""
-    prefixes = sorted(rename.items(), key=lambda item: -len(item[0]))
 
     def convert(name: str) -> str | None:
-        for mine, theirs in prefixes:
-            if name == mine or name.startswith(mine + "."):
-                return theirs + name[len(mine) :] if theirs else None
-        return name
+        prefix = name
+        while prefix and prefix not in rename:
+            prefix = prefix.rpartition(".")[0]
+        if not prefix:
+            return name
+        return rename[prefix] + name[len(prefix) :] if rename[prefix] else None
 
     return convert
 

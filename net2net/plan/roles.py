@@ -8,6 +8,7 @@ and its negative, and the layer that reads them takes the difference. Behind a s
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import TransferError
 from ..trace.activations import Bends
@@ -47,13 +48,16 @@ class _New:
         # "input" and outputs have one name in both networks
         return {self.names.get(source) or source for source in layer.sources - self.mixers}
 
-    def origins(self, name: str) -> set[str]:
-        """Return the teacher's layers whose outputs a new layer could hand on, also through other new layers."""
-        found, passed, waiting = set(), set(), [name]
-        while waiting:
-            passed.add(name := waiting.pop())
-            found |= self.old_sources(self.layers[name])
-            waiting += (self.layers[name].sources & self.mixers) - passed
+    @cached_property
+    def origins(self) -> dict[str, set[str]]:
+        """For each new layer the teacher's whose outputs it could hand on, also through other new layers."""
+        found = {name: self.old_sources(layer) for name, layer in self.layers.items()}
+        grows = True
+        while grows:  # once more than layers that are called again stand in a row
+            before = sum(map(len, found.values()))
+            for name, layer in self.layers.items():
+                found[name].update(*(found[source] for source in layer.sources & self.mixers))
+            grows = sum(map(len, found.values())) > before
         return found
 
 
@@ -99,7 +103,7 @@ def _needed_identities(teacher: Trace, new: _New) -> set[str]:
         """Make identities of the layers that hand on what `reader` needs: the earliest one meets each need, once."""
         # Yielded is each identity with what it needs in turn, which is met before the next one is looked at.
         for name in sorted(reader.sources & new.mixers, key=lambda name: (name not in identity, order[name])):
-            met = new.origins(name) & needed
+            met = new.origins[name] & needed
             needed = needed - met
             if met and name not in identity:
                 identity.add(name)

@@ -65,11 +65,13 @@ def largest_change(
     # or behind one of the chains `before`.
     if where is None or (values := _apply(chain.functions, numbers := _sample(where))) is None:
         return None
-    place, everywhere = _largest_difference(numbers, values), _sample((-math.inf, math.inf))
+    if (place := _largest_difference(numbers, values)) is None:
+        return None
+    everywhere = _sample((-math.inf, math.inf))
     starts = [(numbers, chain.functions), *((everywhere, first.functions + chain.functions) for first in before)]
-    results = [(_apply(functions, x), _apply(one.functions, x)) for x, functions in starts for one in wanted]
+    results = ((_apply(functions, x), _apply(one.functions, x)) for x, functions in starts for one in wanted)
     same = any(a is not None and b is not None and _largest_difference(a, b) is None for a, b in results)
-    return None if same or place is None else (float(numbers[place]), float(values[place]))
+    return None if same else (float(numbers[place]), float(values[place]))
 
 
 @lru_cache(256)

@@ -6,11 +6,13 @@ views, so almost no memory). Data movement is applied to the labels themselves; 
 otherwise is one short rule (`rules`).
 """
 
+import logging
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from functools import partial
 from types import CodeType
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,8 +59,8 @@ def trace_shapes(model: nn.Module, inputs: Inputs) -> Trace:
     # A student is such a network: its weights will be overwritten. Tensors without values are far cheaper to compute.
     # Values can decide where the forward pass goes; torch then raises an error, and the network runs with them. The
     # copy of its modules takes what the forward pass keeps in them. It has the same weights.
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
-    with suppress(Exception):
+    shapes, log = FakeTensorMode(allow_non_fake_inputs=True), logging.getLogger(FakeTensorMode.__module__)
+    with suppress(Exception), patch.object(log, "disabled", True):  # it would log such an error
         twin = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
         traced = trace(twin, inputs.map(shapes.from_tensor))
         if traced.failure is None:

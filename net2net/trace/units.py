@@ -297,7 +297,7 @@ def _group_alike(units: Units, nested: Collection[Key]) -> tuple[dict[Key, Tenso
     for key, (units_of, owners) in pairs.items():
         alone |= {key} if bool(torch.isin(owners, owned).any()) else set()
         _, group = torch.unique(owners, return_inverse=True)
-        first = units_of.new_full(group.shape, units_of.max()).scatter_reduce(0, group, units_of, "amin")
+        first = units_of.new_full(group.shape, int(units_of.max())).scatter_reduce(0, group, units_of, "amin")
         alike[key if key in alone else None, *units_of.tolist(), *first[group].tolist()].append(key)
     return pairs, list(alike.values())
 
