@@ -292,10 +292,12 @@ def _group_alike(units: Units, nested: Collection[Key]) -> tuple[dict[Key, Tenso
     alone = {key for pair in nested for key in (replace(pair, inside=None), pair.inside)}
     order = sorted((key for key in units.relations if key.inside is None), key=str)
     pairs = {key: distinct_pairs(*map(units.find, units.relations[key])) for key in order}
-    owned = torch.cat([torch.empty(0, dtype=torch.long), *(units_of for units_of, _ in pairs.values())])
+    owned = torch.zeros(len(units.roots()), dtype=torch.bool)
+    for units_of, _ in pairs.values():
+        owned[units_of] = True
     alike: dict[tuple[object, ...], list[Key]] = defaultdict(list)
     for key, (units_of, owners) in pairs.items():
-        alone |= {key} if bool(torch.isin(owners, owned).any()) else set()
+        alone |= {key} if bool(owned[owners].any()) else set()
         _, group = torch.unique(owners, return_inverse=True)
         first = units_of.new_full(group.shape, int(units_of.max())).scatter_reduce(0, group, units_of, "amin")
         alike[key if key in alone else None, *units_of.tolist(), *first[group].tolist()].append(key)
