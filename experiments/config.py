@@ -136,6 +136,11 @@ def place_of(config: Any) -> str:
     return name if config.case is None else f"{name}/{config.case}"
 
 
+def runs_of(config: Any) -> str:
+    """Return the folder of the runs of a configuration that `shorten` has not seen yet: a trial has its own."""
+    return config.runs if config.limit is None else f"{config.runs.rstrip('/')}-limit{config.limit}"
+
+
 def shorten(config: Config) -> Config:
     """Return the configuration of a trial if `limit` is set: short stages, small batches, a folder of its own."""
     if config.limit is None:
@@ -145,7 +150,7 @@ def shorten(config: Config) -> Config:
         if getattr(schedule, key) is not None:
             schedule = replace(schedule, **{key: "2ep"})
     growth = replace(config.growth, calibrate=min(config.growth.calibrate, config.limit))
-    return replace(config, schedule=schedule, growth=growth, runs=f"{config.runs.rstrip('/')}-limit{config.limit}")
+    return replace(config, schedule=schedule, growth=growth, runs=runs_of(config))
 
 
 LENGTHS = ("epochs", "teacher_epochs", "evaluate")  # schedule durations of at least one step

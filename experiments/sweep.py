@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from . import files
-from .config import FOLDER, Config, ExperimentError, arm_folders, flatten, nearest, place_of
+from .config import FOLDER, Config, ExperimentError, arm_folders, flatten, nearest, place_of, runs_of
 from .run_log import MANIFEST, read_manifest
 
 GROUPS = ("data", "scale", "experiment")  # `data=digits` names a file of settings, and none of the settings in it
@@ -92,7 +92,7 @@ def add_to_plan(config: DictConfig, swept: Mapping[str, list[str]]) -> None:
     own = [config.arms] if isinstance(config.arms, str) else list(config.arms)
     lists = [arms.strip("[]").replace(" ", "").split(",") for arms in swept.get("arms", ())] or [own]
     folders = [folder for arms in lists for folder in arm_folders(config.students, arms)]
-    experiment = Path(config.runs, place_of(config))
+    experiment = Path(runs_of(config), place_of(config))
     with files.hold(experiment, lambda owner: None):  # another sweep may add to it at the same moment
         plan = read_plan(experiment)
         for seed in swept.get("seed", [str(config.seed)]):

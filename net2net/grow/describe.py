@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,17 @@ class Group:
     whole: str | None  #: why they grow in whole pieces only (heads, shuffled halves)
     norms: tuple[str, ...]  #: the norms across units that see them: these want a multiple of the width, or padding
     units: Tensor  #: their labels in the trace
+    step: int = 1  #: how many entries of the widest layer a unit has (one for each gate, say)
+
+    @property
+    def held(self) -> bool:
+        """Whether something keeps these units from growing as they like."""
+        return self.pinned is not None or self.whole is not None or bool(self.norms)
 
     @property
     def free(self) -> bool:
         """Whether these units grow to any width."""
-        return self.pinned is None and self.whole is None and not self.norms
+        return not self.held and self.step == 1
 
     @property
     def state(self) -> str:
@@ -43,7 +50,7 @@ class Group:
         if self.whole is not None:
             return f"as a whole: {self.whole}"
         if not self.norms:
-            return "free"
+            return "free" if self.free else f"in steps of {self.step}: each unit has {self.step} entries"
         return f"seen by the {self.norms[0]}" + f" and {len(self.norms) - 1} more" * (len(self.norms) > 1)
 
 
@@ -122,16 +129,19 @@ def describe_trace(traced: Trace) -> Description:
     for k, producers in members.items():
         units = torch.unique(torch.cat([roots[units] for _, units in producers]))
         labels = units.tolist()
+        width, widest = max(((_width(traced, *each), each[1]) for each in producers), key=itemgetter(0))
+        most = int(torch.unique(roots[widest], return_counts=True)[1].max())
         groups.append(
             Group(
                 layers=tuple(dict.fromkeys(layer.module for layer, _ in producers)),
                 carriers=tuple(carriers[k]),
                 readers=tuple(readers[k]),
-                width=max(_width(traced, layer, units) for layer, units in producers),
+                width=width,
                 pinned=next((why for label in labels for why in pinned[label]), None),
                 whole=next((whole[label] for label in labels if label in whole), None),
                 norms=tuple(dict.fromkeys(name for label in labels for name in norms[label])),
                 units=units,
+                step=most * width // len(widest),
             )
         )
     return Description((*groups, *_find_held(traced, roots, pinned, groups)))

@@ -55,7 +55,7 @@ def widen(  # noqa: PLR0913 (public signature)
         model: the network, which is left as it was.
         example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
         widths: layers by name (`*` stands for anything) to a factor (a float) or a number of units (an int), as
-            `{"layer2.*": 1.5, "fc1": 96}`. Or one factor for every width that is free and turns out to grow.
+            `{"layer2.*": 1.5, "fc1": 96}`. Or one factor for every width that nothing holds and that turns out to grow.
         generator: as of `transfer`; so are `split` and `noise`.
         split: how the copies of a unit divide its outgoing weight.
         noise: changes the function a little.
@@ -144,7 +144,7 @@ def _widen(traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator:
             _check_reached(traced, description.groups[k], count, name, width)
         return grown or grow(factors)  # which raises that nothing grows
     _check_width(widths, "the layers")
-    free = [k for k, group in enumerate(description.groups) if group.free]
+    free = [k for k, group in enumerate(description.groups) if not group.held]
     if widths < 1 or not free:
         why = "; ".join(f"{group.layers[0]}: {group.state}" for group in description.groups[:5])
         name = type(traced.model).__name__

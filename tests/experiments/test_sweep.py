@@ -90,6 +90,12 @@ def test_a_sweep_is_planned_and_what_failed_is_noted(train_py, failing, tmp_path
     assert set(sweep.read_failures()) == {text.strip() for text in notes.values()}
 
 
+def test_the_plan_of_a_trial_stands_with_its_runs(train_py, failing):
+    assert train_py("-m", "seed=1,2", "limit=150", "arms=random_init") == 1
+    assert sweep.read_plan(Path("runs-limit150/quickstart")) == {seed: ["random_init"] for seed in "12"}
+    assert not Path("runs/quickstart").exists()
+
+
 def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_its_runs(train_py, failing, tmp_path, monkeypatch):
     train_py("-m", "seed=0,1", "arms=[net2net,random_init]")
     monkeypatch.setattr("experiments.experiment.run_experiment", lambda *_, **__: None)

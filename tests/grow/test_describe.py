@@ -73,6 +73,11 @@ TABLES = {
         (2, 5, 3),
         [(("0",), ("1",), 4, "free"), (("1",), ("1",), 2, PINNED)],
     ),
+    "gate": (
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.GLU(), nn.Linear(4, 2)),
+        (5, 3),
+        [(("0",), ("2",), 8, "in steps of 2: each unit has 2 entries"), (("2",), (), 2, PINNED)],
+    ),
     "no rule": (
         lambda: Net({"a": nn.Linear(3, 4), "b": nn.Bilinear(4, 4, 2)}, lambda net, x: net.b(net.a(x), net.a(x))),
         (5, 3),

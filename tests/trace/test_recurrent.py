@@ -97,7 +97,10 @@ def test_a_state_that_begins_as_a_constant_grows(start: float) -> None:
     transfer(teacher, student, images(2, 3, 3, 5, 5), split="uneven")
     wider = widen(teacher, images(2, 3, 3, 5, 5), {"conv": 1.4})
     assert wider.units == 7
-    for grown in (student, wider):
+    assert describe(teacher, images(2, 3, 3, 5, 5)).groups[0].state == "in steps of 4: each unit has 4 entries"
+    with refused("from 20 to 22 units, but to 24: its units grow in steps"):
+        widen(teacher, images(2, 3, 3, 5, 5), {"conv": 22})
+    for grown in (student, wider, widen(teacher, images(2, 3, 3, 5, 5), 1.5)):
         assert_same(teacher, grown, images(2, 6, 3, 4, 4))
 
 
