@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint docs torture figures verify gpu-check bench lock clean
+.PHONY: help setup demo check test test-all lint docs torture figures verify gpu-check bench lock clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -14,6 +14,9 @@ setup: .venv/.installed ## make .venv from requirements.lock
 
 demo: .venv/.installed ## grow a small network on real images and draw its curves: experiment=quickstart
 	$(RUN) train.py experiment=quickstart
+
+check: lint ## lint, and the tests of the limits of the code: under a minute
+	$(RUN) -m pytest tests/test_house.py
 
 test: lint ## lint and the quick tests: under three minutes on two cores
 	WANDB_MODE=disabled $(RUN) -m pytest

@@ -47,6 +47,10 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_readme_is_short():
+    assert len(read("README.md").split()) <= 700
+
+
 def test_some_pages_have_code():
     assert {page for page in PAGES if blocks(page)} >= {"README.md", "docs/growing-your-own.md", "docs/exactness.md"}
 

@@ -43,6 +43,15 @@ def test_every_case_of_every_experiment_composes_as_its_header_says_and_at_every
     assert len(set(names)) == len(names)
 
 
+def test_the_template_of_an_experiment_composes(tmp_path):
+    (template,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(template.replace("NAME", "mine").replace("# cases", "cases"))
+    (config,) = cases("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    check(config)
+    assert (config.name, config.growth.noise, config.data.name) == ("mine/loud", 0.05, "digits")
+
+
 def test_every_open_question_that_is_named_is_in_the_paper_notes():
     known = set(re.findall(r"^\*\*(O\d+)\b", (ROOT / "docs/reproduction.md").read_text(), re.M))
     assert known
