@@ -44,7 +44,7 @@ def pins(lock: str) -> dict[str, str]:
 def direct_dependencies() -> list[Requirement]:
     """Return the requirements in pyproject.toml, with the extras for development, without the package itself."""
     project = PYPROJECT["project"]
-    extras = {name: texts for name, texts in project["optional-dependencies"].items() if name != "zoo"}
+    extras = {name: texts for name, texts in project["optional-dependencies"].items() if name not in ("zoo", "models")}
     texts = [*project["dependencies"], *chain(*extras.values())]
     return [r for r in map(Requirement, texts) if r.name != project["name"]]
 

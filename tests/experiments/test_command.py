@@ -32,7 +32,7 @@ TYPOS = [  # what is typed, what is answered
     ("scale=gpu", "quickstart has one size on every machine, scale=quickstart: leave scale= out."),
     ("+model.widht=2", "The network plain has no argument 'widht' (did you mean 'width'?"),
     ("model.name=inceptin", "There is no network 'inceptin' (did you mean 'inception'?"),
-    ("arms=net2ne", "arms: there is no 'net2ne' (did you mean 'net2net'?"),
+    ("arms=net2ne", "arms: there is no 'net2ne' (did you mean 'net2net'"),
     ("device=gpu", "The device 'gpu' is unknown: use auto, cpu or cuda."),
     ("data.name=digit", "(did you mean 'digits'?)"),
     ("schedule.epochs=0.001ep", "schedule.epochs is 0.001ep, less than a step: an epoch has 40 steps."),
