@@ -157,4 +157,4 @@ def test_wheel_holds_net2net_alone_and_asks_for_torch_alone(tmp_path):
     assert header["Version"] == number
     required = [Requirement(r) for r in header.get_all("Requires-Dist", [])]
     assert [r.name for r in required if r.marker is None] == ["torch"]
-    assert set(header.get_all("Provides-Extra", [])) == {"experiments", "dev", "docs", "zoo"}
+    assert set(header.get_all("Provides-Extra", [])) == {"experiments", "dev", "docs", "models", "zoo"}
