@@ -273,7 +273,9 @@ def find_differences(manifests: Iterable[dict[str, Any]]) -> dict[str, list[str]
         for one in manifests
     ]
     keys = dict.fromkeys(key for one in settings for key in one if key not in PER_RUN)
-    found = {key: list_distinct(one.get(key) for one in settings) for key in keys}
+    # A run that is older than an arm has no rate for it.
+    given = {key: [one for one in settings if key in one or not key.startswith("rates.")] for key in keys}
+    found = {key: list_distinct(one.get(key) for one in given[key]) for key in keys}
     return {key: values for key, values in found.items() if len(values) > 1}
 
 

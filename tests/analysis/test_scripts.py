@@ -273,6 +273,7 @@ def test_curves_of_other_settings_are_named_and_teachers_that_different_cases_tr
         records[1]["config"]["data"]["root"] = "elsewhere"  # where the images lie changes nothing
         if arm == "teacher":
             records[1]["config"]["growth"]["noise"] = 0.5
+        records[1]["config"]["rates"] = {"distilled": 0.3}  # an arm that is younger than the first run
         assert curves.describe_differences(records) == []
         for place, rate in zip(records, (0.01, 0.02), strict=True):
             place["settings" if arm == "teacher" else "config"]["schedule"]["lr"] = rate
