@@ -13,6 +13,7 @@ from .config import CONFIGS, Config, ExperimentError
 
 SWEEP = {"-m", "--multirun"}
 UNREADABLE = re.compile(r"[=#~]")  # what Hydra's grammar has no place for in a value without quotes
+HOME = re.compile(r"""^(['"]?)~(?=/|['"]?$)""")  # a value that begins in the home folder
 SETTING = re.compile(r"(?P<key>[+~]{0,2}[\w./@]+)=(?P<value>.*)", re.DOTALL)
 
 
@@ -28,12 +29,12 @@ def quote_values(words: Iterable[str]) -> list[str]:
 
 def _quote(word: str) -> str:
     found = SETTING.fullmatch(word)
-    if found is None or not UNREADABLE.search(found["value"]) or found["value"][0] in "'\"[{$":
+    if found is None:
         return word
-    value = found["value"]
-    if value.startswith("~/") or value == "~":
-        value = str(Path(value).expanduser())
-    return "{}='{}'".format(found["key"], value.replace("'", "\\'"))
+    value = HOME.sub(lambda quote: quote[1] + str(Path.home()), found["value"])
+    if UNREADABLE.search(value) and value[0] not in "'\"[{$":
+        value = "'{}'".format(value.replace("'", "\\'"))
+    return f"{found['key']}={value}"
 
 
 def check_words(words: list[str]) -> None:

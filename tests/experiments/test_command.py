@@ -111,8 +111,18 @@ def test_words_that_mean_a_setting_get_the_line_to_type(typed, line):
 
 def test_values_that_hydra_cannot_read_are_quoted(monkeypatch):
     monkeypatch.setenv("HOME", "/home/a")
-    words = ["runs=~/x", "runs=/a/lr=1", "runs=a#b's", "seed=0,1", "arms=[a,b]", "+model.width=2", "runs='~'", "-m"]
-    quoted = ["runs='/home/a/x'", "runs='/a/lr=1'", "runs='a#b\\'s'", *words[3:]]
+    words = [
+        "runs=~/x",
+        "runs=/a/lr=1",
+        "runs=a#b's",
+        "runs='~/x'",
+        "runs='~x'",
+        "seed=0,1",
+        "arms=[a,b]",
+        "runs=",
+        "-m",
+    ]
+    quoted = ["runs=/home/a/x", "runs='/a/lr=1'", "runs='a#b\\'s'", "runs='/home/a/x'", *words[4:]]
     assert quote_values(words) == quoted
     read = OverridesParser.create().parse_overrides(quoted[:3])
     assert [override.value() for override in read] == ["/home/a/x", "/a/lr=1", "a#b's"]
