@@ -249,7 +249,7 @@ class Named(dict):
     """An output that refuses to be changed, as those of transformers do."""
 
     def update(self, *_: object) -> None:
-        raise TypeError("it is what the network returned")
+        raise TypeError("this result cannot be changed")
 
 
 def test_what_the_network_returns_is_not_copied() -> None:
