@@ -45,6 +45,20 @@ def write(path: Path, content: bytes | memoryview, keep: Path | None = None, flu
             partial.unlink(missing_ok=True)
 
 
+def fill_block(page: Path, name: str, text: str) -> bool:
+    """Put `text` between the markers `name` of a page; return False if there is no such page or block."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if begin not in old and end not in old:
+        return False
+    before, _, rest = old.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found or old.count(begin) != 1 or old.count(end) != 1:
+        raise ExperimentError(f"The {name} markers in {page} are no pair: write {begin} once, then {end} once.")
+    write(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
+    return True
+
+
 @contextmanager
 def explain_refusal(path: Path) -> Iterator[None]:
     """Raise ExperimentError if the disk refuses the file that the block writes."""

@@ -52,6 +52,7 @@ from scripts.zoo_networks import (
 )
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+SUPPORT = RESULTS.parent / "docs" / "support.md"
 EXACT = 1e-10  # the largest relative error that counts as rounding, in float64
 ALIVE = 0.01  # an output that varies less than this between images would hide an error in the features
 FACTOR = 1.5  # by which networks of timm grow
@@ -323,6 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
         write = {"zoo": zoo_page, "timm": timm_page, "models": _models_page}[options.page]
         files.write(page, write(results).encode())
         print(f"written to results/{page.name}")
+        if options.page == "models" and files.fill_block(SUPPORT, "support", zoo_models.support_block(results)):
+            print(f"written to docs/{SUPPORT.name}")
     return 0 if set(count) <= {"exact", "refused"} else 1
 
 

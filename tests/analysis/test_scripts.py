@@ -12,6 +12,7 @@ from pandas import DataFrame
 from rich.console import Console
 from simulated import make_curve
 
+from experiments import files
 from experiments.analysis import curves, figures, pages
 from experiments.analysis.curves import Results, load, make_results
 from experiments.config import ExperimentError, ordered
@@ -299,10 +300,10 @@ def test_markers_that_are_no_pair_are_refused_and_a_page_without_any_is_left_alo
     readme, other = tmp_path / "README.md", tmp_path / "OTHER.md"
     readme.write_text(page)
     with pytest.raises(ExperimentError, match=r"The results markers in .*README\.md are no pair"):
-        script.fill_block(readme, "results", "text")
+        files.fill_block(readme, "results", "text")
     assert readme.read_text() == page
-    assert not script.fill_block(other, "results", "text") and not other.exists()
-    assert not script.fill_block(readme, "trials", "text")
+    assert not files.fill_block(other, "results", "text") and not other.exists()
+    assert not files.fill_block(readme, "trials", "text")
 
 
 @pytest.mark.parametrize(
