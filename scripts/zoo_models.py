@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from net2net import deepen, transfer, widen
 from net2net.testing import look_trained
@@ -23,11 +25,13 @@ PACKAGES = ("torchvision", "transformers", "diffusers", "segmentation_models_pyt
 PACKAGES += ("torch_geometric", "x_transformers")
 LENGTH = 9  # what the inputs of the table have where another length serves as well
 WIDER = {"mlp x2": ("mlp", 2.0), "stream x2": ("stream", 2.0), "stream x1.5": ("stream", 1.5), "saved": ("mlp", 2.0)}
-CELLS = ("free x2", *WIDER, "deepen", "to layers", "to hidden", "to heads")
+CELLS = ("free x2", *WIDER, "deepen", "to layers", "to hidden", "to heads", "vocabulary")
+WORDS = re.compile("CausalLM|LMHead|MaskedLM|ConditionalGeneration")  # classes with a vocabulary among their outputs
 SUPPORT = {  # what docs/support.md calls each cell
     **{"free x2": "all that is free, × 2", "mlp x2": "inner layers, × 2", "stream x2": "stream, × 2"},
     **{"stream x1.5": "stream, × 1.5", "deepen": "a layer behind a module", "to layers": "more blocks"},
-    **{"to hidden": "hidden size", "to heads": "more heads", "saved": "saved and loaded"},
+    **{"to hidden": "hidden size", "to heads": "more heads", "vocabulary": "vocabulary"},
+    **{"saved": "saved and loaded"},
 }
 
 
@@ -72,6 +76,7 @@ def _list_growths() -> Iterator[Growth]:
                 entry["draw"] = TABLE["draw"][entry["draw"]]
             needs = {cell: entry.get(what) for cell, (what, _) in WIDER.items()} | {"deepen": entry.get("deepen")}
             needs |= {cell: entry.get("larger", {}).get(cell[3:]) for cell in CELLS if cell.startswith("to ")}
+            needs["vocabulary"] = WORDS.search(model)
             saves = family["library"] in ("transformers", "diffusers")
             for cell in CELLS:
                 if cell == "free x2" or (needs[cell] and (saves or cell != "saved")):
@@ -122,6 +127,10 @@ def grow(growth: Growth, model: nn.Module) -> nn.Module:
         return widen(model, example, 2.0)
     if growth.cell == "deepen":
         return deepen(model, example, entry["deepen"])
+    if growth.cell == "vocabulary":
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        name = next(name for name, layer in model.named_modules() if layer is head)
+        return widen(model, example, {name: head.out_features + 5}, new="mean", outputs="logits")
     if growth.cell in WIDER:
         what, factor = WIDER[growth.cell]
         names = entry[what] if isinstance(entry[what], list) else [entry[what]]
@@ -147,9 +156,16 @@ def list_probes(growth: Growth) -> list[Callable[[Any], Any]]:
         probes += [partial(_run_padded, fresh, side) for side in ("left", "right")]
     if "cache" in kinds:
         probes.append(partial(_run_cached, fresh["input_ids"]))
+    if growth.cell == "vocabulary":  # a new token may be generated
+        return [partial(_old_entries, probe, growth.entry["options"]["vocab_size"]) for probe in probes]
     if "generate" in kinds:
         probes.append(partial(_generate, {key: x for key, x in fresh.items() if key != "decoder_input_ids"}))
     return probes
+
+
+def _old_entries(probe: Callable[[Any], Any], count: int, model: Any) -> Any:
+    """Return what the probe gives, without the entries of new tokens."""
+    return tree_map_only(Tensor, lambda x: x[..., :count], probe(model))
 
 
 def _run(inputs: dict[str, Any], model: Any) -> Any:

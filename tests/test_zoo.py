@@ -230,7 +230,7 @@ def test_the_page_of_other_libraries() -> None:
         assert f"\n{line}\n" in page
     assert "| transformers | LlamaForCausalLM | 1e-15 | 1e-15 | refused | – |" in page
     support = zoo_models.support_block(results)
-    assert "| Language models | 1 of 1 | 1 of 1 | 0 of 1 | – | – | – | – | – | – |" in support
+    assert "| Language models | 1 of 1 | 1 of 1 | 0 of 1 | – | – | – | – | – | – | – |" in support
 
 
 @pytest.mark.parametrize(("page", "measure"), [("zoo", "measure_pair"), ("timm", "measure_isolated")])

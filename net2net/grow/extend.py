@@ -101,6 +101,10 @@ def _axes_of(traced: Trace, name: str, layer: Layer | None) -> tuple[list[tuple[
                     for dim, units in enumerate(axes)
                     if units is not None
                 }
+                for tensor, units in traced.parameters.values.items():  # a vector that is added to the outputs
+                    sizes = traced.parameters.tensors[tensor].shape
+                    if max(sizes, default=1) == len(units) > 1:
+                        labels[tensor, sizes.index(len(units))] = roots[units]
                 return [place for place, units in labels.items() if bool(torch.isin(units, group.units).all())], False
     if layer is not None and layer.options.get("embedding"):
         return [(layer.name, 0)], False
@@ -115,7 +119,7 @@ def _axes_of(traced: Trace, name: str, layer: Layer | None) -> tuple[list[tuple[
 def _new_entries(name: str, old: Tensor, dim: int, count: int, new: New) -> Tensor:
     """Return `count` entries of one axis of a tensor."""
     shape = [count if d == dim else size for d, size in enumerate(old.shape)]
-    if isinstance(new, Tensor) and old.dim() > 1:
+    if isinstance(new, Tensor) and old.numel() > old.shape[dim]:
         if list(new.shape) != shape:
             raise TransferError(f"`new` has the shape {list(new.shape)}: the new entries of {name} have {shape}.")
         return new.to(old)

@@ -50,6 +50,33 @@ def test_more_classes(new) -> None:
     assert "exact on what was there" in wider.growth.modes["eval"]
 
 
+class Biased(nn.Module):
+    """Numbers that stand beside the last layer belong to the outputs, whether they are trained or not."""
+
+    def __init__(self, shape: tuple[int, ...], trained: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 4)
+        if trained:
+            self.prior = nn.Parameter(torch.randn(shape))
+        else:
+            self.register_buffer("prior", torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.prior
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (1, 4)])
+@pytest.mark.parametrize("new", ["mean", torch.ones(3, 5)])
+def test_a_vector_beside_the_outputs_grows_with_them(shape, trained: bool, new) -> None:
+    model, x = look_trained(Biased(shape, trained)), torch.randn(3, 5)
+    wider = widen(model, x, {"head": 7}, new=new)
+    assert wider.prior.shape == (*shape[:-1], 7) and wider(x).shape == (3, 7)
+    assert keeps(wider, model, x)
+    expected = model.prior.mean() if new == "mean" else torch.zeros(())
+    assert torch.equal(wider.prior[..., 4:], expected.expand_as(wider.prior[..., 4:]))
+
+
 @pytest.mark.parametrize("name", ["tokens", "head"])
 def test_a_larger_vocabulary_of_a_tied_table(name: str) -> None:
     model, x = look_trained(GPT()), tokens()
