@@ -228,8 +228,10 @@ def pair_up(trace: Trace, call: Call) -> None:
 
 @rule("unfold")
 def unfold(trace: Trace, call: Call) -> None:
-    """Patches of a map hold every unit once for each place in the patch."""
+    """Patches of a map hold every unit once for each place in the patch; windows along one axis are views."""
     labels = first_labels(trace, call)
+    if call.out.dim() == labels.units.dim() + 1:  # the method, which has only its name in common
+        return movement(trace, call)
     if labels.units.dim() != 4:
         raise CannotFollow(f"{call} acts on a map without a batch")
     units = trace.units.units_along(labels.units, 1, f"{call} mixes positions")

@@ -1,0 +1,83 @@
+"""A refusal names its cause: without what it names, the same network grows."""
+
+import random
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from net2net import TransferError, equivalence, widen
+from net2net.testing import look_trained
+
+pytestmark = pytest.mark.usefixtures("float64")
+WIDTH = 8
+
+
+class Call(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Product(nn.Bilinear):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x)
+
+
+# What cannot grow, and the word of the message that names it beside the module's name.
+CAUSES: dict[str, Callable[[], nn.Module]] = {
+    "softmax": lambda: nn.Softmax(-1),
+    "log_softmax": lambda: nn.LogSoftmax(-1),
+    "softmin": lambda: nn.Softmin(-1),
+    "cumsum": lambda: Call(lambda x: x.cumsum(-1)),
+    "cummax": lambda: Call(lambda x: x.cummax(-1).values),
+    "logsumexp": lambda: Call(lambda x: x - x.logsumexp(-1, keepdim=True)),
+    "sort": lambda: Call(lambda x: x.sort(-1).values),
+    "topk": lambda: Call(lambda x: x * x.topk(2, -1).values[..., :1]),
+    "prod": lambda: Call(lambda x: x + x.prod(-1, keepdim=True)),
+    "mean": lambda: Call(lambda x: x * x.std(-1, keepdim=True)),  # which takes the mean first
+    "norm": lambda: Call(lambda x: x / x.norm(3, -1, keepdim=True)),
+    "diff": lambda: Call(lambda x: F.pad(x.diff(dim=-1), (0, 1))),
+    "fft_fft": lambda: Call(lambda x: torch.fft.fft(x).real),
+    "cdist": lambda: Call(lambda x: x * torch.cdist(x, x)[:, :1]),
+    "histc": lambda: Call(lambda x: x * x.histc(4)[0]),
+    "bilinear": lambda: Product(WIDTH, WIDTH, WIDTH),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
+    "constant of its own width": lambda: Call(lambda x, numbers=torch.randn(WIDTH): x * numbers),
+    "number in its code": lambda: Call(lambda x: x.view(-1, WIDTH)),
+    "0.0 is 8 units wide": lambda: Call(lambda x: x.view(-1, WIDTH // 2, 2).flatten(1)),
+}
+IN_CODE = ("number in its code", "0.0 is 8 units wide")  # the message names the layer of that width
+
+
+def draw(seed: int, cause: nn.Module) -> nn.Sequential:
+    """Return a small network that looks trained, with the cause in its middle."""
+    torch.manual_seed(seed)
+    choose = random.Random(seed).choice
+    activations, norms = (nn.ReLU, nn.GELU, nn.Tanh, nn.Softplus), (nn.Identity, nn.BatchNorm1d)
+    front = [nn.Linear(5, WIDTH), choose(activations)(), choose(norms)(WIDTH)]
+    back = [choose(activations)(), nn.Linear(WIDTH, WIDTH), choose(activations)(), nn.Linear(WIDTH, 3)]
+    return look_trained(nn.Sequential(nn.Sequential(*front), cause, nn.Sequential(*back)).eval())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("word", CAUSES)
+def test_without_what_a_refusal_names_the_network_grows(word: str, seed: int) -> None:
+    network, x = draw(seed, CAUSES[word]()), torch.randn(6, 5)
+    with pytest.raises(TransferError) as refusal:
+        widen(network, x, {"0.0": 2.0})
+    assert re.search(rf"\b{re.escape(word)}", str(refusal.value)), refusal.value
+    if word not in IN_CODE:
+        assert re.search(r"\b1\b", str(refusal.value)), refusal.value
+    network[1] = nn.Identity()
+    wider = widen(network, x, {"0.0": 2.0})
+    assert wider[0][0].out_features == 2 * WIDTH
+    assert equivalence(network, wider, torch.randn(9, 5)).max_relative < 1e-12
