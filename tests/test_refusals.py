@@ -51,7 +51,7 @@ CAUSES: dict[str, Callable[[], nn.Module]] = {
     "histc": lambda: Call(lambda x: x * x.histc(4)[0]),
     "bilinear": lambda: Product(WIDTH, WIDTH, WIDTH),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
-    "constant of its own width": lambda: Call(lambda x, numbers=torch.randn(WIDTH): x * numbers),
+    "constant of its own width": lambda: Call(lambda x: x * torch.linspace(1, 2, WIDTH)),
     "number in its code": lambda: Call(lambda x: x.view(-1, WIDTH)),
     "0.0 is 8 units wide": lambda: Call(lambda x: x.view(-1, WIDTH // 2, 2).flatten(1)),
 }
