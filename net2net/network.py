@@ -33,6 +33,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             break
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):  # costly to import
+        advice = "gather its weights (summon_full_params, or a full state dict) and pass the network without it"
+        raise TransferError(f"The network is sharded by FullyShardedDataParallel: {advice}.")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise TransferError(f"{name} has no shape yet: run the lazy network once on an input first.")

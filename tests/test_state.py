@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from checks import BAR, assert_same, grow, modes, refused, state, trained, unchanged
 from networks import Net, chain, conv, images, mlp
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from net2net import describe, equivalence, transfer, widen
+from net2net import TransferError, describe, equivalence, transfer, widen
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -191,6 +192,20 @@ def test_networks_without_plain_parameters_are_refused(make: Callable, message: 
     ):
         with refused(message):
             call()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("original_parameters", [True, False])
+def test_a_sharded_network_is_refused_by_name(original_parameters: bool) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(
+            mlp(3, 4, 2), device_id=torch.device("cpu"), use_orig_params=original_parameters
+        )
+        with pytest.raises(TransferError, match="is sharded by FullyShardedDataParallel: gather its weights"):
+            widen(model, images(6, 3), 2.0)
+    finally:
+        distributed.destroy_process_group()
 
 
 # -- inputs and outputs -------------------------------------------------------------------------------------------
