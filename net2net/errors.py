@@ -55,4 +55,5 @@ def no_other_error(doing: str) -> Iterator[None]:
 def used_differently(name: str) -> TransferError:
     """Return the error of a tensor that the two networks do not use for the same."""
     where = "in the teacher and in the student, or in one of them not at all"
-    return TransferError(f"The forward pass uses {name} differently {where}.")
+    advice = "where values choose what is used, give an example of more rows"
+    return TransferError(f"The forward pass uses {name} differently {where}: {advice}.")

@@ -325,6 +325,16 @@ layer("norm", "class_token", ["sequence"], lambda x, y, i: Net(
     lambda net, v: torch.cat([net.token.expand(len(v), -1, -1), v], 1),
 ), {}, lambda y: y.at(lambda n: n + 1), keeps=False)
 
+layer("norm", "places", ["sequence"], lambda x, y, i: Net(
+    {"table": nn.Embedding(x.size[0] + 2, x.width[i])}, lambda net, v: v + net.table(torch.arange(v.shape[1])),
+), {})
+IN_TRAINING: dict[str, Callable[[Tensor], Tensor]] = {
+    "noise": lambda v: v + 0.1 * torch.randn_like(v), "mask": lambda v: v * (torch.rand_like(v) > 0.1) / 0.9,
+    "rows": lambda v: v * (torch.rand(len(v)) > 0.1).to(v).reshape(-1, *(1,) * (v.dim() - 1)), "twice": lambda v: 2 * v,
+}
+layer("norm", "training_alone", KINDS, lambda x, y, i, how: Net(
+    {}, lambda net, v: IN_TRAINING[how](v) if net.training else v), {"how": tuple(IN_TRAINING)})
+
 layer("pool", "pool", SPATIAL, lambda x, y, i, name: x.layer(name, *((2, 2) if name == "LPPool" else (2,))),
       {"name": ("MaxPool", "AvgPool", "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool")},
       lambda y, name: y.at(lambda n: 2 if "Adaptive" in name else n // 2), keeps=False, when=sized(2))
@@ -345,6 +355,29 @@ MEETINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @op("branch", KINDS, nests=True)
 def residual(d: Draw, x: Value):
     return x, net(lambda net, v: v + net.body(v), body=d.body(x, x.width))
+
+@op("branch", ROWS, nests=True, least=2)
+def post_norm(d: Draw, x: Value):
+    make = d.one("norm", nn.LayerNorm, nn.RMSNorm)
+    return x, net(lambda net, v: net.norm(v + net.body(v)), body=d.body(x, x.width), norm=lambda i: make(x.width[i]))
+
+@op("strange", ROWS)
+def experts(d: Draw, x: Value):
+    """Some rows go to each of the experts, as a router says; refused where an expert gets no row of the example."""
+    inner, y, count, most = d.width("inner"), d.width(), d.one("experts", 2, 3), d.one("for each row", 1, 2)
+
+    def how(net: Net, v: Tensor) -> Tensor:
+        rows = v.flatten(0, -2)
+        shares, chosen = net.router(rows).softmax(-1).topk(most, -1)
+        out = rows.new_zeros(len(rows), net.down0.out_features)
+        for expert in range(count):
+            at, slot = (chosen == expert).nonzero(as_tuple=True)
+            made = getattr(net, f"down{expert}")(F.relu(getattr(net, f"up{expert}")(rows[at])))
+            out.index_add_(0, at, made * shares[at, slot, None])
+        return out.reshape(*v.shape[:-1], -1)
+
+    layers = {f"up{e}": mix(x, inner) for e in range(count)} | {f"down{e}": mix(x.to(inner), y) for e in range(count)}
+    return x.to(y), net(how, router=mix(x, (count, count)), **layers)
 
 @op("branch", KINDS, nests=True)
 def branches(d: Draw, x: Value):
@@ -733,11 +766,12 @@ def tied_transposed(d: Draw, x: Value):
 
 @op("shared", ["sequence"], keeps=False)
 def recurrent(d: Draw, x: Value):
-    y = d.width()
+    y, start = d.width(), d.one("start", "first", "zeros", "ones")
 
     def how(net: Net, v: Tensor) -> Tensor:
-        state = torch.tanh(net.a(v[:, 0]))
-        for t in range(1, v.shape[1]):
+        first = start == "first"
+        state = torch.tanh(net.a(v[:, 0])) if first else getattr(torch, start)(len(v), net.b.in_features).to(v)
+        for t in range(first, v.shape[1]):
             state = torch.tanh(net.a(v[:, t]) + net.b(state))
         return state
 
