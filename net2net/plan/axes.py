@@ -1,4 +1,4 @@
-"""One axis of a student tensor: which teacher entry each entry copies, which copies are first, and their shares."""
+"""Compute one axis of a student tensor: which teacher entry each of its entries copies, and with which share."""
 
 from typing import Any
 
@@ -19,7 +19,8 @@ def merged_groups(plan: Plan, theirs: str) -> tuple[int, int]:
 
 
 def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> tuple[Axis, Tensor | None]:
-    """Return one axis of a tensor that both networks have, of these labels (mine, theirs), and each entry's factor."""
+    """Return the axis `dim` of a tensor that both networks have, and a factor for each entry if it produces queries."""
+    # `labels` are those of the axis in the student and in the teacher.
     units, source = labels
     inner = plan.student.parameters.inner.get(name)
     groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
@@ -33,11 +34,12 @@ def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> t
         parts = _number_parts(roots, plan.apart[units]), _number_parts(theirs, plan.teacher_apart[source])
         index = match_entries(roots, plan.g[roots], theirs, parts)
         _check_complete(name, index, len(source), dim)
-        if reads and _reads_silent(plan, name):  # it may read a stream once more, behind a branch that adds zero to it
+        if reads and _reads_silent(plan, name):  # it may read a unit once more, out of a branch that adds zero
             index = torch.where((index == NEW) & (plan.g[roots] >= 0), ZERO, index)
         _check_closed(plan, name, roots, index)
     if reads:
         layer = plan.student.layers.get(name)
+        # A norm in front may turn padding into zero. The weights that read zeros keep their values.
         kept = layer is not None and layer.after_norm in plan.padded_norms
         index = torch.where(index >= 0, index, torch.where((index <= ZERO) & kept, NEW, ZERO))
         index, means = _number_means(plan, index, roots, theirs)
@@ -56,12 +58,13 @@ def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> t
 
 
 def _reads_silent(plan: Plan, name: str) -> bool:
+    """Tell whether a layer reads the result of a silent branch."""
     layer = plan.student.layers.get(name)
     return layer is not None and not plan.roles.silent.isdisjoint(layer.sources | layer.norms_since)
 
 
 def reading_axis(plan: Plan, index: Tensor, roots: Tensor, groups: int, means: tuple[Tensor, ...] = ()) -> Axis:
-    """Return an axis that reads units; of sign pairs it reads the difference, with the shares of equal copies."""
+    """Return an axis that reads units. Of the two units of a sign pair it reads the difference, in equal shares."""
     patterns = plan.patterns[roots]
     if not bool(patterns.any()):
         return make_axis(index, True, groups, means=means)
@@ -73,7 +76,7 @@ def reading_axis(plan: Plan, index: Tensor, roots: Tensor, groups: int, means: t
 def make_axis(
     index: Tensor, reads: bool, groups: int = 1, share: Tensor | None = None, means: tuple[Tensor, ...] = ()
 ) -> Axis:
-    """Return an axis with what follows from its index: first entries, and equal shares if it reads."""
+    """Return the axis of an index, which tells what is a first copy and, if the axis reads, the equal shares."""
     keyed = index
     if groups > 1:
         keyed = index + torch.arange(groups).repeat_interleave(len(index) // groups) * (int(index.max()) + 2)
@@ -86,7 +89,7 @@ def make_axis(
 
 
 def passed_entries(plan: Plan, units: Tensor) -> Tensor:
-    """Number the teacher's entry that each label of a new layer stands for; -1 for units that the teacher lacks."""
+    """Give each label of a new layer the number of the teacher's entry that it copies; NEW if it copies none."""
     roots = plan.student_roots[units]
     copied = plan.g[roots]
     return torch.where(copied >= 0, copied * len(plan.student_roots) + rank(roots), NEW)
@@ -95,7 +98,8 @@ def passed_entries(plan: Plan, units: Tensor) -> Tensor:
 def match_entries(roots: Tensor, copied: Tensor, theirs: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
     """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies."""
     # A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself. Both
-    # networks lay them out in one order. Entries are counted within `parts` (of queries, of keys).
+    # networks lay them out in the same order. `parts` says which part of its unit each entry is (see `_number_parts`);
+    # the entries are counted within each part.
     many = int(max(part.max() for part in parts)) + 1
     ranks_of = [rank(side * many + part) for side, part in zip((roots, theirs), parts, strict=True)]
     ranks = int(torch.cat(ranks_of).max()) + 1
@@ -109,7 +113,7 @@ def match_entries(roots: Tensor, copied: Tensor, theirs: Tensor, parts: tuple[Te
 
 
 def _number_parts(roots: Tensor, apart: Tensor) -> Tensor:
-    """Number, for every entry, the part of its unit that it belongs to; only a contraction joins the parts."""
+    """Number the parts of a unit, entry by entry: a query and a key that only a contraction unites are two parts."""
     if torch.equal(torch.unique(roots), torch.unique(apart)):
         return torch.zeros_like(roots)
     first = torch.tensor([apart.tolist().index(part) for part in apart.tolist()])
@@ -121,8 +125,8 @@ def _number_parts(roots: Tensor, apart: Tensor) -> Tensor:
 
 
 def _number_means(plan: Plan, index: Tensor, roots: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the index with a code for every mean, and the teacher's entries that each code is the mean of."""
-    # The k-th entry of a unit holds the mean of the k-th entries of the units that it is the mean of.
+    """Return the index with one code for each mean, and for each code the teacher's entries to average."""
+    # A padding unit holds the mean of several teacher units. Its k-th entry is the mean of their k-th entries.
     if not bool((index <= MEAN).any()):
         return index, ()
     ranks, source_ranks = rank(roots), rank(theirs)
@@ -138,10 +142,10 @@ def _number_means(plan: Plan, index: Tensor, roots: Tensor, theirs: Tensor) -> t
 
 
 def _match_inside(plan: Plan, name: str, units: Tensor, source: Tensor, groups: int) -> Tensor:
-    """Match the axis inside groups: for every student group the places in the teacher's group that it copies."""
+    """Return, for every group of the student, the places inside the teacher's group that it copies."""
     other = plan.teacher.parameters.inner.get(plan.names[name] or "")
     if other is None:
-        raise TransferError(f"{name} is in groups that its teacher's counterpart does not fit into.")
+        raise TransferError(f"{name} is divided into groups that its counterpart in the teacher does not fit into.")
     theirs = plan.teacher_roots[source].reshape(other[1], -1)
     among, times = merged_groups(plan, plan.names[name] or "")
     empty = (-among % times) * theirs.shape[1] // times  # places in the last group that nothing fills
@@ -164,16 +168,17 @@ def _match_inside(plan: Plan, name: str, units: Tensor, source: Tensor, groups: 
 
 
 def _check_complete(name: str, index: Tensor, entries: int, dim: int) -> None:
+    """Raise TransferError if the student's axis lacks any of the teacher's `entries`."""
     if lost := entries - len(torch.unique(index[index >= 0])):
         raise TransferError(
-            f"{name} gets no units for {lost} of the {entries} that the teacher's has on axis {dim}: the student lacks "
-            "them there, or its forward pass joins or divides units in another way than its teacher's."
+            f"{name} gets no units for {lost} of the {entries} entries on axis {dim} of the teacher's tensor: the "
+            "student lacks these units there, or its forward pass joins or divides units in another way."
         )
 
 
 def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
     """Raise TransferError if a unit with several entries is not copied with all of them."""
-    # Only queries and keys may have more entries than their teacher's, which are zero.
+    # Queries and keys alone may have more entries than in the teacher. The further ones are zero.
     lost = roots[(index == NEW) & (plan.g[roots] >= 0)]
     for root in lost[~torch.isin(lost, plan.student_roots[torch.cat([plan.queries, plan.keys])])].tolist():
         moving = [*plan.student_units.whole, *plan.student_units.pinned]
@@ -185,7 +190,8 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
 
 
 def signs(patterns: Tensor, activation: int | None = None) -> Tensor:
-    """Return every unit's sign (from a bit for each activation) before one activation, or the product over all."""
+    """Return every unit's sign before one activation, or the product of its signs before all of them."""
+    # Bit k of a unit's pattern is 1 if the sign before activation k is negative.
     if activation is not None:
         return 1.0 - 2.0 * (patterns >> activation & 1).double()
     product = torch.ones(len(patterns), dtype=torch.double)
@@ -195,7 +201,7 @@ def signs(patterns: Tensor, activation: int | None = None) -> Tensor:
 
 
 def kernel_axis(layer: Layer, other: Layer, sizes: tuple[int, int], dim: int) -> Axis | None:
-    """Return the axis of a kernel of other `sizes` (mine, theirs), with the teacher's taps at the same places."""
+    """Return an axis along a kernel, whose taps copy the teacher's taps at the same places; None if nothing changes."""
     here, there = (kernel_options(each, size, dim) for each, size in zip((layer, other), sizes, strict=True))
     if here == there:
         return None

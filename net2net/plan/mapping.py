@@ -1,10 +1,11 @@
 """g: which teacher unit each student unit copies (paper, section 3.3, Algorithm 1).
 
 Algorithm 1 draws one mapping for each layer and keeps neighbouring layers consistent by hand. Here units that meet
-anywhere in the network are one unit, so one array from student units to teacher units is consistent by construction:
-its first n units are the teacher's own, and each further unit is drawn from those. Units that belong to larger units
-(to a group, a head) are chosen after those, inside what those copy. Units of one layer that different layers read (the
-halves of a shuffle) are chosen apart.
+anywhere in the network are one unit. One array g from student units to teacher units is therefore consistent by
+construction. The first n units of a layer copy the teacher's n units, and each further unit copies one that is drawn
+from those. A unit may belong to a larger unit, such as a group or a head: the larger unit is mapped first, and the
+smaller one copies from inside what the larger one copies. Where different layers read different units of one layer, as
+they read the halves of a shuffle, each part is mapped by itself.
 """
 
 from collections import Counter, defaultdict
@@ -20,45 +21,55 @@ from ..trace.facts import Key, Layer, NormKind
 from ..trace.units import distinct_pairs, in_order
 from .traces import Networks
 
-EVEN = "even"  # what a norm asks of a layer: every teacher unit is copied equally often
-ZEROS = "zeros"  # or that all others are zero, as a sum of squares is best kept
+# What a norm asks of the layer whose units it sees. `NormKind.LAYER` and `NormKind.RMS` ask for even copies where the
+# width allows them, and otherwise for padding: units that hold a mean, or units that are zero.
+EVEN = "even"  # every teacher unit is copied equally often, and nothing is padded
+ZEROS = "zeros"  # the further units are zero: the norm takes a plain sum of squares, which copies would change
 
-Kinds = dict[int, set[str]]
-Owners = dict[int, dict[Key, int]]
+Kinds = dict[int, set[str]]  # unit -> what norms ask of its layer
+Owners = dict[int, dict[Key, int]]  # unit -> relation -> the larger unit that it belongs to
 
 
 @dataclass(frozen=True)
 class Ties:
-    """What the units of one network are tied to: a unit and its copy must agree in it."""
+    """The ties of the units of one network. A unit may copy only a teacher unit with the same ties.
 
-    owners: Owners  # unit -> relation (by the teacher's key; both networks have it) -> the larger unit it belongs to
-    readers: Tensor  # for every unit a number that says which tensors of both networks it is an entry of
+    Example: channel 5 of a grouped convolution belongs to group 1. It may copy only a channel of the teacher's group
+    that group 1 copies.
+    """
+
+    owners: Owners  # of the relations that both networks have, by the teacher's keys
+    readers: Tensor  # for every unit a number for the set of tensors that it is an entry of, the same in both networks
 
 
 @dataclass(frozen=True)
 class Family:
-    """Units that came into being together in both networks."""
+    """The units of one layer in both networks, or those of its units that are at one level.
 
-    name: str  # where they are in the student
+    Example: the channels of a grouped convolution are a family of level 1, because each belongs to a group. The groups
+    are a family of level 0.
+    """
+
+    name: str  # the student's layer, or the module that holds it
     mine: Tensor  # the student's roots
     theirs: Tensor  # the teacher's roots
-    level: int  # how many units above them they belong to
-    width: int  # how many there are, together with those of other levels
+    level: int  # the length of the longest chain of owners above them: a unit's group, what that belongs to, and so on
+    width: int  # how many units the student's layer has at all levels
 
 
 @dataclass
 class UnitMap:
-    """g while it is being made."""
+    """The map g while it is being made."""
 
     networks: Networks
     ties: tuple[Ties, Ties]  # of the units of the student and of the teacher
-    kinds: Kinds  # what norms ask of each unit's layer (see `norms.norm_kinds`)
-    rotated: Tensor  # for every unit whether it is on a rotated stream, where nothing is copied
+    kinds: Kinds  # see `norms.norm_kinds`
+    rotated: Tensor  # for every unit whether it is a channel of a rotated stream (see `mixing`), which is not copied
     generator: torch.Generator  # draws the copies
     g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
-    patterns: Tensor  # of units that pass activations in pairs, a bit for the sign before each activation
+    patterns: Tensor  # for units in sign pairs (see `roles`): bit k is 1 if the unit is negated before activation k
     narrowest: Tensor  # for every unit the width of the narrowest layer that it is in
-    fresh: bool  # whether further units are new, and not copies
+    fresh: bool  # whether the further units are fresh instead of copies
     means: list[Tensor] = field(default_factory=list)  # the teacher units that the code `MEAN - k` is the mean of
 
 
@@ -71,7 +82,8 @@ def map_units(
     fresh: bool = False,
 ) -> UnitMap:
     """Decide which teacher unit every student unit copies."""
-    # `passing`: the new layers that pass units through, and how many activations their units pass in pairs.
+    # `passing` holds each new layer that passes its units through, with the number of activations that the units then
+    # pass in sign pairs.
     size = len(networks.student_roots)
     g, patterns, narrowest = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long), torch.full((size,), size)
     unit_map = UnitMap(networks, _find_ties(networks), kinds, rotated, generator, g, patterns, narrowest, fresh)
@@ -79,14 +91,15 @@ def map_units(
     pairs = _pair_families(networks)
     families = [family for key, pair in pairs.items() for family in _split_by_level(unit_map, key, pair)]
     for level in sorted({family.level for family in families}):
-        now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # parts before their sum
+        now = sorted((f for f in families if f.level == level), key=lambda f: f.width)  # narrow layers first
         for family in now:
             _keep(unit_map, family)
         for layer, _ in passing:
             if layer.produces is not None:
                 units = networks.student_roots[layer.produces]
                 narrowest[units] = narrowest[units].clamp(max=len(units))
-        for family in now:  # draw g(j) for the others uniformly, with replacement; a narrower layer keeps its units
+        # g(j) of the others is drawn uniformly, with replacement. A unit of several layers is drawn for the narrowest.
+        for family in now:
             for mine, theirs in _split_by_ties(unit_map, family):
                 _draw(unit_map, mine[unit_map.narrowest[mine] == family.width], mine, theirs)
     for layer, activations in passing:
@@ -98,6 +111,7 @@ def map_units(
 
 
 def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
+    """Return the ties of the student's units and those of the teacher's."""
     mine: Owners = defaultdict(dict)
     theirs: Owners = defaultdict(dict)
     roots, teacher_roots = networks.student_roots, networks.teacher_roots
@@ -109,7 +123,7 @@ def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
             continue
         sides = (roots, relations[key]), (teacher_roots, teacher_relations[other])
         pairs = tuple(tuple(distinct_pairs(of[a], of[b]).T.reshape(-1).tolist()) for of, (a, b) in sides)
-        if pairs in known:  # as of most norms on the stream of a deep network
+        if pairs in known:  # most norms on the stream of a deep network relate the same units
             continue
         known.add(pairs)
         for owners, numbers in zip((mine, theirs), pairs, strict=True):
@@ -121,7 +135,7 @@ def _find_ties(networks: Networks) -> tuple[Ties, Ties]:
 
 
 def _spread_owners(unit_map: UnitMap) -> None:
-    """Ask for equally many copies of owners (key heads, say) that have room for fewer units than their teacher's."""
+    """Ask for even copies of owners, such as key heads, if the student's hold fewer units than the teacher's."""
     most: tuple[dict[Key, int], dict[Key, int]] = (defaultdict(int), defaultdict(int))
     sizes = [Counter(owner for held in each.owners.values() for owner in held.items()) for each in unit_map.ties]
     for found, counted in zip(most, sizes, strict=True):
@@ -133,7 +147,7 @@ def _spread_owners(unit_map: UnitMap) -> None:
 
 
 def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) -> tuple[Tensor, Tensor]:
-    """Number the sets of tensors that units are entries of; equal numbers in both networks are equal sets."""
+    """Give every unit of both networks a number for the set of tensors that it is an entry of: equal for equal sets."""
     generator = torch.Generator().manual_seed(0)
     mine, theirs = torch.zeros_like(networks.student_roots), torch.zeros_like(networks.teacher_roots)
     axes, teacher_axes = networks.student.parameters.axes, networks.teacher.parameters.axes
@@ -150,14 +164,14 @@ def _find_readers(networks: Networks, owners: Owners, teacher_owners: Owners) ->
         for child, parents in belonging.items():
             for parent in parents.values():
                 members[parent].add(int(numbers[child]))
-        for parent, inside in members.items():  # a group is known by what is in it
+        for parent, inside in members.items():  # an owner that is no entry is known by what belongs to it
             if not int(numbers[parent]):
                 numbers[parent] = sum(inside) % 2**62
     return mine, theirs
 
 
 def _pair_families(networks: Networks) -> dict[Key, tuple[Tensor, Tensor]]:
-    """Pair the families that both networks have; refuse the first layer that is too narrow."""
+    """Pair the student's units with the teacher's, layer by layer; raise TransferError if a layer is too narrow."""
     names = [layer.name for layer in networks.student.mixers]
     pairs = {Key(name): networks.produced(name) for name in names if networks.names[name]}
     for key, labels in networks.student_units.families.items():
@@ -169,7 +183,7 @@ def _pair_families(networks: Networks) -> dict[Key, tuple[Tensor, Tensor]]:
 
 
 def _split_by_level(unit_map: UnitMap, key: Key, pair: tuple[Tensor, Tensor]) -> list[Family]:
-    """Split the units of both networks that came into being together by how many units above them they belong to."""
+    """Split the units of one layer in both networks into families, one for each level."""
     (mine, theirs), name = pair, key.where or "the network"
     levels, teacher_levels = (
         torch.tensor([_level(unit, ties.owners) for unit in units.tolist()], dtype=torch.long)
@@ -177,14 +191,14 @@ def _split_by_level(unit_map: UnitMap, key: Key, pair: tuple[Tensor, Tensor]) ->
     )
     found = []
     for level in torch.unique(levels).tolist():
-        # Behind a new layer the student's units may belong to nothing where the teacher's do.
+        # Behind a new layer the student's units may have no owner although the teacher's have one.
         same = theirs[teacher_levels == level]
         found.append(Family(name, mine[levels == level], same if len(same) else theirs, level, len(mine)))
     return found
 
 
 def _level(unit: int, owners: Owners, below: tuple[int, ...] = ()) -> int:
-    """Return how many units above it a unit belongs to."""
+    """Return the length of the longest chain of owners above a unit."""
     if unit not in owners:
         return 0
     above = {owner for owner in owners[unit].values() if owner not in below and owner != unit}
@@ -192,7 +206,7 @@ def _level(unit: int, owners: Owners, below: tuple[int, ...] = ()) -> int:
 
 
 def _split_by_ties(unit_map: UnitMap, family: Family) -> list[tuple[Tensor, Tensor]]:
-    """Split a family: the student's units with the same owners and readers, and the teacher's that they may copy."""
+    """Split a family by ties: return the student's units of each part, and the teacher's that those may copy."""
     ties, teacher_ties = unit_map.ties
     read, teacher_read = set(ties.readers[family.mine].tolist()), set(teacher_ties.readers[family.theirs].tolist())
     apart = len(teacher_read) > 1 and teacher_read <= read
@@ -215,7 +229,7 @@ def _split_by_ties(unit_map: UnitMap, family: Family) -> list[tuple[Tensor, Tens
 
 
 def _group(units: Tensor, keys: frozenset[Key], ties: Ties, apart: bool) -> dict[Hashable, list[int]]:
-    """Group units by their owners in the relations `keys`, and by their readers if those tell units `apart`."""
+    """Group units by their owners in the relations `keys` and, if `apart` is set, by their readers."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for unit in dict.fromkeys(units.tolist()):
         owners = ties.owners.get(unit, {})
@@ -225,8 +239,8 @@ def _group(units: Tensor, keys: frozenset[Key], ties: Ties, apart: bool) -> dict
 
 
 def _keep(unit_map: UnitMap, family: Family) -> None:
-    """Set g(j) = j for the first n units of a layer; units that an earlier layer brought in are not kept twice."""
-    # Copies of an owner keep all of its units each, or, where they have room for fewer, together.
+    """Let free units of a layer copy, in order, the teacher's units that the layer lacks yet: g(j) = j."""
+    # Each copy of an owner gets all units of that owner. If it has no room for them, the copies divide them up.
     unit_map.narrowest[family.mine] = unit_map.narrowest[family.mine].clamp(max=family.width)
     together = family.theirs[:0]
     for mine, theirs in _split_by_ties(unit_map, family):
@@ -245,7 +259,8 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
 
 
 def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> None:
-    """Give each free unit one of the teacher's: drawn, or equally often `among` all or padding if a norm asks."""
+    """Choose what each free unit among `units` copies: a unit of `theirs` drawn at random, or what norms ask for."""
+    # Where norms ask for even copies, these are counted `among` all units of the layer.
     g = unit_map.g
     free, theirs = in_order(units[(g[units] == NEW) & ~unit_map.rotated[units]]), in_order(theirs)
     if not len(free) or not len(theirs):
@@ -275,9 +290,12 @@ def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> No
 
 def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
     """Let a new layer produce the units that it reads, in the same order, and then copies of them."""
-    # Before `activations` that units pass in pairs, it produces every unit with every pattern of signs.
+    # In front of `activations` that units pass in sign pairs, it produces every unit with every pattern of signs.
     if layer.reads is None or layer.produces is None:
-        raise TransferError(f"The new layer {layer.name} would have to pass on what is not followed unit by unit.")
+        raise TransferError(
+            f"The new layer {layer.name} would have to pass its units through, but the forward pass does not show "
+            "which units it reads."
+        )
     g, roots = unit_map.g, unit_map.networks.student_roots
     mine, read = roots[layer.produces], g[roots[layer.reads]]
     read = read[read != NEW]
@@ -291,7 +309,7 @@ def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
         if len(mine) < len(distinct) << activations:
             raise TransferError(
                 f"The new layer {layer.name} has {len(mine)} units and must pass {len(distinct)} on through an "
-                f"activation that is not idempotent: that takes {2**activations} for each."
+                f"activation that is not idempotent: that takes {2**activations} units for each."
             )
         place = torch.arange(len(mine))
         g[mine], unit_map.patterns[mine] = distinct[place % len(distinct)], place // len(distinct) % 2**activations
@@ -303,13 +321,14 @@ def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
 
 
 def _check_copies(unit_map: UnitMap, mine: Tensor, theirs: Tensor, name: str) -> None:
+    """Raise TransferError if a unit of the layer `name` copies a teacher unit that is not of the teacher's layer."""
     if not bool((torch.isin(unit_map.g[mine], theirs) | (unit_map.g[mine] < 0)).all()):
         meet = f"Units of {name} meet units of another layer that copy another teacher unit"
         raise TransferError(f"{meet}; the teacher joins these layers differently.")
 
 
 def _check_family(unit_map: UnitMap, family: Family) -> None:
-    """Raise TransferError if a unit copies one of another family, or belongs to no copy of what that belongs to."""
+    """Raise TransferError if a unit copies one of another family, or if its owner does not copy that one's owner."""
     _check_copies(unit_map, family.mine, family.theirs, family.name)
     ties, teacher_ties = unit_map.ties
     for unit in set(family.mine.tolist()) & ties.owners.keys():
@@ -324,6 +343,7 @@ def _check_family(unit_map: UnitMap, family: Family) -> None:
 
 
 def _check_pins(networks: Networks, pairs: dict[Key, tuple[Tensor, Tensor]]) -> None:
+    """Raise TransferError if a layer grows whose units are pinned in either network."""
     sides = ((networks.student_units, networks.student_roots, 0), (networks.teacher_units, networks.teacher_roots, 1))
     for units, roots, side in sides:
         why: dict[int, str] = {}

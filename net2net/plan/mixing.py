@@ -1,10 +1,11 @@
-"""Residual channels that must be rotated, because neither copies nor means keep what their layer norms compute.
+"""Find the streams whose channels must be rotated, because copies and means would change what layer norms compute.
 
-A wider stream can hold the teacher's channels and, beside them, their mean, which a layer norm does not see. But a norm
-with weights that begins the stream turns the mean into a constant, and a norm over several positions at once sees how
-the means differ. There the stream holds Q times the teacher's channels, where Q is an isometry that keeps means, and
-every layer on the stream is multiplied by Q. A norm that begins the stream gets new weights, and before it stands
-another isometry (`fill.isometry`).
+A stream is the sum that residual connections carry. A wider stream usually holds the teacher's channels and, in the
+further channels, their mean: a layer norm centres that to zero. This fails in two cases. A norm with weights that
+begins the stream turns the mean into a constant, and a norm over several positions at once sees that their means
+differ. The student's stream then holds Q times the teacher's channels, where Q is an isometry that keeps means, and
+every layer on the stream is multiplied by Q. A norm that begins the stream gets new weights and another isometry in
+front of it (`fill.isometry`).
 """
 
 from collections import defaultdict
@@ -21,7 +22,7 @@ from ..trace.graph import Trace
 from ..trace.units import in_order, rank
 from .traces import Networks
 
-TensorNames = tuple[str | None, str | None]  # of the weight and the bias of a norm
+TensorNames = tuple[str | None, str | None]  # the names of a norm's weight and bias
 
 _FIRST_NORM = {"weight": Matrix.FIRST, "bias": Matrix.STREAM}  # the norm that begins a stream
 _OTHER_NORM = {"weight": Matrix.OTHER, "bias": Matrix.BIAS}
@@ -29,11 +30,11 @@ _OTHER_NORM = {"weight": Matrix.OTHER, "bias": Matrix.BIAS}
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream of the student's that is rotated."""
+    """A stream that is rotated. An example is a stage of Swin, whose patch norm begins the first stream."""
 
-    first: Norm | None  # the norm that begins it, if one does
-    begins: str | None  # the teacher's weight of that norm
-    norms: dict[str, Norm]  # the teacher's other norms on it, by the names of the student's
+    first: Norm | None  # the student's norm that begins it; None if sums of layers begin it
+    begins: str | None  # the name of the teacher's weight of that norm
+    norms: dict[str, Norm]  # the student's names of the other norms on it -> the teacher's norms
     units: Tensor  # the student's roots of its channels
     theirs: Tensor  # the teacher's roots of its channels
 
@@ -43,8 +44,9 @@ class Stream:
 
 
 def find_streams(networks: Networks, passing: Collection[str]) -> list[Stream]:
-    """Find the streams that have to be rotated, and can be: none of the layers `passing` units through is on them."""
-    # Layer norms read them, they grow by no whole number, and a norm begins them or sees several of their positions.
+    """Find the streams that have to be rotated and can be. New layers that pass units through cannot be on them."""
+    # Such a stream is read by layer norms and does not grow to a multiple of its width. Also, a norm with weights
+    # begins it, or a norm on it sees several positions at once.
     found: list[Stream] = []
     roots, student = networks.student_roots, networks.student
     for norm in student.norms:
@@ -70,7 +72,7 @@ def find_streams(networks: Networks, passing: Collection[str]) -> list[Stream]:
 
 def _can_rotate(networks: Networks, stream: Stream, behind: dict[str, Norm], passing: Collection[str]) -> bool:
     """Tell whether everything on the stream is linear in it, or a layer norm over all of it."""
-    # `behind` are the student's norms on the stream but for the one that begins it.
+    # `behind` holds the student's norms on the stream, without the one that begins it.
     trace, roots = networks.student, networks.student_roots
     every = behind if stream.first is None else behind | {stream.first.name: stream.first}
 
@@ -99,13 +101,13 @@ def _can_rotate(networks: Networks, stream: Stream, behind: dict[str, Norm], pas
 
 
 def _even(stream: Stream, roots: Tensor) -> bool:
-    """Tell whether the roots are the channels of the stream, each equally often."""
+    """Tell whether the roots are exactly the channels of the stream, each equally often."""
     found, times = torch.unique(roots, return_counts=True)
     return torch.equal(found, torch.unique(stream.units)) and len(torch.unique(times)) == 1
 
 
 def _is_linear(networks: Networks, stream: Stream, layer: Layer, behind: dict[str, Norm]) -> bool:
-    """Tell whether a layer is linear in the stream, or in what a norm of `behind` makes of it."""
+    """Tell whether a layer is linear in the stream, or in the result of a norm of `behind`."""
     trace, roots = networks.student, networks.student_roots
     if layer.kind != LayerKind.MIX or layer.name in trace.parameters.inner or layer.options.get("embedding"):
         return False
@@ -123,7 +125,7 @@ def _is_linear(networks: Networks, stream: Stream, layer: Layer, behind: dict[st
 
 
 def find_rotations(networks: Networks, streams: list[Stream]) -> dict[str, tuple[Mixed, ...]]:
-    """Find the axes that streams rotate: for each tensor the one that reads a stream, and the one that produces one."""
+    """Return, for each tensor on a stream, how the axes that read or produce the stream are rotated."""
     found: dict[str, tuple[Mixed, ...]] = defaultdict(tuple)
     for stream in streams:
         for layer in networks.student.layers.values():
@@ -137,7 +139,7 @@ def find_rotations(networks: Networks, streams: list[Stream]) -> dict[str, tuple
 
 
 def _list_rotations(networks: Networks, stream: Stream, layer: Layer) -> Iterator[tuple[str, int, Matrix, TensorNames]]:
-    """List the axes of a layer that a stream rotates, by which matrix, and the norm that the matrix takes in."""
+    """List the axes of a layer that a stream rotates: tensor, axis, matrix, and the norm that the matrix includes."""
     roots, read_axis = networks.student_roots, networks.student.parameters.read_axis
     first = "" if stream.first is None else stream.first.name
     if layer.kind == LayerKind.NORM and layer.name in {first, *stream.norms}:
@@ -161,7 +163,7 @@ def _list_rotations(networks: Networks, stream: Stream, layer: Layer) -> Iterato
 
 
 def _channels(trace: Trace, roots: Tensor, axis: tuple[str, int], channels: Tensor) -> Tensor:
-    """Return the channel of every entry of an axis; a channel's second entry is that of the second position."""
+    """Return the channel of every entry of an axis; at the k-th of several positions k times the channels are added."""
     name, dim = axis
     labels = trace.parameters.values.get(name, trace.parameters.axis_labels(name, dim))
     place = {root: k for k, root in enumerate(channels.tolist())}

@@ -1,7 +1,7 @@
-"""Which teacher tensor each student tensor corresponds to.
+"""Find the teacher's counterpart of each student tensor, by its name.
 
-Names are compared as they are, or as the caller renames them, or in the order of numbered layers: new layers renumber
-those behind them (vgg11 -> vgg13 -> vgg16).
+The names are compared as they are, or as the caller renames them. New layers renumber the layers behind them in a
+container (vgg11 -> vgg13 -> vgg16): the layers of such a container are paired in order.
 """
 
 import math
@@ -19,7 +19,7 @@ from ..trace.graph import Trace
 Names = dict[str, str | None]  # the teacher's name of every student tensor; None where it has no such tensor
 Rename = Mapping[str, str] | Callable[[str], str | None] | None
 Children = list[tuple[str, nn.Module]]
-Kind = tuple[type, tuple[tuple[str, torch.Size], ...]]  # of a layer: its class, and the shapes of its parameters
+Kind = tuple[type, tuple[tuple[str, torch.Size], ...]]  # the class of a layer, and the shapes of its parameters
 
 
 class Unpaired(TransferError):
@@ -27,8 +27,8 @@ class Unpaired(TransferError):
 
 
 def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> Names:
-    """Return the teacher's name of every student tensor (and norm without tensors), None where it has none."""
-    # `rename` is a function, or a dict of prefixes (whole dotted parts) of which the longest that fits is used.
+    """Return the teacher's name of every student tensor, and of norms without tensors; None where it has none."""
+    # `rename` is a function, or a dict of prefixes. A prefix ends at a dot; the longest one that fits is used.
     convert = rename if callable(rename) else _prefix_converter(rename or {})
     names = {name: convert(name) for name in student.parameters.tensors}
     found = {name: teacher.parameters.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
@@ -62,7 +62,7 @@ def _prefix_converter(rename: Mapping[str, str]) -> Callable[[str], str | None]:
 def key_converter(names: Names, moved: Names | None = None) -> Callable[[Key], Key | None]:
     """Return the function that converts a student's key to the teacher's; None where a tensor has no counterpart.
 
-    Tensors that have `moved` into another module go by those names. The modules are paired by the others.
+    `moved` holds names of tensors that have changed their module. They are converted by it, but pair no modules.
     """
     modules: dict[str, str] = {}
     for mine, theirs in names.items():
@@ -98,9 +98,9 @@ def teacher_layer(layer: Layer, names: Names) -> str:
 
 def candidates(teacher: nn.Module, student: nn.Module) -> list[dict[str, str]]:
     """List the ways to pair the student's layers with the teacher's, as prefixes to rename; "" marks new layers."""
-    # The first way leaves all names as they are. The others align containers of numbered layers that have grown, in
-    # order: every layer of the teacher has a counterpart of its own type, at least as large, either the earliest or the
-    # closest in size. Only the forward pass shows which way is right.
+    # The first way leaves all names as they are. The others align the containers of numbered layers that have grown:
+    # in order, every layer of the teacher gets a counterpart of its own type that is at least as large. One way takes
+    # the earliest such layers, the other those of the closest sizes. Only the forward pass shows which is right.
     found: list[dict[str, str]] = [{}]
     for closest in (False, True):
         names: dict[str, str] = {}
@@ -114,7 +114,7 @@ def candidates(teacher: nn.Module, student: nn.Module) -> list[dict[str, str]]:
 def _pair_children(
     teacher: nn.Module, student: nn.Module, paths: tuple[str, str], found: dict[str, str], closest: bool
 ) -> None:
-    """Write into `found` the names of what is inside two paired modules at `paths` (the teacher's, the student's)."""
+    """Pair the children of two paired modules, whose `paths` are (teacher's, student's), and write that to `found`."""
     theirs, mine = paths
     a, b = list(teacher.named_children()), list(student.named_children())
     numbered = isinstance(student, (nn.Sequential, nn.ModuleList)) and all(name.isdigit() for name, _ in a + b)
@@ -132,10 +132,10 @@ def _pair_children(
 
 
 def _align(teacher: Children, student: Children, closest: bool) -> dict[int, int] | None:
-    """Map student positions to the teacher's, so that all of those are taken in order; None if that is impossible."""
+    """Map positions of the student to all positions of the teacher, in order; None if that is impossible."""
     rows, columns = len(teacher), len(student)
     theirs, mine = ([(type(child), _shapes(child)) for _, child in each] for each in (teacher, student))
-    best = [[0.0] * (columns + 1)] + [[math.inf] * (columns + 1) for _ in range(rows)]  # the first i in the first j
+    best = [[0.0] * (columns + 1)] + [[math.inf] * (columns + 1) for _ in range(rows)]  # best[i][j]: i of the first j
     for i in range(1, rows + 1):
         for j in range(i, columns + 1):
             best[i][j] = min(best[i][j - 1], best[i - 1][j - 1] + _cost(theirs[i - 1], mine[j - 1], closest))
@@ -156,7 +156,7 @@ def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
 
 @lru_cache
 def _cost(teacher: Kind, student: Kind, closest: bool) -> float:
-    """Return how much larger the student's layer is, if size counts; infinity if it is no counterpart."""
+    """Return how much larger the student's layer is, or 0 unless `closest`; infinity if it is no counterpart."""
     if teacher[0] is not student[0]:
         return math.inf
     shapes, cost = dict(student[1]), 0.0

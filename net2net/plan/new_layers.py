@@ -1,4 +1,4 @@
-"""Whether new layers can be identities or add zero, and which kind of values each of their tensors gets."""
+"""Check that new layers can be identities, and say what each tensor of a new layer is filled with."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ _NEUTRAL = {"factor": Fill.ONE, "slope": Fill.ONE, "taps": Fill.TAP}  # by role;
 
 
 def check_identities(plan: Plan) -> None:
-    """Raise TransferError if a layer which must pass its units through cannot (paper, section 3.4)."""
+    """Raise TransferError if a new layer has to pass its units through and cannot (paper, section 3.4)."""
     for name in plan.roles.identity:
         layer = plan.student.layers[name]
         if layer.options.get("across"):
@@ -31,7 +31,7 @@ def check_identities(plan: Plan) -> None:
 
 
 def _lone_norm(plan: Plan, layer: Layer) -> TransferError:
-    """Return the error of a new norm across units that is in no row with a norm of the teacher's."""
+    """Return the error of a new norm across units that stands in no row with a norm of the teacher."""
     norms, idle = {norm.name: norm for norm in plan.student.norms}, plan.roles.silent | plan.roles.fresh
     before = norms[layer.name].first_norm
     readers = [other.name for other in plan.student.layers.values() if before in other.normed_by - idle]
@@ -48,13 +48,14 @@ def _lone_norm(plan: Plan, layer: Layer) -> TransferError:
 
 
 def _check_activations(plan: Plan, layer: Layer) -> None:
-    """Raise TransferError if an activation behind a new layer changes values that the teacher may pass through it."""
+    """Raise TransferError if an activation behind a new layer changes numbers that the teacher's units may have."""
     in_pairs = {carrier for activations in plan.sign_pairs.values() for carrier, _ in activations}
     chains = plan.student.chains.get(layer.name, ())
     if layer.name in in_pairs or not chains:
         return
     behind, around = {layer.name}, set(layer.sources)
-    while new := {name for name in around & plan.roles.identity if name not in behind}:  # whose units it passes on
+    # Identities in front of the layer pass their units on to it.
+    while new := {name for name in around & plan.roles.identity if name not in behind}:
         behind |= new
         around |= {source for name in new for source in plan.student.layers[name].sources}
     mine = [chain for name in around for chain in plan.student.chains.get(name, ())]
@@ -69,6 +70,7 @@ def _check_activations(plan: Plan, layer: Layer) -> None:
 
 
 def _check_kernel(layer: Layer, kernel: tuple[int, ...]) -> None:
+    """Raise TransferError if no weights make a convolution the identity, with the reason."""
     along = [kernel_options(layer, taps, dim) for dim, taps in enumerate(kernel)]
     why = None
     if layer.options.get("transposed"):
@@ -84,7 +86,7 @@ def _check_kernel(layer: Layer, kernel: tuple[int, ...]) -> None:
 
 
 def new_origins(plan: Plan) -> dict[str, Origin]:
-    """Return the origins of the tensors of identities and silent layers, but for weights that mix units."""
+    """Return the origins of the tensors of identities and silent layers. Weights that mix units are completed later."""
     made = {}
     for name in plan.roles.silent:
         for role, tensor in plan.student.layers[name].tensors.items():
@@ -107,9 +109,9 @@ def new_origins(plan: Plan) -> dict[str, Origin]:
 
 
 def densify(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
-    """Return the origins of identities that may be dense instead, and of the layers that read them."""
-    # A layer of the teacher becomes the product of two, with a random rotation of the units between them (Wei et al.,
-    # "Network Morphism", 2016). That needs a plain path between the two: no activation, no norm, no sum.
+    """Return new origins of the identities that can be dense instead, and of the layers that read them."""
+    # An identity becomes a random rotation of its units, which the layer behind it undoes (Wei et al., "Network
+    # Morphism", 2016). That needs a plain path between the two: no activation, no norm, no sum.
     made, student = {}, plan.student
     for seed, name in enumerate(sorted(plan.roles.identity)):
         layer = student.layers[name]
@@ -129,7 +131,7 @@ def densify(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
 
 
 def new_batch_norms(plan: Plan) -> dict[str, bool]:
-    """Return the names of the batch norms that the teacher lacks, and whether each passes its units through."""
+    """Return for each batch norm that the teacher lacks whether it passes its units through."""
     new = (*plan.roles.identity, *plan.roles.silent, *plan.roles.fresh)
     layers = [layer for name in new if (layer := plan.student.layers[name]).kind == LayerKind.NORM]
     return {layer.name: layer.name in plan.roles.identity for layer in layers if "mean" in layer.tensors}

@@ -1,9 +1,10 @@
-"""New norms across units behind one of the teacher's: together they compute what that norm computes alone.
+"""Find new norms behind a norm of the teacher's. In a row, they can compute what that norm computes alone.
 
-A norm of eps e1 without weights makes z = (v - mean) / sqrt(var + e1) of a row v. The mean of z is zero, its variance
-var / (var + e1). A norm of eps e2 makes of it (v - mean) / sqrt((1 + e2) var + e1 e2): what one norm of eps
-e1 e2 / (1 + e2) makes of v, divided by sqrt(1 + e2). So k norms in a row, of eps k e, 1, ..., 1, are a norm of eps e
-and a division by sqrt(k), which the weight of the last one undoes. RMS norms take no mean and are the same otherwise.
+A norm without weights and with eps e1 maps a row v to z = (v - mean) / sqrt(var + e1). The mean of z is zero, and its
+variance is var / (var + e1). A second norm, with eps e2, maps z to (v - mean) / sqrt((1 + e2) var + e1 e2). That is the
+result of one norm with eps e1 e2 / (1 + e2), divided by sqrt(1 + e2). So k norms in a row with eps k e, 1, ..., 1 are
+one norm with eps e, divided by sqrt(k). The weight of the last norm undoes this division. The same holds for RMS norms,
+which take no mean.
 """
 
 from collections import Counter, defaultdict
@@ -20,15 +21,15 @@ from .names import Names, teacher_layer
 
 @dataclass(frozen=True)
 class NormChains:
-    """The student's norms that stand in a row for one norm of the teacher's."""
+    """The student's norms that stand in a row for one norm of the teacher."""
 
-    parts: dict[str, Norm] = field(default_factory=dict)  # by name: the teacher's norm, with the eps that each needs
-    factors: dict[str, float] = field(default_factory=dict)  # of the weight of the last of each row, by its name
-    names: Names = field(default_factory=dict)  # of their tensors: the last of each row has the teacher's
+    parts: dict[str, Norm] = field(default_factory=dict)  # norm of a row -> the teacher's norm with the eps to take
+    factors: dict[str, float] = field(default_factory=dict)  # last norm of a row -> the factor of its weight
+    names: Names = field(default_factory=dict)  # tensor of a row -> the teacher's; only the last norm has any
 
 
 def find_norm_chains(teacher: Trace, student: Trace, units: Units, names: Names, idle: Collection[str]) -> NormChains:
-    """Find new norms in a row with a norm of both networks. What `idle` layers of the student read does not count."""
+    """Find the new norms that stand in a row with a norm of both networks; `idle` layers may read between them."""
     chains = NormChains()
     for row in _find_rows(student, units, idle):
         layers = [student.layers[norm.name] for norm in row]
@@ -49,7 +50,7 @@ def find_norm_chains(teacher: Trace, student: Trace, units: Units, names: Names,
 
 
 def _find_rows(student: Trace, units: Units, idle: Collection[str]) -> list[list[Norm]]:
-    """List the norms that directly follow each other: between two there are sums with idle layers alone."""
+    """List the rows of norms that directly follow each other: at most idle layers are added between two of them."""
     calls = Counter(norm.name for norm in student.norms)
     single = {norm.name: norm for norm in student.norms if norm.name and calls[norm.name] == 1}
     readers = defaultdict(list)

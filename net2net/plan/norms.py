@@ -1,4 +1,4 @@
-"""Norms across units: each must see equal copies of the teacher's units, or padding that it can undo."""
+"""Check that every norm across units sees equal copies of the teacher's units, or padding that it can undo."""
 
 from collections import defaultdict
 
@@ -14,7 +14,7 @@ from .traces import Networks
 
 
 def norm_kinds(networks: Networks) -> dict[int, set[str]]:
-    """Find what norms of both networks ask of each unit's layer: equal copies (`EVEN`), or padding of their kind."""
+    """Return for every unit what the norms that both networks have ask of its layer (see `mapping.EVEN`)."""
     kinds: dict[int, set[str]] = defaultdict(set)
     for norm in networks.student.norms:
         if norm.kind != NormKind.EXTREME and networks.teacher_norm(norm) is not None:
@@ -28,7 +28,7 @@ def norm_kinds(networks: Networks) -> dict[int, set[str]]:
 
 
 def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict[str, float]]:
-    """Check what norms see; return the factors of mean squares that change, and new eps by the place of each."""
+    """Check what every norm sees. Return the factors of mean squares that change, and the new eps by their places."""
     networks = unit_map.networks
     padding_factors, eps, kept = {}, {}, set()
     for layer in networks.student.layers.values():
@@ -63,6 +63,7 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
 
 
 def _eps_place(norm: Norm) -> str:
+    """Return where the eps of a norm is set; raise TransferError if it is a number in the forward pass."""
     if norm.eps_at is None:
         why = f"its eps is the number {norm.eps:g} in the forward pass, and would have to be another"
         advice = "Make it an attribute of the module, called eps"
@@ -71,11 +72,12 @@ def _eps_place(norm: Norm) -> str:
 
 
 def _one_eps(norm: Norm) -> TransferError:
+    """Return the error of norms that share one eps, and would need several."""
     return TransferError(f"Norms that would need different eps share one ({norm.eps_at}): give each its own.")
 
 
 def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float:
-    """Return the ratio of the mean squares, student to teacher, that a norm sees in a group that copies `copied`."""
+    """Return the mean square that a norm sees in the group `copied`, divided by the one that its teacher sees."""
     for theirs in unit_map.networks.teacher_roots[other.units]:
         wanted, times = torch.unique(theirs, return_counts=True)
         if int(torch.isin(copied, wanted).sum()) == 0:
@@ -83,7 +85,7 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
         seen = (copied[:, None] == wanted[None, :]).sum(0) / times
         padding = copied[~torch.isin(copied, wanted)]
         if norm.kind == NormKind.EXTREME and bool((seen > 0).all()) and not len(padding):
-            return 1.0  # it may see each unit any number of times
+            return 1.0  # copies do not change the largest or smallest unit
         codes = [MEAN - k for k, mean in enumerate(unit_map.means) if torch.equal(torch.sort(mean).values, wanted)]
         undone = torch.tensor([ZERO] if norm.kind == NormKind.RMS else codes, dtype=torch.long)
         if len(torch.unique(seen)) == 1 and float(seen[0]) > 0 and bool(torch.isin(padding, undone).all()):
@@ -99,6 +101,7 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
 
 
 def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> TransferError:
+    """Return the error of a norm that cannot grow from `teacher_width` to `width` units, with the reason."""
     needs = "the mean over all units, which stays what it is only if each is copied equally often"
     if norm.kind == NormKind.EXTREME:
         needs = "the largest or smallest of all units, and some are new here"

@@ -20,27 +20,28 @@ from .norms import adjust_norms, norm_kinds
 from .roles import Roles, assign_roles, find_sign_pairs, unite_passed
 from .traces import Networks
 
-Labels = tuple[Tensor, Tensor]  # of one axis in the student and in the teacher
+Labels = tuple[Tensor, Tensor]  # the labels of one axis in the student and in the teacher
 
 
 @dataclass(frozen=True)
 class Plan(Networks):
-    """How a student is filled."""
+    """The plan of a growth: what each unit of the student copies, and what each new layer becomes."""
 
     g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
     means: list[Tensor]  # the teacher units that the code `MEAN - k` is the mean of
-    roles: Roles  # what the layers become that the teacher lacks
-    padding_factors: dict[Key, tuple[Norm, float]]  # norms that see padding, and the factor of their mean square
-    eps: dict[str, float]  # modules that must have another eps, and which
-    sign_pairs: dict[str, Bends]  # new layers whose units pass activations in pairs, and those activations
-    patterns: Tensor  # of the units of those layers, a bit for the sign before each activation
-    rotations: dict[str, tuple[Mixed, ...]]  # tensors on rotated streams, and which of their axes are rotated how
-    # A memo: the four tensors of a batch norm carry the same labels. Keys are the ids of labels, which it keeps alive.
+    roles: Roles  # what each layer becomes that the teacher lacks
+    padding_factors: dict[Key, tuple[Norm, float]]  # norms that see another mean square here, and its factor
+    eps: dict[str, float]  # module, or attribute of one -> the eps that a norm needs there
+    sign_pairs: dict[str, Bends]  # new layer -> the activations that its units pass in sign pairs
+    patterns: Tensor  # for units in sign pairs: bit k is 1 if the unit is negated before activation k
+    rotations: dict[str, tuple[Mixed, ...]]  # tensor on a rotated stream -> how each of its axes is rotated
+    # Axes that are known already: the four tensors of a batch norm share one. The keys are the ids of two tensors of
+    # labels. The value holds these tensors, so that no other tensor gets their ids.
     producing_axes: dict[tuple[int, int], tuple[Labels, Axis, Tensor | None]] = field(default_factory=dict)
 
     @cached_property
     def copies(self) -> Tensor:
-        """For every teacher root how many student units copy it, but for those that an identity hands on."""
+        """For every teacher root the number of student units that copy it. Units of identities alone do not count."""
         handed, own = [], []
         for layer in self.student.mixers:
             if layer.produces is not None:
@@ -53,7 +54,7 @@ class Plan(Networks):
 
     @cached_property
     def gains(self) -> dict[str, float]:
-        """For each layer of the student the number in front of it and of new identities before it, which pass it on."""
+        """For each layer of the student the number that multiplies its input, also before new identities."""
         gains: dict[str, float] = {}
         for name, layer in self.student.layers.items():
             passed = {gains.get(source, 1.0) for source in layer.sources & self.roles.identity}
@@ -62,7 +63,7 @@ class Plan(Networks):
 
     @cached_property
     def apart(self) -> Tensor:
-        """The student's roots as if contractions had joined nothing: queries and keys are told apart."""
+        """The student's roots as if contractions had united nothing: a query and its key are two units here."""
         return self.student_units.roots_without_contractions()
 
     @cached_property
@@ -72,7 +73,7 @@ class Plan(Networks):
 
     @cached_property
     def queries(self) -> Tensor:
-        """The labels of queries. They may have more entries than their teacher's, which are zero."""
+        """The labels of queries. A query may have more entries here than in the teacher: the further ones are zero."""
         return torch.cat([torch.empty(0, dtype=torch.long), *(c.left for c in self.student.contractions)])
 
     @cached_property
@@ -82,13 +83,13 @@ class Plan(Networks):
 
     @cached_property
     def padded_norms(self) -> set[str]:
-        """The names of norms that see padding."""
+        """The names of the norms that see another mean square than in the teacher, as padding changes it."""
         return {norm.name for norm, _ in self.padding_factors.values()}
 
     @cached_property
     def query_gains(self) -> dict[int, float]:
-        """Root in `apart` -> the factor that undoes another number in front of logits than the teacher's."""
-        # In front of a softmax, or of a mask that is added to them.
+        """For roots in `apart` of queries, the factor that turns the student's number into the teacher's."""
+        # This is the number that multiplies logits before a softmax, or before a mask is added to them.
         gains: dict[int, float] = {}
         theirs = _numbers_of_logits(self.teacher)
         for key, (gain, units) in _numbers_of_logits(self.student).items():
@@ -100,7 +101,7 @@ class Plan(Networks):
 
 
 def _numbers_of_logits(traced: Trace) -> dict[Key, tuple[float, Tensor]]:
-    """Return the one number in front of what a softmax takes, or a sum, and the units there."""
+    """Return, for each call that leaves a number in front of units to no layer behind it, that number and the units."""
     found = {key: (gain, units) for key, (gain, _, units) in traced.softmax_gains.items()}
     return found | {k: (by[0], units) for k, (by, units, _) in traced.fixed_gains.items() if len(by) == 1}
 
@@ -108,7 +109,8 @@ def _numbers_of_logits(traced: Trace) -> dict[Key, tuple[float, Tensor]]:
 def _close(
     teacher_units: Units, units: Units, convert: Callable[[Key], Key | None], teacher_first: bool = False
 ) -> None:
-    """Close the units of both networks: what lies inside each other in the first does so in the second."""
+    """Close the units of both networks: a grouping inside another in the first lies inside it in the second, too."""
+    # The first is the student, or with `teacher_first` the teacher.
     if not teacher_first:
         units.close()
         teacher_units.close({other for key in units.relations if key.inside and (other := convert(key)) is not None})
@@ -128,9 +130,9 @@ def make_plan(
     fresh: bool,
 ) -> Plan:
     """Decide which teacher unit every student unit copies and what each new layer becomes (paper, section 3)."""
-    # `passing_all`: every new layer passes its units on that joins no stream which is carried already. That is right
-    # for a block that works on a part of a stream, and shuffles it with the rest. `in_pairs`: units pass activations
-    # behind new layers in pairs of opposite signs, where there is room for them.
+    # With `passing_all`, every new layer is an identity unless its units are also those of a layer that both networks
+    # have. That is right for a block that works on one part of a stream and then shuffles it with the rest. With
+    # `in_pairs`, units pass activations behind new layers in sign pairs (see `roles`), where there is room for them.
     teacher, student = traces
     names = teacher_names(student, teacher, rename)
     units, teacher_units = student.units.copy(), teacher.units.copy()

@@ -1,4 +1,4 @@
-"""From units to tensors: the origin of every tensor of the student."""
+"""Turn a plan, which speaks of units, into a record, which speaks of tensors: the origin of each student tensor."""
 
 from dataclasses import replace
 
@@ -48,8 +48,8 @@ def make_record(
 
 
 def _check_numbers(plan: Plan) -> None:
-    """Raise TransferError if the networks multiply units by numbers that differ, and that no layer behind can undo."""
-    # Numbers in front of a softmax do not count: the queries undo them.
+    """Raise TransferError if the networks multiply units by different numbers and no layer behind can undo that."""
+    # Numbers in front of a softmax do not count: the queries make up for them.
     queries = plan.student_roots[plan.queries]
     for key, (numbers, units, call) in plan.student.fixed_gains.items():
         other = plan.convert(key)
@@ -63,7 +63,7 @@ def _check_numbers(plan: Plan) -> None:
 
 
 def _check_modules(plan: Plan, student: nn.Module) -> None:
-    """Raise TransferError if a spectral norm grows, or a norm that needs another eps has none to set."""
+    """Raise TransferError if a spectral norm grows, or if a norm needs another eps and keeps none in an attribute."""
     for module_name, module, weight in parametrised(student):
         name = f"{module_name}.{weight}".lstrip(".")
         theirs, tensors = plan.names.get(name), plan.teacher.parameters.tensors
@@ -72,34 +72,34 @@ def _check_modules(plan: Plan, student: nn.Module) -> None:
     for place, eps in plan.eps.items():
         module, attribute = find_eps(student, place)
         if not hasattr(module, attribute):
-            needed = f"needs the eps {eps:.3g}, which it does not keep in an attribute `eps`"
+            needed = f"needs the eps {eps:.3g}, and has no attribute `eps` that could hold it"
             raise TransferError(f"The norm {place or 'in the network'} {needed}: use a norm of torch.nn.")
 
 
 def _readers_of_bare(plan: Plan, norm: Norm) -> list[str]:
-    """List the layers that read the result of a norm without a weight, which can undo its factor; refuse others."""
+    """List the layers that read a norm without a weight, and undo its factor; raise TransferError if one cannot."""
     idle = plan.roles.silent | plan.roles.fresh
     readers = [x for x in plan.student.layers.values() if norm.name in x.normed_by and x.name not in idle]
     for layer in readers:
         plain = layer.after_norm == layer.first_norm == norm.name and layer.kind == LayerKind.MIX
         if not plain or plan.names[layer.name] is None:
-            why = f"has no weight to undo what copies or padding do to it, and {layer.name} cannot"
+            why = f"has no weight to undo what copies or padding do to it, and {layer.name} cannot undo it"
             raise TransferError(f"The norm in {norm.module or 'the network'} {why}. A multiple of the width may serve.")
     return [layer.name for layer in readers]
 
 
 def _beside_padding(origin: Origin, role: str, factor: float) -> Origin:
-    """Return the origin of the weight or bias of a norm that sees padding, whose mean square shrinks by `factor`."""
+    """Return the origin of the weight or bias of a norm whose mean square changes by `factor`, because of padding."""
     axes = {}
     for dim, axis in origin.axes.items():
-        # The norm makes zero of padding, which may then be multiplied by anything.
+        # The norm turns padding into zero. Any weight serves there, and the bias is zero.
         padding = axis.index.where(axis.index > ZERO, ZERO if role == "bias" else NEW)
         axes[dim] = replace(axis, index=padding, means=())
     return replace(origin, axes=axes, factor=origin.factor * (factor**0.5 if role == "weight" else 1.0))
 
 
 def shared_origin(plan: Plan, name: str) -> Origin:
-    """Return the origin of a tensor that the teacher has, too."""
+    """Return the origin of a tensor that both networks have."""
     theirs = plan.names[name]
     assert theirs is not None
     student, teacher = plan.student.parameters, plan.teacher.parameters
@@ -131,7 +131,7 @@ def shared_origin(plan: Plan, name: str) -> Origin:
 
 
 def _other_axis(plan: Plan, name: str, theirs: str, dim: int) -> Axis | None:
-    """Return an axis that carries no units: of a larger kernel, or None for one that keeps its size."""
+    """Return an axis that carries no units: one along a larger kernel, or None for an axis that keeps its size."""
     layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
     mine, other = plan.student.parameters.tensors[name].shape, plan.teacher.parameters.tensors[theirs].shape
     if dim > 1 and layer is not None and counterpart is not None and layer.options:
@@ -145,7 +145,7 @@ def _other_axis(plan: Plan, name: str, theirs: str, dim: int) -> Axis | None:
 
 
 def _factor(plan: Plan, name: str, theirs: str) -> float:
-    """Return the factor of a whole tensor: it undoes other numbers in front of the layer, and what new layers do."""
+    """Return the factor of a whole tensor: the networks may multiply a layer's input or result by different numbers."""
     layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
     factor = 1.0
     if layer is not None and counterpart is not None and layer.kind == LayerKind.MIX:
@@ -160,7 +160,7 @@ def _factor(plan: Plan, name: str, theirs: str) -> float:
 
 
 def _slope_factor(plan: Plan, layer: Layer) -> float:
-    """Return the factor that undoes the slopes and open gates that a layer's input has passed."""
+    """Return the factor that undoes what sign pairs and new gates multiply a layer's input by (see `roles`)."""
     bends = layer.passage.bends if layer.passage.bends and layer.passage.bends[0][0] in plan.sign_pairs else ()
     factor = 1.0
     for _, slope in (*bends, *(gate for gate in layer.passage.gates if gate[0] in plan.roles.silent)):
@@ -169,7 +169,7 @@ def _slope_factor(plan: Plan, layer: Layer) -> float:
 
 
 def new_origin(plan: Plan, name: str, new: dict[str, Origin]) -> Origin:
-    """Return the origin of a tensor that the teacher lacks; `new` are those of new layers that are not fresh."""
+    """Return the origin of a tensor that the teacher lacks; `new` holds what `new_origins` returned."""
     layer = plan.student.layers.get(name)
     if name in new:
         if layer is not None and layer.kind == LayerKind.SCALE and layer.reads is not None:  # a depthwise filter
@@ -190,7 +190,7 @@ def new_origin(plan: Plan, name: str, new: dict[str, Origin]) -> Origin:
 
 
 def _row_signs(plan: Plan, name: str, units: Tensor) -> Tensor | None:
-    """Return the signs that a new layer gives to units that pass an activation behind it in pairs."""
+    """Return the signs that a new layer gives its units if they pass the activation behind it in sign pairs."""
     for activations in plan.sign_pairs.values():
         for k, (carrier, _) in enumerate(activations):
             if carrier == name:
@@ -199,7 +199,7 @@ def _row_signs(plan: Plan, name: str, units: Tensor) -> Tensor | None:
 
 
 def _is_tied(plan: Plan, name: str) -> bool:
-    """Tell whether a tensor is a table of embeddings and the weight of a layer, and grows."""
+    """Tell whether a tensor grows and is both a table of embeddings and the weight of a layer."""
     parameters = plan.student.parameters
     layer, axis = plan.student.layers.get(name), parameters.read_axis.get(name)
     if layer is None or axis is None or not layer.options.get("embedding"):
@@ -212,9 +212,9 @@ def _is_tied(plan: Plan, name: str) -> bool:
 
 
 def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
-    """Return the origins of a tied table, and of what takes its shares."""
-    # As an embedding it needs whole copies, as a layer shares. The norm, or the layers, in front of the reading layer
-    # take the shares instead.
+    """Return the origins of a tied table and of the tensors that take its shares."""
+    # As an embedding, the table needs whole copies. As a layer, it needs shares. So the table holds whole copies, and
+    # the norm or the layers in front of the reading layer are multiplied by the shares.
     student, axis = plan.student, plan.student.parameters.read_axis[name]
     layer = student.layers[name]
     norm = student.layers.get(layer.after_norm or "")
@@ -231,7 +231,7 @@ def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origi
         )
     units, source = student.parameters.axes[name][axis], plan.teacher.parameters.axes[plan.names[name] or ""][axis]
     assert units is not None and source is not None
-    # Of the table as an embedding: the norm before the reader turns what pads it into zero.
+    # This is the axis of the table as an embedding. The norm before the reader turns padding into zero.
     whole, _ = unit_axis(plan, name, (units, source), axis, False)
     if bool((whole.index == NEW).any()):
         raise TransferError(

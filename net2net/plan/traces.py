@@ -15,32 +15,32 @@ from ..trace.units import Units
 from .names import Names, Rename, Unpaired, key_converter, teacher_names
 from .norm_chains import NormChains
 
-LARGE = 10**10  # products: a pass of a teacher with as many takes longer than one without values of its student
+LARGE = 10**10  # with so many products in the teacher's pass, it is faster to trace the student without values
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What one forward pass of each network tells."""
+    """The traces of a teacher and a student, and the ways to look at them."""
 
-    inputs: Inputs  # of the passes
-    plain: tuple[Trace, Trace]  # of teacher and student, as the networks are
-    scaled_layers: tuple[frozenset[str], frozenset[str]]  # those that the other network multiplies otherwise
+    inputs: Inputs  # what both networks were run on
+    plain: tuple[Trace, Trace]  # of teacher and student, each as the network is
+    scaled_layers: tuple[frozenset[str], frozenset[str]]  # layers whose result the other network multiplies otherwise
 
     @cached_property
     def absorbed(self) -> tuple[Trace, Trace]:
-        """The traces in which `scaled_layers` count those numbers as part of their own weights."""
+        """The traces in which the numbers that multiply the results of `scaled_layers` count as part of the weights."""
         pairs = zip(self.plain, self.scaled_layers, strict=True)
         theirs, mine = (trace(each.model, self.inputs, SeenAs(scale_absorbed=layers)) for each, layers in pairs)
         return theirs, mine
 
     @property
     def training_counts(self) -> bool:
-        """Whether the training mode may add something to either network."""
+        """Whether either network was run in training mode, too, because that may show more than the eval mode."""
         return any(each.both is not None for each in self.plain)
 
     def comparable(self, rename: Rename, absorb: bool = False, both_modes: bool = True) -> tuple[Trace, Trace]:
-        """Return the traces of teacher and student, with the groups and heads of each seen as the other's."""
-        # `both_modes`: with what the training mode adds.
+        """Return the traces of teacher and student, each traced again if the other has other groups or heads."""
+        # With `absorb` they are the traces of `absorbed`, and with `both_modes` they hold what the training mode adds.
         theirs, mine = ((both_modes and each.both) or each for each in (self.absorbed if absorb else self.plain))
         names = teacher_names(mine, theirs, rename)
         merged = _merged_groups(theirs, mine, names)
@@ -65,7 +65,7 @@ def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: R
 
 
 def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[frozenset[str], frozenset[str]]:
-    """Find the layers of either network whose results, wherever they are used, are multiplied by another number."""
+    """Find the layers whose result is always multiplied by one number, and by another in the other network."""
     # An example is an embedding times the root of the width, to which positions are added: no reader of the sum can
     # undo that number, but the embedding can.
     theirs, mine = (
@@ -73,14 +73,14 @@ def _differing_scales(traces: tuple[Trace, Trace], rename: Rename) -> tuple[froz
     )
     try:
         names = teacher_names(traces[1], traces[0], rename)
-    except Unpaired:  # the attempts find other names; renumbered layers are not scaled
+    except Unpaired:  # new layers renumber old ones: the attempts will find the names, and equal ones serve here
         names = {name: name for name in mine}
     differing = {name: other for name in mine if (other := names.get(name)) in theirs and mine[name] != theirs[other]}
     return frozenset(other for other in differing.values() if other), frozenset(differing)
 
 
 def _split_groups(theirs: Trace, mine: Trace, names: Names) -> frozenset[Key]:
-    """Find what the teacher has one of (a group, a head) and the student several: tensors and products."""
+    """Find the layers and products that have one group or head in the teacher, and several in the student."""
     depthwise = [{layer.name for layer in each.layers.values() if "taps" in layer.tensors} for each in (theirs, mine)]
     grouped = {names[name] for name in depthwise[1] | mine.parameters.values.keys()}
     found = {Key(name) for name in grouped - depthwise[0] - theirs.parameters.values.keys() if name is not None}
@@ -92,8 +92,9 @@ def _split_groups(theirs: Trace, mine: Trace, names: Names) -> frozenset[Key]:
 
 
 def _split_pairs(theirs: Trace, mine: Trace, names: Names) -> tuple[frozenset[Key], frozenset[Key]]:
-    """Find the meetings in which units are one in one network, and belong to each other in the other."""
-    # Their keys in the teacher, and in the student. Where units of both sides belong to new ones, that counts.
+    """Find the calls whose operands' units become one in one network, and belong to each other in the other."""
+    # The keys are those of the teacher and those of the student. Where one network makes new units of both operands'
+    # (the part `left`), the other has to do the same.
     convert, found = key_converter(names), (set(), set())
     for key in mine.units.meetings:
         other = convert(key)
@@ -108,7 +109,7 @@ def _split_pairs(theirs: Trace, mine: Trace, names: Names) -> tuple[frozenset[Ke
 
 
 def _merged_groups(theirs: Trace, mine: Trace, names: Names) -> dict[str, int]:
-    """Find the teacher's grouped layers of which the student has fewer groups, and how many of them become one."""
+    """Find the layers with fewer groups in the student, and how many of the teacher's groups become one there."""
     found: dict[str, int] = {}
     for layer in mine.layers.values():
         other = theirs.layers.get(names.get(layer.name) or "")
@@ -121,16 +122,16 @@ def _merged_groups(theirs: Trace, mine: Trace, names: Names) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Networks:
-    """Both traces, which the plan only reads, with the names and units that it works with."""
+    """Both traces, and the names and units that a plan works with. The plan changes no trace."""
 
     teacher: Trace
     student: Trace
     names: Names  # the teacher's name of every student tensor; None where it has no such tensor
     convert: Callable[[Key], Key | None]  # from the student's keys to the teacher's
-    chains: NormChains  # new norms in a row with the teacher's
-    teacher_units: Units  # the plan's own copies, in which it unites units further
+    chains: NormChains  # the student's norms that stand in a row for one of the teacher's
+    teacher_units: Units  # a copy of the trace's units, in which the plan unites more of them
     student_units: Units
-    teacher_roots: Tensor  # the root of every label, which stands for the unit
+    teacher_roots: Tensor  # for every label its root: the one label that stands for its unit
     student_roots: Tensor
 
     def teacher_norm(self, norm: Norm) -> Norm | None:
@@ -143,7 +144,7 @@ class Networks:
         return next((other for other in self.teacher.norms if other.key == key), None)
 
     def produced(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the roots that a layer of both networks produces, in the student and in the teacher."""
+        """Return the roots of the units that a layer produces in the student and in the teacher."""
         theirs = self.names[name]
         assert theirs is not None
         mine = self.student.layers[name].produces
