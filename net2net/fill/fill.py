@@ -19,12 +19,12 @@ SPLITS = ("equal", "uneven", "paired", "fresh")
 @torch.no_grad()
 @own_precision()
 def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
-    """Fill the student in place as the record says; for `random_pad` only the teacher's own entries are written."""
+    """Fill the student in place as the record says; for `random_pad` only first copies are written."""
     generator = torch.Generator()
     generator.set_state(record.state)
     pad = record.split == "pad"
     theirs, mine = named_tensors(teacher), named_tensors(student)
-    matrices = {}  # all of them before anything is written: one may have no solution
+    matrices = {}  # computed before anything is written, as one may have no solution
     if not pad:
         matrices = {name: [mixing_matrix(m, theirs) for m in origin.mixed] for name, origin in record.origins.items()}
     for name, origin in record.origins.items():
@@ -48,7 +48,7 @@ def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
 
 
 def _first_copies(origin: Origin) -> Origin:
-    """Return where the first copy of every teacher's entry goes, whole; all else stays the student's own."""
+    """Return an origin that copies each of the teacher's entries once and undivided, and leaves all else as it is."""
     axes = {
         dim: replace(axis, index=torch.where(axis.first, axis.index, NEW), reads=False, means=())
         for dim, axis in origin.axes.items()
@@ -59,7 +59,7 @@ def _first_copies(origin: Origin) -> Origin:
 @torch.no_grad()
 @own_precision()
 def add_noise(student: nn.Module, record: Record, generator: torch.Generator) -> None:
-    """Add noise of `record.noise` times the tensor's deviation to incoming weights of all copies but the first."""
+    """Add noise to the incoming weights of all copies but the first: `record.noise` times the tensor's deviation."""
     tensors = named_tensors(student)
     for name, origin in record.origins.items():
         reading = any(axis.reads for axis in origin.axes.values())

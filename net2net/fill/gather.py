@@ -7,15 +7,15 @@ from ..record import MEAN, NEW, ZERO, Axis, Origin
 
 
 def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
-    """Gather a teacher's tensor along every axis of units, and divide it along those that read."""
-    # Entries without a teacher's are zero, a mean, or those of `target`. Where it can be, the result is made in
-    # `target`: memory may not hold another copy of a large network's largest tensor.
+    """Gather a teacher's tensor along every axis of units, and divide it among copies along the axes that read."""
+    # An entry that copies none of the teacher's is zero, or a mean, or keeps its value in `target`. Where possible the
+    # result is computed in `target` itself: memory may not hold another copy of a large network's largest tensor.
     shape = target.shape
     if origin.flat:
         source, target = source.reshape(-1), target.reshape(-1)
     exact = target.dtype if not target.is_floating_point() else torch.promote_types(target.dtype, torch.float32)
     value = source = source.to(target.device, exact)
-    own = zero = None  # masks: where the student's own value stays, and where zero comes
+    own = zero = None  # masks of the entries that keep the student's value, and of those that are zero
     keeps = any(bool((axis.index == NEW).any()) for axis in origin.axes.values())
     in_place = not (keeps or origin.flat or exact != target.dtype)
     last = max(origin.axes, default=-1)
@@ -44,7 +44,7 @@ def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Gene
 
 
 def _join(mask: Tensor | None, axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor | None:
-    """Return the mask and the entries of one axis together; None stands for an empty mask."""
+    """Return the mask with further `entries` along one axis; None stands for an empty mask."""
     if not bool(entries.any()):
         return mask
     entries = entrywise(axis, value, dim, entries)
@@ -52,7 +52,7 @@ def _join(mask: Tensor | None, axis: Axis, value: Tensor, dim: int, entries: Ten
 
 
 def _take(value: Tensor, axis: Axis, dim: int, into: Tensor | None = None) -> Tensor:
-    """Gather one axis, into `into` if that has the shape. Entries without a teacher's hold anything, or a mean."""
+    """Gather one axis, into `into` if the shape fits. An entry that is neither a copy nor a mean holds anything."""
     index = axis.index.to(value.device).clamp(min=0)
     if axis.groups > 1 and dim == 1:  # one row of entries for each group
         rows = index.reshape(axis.groups, -1).repeat_interleave(value.shape[0] // axis.groups, 0)
@@ -80,7 +80,7 @@ def entrywise(axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor:
 def share_out(
     axis: Axis, value: Tensor, dims: tuple[int, int], generator: torch.Generator, split: str, source: Tensor
 ) -> Tensor:
-    """Divide the weights of every unit among its copies. `dims`: the axis that reads them, the axis that produces."""
+    """Divide the weights of every unit among its copies. `dims` are the axis that reads and the one that produces."""
     if not axis.copies:
         return value
     value, dim = multiply(value, shares(axis, value, dims, generator, split), source), dims[0]
@@ -89,7 +89,7 @@ def share_out(
     spread = value.std()
     if axis.groups == 1:
         return _add_paired_noise(value, axis.index, axis.share, dim, generator, spread)
-    # Each group for itself: its rows, or its part of the axis that a transposed convolution reads.
+    # Each group gets its own noise, on its rows or on its part of the axis that a transposed convolution reads.
     index, share = axis.index.reshape(axis.groups, -1), axis.share.reshape(axis.groups, -1)
     groups = zip(value.chunk(axis.groups, 0), index, share, strict=True)
     return torch.cat([_add_paired_noise(part, i, s, dim, generator, spread) for part, i, s in groups], 0)
@@ -97,14 +97,14 @@ def share_out(
 
 def shares(axis: Axis, value: Tensor, dims: tuple[int, int], generator: torch.Generator | None, split: str) -> Tensor:
     """Return the part of the teacher's outgoing weight that each copy takes; those of one entry add up to one."""
-    # Uneven ones differ from one reading unit to the next: a factor common to all readers of a copy would only scale
-    # its gradient, which RMSProp and Adam undo.
+    # Uneven shares are drawn for every reading unit. If all readers of a copy had one share, it would only scale the
+    # copy's gradient, which RMSProp and Adam undo.
     dim, other = dims if value.dim() > 1 else (dims[0], dims[0])
     if split != "uneven" or not axis.copies or axis.signed:
         return entrywise(axis, value, dim, axis.share).to(value)
     inside = axis.groups > 1 and dim == 1
     rows, size = value.shape[other], value.shape[dim]
-    part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)  # none is thrice as large as another
+    part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)  # none is three times another
     index = axis.index.reshape(axis.groups, -1).repeat_interleave(rows // axis.groups, 0) if inside else axis.index
     index = index.expand(rows, size)
     if axis.groups > 1 and not inside:  # copies share with those of their own group
@@ -120,7 +120,7 @@ def shares(axis: Axis, value: Tensor, dims: tuple[int, int], generator: torch.Ge
 def _add_paired_noise(
     value: Tensor, index: Tensor, share: Tensor, dim: int, generator: torch.Generator, spread: Tensor
 ) -> Tensor:
-    """Add noise that the copies of a unit cancel among themselves, half as large as the weights."""
+    """Add noise of half the weights' deviation, which sums to zero over the copies of a unit."""
     shape = [-1 if d == dim else 1 for d in range(value.dim())]
     known = (index >= 0).reshape(shape).to(value)
     noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * spread / 2 * known

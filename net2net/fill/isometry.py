@@ -1,9 +1,9 @@
-"""Rotate residual channels into a width that is no multiple of the teacher's, so that layer norms give the same.
+"""Rotate a stream into a width that is no multiple of the teacher's, so that its layer norms compute the same.
 
-Find two isometries and new norm weights with diag(w') A = Q diag(w). A is for what the norm that begins the stream
-sees, Q for the stream itself, w are the norm's weights and w' the new ones. Layer norms subtract the mean, so it stays
-apart: Q sends means to means, and A sends all that has no mean to what has none. Where the width is a multiple, copies
-of channels are a solution. For other widths we know of no closed form, and search for a numerical one, to rounding.
+A norm with weights w begins the stream. Find isometries A and Q and new weights w' with diag(w') A = Q diag(w). A
+rotates what this norm reads, and Q rotates the stream behind it. Layer norms subtract the mean, so the mean has to stay
+apart: Q maps means to means, and A maps rows of mean zero to rows of mean zero. At multiples of the width, copies of
+the channels are a solution. For other widths we know of no closed form, and search for a numerical one, to rounding.
 """
 
 import math
@@ -16,10 +16,10 @@ from torch import Tensor
 from ..errors import TransferError
 from ..record import Matrix, Mixed, Origin
 
-SMALLEST = 9  # channels that are solved for together, at least: fewer have more equations than unknowns
-LARGEST = 1200  # entries of a block's Q: more take minutes
-SIZES = (0.9, 0.7)  # what A keeps of the mean; at 1 the equations are singular
-STARTS, STEPS, EXACT = 3, 60, 1e-12
+SMALLEST = 9  # the fewest channels to solve for together: fewer have more equations than unknowns
+LARGEST = 1200  # the most entries of Q to solve for together: more take minutes
+SIZES = (0.9, 0.7)  # how much of the mean A keeps, in the order of the attempts; at 1 the equations are singular
+STARTS, STEPS, EXACT = 3, 60, 1e-12  # starting points, steps from each, and the largest residual of a solution
 
 
 def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor, Origin]:
@@ -36,7 +36,7 @@ def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor,
 
 def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
     """Return the matrix (student's entries, teacher's entries) that a rotated axis is multiplied by, float64."""
-    # For a norm's weight, and for the bias of any norm but the first, it is the new values (student's entries) instead.
+    # For a norm's weight, and for the bias of any norm but the first, the result is the vector of new values instead.
     channels, wider = mixed.widths
     positions = len(mixed.columns) // channels
     ratio = (channels / wider) ** 0.5  # norms see the same squares spread over more entries
@@ -53,7 +53,7 @@ def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
             return ratio * first[mixed.rows]
         if mixed.how == Matrix.BEFORE:
             rotation = before - before.mean(1, keepdim=True)  # the norm takes the mean away anyway
-    # A direction orthogonal to all that is on the stream stands for the constant that the norms' biases add.
+    # The biases of norms add a constant. A direction that is orthogonal to all that is on the stream carries it.
     one = torch.linalg.qr(rotation, mode="complete").Q[:, -1].repeat(positions)[mixed.rows]
     if mixed.how == Matrix.BIAS:
         return one
@@ -72,8 +72,8 @@ def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
 def find_isometries(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find Q (wider, channels), A (wider, channels) and new weights (wider), float64, for the weights of a norm."""
     # Q'Q = A'A = 1, Q1 = sqrt(channels / wider) 1, A'1 is a multiple of 1, and diag(new) A = Q diag(weight). Most
-    # weights have a solution if `wider` is larger by three at least, and shares a divisor with the number of channels
-    # if that is large. It is found block by block: every block of channels keeps the ratio of the two widths.
+    # weights have a solution if `wider` is larger by at least three. Large widths must also share a divisor, because
+    # the solution is found block by block, and every block of channels keeps the ratio of the two widths.
     weight = torch.tensor(weights, dtype=torch.double)
     channels, scale = len(weight), weight.abs().mean().clamp(min=torch.finfo(torch.double).tiny)
     units = math.gcd(channels, wider)

@@ -19,7 +19,7 @@ Tensors = Mapping[str, Tensor]
 def fill_new(
     target: Tensor, origin: Origin, tensors: Tensors, draws: torch.Generator | None = None, split: str = "equal"
 ) -> None:
-    """Fill a tensor that the teacher lacks, in place; `tensors` are all of the student's (statistics of its norms)."""
+    """Fill a tensor that the teacher lacks, in place. `tensors` are the student's, with the statistics of its norms."""
     if origin.fill == Fill.ZERO:
         target.zero_()
     elif origin.fill == Fill.ONE:
@@ -45,6 +45,7 @@ def fill_new(
 
 
 def _centre(weight: Tensor) -> tuple[int | slice, ...]:
+    """Return the index of the centre taps of a weight."""
     return (slice(None), slice(None), *(taps // 2 for taps in weight.shape[2:]))
 
 
@@ -54,8 +55,9 @@ def calibrate(
 ) -> None:
     """Measure the statistics of new batch norms on one or several `batches`, averaged over them (section 3.4).
 
-    `norms` tells of each whether it passes its units through. Those that do undo their normalisation: scale
-    sqrt(var + eps), shift mean. This is exact in eval mode, and in train mode as far as the statistics are the batch's.
+    `norms` says for each whether it passes its units through. Such a norm undoes its own normalisation: its weight is
+    sqrt(var + eps) and its bias the mean. That is exact in eval mode. In train mode it is only as exact as the measured
+    statistics are those of the batch.
     """
     passes_on = {student.get_submodule(name): passes for name, passes in norms.items()}
     for norm in passes_on:

@@ -1,7 +1,7 @@
-"""What activations do to values: the range of a result, chains of activations, and what passes them in pairs.
+"""What activations do to numbers: the range of a result, chains of activations, and the pairs that pass them.
 
-A range says whether an activation behind a new layer leaves its inputs as they are. An example alone cannot: ReLU6 is
-the identity on small activations only, ReLU on positive ones.
+The range of its inputs decides whether an activation behind a new layer leaves them as they are: ReLU is the identity
+on positive numbers only, and ReLU6 on small positive ones. An example input alone cannot show that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 Range = tuple[float, float] | None  # None: not known
 Functions = tuple[Callable[[Tensor], Tensor], ...]  # elementwise, in the order in which they are applied
-Bends = tuple[tuple[str, float], ...]  # for each activation the layer before it, and the slope
+Bends = tuple[tuple[str, float], ...]  # activations that sign pairs pass: the layer before each, and the slope
 ALL: Range = (-math.inf, math.inf)
 _SAMPLES = (1e-3, 0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 5.9, 6.1, 8.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
 
@@ -42,7 +42,7 @@ def join_ranges(ranges: Iterable[Range]) -> Range:
 
 
 def add_ranges(ranges: Iterable[Range]) -> Range:
-    """Return the range of a sum of one number from each."""
+    """Return the range of a sum that takes one number from each range."""
     known = list(ranges)
     if None in known:
         return None
@@ -51,7 +51,7 @@ def add_ranges(ranges: Iterable[Range]) -> Range:
 
 @dataclass(frozen=True)
 class Chain:
-    """Activations that follow each other directly, the first of them directly behind the layer `behind`."""
+    """Activations in a row, the first directly behind the layer `behind`, such as ReLU and then ReLU6."""
 
     behind: str
     functions: Functions
@@ -61,8 +61,8 @@ def largest_change(
     chain: Chain, where: Range, before: Iterable[Chain], wanted: Sequence[Chain]
 ) -> tuple[float, float] | None:
     """Return the number in the range `where` that the activations of `chain` change most, and what it becomes."""
-    # None: that is not known, they change no number, or they do the same as one of the teacher's chains `wanted`, alone
-    # or behind one of the chains `before`.
+    # The result is None if it is not known, if they change no number, or if they do the same as one of the teacher's
+    # chains `wanted`, by themselves or behind one of the chains `before`.
     if where is None or (values := _apply(chain.functions, numbers := _sample(where))) is None:
         return None
     if (place := _largest_difference(numbers, values)) is None:
@@ -102,11 +102,15 @@ def _largest_difference(a: Tensor, b: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class Passage:
-    """What happened to units since a layer produced them."""
+    """What happened to units since a layer produced them.
 
-    bends: Bends = ()  # with f(x) - f(-x) = slope * x, each with the layer before it, which can turn a sign
-    gates: tuple[tuple[str, float], ...] = ()  # layers that compute a gate -> its value if they give zeros
-    carrier: str | None = None  # the last layer with a weight for each unit since the last activation
+    Example: behind a convolution, SiLU and a squeeze-excite gate, `bends` is (("conv.weight", 1.0),) and `gates` is
+    (("fc2.weight", 0.5),), as the sigmoid of zero is 0.5.
+    """
+
+    bends: Bends = ()  # activations with f(x) - f(-x) = slope * x: the layer before each can turn the sign of x
+    gates: tuple[tuple[str, float], ...] = ()  # gates that multiplied them: last layer, value if that gives 0
+    carrier: str | None = None  # the last layer since the last activation that has a weight for each unit
     rest: float | None = None  # the units' value if the layer that produced them gives zeros; None: not known
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Passage:

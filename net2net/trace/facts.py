@@ -11,7 +11,7 @@ from torch import Tensor
 from ..network import tensors_in
 from .activations import NOTHING, Chain, Passage, Range
 
-NO_NORM = ""  # the `first_norm` of a plain sum of layers
+NO_NORM = ""  # the `first_norm` of a plain sum of layers' outputs
 
 OPERATORS = {  # names of operators and aliases -> the name that their rule has
     **{f"{prefix}{name}": name for name in ("add", "sub", "mul") for prefix in "ir"},
@@ -49,13 +49,13 @@ class NormKind(StrEnum):
 
 @dataclass(frozen=True)
 class Key:
-    """The name of something in both networks: the `number`-th `what` in the module (or of the tensor) `where`."""
+    """A name that a thing has in both networks. Key("block", "add", 2) is the second sum in the module `block`."""
 
-    where: str
+    where: str  # a module or a tensor
     what: str = ""
     number: int = 0
-    part: str = ""  # tells apart several such things
-    inside: "Key | None" = None  # one grouping of units that lies inside another
+    part: str = ""  # tells several things of one call apart
+    inside: "Key | None" = None  # for a grouping of units inside another, the other one
 
     def __str__(self) -> str:
         parts = (self.where, self.what, str(self.number or ""), self.part)
@@ -78,43 +78,43 @@ class Step(StrEnum):
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is computed of an activation, on the way to a norm that is written by hand."""
+    """An intermediate result of a norm that is written by hand, such as the mean of the squares of an activation."""
 
-    of: Tensor  # the activation
+    of: Tensor  # the activation that it is computed from
     step: Step
-    key: Key | None = None  # of the norm, or of the mean
-    divisor: float = 0.0  # of the sum of squares
-    centred: bool = False  # whether the squares are those of what is left without the mean
-    mean: Key | None = None  # that mean
+    key: Key | None = None  # the key of the norm, or that of the mean
+    divisor: float = 0.0  # what the sum of squares is divided by
+    centred: bool = False  # whether the mean was subtracted before the squares were taken
+    mean: Key | None = None  # the key of that mean
     eps: float = 0.0
-    eps_at: str | None = None
-    outside: bool = False  # whether eps is added to the root
-    weight: Tensor | None = None  # that has multiplied the activation
+    eps_at: str | None = None  # where the eps can be set
+    outside: bool = False  # whether eps is added to the root, and not under it
+    weight: Tensor | None = None  # the weight that has multiplied the activation
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of an activation."""
+    """What the trace knows of an activation: its units, and how layers have produced it."""
 
-    units: Tensor  # of every element, in the activation's shape
+    units: Tensor  # the label of every element, in the activation's shape
     sources: frozenset[str] = frozenset()  # the layers whose outputs are summed or concatenated in it
-    norms_since: frozenset[str] = frozenset()  # the norms that it has passed since
-    normed_by: frozenset[str] = frozenset()  # the norms across units whose results reach it past no layer or such norm
+    norms_since: frozenset[str] = frozenset()  # the norms and scales that those outputs have passed
+    normed_by: frozenset[str] = frozenset()  # the norms across units in it, with no layer or other such norm between
     gain: float = 1.0  # the product of the plain numbers that multiplied it since a layer produced it
-    linear: bool = False  # a plain sum of what layers produced: one of its units can hold the mean of others
-    after_norm: str | None = None  # the norm directly before; units it saw as its mean, or as zero, are zero
-    first_norm: str | None = None  # the one norm across units that it begins with, if it is a plain sum since
+    linear: bool = False  # whether it is a plain sum of layers' outputs: a unit of it can hold the mean of others
+    after_norm: str | None = None  # the norm directly in front: units that held its mean, or zero, are zero here
+    first_norm: str | None = None  # the norm across units whose result it is, if only layers' outputs were added since
     passage: Passage = NOTHING  # the activations and gates since a layer produced it
     padded_by: tuple[tuple[int, int], ...] = ()  # the padding just added, before and after, the last axis first
-    range: Range = None  # the numbers that it can be
+    range: Range = None  # the smallest and the largest number that can be in it
     chain: Chain | None = None  # the activations since the last layer, each directly behind the one before
-    result_of: str | None = None  # the layer whose result it is, untouched
-    statistic: Statistic | None = None  # what it is on the way to a norm
+    result_of: str | None = None  # the layer whose result it is, if nothing has changed that since
+    statistic: Statistic | None = None  # which step of a norm it is, if it is one
 
     @classmethod
     def of(cls, units: Tensor, *operands: "Labels", norms: Collection[str] = (), **state: Any) -> "Labels":
         """Return the labels `units` of a result with the sources and norms of all `operands`, and further `norms`."""
-        # Of the other attributes (`state`) what is not given counts as unknown.
+        # `state` holds the other attributes. Those that are not given count as unknown.
         sources = frozenset().union(*(labels.sources for labels in operands))
         state = {"normed_by": frozenset().union(*(labels.normed_by for labels in operands))} | state
         return cls(units, sources, frozenset(norms).union(*(labels.norms_since for labels in operands)), **state)
@@ -124,15 +124,15 @@ class Labels:
 class Layer:
     """A parametrised operation of the forward pass: it reads units, produces units, or both."""
 
-    # What has no comment is that of the activation which it reads (see `Labels`).
+    # The fields without a comment are those of the activation that it reads (see `Labels`).
     kind: LayerKind
-    name: str  # of its weight; of a norm without parameters, that of its module and a number
+    name: str  # the name of its weight; for a norm that of its module, or its key
     tensors: dict[str, str]  # role (weight, bias, mean, var, taps, shift, factor, slope, amount) -> name
-    reads: Tensor | None  # the units of the entries of the axis that it reads
+    reads: Tensor | None  # the unit of every entry on the axis that it reads
     sources: frozenset[str]
     norms_since: frozenset[str]
     options: dict[str, Any] = field(default_factory=dict)  # stride, padding and the like
-    produces: Tensor | None = None  # the units of the entries of the axis that it produces
+    produces: Tensor | None = None  # the unit of every entry on the axis that it produces
     gain: float = 1.0
     linear: bool = False
     after_norm: str | None = None
@@ -140,28 +140,31 @@ class Layer:
     passage: Passage = NOTHING
     range: Range = None
     normed_by: frozenset[str] = frozenset()
-    key: Key | None = None  # what a norm without parameters is called in both networks
+    key: Key | None = None  # the key of a norm without parameters
 
     @property
     def module(self) -> str:
-        """The name of the module that owns the layer's weight; of a weight of the network's own, that weight's."""
+        """The name of the module that owns the layer's weight, or of the weight if the network itself owns it."""
         return self.name.rpartition(".")[0] or self.name
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A statistic across units. It is exact if each of its groups sees all units of the teacher's equally often."""
+    """A statistic that is taken across units, for every group of units by itself.
 
-    # An extreme is exact if each unit is seen at all.
+    A student keeps it exactly if its group sees each unit of the teacher's group equally often. An extreme has to see
+    each of them at least once.
+    """
+
     key: Key
     kind: NormKind
     units: Tensor  # the units of every group, one row each
     tensors: dict[str, str]  # role (weight, bias) -> name
     eps: float
-    module: str  # in which it is called
-    padded: bool = False  # it could undo means (layer norm) or zeros (RMS norm) that the units before it hold
-    name: str = ""  # of its layer
-    first_norm: str | None = None  # what its input begins with, `NO_NORM` if that is a sum of layers
+    module: str  # the module that calls it
+    padded: bool = False  # whether it could undo padding in front of it: means (layer norm) or zeros (RMS norm)
+    name: str = ""  # the name of its layer
+    first_norm: str | None = None  # that of its input (see `Labels`), or `NO_NORM` for a sum of layers' outputs
     eps_at: str | None = None  # where its eps can be set: a module, or an attribute of one
     outside: bool = False  # whether eps is added to the root of the mean square
     divisor: float = 0.0  # what the sum over a group is divided by, if not by the number of its units
@@ -170,11 +173,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Contraction:
-    """A product that sums over units of two activations (queries by keys): it needs each unit once."""
+    """A product of two activations that sums over their units, as queries times keys do: copies would count twice."""
 
     key: Key
-    left: Tensor  # the units of one factor, whose entries beyond the teacher's are zero in a student
-    right: Tensor  # those of the other, whose entries beyond the teacher's may then be anything
+    left: Tensor  # the units of one factor; a student's further entries are zero there
+    right: Tensor  # the units of the other factor; a student's further entries may be anything there
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class Weight:
     """A parameter, or a view of one whose axes lie along the parameter's."""
 
     name: str
-    axes: list[tuple[int, Tensor | None]]  # for each axis, the parameter's and the entries taken of it (None: all)
+    axes: list[tuple[int, Tensor | None]]  # for each axis the parameter's axis, and the entries of it (None: all)
     gain: float = 1.0  # the number that it was multiplied by
 
 
@@ -191,7 +194,7 @@ class View:
     """A tensor whose elements are those of a parameter, times `gain`, after `offset` has been added."""
 
     name: str
-    places: tuple[Tensor, ...]  # of the elements on each of the parameter's axes
+    places: tuple[Tensor, ...]  # for each axis of the parameter, where every element is on it
     gain: float = 1.0
     offset: float = 0.0
 

@@ -14,11 +14,11 @@ from .units import Units
 
 @dataclass(frozen=True)
 class SeenAs:
-    """How a pass looks at the network, so that it compares with one that has other groups or factors."""
+    """How a pass looks at a network, so that its trace compares with that of a network with other groups or numbers."""
 
-    as_grouped: frozenset[Key] = frozenset()  # tensors and pairs of one group or head, seen as those of several
-    merged_groups: dict[str, int] = field(default_factory=dict)  # grouped layers -> how many groups are seen as one
-    scale_absorbed: frozenset[str] = frozenset()  # layers that own the number which multiplies their result
+    as_grouped: frozenset[Key] = frozenset()  # tensors and calls with one group or head, seen as one of several
+    merged_groups: dict[str, int] = field(default_factory=dict)  # grouped layer -> how many groups are seen as one
+    scale_absorbed: frozenset[str] = frozenset()  # layers whose weights include the number that multiplies their result
 
 
 PLAIN = SeenAs()
@@ -36,19 +36,19 @@ class Trace:
         self.layers: dict[str, Layer] = {}  # by name, in the order of the forward pass
         self.norms: list[Norm] = []  # the statistics across units
         self.contractions: list[Contraction] = []  # products that sum over units of two activations
-        self.multipliers: dict[str, set[float]] = {}  # layer -> what its uses multiply it by (1: plain use)
+        self.multipliers: dict[str, set[float]] = {}  # layer -> the numbers that uses multiply its result by (1: none)
         # softmax -> the number in front of its logits, the layers they come from, their units
         self.softmax_gains: dict[Key, tuple[float, frozenset[str], Tensor]] = {}
-        # operation -> numbers in front of units that nothing behind can undo, the units, the operation
+        # call -> numbers that multiply its operands and that no layer behind can undo, the units, the call as text
         self.fixed_gains: dict[Key, tuple[tuple[float, ...], Tensor, str]] = {}
-        self.read: set[Key | None] = set()  # the statistics across units that a call is given, or that are returned
-        self.unknown: dict[int, str] = {}  # the label of a result that no rule follows, which has a fixed shape -> why
+        self.read: set[Key | None] = set()  # the statistics across units that a call uses, or that are returned
+        self.unknown: dict[int, str] = {}  # label of the result of a call without a rule -> why its shape is fixed
         self.chains: dict[str, list[Chain]] = {}  # layer -> the activations directly behind it
         self.outputs: dict[str, Labels] = {}  # module -> the labels of the first tensor of its result
         self.packed: set[str] = set()  # the modules that return their tensors in a container
         self.output: Any = None  # what the network returned
-        self.products = 0  # how many products of two numbers the layers have computed
-        self.both: Trace | None = None  # with what the training mode adds; None if the network was not run in it
+        self.products = 0  # how many multiplications the layers have made
+        self.both: Trace | None = None  # the trace of both modes; None if the network was not run in training mode
         self.trains = False  # whether the pass in training mode came to its end
         self.failure: str | None = None  # why it did not
 

@@ -28,7 +28,7 @@ def fork(trace: Trace) -> Trace:
 
 
 def _copy(holder: Held) -> Held:
-    """Copy an object with its containers, and the containers in those, but with the tensors themselves."""
+    """Copy an object, the containers in it, and the containers in those; tensors are shared."""
     copied = copy(holder)
     for name, value in vars(holder).items():
         if type(value) in (dict, list, set, Counter):  # not the network's output, which may refuse it
@@ -39,7 +39,7 @@ def _copy(holder: Held) -> Held:
 
 
 def learn_missed(trace: Trace, both: Trace, missed: set[str]) -> None:
-    """Let the trace of the eval mode know the parameters `missed` there, from `both`, which went on from it."""
+    """Add to the trace of the eval mode what `both`, which went on from it, shows of the parameters `missed` there."""
     shown = trace.units.learn_new(both.units)
 
     def is_new(labels: Tensor) -> bool:

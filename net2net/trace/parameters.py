@@ -15,7 +15,7 @@ class Parameters:
         self.units = units
         # A weight that a parametrisation computes replaces the tensors it is computed from.
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.originals = dict(self.tensors)  # before any tensor was replaced by one with its groups merged
+        self.originals = dict(self.tensors)  # as they were before groups were merged in any of them
         self.buffers = {name for name, _ in model.named_buffers()}
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -24,8 +24,8 @@ class Parameters:
         self.axes: dict[str, list[Tensor | None]] = {}  # tensor name -> the units of each of its axes
         self.values: dict[str, Tensor] = {}  # tensor used as an activation -> the units of all its elements, flat
         self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
-        self.inner: dict[str, tuple[Tensor, int]] = {}  # tensor in groups -> units of axis 1 in every group, groups
-        self.chosen: dict[tuple[str, int], str] = {}  # tensor, axis along which values choose entries -> the call
+        self.inner: dict[str, tuple[Tensor, int]] = {}  # grouped tensor -> units of axis 1 in every group, groups
+        self.chosen: dict[tuple[str, int], str] = {}  # (tensor, axis along which values choose entries) -> what chooses
         self.used: set[str] = set()  # tensors that a call was given
         self.reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
@@ -48,7 +48,7 @@ class Parameters:
         self._names[id(tensor)] = name
 
     def view(self, value: Tensor) -> View | None:
-        """Return the parameter that this is, or is a view of; None for an activation or a constant."""
+        """Return this parameter, or view of a parameter, as a view; None for an activation or a constant."""
         if hasattr(value, "_net2net_labels"):
             return None
         if (name := self.name_of(value)) is None:
@@ -108,7 +108,7 @@ class Parameters:
         return part
 
     def axis_labels(self, name: str, dim: int) -> Tensor | None:
-        """Return the labels of a tensor's axis; of one inside groups those of every group in turn."""
+        """Return the labels of a tensor's axis. Inside groups these are the labels of one group after the other."""
         if name in self.inner and dim == 1:
             return self.inner[name][0]
         return self.axes[name][dim] if name in self.axes else None
@@ -125,8 +125,8 @@ class Parameters:
 
     def complete(self) -> None:
         """Let elements that the pass did not use have the units of those that it used."""
-        # Such elements are positions beyond the example's length, or rows of other classes. They are pinned where the
-        # used elements differ along an axis that is used in part, and so do not show the units of the others.
+        # Such elements are positions beyond the example's length, or rows of other classes. If the used elements differ
+        # along an axis that was used in part, they do not show the units of the others, and all units are pinned.
         for (name, dim), why in self.chosen.items():
             for labels in (self.axis_labels(name, dim), self.values.get(name)):
                 if labels is not None:

@@ -2,8 +2,8 @@
 
 The paper (section 3.3) describes, without building it, a pass "like shape inference" that asks every operation how it
 moves units. This is that pass. Every activation carries a tensor of integer unit labels of its own shape (expanded
-views, so almost no memory). Data movement is applied to the labels themselves; what an operation does to units
-otherwise is one short rule (`rules`).
+views, so almost no memory). Data movement is applied to the labels themselves. For every other operation a short rule
+says what it does to units (`rules`).
 """
 
 import logging
@@ -32,8 +32,8 @@ IS_OUTPUT = "it is the network's output"  # why units are pinned
 
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
     """Run an unwrapped network once in eval mode on `inputs` and return what the pass tells of its units."""
-    # It runs once in training mode, too, if that may show more (see `modes`). The units of its output are pinned: a
-    # result keeps its width.
+    # The network also runs once in training mode if that may show more (see `modes`). The units of the output are
+    # pinned, because a result keeps its width.
     result = Trace(model, seen_as)
     with parametrize.cached(), in_mode(model, training=False):  # in training a spectral norm refines its estimate
         for name, module, weight in parametrised(model):
@@ -55,10 +55,10 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
 
 
 def trace_shapes(model: nn.Module, inputs: Inputs) -> Trace:
-    """Return the trace of a network whose values do not matter, and compute none of them if nothing asks for one."""
+    """Return the trace of a network whose values do not matter, without computing any of them if that is possible."""
     # A student is such a network: its weights will be overwritten. Tensors without values are far cheaper to compute.
-    # Values can decide where the forward pass goes; torch then raises an error, and the network runs with them. The
-    # copy of its modules takes what the forward pass keeps in them. It has the same weights.
+    # If values decide where the forward pass goes, torch raises an error, and the network runs with values. A copy of
+    # the modules, with the same weights, is run: a forward pass may keep tensors in its modules.
     shapes, log = FakeTensorMode(allow_non_fake_inputs=True), logging.getLogger(FakeTensorMode.__module__)
     with suppress(Exception), patch.object(log, "disabled", True):  # it would log such an error
         twin = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
@@ -129,7 +129,7 @@ class _Mode(TorchFunctionMode):
         return args
 
     def _rewrite(self, call: Call, rewrite: Rewrite) -> bool:
-        """Label the results of a call as those of the functions it is rewritten in; tell whether it could be."""
+        """Label the results of a call like those of the functions that it is rewritten in; tell whether it has been."""
         try:
             with self:
                 rewritten = rewrite(*call.args, **call.kwargs)
@@ -151,7 +151,7 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
     mode = _Mode(result)
     with ExitStack() as hooks, in_mode(model, training):
         for name, module in model.named_modules():
-            # Before the user's own, which may raise: what leaves a module has entered it.
+            # These come before the user's hooks, which may raise an error: each module that is left was entered.
             enter, leave = partial(mode.enter, name), partial(mode.leave, name)
             hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
             hooks.enter_context(module.register_forward_hook(leave, always_call=True))
@@ -180,6 +180,6 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
             name = f"output {position}" + " in training" * training
             known = (labels.sources, labels.norms_since)
             result.add(Layer(LayerKind.OUTPUT, name, {}, None, *known, normed_by=labels.normed_by))
-    # A mean that nothing reads asks for nothing: weights of attention that are returned, for one.
+    # A mean that nothing uses need not be kept. An example is the mean of attention weights that a module returns.
     result.norms = [norm for norm in result.norms if norm.kind != NormKind.MEAN or norm.key in result.read]
     return output

@@ -22,20 +22,20 @@ class Units:
     """The units of one network, as far as its forward pass has shown them."""
 
     def __init__(self, as_grouped: frozenset[Key] = frozenset()) -> None:
-        self.as_grouped = as_grouped  # pairs of units that are seen as related instead of united
+        self.as_grouped = as_grouped  # calls that relate the units that meet in them instead of uniting them
         self.families: dict[Key, Tensor] = {}  # key that both networks share -> labels that were made together
-        self.relations: dict[Key, tuple[Tensor, Tensor]] = {}  # labels, and those of the units they belong to
+        self.relations: dict[Key, tuple[Tensor, Tensor]] = {}  # labels, and the label of what each belongs to
         self.meetings: set[Key] = set()  # all elementwise calls in which units met
         self.whole: list[tuple[Tensor, str]] = []  # labels that move as a whole only, and why
         self.pinned: list[tuple[Tensor, str]] = []  # labels that may not be copied at all, and why
-        self.mode = ""  # ends the keys of what is seen in training mode
+        self.mode = ""  # the end of the keys of what only the training mode shows
         self._count = 0
         self._calls: Counter[tuple[str, str]] = Counter()
-        self._root = torch.arange(1024)  # label -> a smaller label of its unit, or itself; for later labels, too
-        self._pending: list[Tensor] = []  # 2 x k: labels that are one unit, not yet in `_root`
-        self._without_contractions: list[Tensor] = []  # 2 x k: the unions that are not those of contractions
+        self._root = torch.arange(1024)  # label -> a smaller label of its unit, or the label itself
+        self._pending: list[Tensor] = []  # 2 x k: pairs of labels that are one unit, and not in `_root` yet
+        self._without_contractions: list[Tensor] = []  # 2 x k: pairs that are one unit not only by a contraction
         self._ends: list[int] = []  # where the ranges of labels that were made together end
-        self._distinct: list[bool] = []  # for each such range, whether its labels are units of one layer
+        self._distinct: list[bool] = []  # for each such range, whether its labels are different units
 
     def copy(self) -> "Units":
         """Return units that can be united and related further without any effect on these."""
@@ -46,9 +46,9 @@ class Units:
         return other
 
     def learn_new(self, other: "Units") -> Tensor:
-        """Learn what `other`, which went on from these units, says of new ones; tell for each label if it is old."""
-        # Labels that are new there become one unit as they are there, and one with an old unit. Old units that are one
-        # there stay apart.
+        """Learn what `other`, which went on from these units, says of new labels; tell for each if its unit is old."""
+        # New labels are united as they are in `other`, also with an old unit. Two old units stay apart, even if they
+        # are one in `other`.
         mine, theirs, known = self.roots(), other.roots(), self._count
         pairs = distinct_pairs(theirs[:known], mine)
         met = torch.bincount(pairs[0], minlength=len(theirs))[theirs]  # how many old units each label is one with
@@ -66,8 +66,8 @@ class Units:
         return old
 
     def fresh(self, count: int, key: Key | None = None, distinct: bool = True) -> Tensor:
-        """Return `count` labels that nothing carries yet, which can be paired by a `key` that both networks share."""
-        # `distinct`: they are units of one layer, which `combine` must not make one.
+        """Return `count` new labels. By the `key`, if there is one, they are paired with those of the other network."""
+        # With `distinct` they are different units of one layer, and `combine` must not unite two of them.
         start, self._count = self._count, self._count + count
         self._ends.append(self._count)
         self._distinct.append(distinct)
@@ -77,7 +77,7 @@ class Units:
         return labels
 
     def key(self, what: str, where: str) -> Key:
-        """Return a name for the next `what` in a module; the same thing has it in the other network."""
+        """Return the key of the next `what` in a module; in the other network the same thing gets the same key."""
         what += self.mode
         self._calls[where, what] += 1
         return Key(where, what, self._calls[where, what])
@@ -94,8 +94,8 @@ class Units:
 
     def find(self, labels: Tensor) -> Tensor:
         """Return the root of every label: the smallest label of its unit, as far as the pass has come."""
-        # What has not changed since the last call is not touched: a pass over all labels would make the trace of a
-        # network grow with the square of its size.
+        # Only what has changed since the last call is updated. A pass over all labels in every call would take time
+        # that grows with the square of the network's size.
         if len(self._root) < self._count:
             self._root = torch.cat([self._root, torch.arange(len(self._root), 2 * self._count)])
         if self._pending:
@@ -116,15 +116,15 @@ class Units:
         return self.find(torch.arange(self._count))
 
     def roots_without_contractions(self) -> Tensor:
-        """Return the roots as if contractions had joined nothing: queries and keys stay apart."""
+        """Return the roots as if contractions had united nothing: queries and keys stay apart."""
         found = self._without_contractions
         edges = torch.cat(found, dim=1) if found else torch.empty(2, 0, dtype=torch.long)
         return torch.arange(self._count).index_copy_(0, *join(edges))
 
     def combine(self, a: Tensor, b: Tensor, call: Call, contraction: bool = False) -> Tensor:
         """Return the labels of an elementwise result of `a` and `b`: labels that meet are one unit."""
-        # If that would make one unit of several that a layer keeps apart (a gate over all channels, a head's weights
-        # over its values, queries that share a key), each belongs to what it meets instead.
+        # This could unite units that a layer keeps apart: a gate meets all channels, the weights of a head meet all its
+        # values, a key meets several queries. There each unit belongs to the unit that it meets instead.
         shape, key = a.shape, self.key(call.name, call.module)
         self.meetings.add(key)
         a, b = torch.broadcast_tensors(self.drop_repeats(a), self.drop_repeats(b))
@@ -153,7 +153,7 @@ class Units:
         return joined[inverse].reshape(a.shape).expand(shape)
 
     def _collapses(self, left: Tensor, right: Tensor, among: Tensor) -> bool:
-        """Tell whether uniting the roots `left` and `right` makes one of two `among` them that a layer keeps apart."""
+        """Tell whether uniting the roots `left` and `right` unites two of `among` that a layer keeps apart."""
         joined, smallest = join(torch.stack([left, right]))
         ours = torch.isin(joined, among)
         if self._meet(joined[ours], joined[ours], smallest[ours]):  # no need to look at all labels of their units
@@ -170,7 +170,7 @@ class Units:
         return count[1] < count[0]
 
     def _are_made_of(self, left: Tensor, right: Tensor) -> bool:
-        """Tell whether any of these roots are products of the roots beside them and others."""
+        """Tell whether a root on one side belongs to one on the other side, as a unit that `combine` made of two."""
         for key, pair in self.relations.items():
             if key.part in ("left", "right"):
                 a, b = map(self.find, pair)
@@ -185,9 +185,9 @@ class Units:
 
     def close(self, nested: Collection[Key] = ()) -> None:
         """Unite and relate units until each unit belongs to exactly one other unit in every relation."""
-        # Where labels of one unit belong to several units, those become one unit, and so do units that belong to each
-        # other in a circle. Two relations over the same units are compared: groups that coincide are one group, unless
-        # the other network has one inside the other (`nested`), and a smaller group belongs to the larger around it.
+        # If labels of one unit belong to several units, those become one unit. So do units that belong to each other in
+        # a circle. Then relations over the same units are compared: groups that coincide become one group, unless the
+        # other network has one inside the other (`nested`), and a smaller group belongs to the larger one around it.
         while self.relations:
             related = list(self.relations.values())
             lengths = torch.tensor([len(children) for children, _ in related])
@@ -209,7 +209,7 @@ class Units:
         self.pinned.append((torch.unique(compact(units)), why))
 
     def tie_along(self, units: Tensor, dims: Sequence[int], why: str) -> Tensor:
-        """Make one unit of all labels along `dims`, which then move as a whole; return the labels, 1 long there."""
+        """Make one unit of all labels along `dims`: they move as a whole. Return the labels with length 1 there."""
         first = units = self.drop_repeats(units)
         for dim in dims:
             first = first.narrow(dim, 0, 1)
@@ -219,7 +219,7 @@ class Units:
         return first
 
     def units_along(self, units: Tensor, dim: int, why: str) -> Tensor:
-        """Return the labels along one axis. Labels that the other axes tell apart there become one unit."""
+        """Return the labels along one axis. All labels at the same place on this axis become one unit."""
         dim %= units.dim()
         others = [d for d in range(units.dim()) if d != dim]
         return self.tie_along(units, others, why).reshape(-1).expand(units.shape[dim])
@@ -259,7 +259,7 @@ def _edges_on_circles(edges: Tensor) -> Tensor:
 def _nest(units: Units, nested: Collection[Key]) -> bool:
     """Relate the owners of one unit to each other where one decides the other; tell whether owners were united."""
     pairs, alike = _group_alike(units, nested)
-    # At once: on the stream of a deep network there are many.
+    # They are all united at once, because the stream of a deep network has many.
     apart = [(keys[0], key) for keys in alike for key in keys if not torch.equal(pairs[keys[0]], pairs[key])]
     for first, key in apart:
         units.unite(pairs[first][1], pairs[key][1], contraction=True)
@@ -269,7 +269,7 @@ def _nest(units: Units, nested: Collection[Key]) -> bool:
     for number, (key, *_) in enumerate(alike):
         for child, parent in pairs[key].T.tolist():
             owners_of[child][number] = parent
-    owner_pairs: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)  # that a unit has in two relations
+    owner_pairs: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)  # of a unit in two relations
     for direct in owners_of.values():
         above = [owners_of[owner] for owner in direct.values() if owner in owners_of]  # what owns its owners
         owners = dict(chain(*(each.items() for each in above), direct.items()))
@@ -287,8 +287,8 @@ def _nest(units: Units, nested: Collection[Key]) -> bool:
 
 def _group_alike(units: Units, nested: Collection[Key]) -> tuple[dict[Key, Tensor], list[list[Key]]]:
     """Return the pairs (unit, owner) of every relation, and lists of relations that group the same units alike."""
-    # One that has another inside, or is inside another, in the other network (`nested`) stands alone; so does one whose
-    # owners are owned in turn.
+    # A relation stands alone if the other network has it inside another, or another inside it (`nested`), and also if
+    # its owners belong to something in turn.
     alone = {key for pair in nested for key in (replace(pair, inside=None), pair.inside)}
     order = sorted((key for key in units.relations if key.inside is None), key=str)
     pairs = {key: distinct_pairs(*map(units.find, units.relations[key])) for key in order}
@@ -313,7 +313,7 @@ def _nest_pair(units: Units, nested: Collection[Key], keys: tuple[Key, Key], pai
     x, y = (torch.tensor(side) for side in zip(*sorted(pairs), strict=True))
     a_inside, b_inside = replace(a, inside=b) in nested, replace(b, inside=a) in nested
     if len(lefts) == len(rights) == len(pairs) and not (a_inside or b_inside):
-        units.unite(x, y, contraction=True)  # queries that a gate belongs to are no gates
+        units.unite(x, y, contraction=True)  # a query and a gate that belongs to it stay apart
         return True
     if len(lefts) == len(pairs) and not b_inside:
         units.relate(replace(a, inside=b), x, y)
