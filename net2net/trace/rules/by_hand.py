@@ -33,7 +33,7 @@ def reduced(trace: Trace, call: Call, key: Key, x: Tensor, divisor: float) -> St
 
 
 def followed(trace: Trace, call: Call, operands: Sequence[Tensor]) -> Statistic | None:
-    """Return the statistic that an elementwise call makes of its operands; that of a norm's result is `NORMED`."""
+    """Return the statistic that an elementwise call makes of its operands; a finished norm is at the step `NORMED`."""
     name, first = call.plain, _statistic(trace, operands[0])
     number = number_in(call)
     if name in SAME or (name in ("mul", "div") and number and first is not None and first.step == Step.NORMED):
@@ -73,7 +73,7 @@ def _is_twice(call: Call) -> bool:
 
 
 def _rooted(trace: Trace, call: Call, before: Statistic, number: float | None) -> Statistic | None:
-    """Return the statistic behind an eps or a root."""
+    """Return the statistic after one more step: an eps is added, a root is taken, or a number divides it."""
     name, step = call.plain, before.step
     inverts = name == "reciprocal" or (name == "pow" and number == -1) or (call.name == "__rtruediv__" and number == 1)
     if step == Step.DEVIATION and inverts:
@@ -83,7 +83,7 @@ def _rooted(trace: Trace, call: Call, before: Statistic, number: float | None) -
     if step in (Step.VARIANCE, Step.DEVIATION) and name in ("mul", "div") and number and not before.eps:
         by = (number if name == "div" else 1 / number) ** (1 if step == Step.VARIANCE else 2)
         divisor = before.divisor * by
-        is_whole = abs(divisor - round(divisor)) < 1e-9 * divisor  # as of a root that is squared again
+        is_whole = abs(divisor - round(divisor)) < 1e-9 * divisor  # a root that is squared again is rounded
         return replace(before, divisor=round(divisor) if is_whole else divisor) if call.name != "__rtruediv__" else None
     if name in ("clamp_min", "clamp") and step == Step.DEVIATION and number is not None and not before.eps:
         return replace(before, eps=number, eps_at=eps_place(trace, call, number), outside=True)
@@ -95,7 +95,7 @@ def _rooted(trace: Trace, call: Call, before: Statistic, number: float | None) -
 
 
 def eps_place(trace: Trace, call: Call, eps: float | None) -> str | None:
-    """Return where the eps of a norm can be set: a module's name, if it is its `eps`, or that of an attribute."""
+    """Return where the eps of a norm can be set: the name of the module if it has an `eps`, or of an attribute."""
     module = trace.model.get_submodule(call.module)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or getattr(module, "eps", None) == eps:
         return call.module
@@ -170,7 +170,7 @@ def _attach(trace: Trace, before: Statistic, role: str, parameter: Tensor) -> St
 
 
 def result_of_norm(trace: Trace, statistic: Statistic | None) -> dict[str, Any]:
-    """Return what the labels of a norm's bare result say, with its weight or without."""
+    """Return the fields of `Labels` that name the norm, if the statistic is a norm's result; else no fields."""
     if statistic is None or statistic.step != Step.NORMED:
         return {}
     name = next(norm.name for norm in trace.norms if norm.key == statistic.key)

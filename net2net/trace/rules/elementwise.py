@@ -46,7 +46,7 @@ def pointwise(trace: Trace, call: Call) -> None:
 
 @rule("nonzero", "argwhere", "one_hot", "histc", "bincount")
 def list_places(trace: Trace, call: Call) -> None:
-    """Places as numbers, or the other way round: no units, if those that choose them are none."""
+    """Places of elements, or a table of them. These are no units, and the values that choose them must not be any."""
     labels = first_labels(trace, call)
     if not carries_no_units(trace, call.args[0]):
         raise CannotFollow(f"{call} chooses among them by values")
@@ -57,7 +57,7 @@ def list_places(trace: Trace, call: Call) -> None:
 
 @rule("copy")
 def overwrite_whole(trace: Trace, call: Call) -> None:
-    """The numbers of another activation take the place of a whole one; of a part, the rest would be unknown."""
+    """A whole activation is overwritten by another one. If a part is overwritten, it is unknown what the rest holds."""
     if call.args[0]._is_view():
         raise CannotFollow(f"{call} writes into a part of another tensor")
     join(trace, call, [call.args[1]])
@@ -65,7 +65,7 @@ def overwrite_whole(trace: Trace, call: Call) -> None:
 
 @rule("to", "type_as", "cpu", "cuda")
 def convert(trace: Trace, call: Call) -> None:
-    """The same numbers in another type; a second tensor only says which."""
+    """The same numbers in another type or place; a second tensor only says in which."""
     join(trace, call, tensors_in(call.args[0]))
 
 
@@ -90,7 +90,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     if len(activations) == len(others) == 1 and len(operands) == 2:
         statistic = add_affine(trace, call, others[0], labels[0])
     alone = labels[0] if len(labels) == len(operands) == 1 else None
-    # A mask that is the same for all units may multiply a plain sum: stochastic depth, for one.
+    # A mask that is the same for all units may multiply a plain sum, as in stochastic depth.
     count = len([x for x in operands if x.numel() > 1]) - (constants if name == "mul" else 0)
     is_product = name in ("mul", "div") and len(labels) > 1
     is_sum = name in (LINEAR | {"add", "sub"}) and not is_product and len(labels) == count
@@ -114,7 +114,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
 
 
 def _pin_beside_unknown(trace: Trace, operands: Sequence[Labels]) -> None:
-    """Pin the units that meet a result without a rule, entry by entry: it has one width, whatever is in it."""
+    """Pin the units that meet the result of a call without a rule, entry by entry: that result keeps its width."""
     for labels in operands if trace.unknown else ():
         for label in trace.unknown.keys() & set(torch.unique(compact(labels.units)).tolist()):
             for units in (trace.units.drop_repeats(other.units) for other in operands if other is not labels):
@@ -125,7 +125,7 @@ def _pin_beside_unknown(trace: Trace, operands: Sequence[Labels]) -> None:
 
 
 def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], count: int) -> Tensor | None:
-    """Return the parameter that counts as an activation in a call of parameters alone; None if nothing is to do."""
+    """Return the parameter that counts as the activation in a call without activations; None if none has to."""
     parameters = [x for x in others if trace.follows(x)]
     all_buffers = all(trace.parameters.owner_of(x) in trace.parameters.buffers for x in parameters)
     if not parameters or (all_buffers and call.results[0].dtype == torch.bool):  # a mask
@@ -146,9 +146,11 @@ def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], coun
 def _combine_others(
     trace: Trace, call: Call, units: Tensor, others: Sequence[Tensor], labels: list[Labels]
 ) -> tuple[Tensor, set[str], int]:
-    """Let activations of these `units` meet parameters and constants, and append the parameters' labels to `labels`."""
-    # Returned: the units, the names of parameters with one entry for each unit, and how many operands are the same for
-    # all units.
+    """Let activations of these `units` meet parameters and constants; append the parameters' labels to `labels`.
+
+    Return the units, the names of the parameters that have one entry for each unit, and the number of constants that
+    are the same for all units.
+    """
     scales: set[str] = set()
     constants = 0
     for x in others:
@@ -164,7 +166,7 @@ def _combine_others(
         else:
             constant = x.reshape(padded)
             rows = [constant.narrow(dim, 0, 1).expand_as(constant) for dim in shared]
-            if x.is_meta or not all(torch.equal(constant, row) for row in rows):  # zeros, ones serve every width
+            if x.is_meta or not all(torch.equal(constant, row) for row in rows):  # one number serves every width
                 sizes = [size if dim in shared else 1 for dim, size in enumerate(padded)]
                 key = trace.units.key(f"constant beside {call.name}", call.module)
                 entries = trace.units.fresh(math.prod(sizes), key)
@@ -232,12 +234,12 @@ def blend(trace: Trace, call: Call) -> None:
     after = replace(after, norms_since=after.norms_since | {name}, linear=before.linear and is_identity)
     trace.label(call.out, replace(after, range=before.range if is_identity else None))
     if chains := trace.chains.get(before.passage.carrier or ""):
-        chains.pop()  # a new layer does not meet the activation: a new blend has the amount zero
+        chains.pop()  # behind a new layer the blend is new, too, and its amount is 0
 
 
 def _gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes: Sequence[torch.dtype]) -> float:
     """Return the number in front of an elementwise result of `operands`, the first of which are activations."""
-    # Where nothing that reads the result can undo the number, the trace notes it: both networks need the same there.
+    # If no layer that reads the result can undo the number, the trace notes it: both networks need the same number.
     first = operands[0].gain
     if call.plain in LINEAR and len(operands) == 1:
         absorbed = operands[0].result_of in trace.seen_as.scale_absorbed
@@ -246,7 +248,7 @@ def _gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes
         return math.prod(labels.gain for labels in operands)
     if call.plain in HOMOGENEOUS and len(operands) == 1 and first > 0:
         return first
-    # A mask has no size.
+    # The number in front of a mask of booleans does not count.
     gains = {labels.gain for labels, dtype in zip(operands, dtypes, strict=False) if dtype != torch.bool} or {1.0}
     alone = len(operands) == len(dtypes) == len(call.tensors)
     numbers = [x for x in call.args if isinstance(x, (int, float)) and not isinstance(x, bool)]
@@ -255,7 +257,7 @@ def _gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes
         units = torch.cat([torch.unique(trace.units.drop_repeats(labels.units)) for labels in scaled])
         key = trace.units.key(f"number before {call.plain}", call.module)
         trace.fixed_gains[key] = (tuple(labels.gain for labels in scaled), units, str(call))
-    # A sum keeps the number beside what is added: softmax asks for it.
+    # A sum of logits and a mask keeps the number in front of the logits, which the rule of softmax notes.
     return gains.pop() if call.plain in SUMS and len(gains) == 1 else 1.0
 
 

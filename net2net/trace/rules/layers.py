@@ -1,4 +1,4 @@
-"""Layers, whose weights read units and produce new ones; and products of two activations."""
+"""Rules for layers, whose weights read units and produce new ones, and for products of two activations."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,7 +79,7 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
         if shape[0] == product.groups and shape[1] == 1 and not split:
             if produced_entries is None or len(produced_entries) >= len(reads):
                 return _apply_depthwise(trace, call, product, name, reads)
-            # One filter for all units: a part of the weight, repeated.
+            # The weight is one filter, which is repeated for all units.
             return trace.label(call.out, Labels.of(spread(reads, product.dim, call.out.shape), labels))
         produced = _produce_in_groups(trace, product, name, reads, times)
     else:
@@ -100,6 +100,7 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
 
 
 def _tensor_names(trace: Trace, product: Product, weight: str) -> dict[str, str]:
+    """Return the names of a layer's weight and bias by their roles."""
     bias = trace.parameters.name_of(product.bias)
     return {"weight": weight} | ({} if bias is None else {"bias": bias})
 
@@ -120,7 +121,7 @@ def _record_layer(trace: Trace, product: Product, weight: Weight, units: tuple[T
 
 
 def _apply_depthwise(trace: Trace, call: Call, product: Product, name: str, reads: Tensor) -> None:
-    """Record a layer with a filter for each unit: the units go on."""
+    """Record a layer with one filter for each unit, and label its result with the units that it reads."""
     labels = trace.labels(product.x)
     assert labels is not None
     tensors = _tensor_names(trace, product, name)
@@ -135,8 +136,8 @@ def _apply_depthwise(trace: Trace, call: Call, product: Product, name: str, read
 
 
 def _produce_in_groups(trace: Trace, product: Product, name: str, reads: Tensor, times: int) -> Tensor:
-    """Return the units that a grouped layer produces; those of one group, read and produced, belong to it."""
-    # `times` groups in turn count as one. The last takes what is left.
+    """Return the units that a grouped layer produces, and relate all units that a group reads or produces to it."""
+    # `times` neighbouring groups count as one. The last one takes what is left.
     groups = product.groups
     count = -(-groups // times)
     if product.reads == 0:  # transposed
@@ -157,7 +158,7 @@ def _produce_in_groups(trace: Trace, product: Product, name: str, reads: Tensor,
 
 @rule("zero")
 def overwrite(trace: Trace, call: Call) -> None:
-    """Zeros in a copy of a parameter are the same for all units, whatever they copy."""
+    """A copy of a parameter that is set to zero is the same for all units."""
     if trace.is_activation(call.args[0]):
         unknown(trace, call)
 
@@ -200,7 +201,7 @@ def matmul(trace: Trace, call: Call) -> None:
 
 @rule("grouped_mm")
 def grouped_product(trace: Trace, call: Call) -> None:
-    """Every row goes through one matrix of a stack; ends of groups, which say through which, are no units."""
+    """Each group of rows is multiplied by one matrix of a stack. The numbers that end the groups are no units."""
     x, weight, ends = call.args[0], call.args[1], call.arg(2, "offs")
     if x.dim() != 2 or weight.dim() != 3 or ends is None or not carries_no_units(trace, ends):
         raise CannotFollow(f"{call} multiplies something else than rows by a stack of matrices")
@@ -212,7 +213,7 @@ def _is_weight(trace: Trace, factor: Tensor) -> bool:
 
 
 def _is_contracted(trace: Trace, x: Tensor) -> bool:
-    """Tell whether these are queries or keys that a product has summed over: a matrix is then one more of its kind."""
+    """Tell whether `x` holds queries or keys of a contraction: a matrix that it is multiplied by then holds more of them."""
     labels = trace.labels(x)
     known = [side for each in trace.contractions for side in (each.left, each.right)]
     if labels is None or not known:

@@ -1,4 +1,4 @@
-"""Data movement: the labels move as the data do."""
+"""Rules for data movement: the labels move as the data do."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -59,7 +59,7 @@ def movement(trace: Trace, call: Call) -> None:
 
 
 def _label_beside(trace: Trace, call: Call, constant: Tensor, others: Sequence[Labels]) -> Tensor:
-    """Return labels for a constant that is joined to activations: what is one number serves units of any width."""
+    """Return labels for a constant that is joined to activations; if all of it is one number, it serves any width."""
     if constant.is_meta or not constant.numel() or not bool((constant == constant.reshape(-1)[0]).all()):
         return label_constant(trace, call, constant.shape)
     shapes = [trace.units.drop_repeats(other.units).shape for other in others if other.units.dim() == constant.dim()]
@@ -72,8 +72,8 @@ def _label_beside(trace: Trace, call: Call, constant: Tensor, others: Sequence[L
 
 
 def check_places(trace: Trace, call: Call, axes: Collection[int] | None, moved: Sequence[Tensor]) -> None:
-    """Raise CannotFollow unless values that are no units choose places along `axes`, where `moved` carry no units."""
-    # Whatever the values are, the units at the places are then the same.
+    """Raise CannotFollow if the values that choose places carry units, or if `moved` carry units along these `axes`."""
+    # Otherwise the units at the chosen places are the same, whatever the values are.
     chosen_by = [x for x in call.tensors if not any(x is other for other in moved)]
     if axes is None or not all(carries_no_units(trace, x) for x in chosen_by):
         raise CannotFollow(f"{call} moves it to where the values say")
@@ -127,6 +127,7 @@ def scatter(trace: Trace, call: Call) -> None:
 
 
 def _move_view(trace: Trace, call: Call, parameter: Tensor) -> None:
+    """Remember what a movement makes of a parameter as a view of the parameter."""
     view = trace.parameters.view(parameter)
     if view is None:
         return

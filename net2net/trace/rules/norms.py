@@ -1,4 +1,4 @@
-"""Norms: their statistics are one for each unit (batch norm), or taken across units (layer norm, group norm)."""
+"""Rules for norms, which take statistics of each unit (batch norm) or across units (layer norm, group norm)."""
 
 import math
 from dataclasses import replace
@@ -32,7 +32,7 @@ def batch_norm(trace: Trace, call: Call) -> None:
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(trace: Trace, call: Call) -> None:
-    """The norm must see all units equally often, or added means (layer norm) or zeros (RMS norm)."""
+    """The norm must see all units equally often, or padding that it undoes: means (layer norm) or zeros (RMS norm)."""
     labels = _activation(trace, call)
     is_rms = call.plain == "rms_norm"
     units, tensors = labels.units, {}
@@ -48,7 +48,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
     size = math.prod(shape)
     lead = trace.units.drop_repeats(units).shape[: units.dim() - len(shape)]
     rows = units[tuple(slice(0, n) for n in lead)].reshape(-1, size)
-    # A unit that holds a mean deviates from it at other positions only.
+    # If the norm takes several positions together, a unit that holds the mean of each position is not centred to zero.
     once = size == max(shape) and len(torch.unique(trace.units.find(rows[0]))) == size
     kind = NormKind.RMS if is_rms else NormKind.LAYER
     norm = Norm(trace.units.key("norm", call.module), kind, rows, tensors, eps, call.module)
@@ -72,13 +72,14 @@ def group_norm(trace: Trace, call: Call) -> None:
 
 
 def _activation(trace: Trace, call: Call) -> Labels:
+    """Return the labels of the activation that a norm takes."""
     if not trace.is_activation(call.args[0]):
         raise CannotFollow(f"{call} normalises a parameter")
     return first_labels(trace, call)
 
 
 def _parameters(trace: Trace, call: Call, roles: dict[str, tuple[int, str]], units: Tensor) -> dict[str, str]:
-    """Return the names of the tensors with one entry for each of `units`; `roles` say where the call has them."""
+    """Return the names of the tensors with one entry for each of `units`; `roles` says which arguments they are."""
     given = {role: trace.parameters.name_of(call.arg(*place)) for role, place in roles.items()}
     tensors = {role: name for role, name in given.items() if name is not None}
     for name in tensors.values():

@@ -1,8 +1,8 @@
 """Recurrent functions rewritten as two time steps, which show everything that a step does to units.
 
-A first step from nothing makes a state. A second step reads it, and shows the bias that the first one leaves out. Where
-the network gives an initial state, both steps read one. The results have the labels of the second step at every
-position: the units of all steps are the same.
+The first step has no state to read, and makes one. The second step reads it with the weights and the bias that the
+first one did not use. If the network gives an initial state, both steps read a state. The results have the labels of
+the second step at every position, because the units of all steps are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def _simple(activation: Activation, from_input: Tensor, from_state: Tensor | Non
 
 
 def _is_blank(state: Tensor) -> bool:
-    """Tell whether an initial state is zeros that nothing is known of, as torch makes it."""
+    """Tell whether an initial state is the zeros that torch makes, and neither learned nor computed."""
     is_known = isinstance(state, nn.Parameter) or any(key.startswith("_net2net") for key in vars(state))
     return not (is_known or state.any())
 

@@ -36,7 +36,7 @@ def channelwise(trace: Trace, call: Call) -> None:
         "linear": labels.linear and is_average,
         "after_norm": labels.after_norm,
         "passage": labels.passage if is_average else NOTHING,
-        # With the zeros of the padding.
+        # A pool may pad its input with zeros.
         "range": join_ranges([labels.range, (0.0, 0.0)]) if "pool" in name and "lp" not in name else None,
     }
     for out in call.results:
@@ -47,16 +47,16 @@ REDUCTIONS = """
     mean sum amax amin max min prod var std var_mean std_mean norm linalg_norm linalg_vector_norm logsumexp all any
     argmax argmin nansum nanmean count_nonzero median nanmedian
 """
-EVENLY = names("mean amax amin max min all any")  # equal copies of all units change nothing
+EVENLY = names("mean amax amin max min all any")  # stay the same if all units are copied equally often
 
 
 @rule(*names(REDUCTIONS))
 def reduction(trace: Trace, call: Call) -> None:
     """A mean or sum over positions keeps the units."""
-    # A mean or an extreme over units is a new unit, which stays what it is if each of them is copied equally often. Any
-    # other result makes one unit of them, which moves as a whole.
+    # A mean or an extreme over units is a new unit. It stays the same if all these units are copied equally often. Any
+    # other reduction over units makes one unit of them, which moves as a whole.
     if any(isinstance(x, Tensor) for x in call.args[1:]):
-        return pointwise(trace, call)  # the maximum of two
+        return pointwise(trace, call)  # such as the maximum of two tensors
     labels, name = first_labels(trace, call), call.plain
     rank, dims = labels.units.dim(), call.arg(2 if "norm" in name else 1, "dim")
     dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
@@ -82,7 +82,7 @@ def reduction(trace: Trace, call: Call) -> None:
 
 
 def _divisor(trace: Trace, call: Call, size: int) -> int | None:
-    """Return by what a sum of squares over units is divided; None for another reduction."""
+    """Return the number that divides the sum of squares in a reduction over units; None for other reductions."""
     name, labels = call.plain, trace.labels(call.args[0])
     if name in ("var", "std"):
         unbiased = call.arg(2, "unbiased", True)
@@ -113,7 +113,7 @@ def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) 
 
 @rule(*names("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin sort argsort topk"))
 def lengthwise(trace: Trace, call: Call) -> None:
-    """Functions along an axis, as softmax: over positions they keep the units, units move as a whole."""
+    """A function along an axis, such as softmax: along positions it keeps the units, units along it move as a whole."""
     labels = first_labels(trace, call)
     name = call.plain
     default = -1 if name in ("sort", "argsort", "topk") else None

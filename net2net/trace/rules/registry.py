@@ -1,4 +1,4 @@
-"""Register rules and find the rule of a call; what every rule needs."""
+"""Register rules, find the rule of a call, and offer what all rules need."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -135,7 +135,7 @@ def _check_not_empty(trace: Trace, call: Call) -> None:
     followed = [x for x in call.tensors if trace.follows(x)]
     if len(followed) < 2 or call.plain == "index" or all(x.numel() for x in followed):
         return
-    if call.plain in ("cat", "concat", "concatenate"):  # of units it adds none; positions might be of other units
+    if call.plain in ("cat", "concat", "concatenate"):  # it adds no units, but its positions might belong to others
         dim, filled = call.arg(1, "dim", 0), [known for x in followed if x.numel() and (known := trace.labels(x))]
         if any(trace.units.drop_repeats(known.units).shape[dim] > 1 for known in filled):
             return
@@ -174,7 +174,7 @@ class CannotFollow(Exception):
 def pin_operands(trace: Trace, call: Call, why: str) -> None:
     """Pin every unit that meets in `call`, and follow none of them further: each result is one unit of fixed size."""
     values = trace.parameters.values
-    for x in call.tensors:  # it is of no use to tell the elements of a parameter apart
+    for x in call.tensors:  # one unit for all elements of a parameter
         if (view := trace.parameters.view(x)) is not None and view.name not in values:
             unit = trace.units.fresh(1, Key(view.name), distinct=False)
             values[view.name] = unit.expand(trace.parameters.tensors[view.name].numel())
@@ -190,7 +190,7 @@ def pin_operands(trace: Trace, call: Call, why: str) -> None:
 
 
 def carries_no_units(trace: Trace, x: Tensor) -> bool:
-    """Tell whether all elements of a tensor are one unit, or of none."""
+    """Tell whether a tensor tells no units apart: all its elements are one unit, or the pass knows none of them."""
     labels = trace.labels(x) if trace.is_activation(x) else None
     return labels is None or trace.units.drop_repeats(labels.units).numel() <= 1
 
@@ -203,7 +203,7 @@ def first_labels(trace: Trace, call: Call) -> Labels:
 
 
 def label_constant(trace: Trace, call: Call, shape: Sequence[int]) -> Tensor:
-    """Return labels for a tensor of constants: one unit, which has the same width in both networks."""
+    """Return labels for a tensor of constants: they are all one unit, which both networks have."""
     return trace.units.fresh(1, trace.units.key(f"constant {call.name}", call.module))[0].expand(tuple(shape))
 
 

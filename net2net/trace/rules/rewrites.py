@@ -1,4 +1,4 @@
-"""Functions rewritten in other functions, which have rules: gated units, attention, sums of products."""
+"""Functions that are rewritten in other functions, which have rules: gated units, attention, sums of products."""
 
 import inspect
 import math
@@ -52,7 +52,7 @@ def attention(
     enable_gqa: bool = False,
     **__: Any,
 ) -> Tensor:
-    """Softmax of queries by keys, times values. Masks hide positions and say nothing of units."""
+    """Multiply the softmax of queries times keys by the values. Masks hide positions and say nothing of units."""
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
@@ -118,7 +118,7 @@ def einsum(equation: object, *operands: Tensor) -> object:
 
 
 def _einsum_by_matmul(operands: Sequence[Tensor], terms: tuple[str, str, str], summed: list[str]) -> Tensor:
-    """Multiply matrices of (axes of one factor alone) x `summed` for every entry of the other shared axes."""
+    """Multiply (own axes x `summed`) by (`summed` x own axes), for every entry of the axes that both factors keep."""
     a, b, result = terms
     batch = [c for c in a if c in b and c in result]
     rows, columns = [c for c in a if c not in b], [c for c in b if c not in a]
