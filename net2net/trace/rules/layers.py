@@ -213,7 +213,7 @@ def _is_weight(trace: Trace, factor: Tensor) -> bool:
 
 
 def _is_contracted(trace: Trace, x: Tensor) -> bool:
-    """Tell whether `x` holds queries or keys of a contraction: a matrix that it is multiplied by then holds more of them."""
+    """Tell whether `x` holds queries or keys of a contraction: a matrix that multiplies it then holds some, too."""
     labels = trace.labels(x)
     known = [side for each in trace.contractions for side in (each.left, each.right)]
     if labels is None or not known:
