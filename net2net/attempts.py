@@ -21,7 +21,7 @@ SECONDS = 30.0  # see `Patience`
 
 @dataclass
 class Patience:
-    """How long a search goes on in vain: some seconds, or three times as long as its first attempt takes."""
+    """How long a search goes on without success: some seconds, or three times as long as its first attempt takes."""
 
     started: float = field(default_factory=lambda: time.monotonic())
     limit: float = 0.0
@@ -39,17 +39,17 @@ class Patience:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to pair and fill."""
+    """One way to pair the layers of two networks, and to fill the student."""
 
     rename: Rename  # how layers are paired by name
     passing_all: bool = False  # see `plan.make_plan`
     in_pairs: bool = False  # see `plan.make_plan`
-    absorb: bool = False  # whether layers take the numbers that they are multiplied by for their own
+    absorb: bool = False  # whether numbers that multiply a layer's result count as part of its weights
     both_modes: bool = True  # whether the growth fits what the training mode adds, too
 
 
 def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb: bool = False) -> list[Attempt]:
-    """List the ways to pair and fill, the likeliest first; with `absorb` once more with numbers absorbed."""
+    """List the ways to pair and fill, the likeliest first. With `absorb` each of them comes again with `absorb` set."""
     pairings = candidates(teacher, student) if rename is None else [rename]
     deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
     ways = [Attempt(None)]
@@ -85,7 +85,7 @@ def serve_most_modes(
     grow: Callable[[Attempt], Result], attempts: list[Attempt], generator: torch.Generator, asks: bool
 ) -> tuple[Result, TransferError | None]:
     """Return the first that serves both modes, else the first that serves the eval mode and why none serves both."""
-    # `asks`: the training mode may add something at all.
+    # `asks` says whether the training mode may add something.
     try:
         return first_that_serves(grow, attempts, generator), None
     except TransferError as refusal:

@@ -165,7 +165,7 @@ def _name_operator(record: Record, hows: set[str]) -> str:
 
 
 def _list_layers(record: Record) -> tuple[set[str], dict[str, str]]:
-    """Return in which ways layers are larger or new, and what the certificate says of each, by its largest tensor."""
+    """Return the ways in which layers are larger or new, and what the certificate says of each layer."""
     shapes, hows, found = record.shapes[1], set(), {}
     for name in record.largest_tensors().values():
         origin, shape = record.origins[name], "x".join(map(str, shapes[name]))
@@ -214,7 +214,7 @@ def _tolerance(*models: nn.Module) -> float:
 
 
 def _is_close(stated: Difference, found: Difference, tolerance: float, largest: float) -> bool:
-    """Whether two differences are one but for rounding; sentences are, whatever they say."""
+    """Tell whether two differences are equal up to rounding. Two sentences count as equal, whatever they say."""
     if isinstance(stated, str) or isinstance(found, str):
         return isinstance(stated, str) and isinstance(found, str)
     allowed = {"max_abs": tolerance * largest, "max_relative": tolerance}

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher: by the largest difference, never by a sum that could cancel."""
+"""Measure how far a student is from its teacher: by the largest difference, never by a sum that could cancel."""
 
 import math
 from collections.abc import Collection
@@ -120,7 +120,7 @@ class _Judge:
 
     def run(self, model: nn.Module, inputs: Inputs, *modes: AbstractContextManager) -> Any:
         """Return the network's output; in training mode with random numbers that are the same for all units."""
-        # What disturbs draws random numbers of its own, under the constants.
+        # `SameForAll` comes last: the modes before it, which disturb numbers, then draw real random numbers.
         return run(model, inputs, self.training, modes=[*modes, *([SameForAll()] if self.training else [])])
 
     def check(self, inputs: Inputs, theirs: object, where: str, largest: float = 0.0) -> Equivalence:
@@ -139,9 +139,9 @@ class _Judge:
 
     def _rounding(self, model: nn.Module, inputs: Inputs, output: object, largest: float) -> float:
         """Return the difference that rounding can explain: twice what it is measured to be in one of the networks."""
-        # In a thousand random networks the student differs by 1.4 times that at most, and by 0.3 times in the median.
-        # The bound, `largest` or the square root of the coarsest precision that ran, is for networks that amplify more:
-        # those would let anything pass.
+        # In a thousand random networks the student's difference was 1.4 times the measured rounding at most, and 0.3
+        # times in the median. Some networks amplify rounding so far that anything would pass. They are held to a bound:
+        # `largest`, or the square root of the coarsest precision that was computed in.
         runs = disturbed_runs(partial(self.run, model), inputs)
         outputs, precisions = zip(*runs, strict=True)
         measured = [compare(output, each).max_relative for each in outputs]

@@ -31,7 +31,7 @@ class TransferError(Exception):
 
 @contextmanager
 def no_other_error(doing: str) -> Iterator[None]:
-    """Turn every other exception into a TransferError that says where in this package it was raised, `doing` what."""
+    """Turn any exception but TransferError into a TransferError that says where it was raised, and `doing` what."""
     try:
         yield
     except TransferError:
@@ -53,7 +53,7 @@ def no_other_error(doing: str) -> Iterator[None]:
 
 
 def used_differently(name: str) -> TransferError:
-    """Return the error of a tensor that the two networks do not use for the same."""
+    """Return the error of a tensor that the two networks use differently."""
     where = "in the teacher and in the student, or in one of them not at all"
     advice = "where values choose what is used, give an example of more rows"
     return TransferError(f"The forward pass uses {name} differently {where}: {advice}.")

@@ -27,8 +27,8 @@ SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 def gradients(record: Record, theirs: Mapping[str, Tensor], student: nn.Module) -> dict[str, Tensor]:
     """Predict the gradients of the student's parameters from the teacher's, on the same loss and inputs.
 
-    They are exact where every copy takes an equal share (`split="equal"`) and each unit of a larger one is copied as
-    often as the others; with uneven shares they are right on average.
+    They are exact where every copy takes an equal share (`split="equal"`) and all units of one group or head are copied
+    equally often. With uneven shares they are right on average.
 
     Args:
         record: of the growth.
@@ -36,8 +36,8 @@ def gradients(record: Record, theirs: Mapping[str, Tensor], student: nn.Module) 
         student: the grown network.
 
     Returns:
-        Gradients by name, each in the shape of its parameter, without new layers. They are NaN where they do not follow
-        from the teacher's: in new entries, padding, rotated streams, and the outer taps of larger kernels.
+        Gradients by name, each in the shape of its parameter, without those of new layers. They are NaN where they do
+        not follow from the teacher's: in new entries, padding, rotated streams, and the outer taps of larger kernels.
 
     Example:
         >>> teacher, student = nn.Linear(3, 4), nn.Linear(3, 4)
@@ -95,9 +95,9 @@ def parameter_groups(record: Record, old: Optimizer, teacher: nn.Module, student
 
     Returns:
         Groups with the settings of the old ones and a further key, `origin`: "copied" for tensors of the teacher's
-        shape, "grown" for larger ones, "new" for those of new layers. Those are in the group that holds most tensors of
-        their kind, weights or vectors (biases, norms). Parameters that `old` does not hold, or that need no gradient,
-        are left out.
+        shape, "grown" for larger ones, "new" for those of new layers. New ones are in the group that holds most tensors
+        of their kind, weights or vectors (biases, norms). Parameters that `old` does not hold, or that need no
+        gradient, are left out.
 
     Raises:
         TransferError: `old` holds parameters that are not the teacher's.
@@ -146,7 +146,7 @@ def optimizer_state(
     """Carry the state of the teacher's optimizer into the student's, in place.
 
     `new` keeps its parameter groups, with the rates and the decay that you gave it. Every parameter in it that the
-    teacher has, too, has its step count and its moments; entries without a teacher's start at zero.
+    teacher has, too, gets its step count and its moments; entries that copy none of the teacher's start at zero.
 
     Args:
         record: of the growth.

@@ -76,7 +76,7 @@ def keep_configs(before: Mapping[str, "Facts"], grown: nn.Module, inputs: Inputs
     `before` are the facts of the models before they grew, by name. What the network computes on the inputs stays as it
     is to the last bit.
     """
-    right: set[int] = set()  # configs
+    right: set[int] = set()  # the ids of configs that are right
     for name, old in before.items():
         model, kind = grown.get_submodule(name), type(grown.get_submodule(name)).__name__
         if id(getattr(model, "config", None)) in right:
@@ -86,7 +86,7 @@ def keep_configs(before: Mapping[str, "Facts"], grown: nn.Module, inputs: Inputs
         try:
             if (new := Facts.of(model)) != old:
                 refusal = _Search(model, old, new, partial(run, grown, inputs)).run()
-        except Exception as error:  # of the class or the config, which are not ours
+        except Exception as error:  # the class and the config are not ours, and may raise anything
             refusal = f"{kind} cannot be made from its config alone ({error})"
         if refusal is not None:
             refuse_to_save(model, f"{refusal}: {ADVICE}.")
@@ -122,7 +122,7 @@ class _Search:
                 what = wrong[0].rstrip(":") or "it"
                 return f"The config of {type(self.model).__name__} has no value that makes {what} as it is now"
             values = found
-        for more in ({}, *moves):  # several configs may make the same shapes, as other heads of another size
+        for more in ({}, *moves):  # several configs may make the same shapes: other numbers of heads of another size
             if not self._list_wrong(values | more) and self._take(values | more):
                 return None
         return f"What {type(self.model).__name__} computes from its config changes with the sizes that have grown"
@@ -136,7 +136,7 @@ class _Search:
         return self.made[key]
 
     def _list_wrong(self, values: Values) -> list[str]:
-        """List what the class makes otherwise from these values than the model has it, but for numbers that stayed."""
+        """List what the class makes of these values that differs from the model; numbers that stayed do not count."""
         made, mine, before = self._facts(values), self.after, self.before
         if made is None:
             return [*self.plain.structure, *mine.structure, *("" for _ in mine.numbers), ""]  # more than any other
@@ -144,7 +144,7 @@ class _Search:
             name
             for name in dict.fromkeys((*before.structure, *mine.structure, *made.structure))
             if (now := mine.structure.get(name)) != (new := made.structure.get(name))
-            # What the class makes of this model, but the model never had or has otherwise, is none of the growth's.
+            # A difference that was there before the growth does not count.
             and (now != before.structure.get(name) or new != self.plain.structure.get(name))
         ]
         for place, now in mine.numbers.items():
@@ -153,7 +153,7 @@ class _Search:
         return wrong
 
     def _list_moves(self) -> Iterator[dict[Field, Any]]:
-        """List values to try: what sizes of that number became, the same in proportion, two in one proportion."""
+        """List changes to try: to what a size of that number became, in proportion to one, of two in one proportion."""
         mine, plain = self.after, self.plain
         pairs = {
             (old, mine.numbers.get(place)): None for place, old in plain.numbers.items() if type(old) in (int, float)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-# What is drawn: a number for `rand` that keeps what dropout at less than a half keeps, however its mask is computed.
+# What is drawn instead. With 0.5 for `rand`, dropout at a rate below a half keeps a unit, however its mask is computed.
 DRAWN = dict.fromkeys(["rand", "rand_like", "uniform"], 0.5)
 DRAWN |= dict.fromkeys(["randn", "randn_like", "normal", "bernoulli", "exponential"], 1.0)
 DROPOUT = {f"{kind}dropout" for kind in ("", "alpha_", "feature_", "feature_alpha_")}

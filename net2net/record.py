@@ -25,7 +25,7 @@ EXACT_IN_TRAINING = "exact, apart from random numbers: copies of a unit draw the
 
 NEW = -1  # the teacher has no such unit: the student keeps its own value, and the weights that read it are zero
 ZERO = -2  # zero everywhere: what pads an RMS norm
-MEAN = -3  # MEAN - k is the mean of the teacher's units, or entries, `means[k]`: what pads a layer norm
+MEAN = -3  # MEAN - k is the mean of the teacher's units, or entries, `means[k]`; this pads a layer norm
 
 
 class How(StrEnum):
@@ -64,13 +64,13 @@ class Matrix(StrEnum):
 class Axis:
     """One axis of a student tensor: entry j comes from entry `index[j]` of the teacher's axis."""
 
-    index: Tensor  #: teacher entries; a negative one is NEW, ZERO or MEAN - k; in groups it may have a row a group
+    index: Tensor  #: teacher entries, in groups one group after another; a negative one is NEW, ZERO or MEAN - k
     first: Tensor  #: marks the entries that are not a copy of an earlier one
     reads: bool  #: whether the axis reads units, so that copies divide a weight among themselves
     #: The part of the teacher's weight (if it reads) or gradient (if not) that each entry takes, float64. A negative
     #: share belongs to the second unit of a sign pair.
     share: Tensor
-    groups: int = 1  #: copies divide a weight among those of their own group
+    groups: int = 1  #: the number of groups; a weight is divided among the copies inside one group
     means: tuple[Tensor, ...] = ()  #: for each code MEAN - k the teacher entries to average
 
     @property
@@ -110,8 +110,8 @@ class Origin:
     factor: float = 1.0  #: multiplies the whole tensor
     rows: Tensor | None = None  #: multiplies each entry of the axis that produces units, float64
     turn: int | None = None  #: the seed of a random rotation of the units between this layer and the next
-    tied: bool = False  #: it is an embedding that a layer reads, too, or takes the shares of one
-    offset: float = 0.0  #: what the network adds to it before use: all of the above is of this sum
+    tied: bool = False  #: whether it is an embedding that a layer reads, too, or takes the shares of such a one
+    offset: float = 0.0  #: what the network adds to it before use; the fields above describe this sum
     merged: tuple[int, int] = (1, 1)  #: (groups, times): `times` groups of the teacher's make one, with zeros between
     mixed: tuple[Mixed, ...] = ()  #: axes that are a matrix times the teacher's, whatever `axes` says of them
 
@@ -125,7 +125,7 @@ class Record:
 
     origins: dict[str, Origin]  # of every parameter and buffer of the student by name
     split: str  # how copies divide a weight: equal, uneven or paired; "fresh" for none; "pad" for `random_pad`
-    noise: float  # as of `transfer`
+    noise: float  # see `transfer`
     eps: dict[str, float] = field(default_factory=dict)  # the new eps of norms, by module or attribute
     # The state of the generator that shares are drawn from.
     state: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))

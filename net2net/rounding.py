@@ -1,4 +1,4 @@
-"""How much of a network's output is rounding, in the arithmetic that its forward pass runs in."""
+"""Measure how much of a network's output is rounding, in the arithmetic that its forward pass runs in."""
 
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from .network import Inputs, tensors_in
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
-DRAWS = 4  # of one number alone a single draw may happen to show too little
+DRAWS = 4  # if an output is a single number, one draw may happen to show too little
 
 
 class Disturbing(TorchFunctionMode):
@@ -32,7 +32,7 @@ class Disturbing(TorchFunctionMode):
         operands = tensors_in([*args, *(kwargs or {}).values()])
         held = {_place(x) for x in operands}
         stored = [torch.finfo(x.dtype).eps for x in operands if isinstance(x, nn.Parameter) and x.dtype in DTYPES]
-        for x in tensors_in(out) if held else ():  # neither constants nor, below, views
+        for x in tensors_in(out) if held else ():  # no constants and, below, no views
             if x.dtype in DTYPES and _place(x) not in held | {None}:
                 self.disturb(x, max(stored, default=0.0))  # a weight in few bits is rounded when it is filled
         return out

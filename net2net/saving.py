@@ -61,7 +61,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, base: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """Return the network that `save` wrote to a folder, with the difference of 0 to the one that was saved.
+    """Return the network that `save` wrote to a folder. It computes exactly what the saved one computes.
 
     Args:
         folder: the folder.

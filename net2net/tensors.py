@@ -60,7 +60,7 @@ def merge_groups(weight: Tensor, groups: int, times: int, between: float = 0.0) 
 
 
 def find_eps(model: nn.Module, place: str) -> tuple[nn.Module, str]:
-    """Return the module and the attribute at a place of `Record.eps`: a module's `eps`, or another of its numbers."""
+    """Return the module and the attribute at a place of `Record.eps`: that attribute, or the `eps` of that module."""
     path, _, name = place.rpartition(".")
     parent = model.get_submodule(path)
     return (parent, name) if isinstance(getattr(parent, name, None), float) else (model.get_submodule(place), "eps")

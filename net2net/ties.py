@@ -1,4 +1,4 @@
-"""A teacher that ties tensors which its student has apart, as a table and the last layer of a language model."""
+"""Untie tensors that a student keeps apart and its teacher does not: a table and the last layer, for example."""
 
 import copy
 from dataclasses import replace
@@ -7,11 +7,11 @@ from torch import nn
 
 from .record import Record
 
-Ties = dict[str, str]  # names of tied tensors that the student has apart -> the name that the teacher has for each
+Ties = dict[str, str]  # tied tensor that the student keeps apart -> the first name that the teacher has for it
 
 
 def untie(teacher: nn.Module, student: nn.Module) -> tuple[nn.Module, Ties]:
-    """Return the teacher with those tensors apart that the student has apart; their values stay the same memory."""
+    """Return a teacher in which the tensors are untied that the student keeps apart; their values share memory."""
     mine = dict(student.named_parameters(remove_duplicate=False))
     first_names: dict[int, str] = {}
     ties: Ties = {}
@@ -36,7 +36,7 @@ def untie(teacher: nn.Module, student: nn.Module) -> tuple[nn.Module, Ties]:
 
 
 def tie_again(record: Record, ties: Ties) -> Record:
-    """Return the record of a growth of the untied teacher as one of the teacher itself."""
+    """Turn the record of a growth of the untied teacher into one of the teacher itself."""
     if not ties:
         return record
     tied = set(ties.values())

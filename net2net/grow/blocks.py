@@ -1,4 +1,4 @@
-"""More blocks in a stack whose length the model's config counts, as `num_hidden_layers`."""
+"""Add blocks to a stack whose length the model's config holds, such as `num_hidden_layers`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ Renamed = dict[str, str]  # prefixes of the deeper model to those of the old one
 
 
 def add_blocks(model: nn.Module, after: Sequence[str]) -> tuple[nn.Module, Renamed] | None:
-    """Return a copy with a new block behind each of the blocks `after`, and what its blocks were called.
+    """Return a copy with a new block behind each of the blocks `after`, and the old names of its blocks.
 
-    The new blocks are those of the model's class, made from the config with another length. None: these are not the
-    blocks of one stack, or no number of the config is its length.
+    The model's class makes the new blocks, from the config with a larger length. The result is None if `after` names no
+    blocks of one stack, or if no number of the config is the length of the stack.
     """
     (stack, *others), counts = dict.fromkeys(name.rpartition(".")[0] for name in after), Counter(after)
     if others or not hasattr(model, "save_pretrained") or "save_pretrained" in vars(model):
@@ -30,7 +30,7 @@ def add_blocks(model: nn.Module, after: Sequence[str]) -> tuple[nn.Module, Renam
     new = [place for place, k in enumerate(sources) if sources.index(k) != place]
     renamed = {f"{stack}.{place}": "" if place in new else f"{stack}.{k}" for place, k in enumerate(sources)}
     for values in _list_lengths(model, sources):
-        with suppress(Exception):  # of the class or the config, which are not ours
+        with suppress(Exception):  # the class and the config are not ours, and may raise anything
             plain, made = (Facts.of(make_from_config(model, each)) for each in ({}, values))
             if _is_longer(made, plain, renamed):
                 return _insert(model, stack, values, renamed, plain), renamed
@@ -38,7 +38,7 @@ def add_blocks(model: nn.Module, after: Sequence[str]) -> tuple[nn.Module, Renam
 
 
 def _list_lengths(model: nn.Module, sources: list[int]) -> list[Values]:
-    """List the values of the config that may make a stack longer: one number, with the lists of an entry a block."""
+    """List the values of the config that may make a stack longer: a number, with the lists of one entry per block."""
     fields, length = list(list_fields(model.config)), len(set(sources))
     lists = {
         name: [value[k] for k in sources] for name, value in fields if type(value) is list and len(value) == length
@@ -57,7 +57,7 @@ def _is_longer(made: Facts, plain: Facts, renamed: Renamed) -> bool:
         for (module, key), value in made.numbers.items():
             if theirs and (module == mine or module.startswith(f"{mine}.")):
                 before = plain.numbers.get((theirs + module[len(mine) :], key))
-                if before != value and (before, value) != places:  # as alternating kinds of blocks, by their place
+                if before != value and (before, value) != places:  # as where kinds of blocks alternate
                     return False
     return old == plain.structure
 

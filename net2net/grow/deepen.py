@@ -47,8 +47,8 @@ def deepen(  # noqa: PLR0913 (public signature)
         example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
         after: the modules to put a new layer behind, by name. Of several results the first tensor goes through it.
         activation: makes the activation behind a new layer.
-        make: makes another new layer from its number of units and of positions' dimensions (0: linear). It must be able
-            to be an identity.
+        make: makes the new layer instead, from the number of units and the number of dimensions of positions (0: a
+            linear layer). The layer must be able to be an identity.
         generator: as of `transfer`.
         depth: as of `transfer`.
         calibrate: as of `transfer`.
@@ -107,7 +107,7 @@ def _call_deeper_first(module: Any, inputs: tuple[Any, ...], output: Any) -> Any
     return map_first(output, module.deeper)
 
 
-DEEPER_HOOKS = {hook.__name__: hook for hook in (_call_deeper, _call_deeper_first)}  # as what is saved names them
+DEEPER_HOOKS = {hook.__name__: hook for hook in (_call_deeper, _call_deeper_first)}  # by the names that `save` writes
 
 
 def _calls_children(module: nn.Module) -> bool:
@@ -140,6 +140,7 @@ def _result_of(traced: Trace, name: str) -> tuple[int, int]:
 
 
 def _layer(units: int, dims: int) -> nn.Module:
+    """Make a layer that keeps the number of units and the size of a map."""
     if dims == 0:
         return nn.Linear(units, units)
     return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](units, units, 3, padding=1)

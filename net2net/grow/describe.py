@@ -1,4 +1,4 @@
-"""The unit groups of a network: which layers grow together, how wide they are, and what holds them."""
+"""Describe the unit groups of a network: which layers grow together, how wide they are, and what holds them."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -56,9 +56,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Description:
-    """The unit groups of a network, in the order of its forward pass; as a string it is a table."""
+    """The unit groups of a network, in the order of its forward pass; as a string it is a table.
 
-    # Behind them come layers that the pass does not follow.
+    Layers that the pass does not follow come last.
+    """
 
     groups: tuple[Group, ...]
 
@@ -197,6 +198,6 @@ def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
 
 
 def _components(sets: list[Tensor], count: int) -> Tensor:
-    """Return a number for every unit that is equal for units of sets which overlap, directly or by others."""
+    """Number all units. Units of sets that overlap, directly or through other sets, get the same number."""
     edges = [torch.empty(2, 0, dtype=torch.long), *(torch.stack([x, x[:1].expand_as(x)]) for x in sets)]
     return torch.arange(count).index_copy_(0, *join(torch.cat(edges, dim=1)))

@@ -27,7 +27,7 @@ INPUT = frozenset({"input"})
 
 def extend(model: nn.Module, traced: Trace, inputs: Inputs, widths: Mapping[str, float | int], new: New) -> nn.Module:
     """Return a copy with more outputs, rows or input channels; on those that were there it is exact."""
-    # What `widen` does with `new`. `widths` is checked.
+    # `widen` calls this if it is given `new`, and has checked `widths`.
     if not isinstance(new, Tensor) and new not in ("zero", "mean"):
         raise TransferError(f"new={new!r} is no way to begin: it is 'zero', 'mean' or a tensor of new entries.")
     places, channels = _find_places(traced, widths)
@@ -65,7 +65,7 @@ def _floating(model: nn.Module) -> list[Tensor]:
 
 
 def _find_places(traced: Trace, widths: Mapping[str, float | int]) -> tuple[Places, dict[int, tuple[int, int]]]:
-    """Return which axes of tensors get how many entries, and the input's sizes that grow: axis -> before, after."""
+    """Return the new sizes of axes of tensors, and of the input: axis -> its size before and after."""
     modules: dict[str, list[str]] = {}
     for name, first in traced.parameters.first_names.items():
         modules.setdefault(name.rpartition(".")[0] or name, []).append(first)

@@ -30,7 +30,7 @@ class Change(NamedTuple):
     attribute: str
     before: Any
     after: Any
-    doubtful: bool  # whether a width of the same value, inside the module, stays
+    doubtful: bool  # whether another width in the module has the same value, and stays
 
     def put(self, value: Any) -> None:
         """Give the module this value."""
@@ -75,8 +75,8 @@ def count_copies(traced: Trace, parts: list[list[Tensor]], factors: Mapping[int,
 
 
 def _count_products(traced: Trace, counted: set[int], count: Tensor) -> None:
-    """Set the count of units that are products of two others, as a query head's results are of it and of values."""
-    # Those of both, within what both belong to: a key head.
+    """Set the count of units that are made of two others, as a query head's result is made of the query and a value."""
+    # It is the product of the two counts, divided by the count of what both of them belong to, such as a key head.
     roots, relations = traced.units.roots(), traced.units.relations
     owners: dict[int, set[int]] = defaultdict(set)
     for children, parents in relations.values():
@@ -256,8 +256,8 @@ def _set_channels(module: _ConvNd, shape: torch.Size, old: torch.Size) -> None:
 
 
 def follow_widths(copied: nn.Module, traced: Trace, count: Tensor) -> Changes:
-    """Let whole numbers of modules follow the widths inside them, if all of that value become the same."""
-    # What changed is listed by class for torch's own modules, for the user's by class, attribute and value.
+    """Change each whole number that a module holds as the widths in it of this value change, if all change alike."""
+    # The changes of torch's own modules are listed by class; those of the user's by class, attribute and value.
     changes: Changes = defaultdict(list)
     sizes = _find_sizes(copied, traced, count)
     for name, module in copied.named_modules():
@@ -310,7 +310,7 @@ def _follow(number: int, sizes: Mapping[int, set[int]]) -> int:
 
 def put_doubtful_back(run: Callable[[], None], changes: Changes) -> bool:
     """Put back the fewest kinds of doubtful numbers with which the network runs, and tell whether it does."""
-    # Of a width of the stream that equals that of all heads, say, only one grows.
+    # A number is doubtful where two widths are equal, such as that of a stream and that of all heads, and one grows.
     doubtful = [kind for kind, alike in changes.items() if any(change.doubtful for change in alike)][:DOUBTS]
     for kinds in (each for size in range(len(doubtful) + 1) for each in combinations(doubtful, size)):
         for change in (change for kind in kinds for change in changes[kind]):

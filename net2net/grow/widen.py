@@ -29,9 +29,9 @@ from .shapes import (
 )
 
 Widths = float | Mapping[str, float | int]
-Factors = dict[int, float]  # by what factor each group of units grows, by its number
-TRIES = 64
-KEPT = 3  # groups that keep their width and are named
+Factors = dict[int, float]  # number of a group of units -> the factor by which it grows
+TRIES = 64  # see `_grow_most`
+KEPT = 3  # how many of the groups that keep their width are named
 
 
 @no_other_error("widen")
@@ -188,7 +188,7 @@ def _check_width(width: object, what: str) -> None:
 def _requested_factors(
     description: Description, widths: Mapping[str, float | int], traced: Trace
 ) -> tuple[Factors, dict[int, tuple[str, int]]]:
-    """Return the factor of every group that `widths` names, and which get a number of units, and by what name."""
+    """Return the factor of every group that `widths` names, and the name and number where it gives a number."""
     first_names = traced.parameters.first_names.items()
     other_names = [(name.rpartition(".")[0], first.rpartition(".")[0]) for name, first in first_names]
     factors: Factors = {}
