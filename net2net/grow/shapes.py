@@ -142,7 +142,7 @@ def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:
 def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
     """Return a copy without the record, with the attributes of parameters; `share` leaves the values where they are."""
     for name, module in model.named_modules():
-        # A method or a partial is copied with its module, and torch.compile makes its function anew; no other function.
+        # A method or a partial is copied with its module, and torch.compile makes its function anew. Others are shared.
         if isinstance(vars(module).get("forward"), FunctionType) and not hasattr(module, "_orig_mod"):
             raise TransferError(
                 f"The forward pass of {name or 'the network'} was replaced by a function, which a copy would share: "

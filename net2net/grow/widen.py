@@ -48,14 +48,14 @@ def widen(  # noqa: PLR0913 (public signature)
 ) -> nn.Module:
     """Return a wider copy of a network, of the same class and state-dict keys, that computes the same function.
 
-    Units that only grow together (`describe`) grow by one factor. A width that the forward pass has as a number must be
-    an attribute of a module; it follows the tensors.
+    Units that only grow together (`describe`) grow by one factor. If the forward pass uses a width as a number, this
+    number must be an attribute of a module, and changes with the tensors.
 
     Args:
         model: the network, which is left as it was.
         example: an input: a tensor, a tuple of arguments, or a dict of keyword arguments.
         widths: layers by name (`*` stands for anything) to a factor (a float) or a number of units (an int), as
-            `{"layer2.*": 1.5, "fc1": 96}`. Or one factor for every width that nothing holds and that turns out to grow.
+            `{"layer2.*": 1.5, "fc1": 96}`. Or one factor, for every width that nothing holds and that can grow.
         generator: as of `transfer`; so are `split` and `noise`.
         split: how the copies of a unit divide its outgoing weight.
         noise: changes the function a little.
@@ -156,8 +156,9 @@ def _widen(traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator:
 def _make_runnable(
     inputs: Inputs, traced: Trace, count: Tensor, *, trial: bool = False, follow_all: bool = False
 ) -> tuple[nn.Module, bool]:
-    """Return a copy with room for new units that runs, and whether numbers were put back that may stay as they are."""
-    # The numbers that modules hold follow the widths where it does not run otherwise; all with `follow_all` or `trial`.
+    """Return a copy with room for new units that runs, and whether numbers were put back that it runs without."""
+    # If the copy does not run, the numbers that modules hold follow the widths. Those that it runs without are then put
+    # back, unless `follow_all` or `trial` is set.
     copied = make_room(traced.model, traced, count, trial)
 
     def run_copy() -> None:
@@ -258,7 +259,7 @@ def _grow_most(grow: Callable[[Factors], nn.Module], factors: Factors) -> tuple[
     patience, tries = Patience(), iter(range(TRIES))
 
     def add(part: Factors, fails: bool = False) -> bool:
-        """Grow `part`, too, as far as that goes, and tell whether all of it does. `fails`: it is known not to."""
+        """Grow `part`, too, as far as possible; tell whether all of it grows. `fails` says that not all of it can."""
         if not fails:
             if next(tries, None) is None:
                 return False

@@ -76,7 +76,7 @@ def reading_axis(plan: Plan, index: Tensor, roots: Tensor, groups: int, means: t
 def make_axis(
     index: Tensor, reads: bool, groups: int = 1, share: Tensor | None = None, means: tuple[Tensor, ...] = ()
 ) -> Axis:
-    """Return the axis of an index, which tells what is a first copy and, if the axis reads, the equal shares."""
+    """Return the axis of an index. First copies follow from the index, and so do equal shares if the axis reads."""
     keyed = index
     if groups > 1:
         keyed = index + torch.arange(groups).repeat_interleave(len(index) // groups) * (int(index.max()) + 2)

@@ -64,8 +64,8 @@ def _check_activations(plan: Plan, layer: Layer) -> None:
         if (change := largest_change(chain, layer.range, mine, theirs)) is not None:
             raise TransferError(
                 f"The new layer {layer.name} cannot be an identity: the activation behind it is not idempotent on what "
-                f"the teacher may pass through (it makes {change[1]:.3g} of {change[0]:g}). Give it one that is, as "
-                "ReLU behind ReLU, or net2net.Blend, or, for one that units pass in pairs, twice the units."
+                f"the teacher may pass through (it makes {change[1]:.3g} of {change[0]:g}). Use one that is, such as "
+                "ReLU behind ReLU, or net2net.Blend. Before SiLU, GELU and the like, twice the units serve, too."
             )
 
 

@@ -78,7 +78,7 @@ class Plan(Networks):
 
     @cached_property
     def keys(self) -> Tensor:
-        """The labels of what queries are multiplied by."""
+        """The labels of keys: what queries are multiplied by."""
         return torch.cat([torch.empty(0, dtype=torch.long), *(c.right for c in self.student.contractions)])
 
     @cached_property
@@ -88,7 +88,7 @@ class Plan(Networks):
 
     @cached_property
     def query_gains(self) -> dict[int, float]:
-        """For roots in `apart` of queries, the factor that turns the student's number into the teacher's."""
+        """Root of a query in `apart` -> its factor, which turns the student's number into the teacher's."""
         # This is the number that multiplies logits before a softmax, or before a mask is added to them.
         gains: dict[int, float] = {}
         theirs = _numbers_of_logits(self.teacher)
@@ -101,7 +101,7 @@ class Plan(Networks):
 
 
 def _numbers_of_logits(traced: Trace) -> dict[Key, tuple[float, Tensor]]:
-    """Return, for each call that leaves a number in front of units to no layer behind it, that number and the units."""
+    """Return for each softmax, and each call with one number in front of its operands, that number and the units."""
     found = {key: (gain, units) for key, (gain, _, units) in traced.softmax_gains.items()}
     return found | {k: (by[0], units) for k, (by, units, _) in traced.fixed_gains.items() if len(by) == 1}
 

@@ -208,7 +208,7 @@ def _is_tied(plan: Plan, name: str) -> bool:
     if labels is None:
         return False
     copied = plan.g[plan.student_roots[labels]]
-    return bool(((copied < 0) | (plan.copies[copied] > 1)).any())  # a code's number of copies does not matter
+    return bool(((copied < 0) | (plan.copies[copied] > 1)).any())  # of codes the copies do not matter
 
 
 def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
@@ -225,9 +225,9 @@ def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origi
         takers = before
     else:
         raise TransferError(
-            f"{name} embeds and is read by a layer: its copies would have to be whole for the one and shared out "
-            "for the other. That is exact only if a norm with a weight, or a layer, stands before that layer, and "
-            "before no other."
+            f"{name} is a table of embeddings and the weight of a layer. The table needs whole copies, and the weight "
+            "needs shares of them. That is exact only if a norm with a weight, or another layer, stands before that "
+            "layer, and before no other."
         )
     units, source = student.parameters.axes[name][axis], plan.teacher.parameters.axes[plan.names[name] or ""][axis]
     assert units is not None and source is not None
@@ -235,8 +235,8 @@ def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origi
     whole, _ = unit_axis(plan, name, (units, source), axis, False)
     if bool((whole.index == NEW).any()):
         raise TransferError(
-            f"{name} embeds and is read by a layer, and grows by units that its teacher lacks: what is fresh for "
-            "the one would have to be zero for the other."
+            f"{name} is a table of embeddings and the weight of a layer, and it grows by units that its teacher lacks: "
+            "the table would hold fresh numbers where the weight has to be zero."
         )
     share = origins[name].axes[axis].share
     made = {name: replace(origins[name], axes=origins[name].axes | {axis: whole}, tied=True)}

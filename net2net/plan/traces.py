@@ -93,8 +93,8 @@ def _split_groups(theirs: Trace, mine: Trace, names: Names) -> frozenset[Key]:
 
 def _split_pairs(theirs: Trace, mine: Trace, names: Names) -> tuple[frozenset[Key], frozenset[Key]]:
     """Find the calls whose operands' units become one in one network, and belong to each other in the other."""
-    # The keys are those of the teacher and those of the student. Where one network makes new units of both operands'
-    # (the part `left`), the other has to do the same.
+    # The keys are those of the teacher and those of the student. Where one network makes joint units of both operands
+    # (the part `left`), the other has to do so, too.
     convert, found = key_converter(names), (set(), set())
     for key in mine.units.meetings:
         other = convert(key)

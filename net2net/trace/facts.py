@@ -33,9 +33,9 @@ class LayerKind(StrEnum):
     """What an operation does to units."""
 
     MIX = "mix"  # reads units and produces new ones: convolution, linear, embedding
-    NORM = "norm"  # normalises; one entry a unit
-    SCALE = "scale"  # one entry a unit: layer scale, depthwise filter, slope
-    OUTPUT = "output"  # the network's result: reads, and has no parameters
+    NORM = "norm"  # normalises, with one entry for each unit
+    SCALE = "scale"  # has one entry for each unit: layer scale, depthwise filter, slope
+    OUTPUT = "output"  # is the network's result, which reads units and has no parameters
 
 
 class NormKind(StrEnum):
@@ -68,10 +68,10 @@ class Step(StrEnum):
 
     MEAN = "mean"
     CENTRED = "centred"  # the activation without its mean
-    SQUARE = "square"  # of the activation
+    SQUARE = "square"  # the squares of the activation
     VARIANCE = "variance"  # the mean of the squares
-    DEVIATION = "deviation"  # its root
-    INVERSE = "inverse"  # one by the root
+    DEVIATION = "deviation"  # the root of the variance
+    INVERSE = "inverse"  # one divided by that root
     NORMED = "normed"  # the norm's result
     SCALED = "scaled"  # the activation times a weight, before it is divided
 

@@ -19,7 +19,7 @@ class Parameters:
         self.buffers = {name for name, _ in model.named_buffers()}
         self._names = {id(tensor): name for name, tensor in self.tensors.items()}
         every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        self.first_names = {name: self._names[id(tensor)] for name, tensor in every}  # of tied tensors, too
+        self.first_names = {name: self._names[id(tensor)] for name, tensor in every}  # all names, also of tied tensors
         self.stand_ins: list[str] = []  # the weights that parametrisations compute
         self.axes: dict[str, list[Tensor | None]] = {}  # tensor name -> the units of each of its axes
         self.values: dict[str, Tensor] = {}  # tensor used as an activation -> the units of all its elements, flat

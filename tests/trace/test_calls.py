@@ -134,10 +134,10 @@ def test_experts_that_are_chosen_by_value() -> None:
 
 HELD = {
     "units chosen by value": (lambda net, x: x.gather(2, x.argsort(2)), "argsort in the network mixes"),
-    "places of units": (lambda net, x: x + torch.nonzero(x > 9).sum(), "nonzero in the network chooses among them"),
+    "places of units": (lambda net, x: x + torch.nonzero(x > 9).sum(), "nonzero in the network chooses among units"),
     "rows added to units": (
         lambda net, x: x.index_add(2, x[0, 0, :8].argsort(), net.b(x)),
-        "index_add in the network chooses among them",
+        "index_add in the network chooses among units",
     ),
     "an expert without a token": (
         lambda net, x: x.index_add(1, torch.where(x[0, :, 0] > 99)[0], net.b(x[:, torch.where(x[0, :, 0] > 99)[0]])),

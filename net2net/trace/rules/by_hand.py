@@ -148,7 +148,7 @@ def add_affine(trace: Trace, call: Call, parameter: Tensor, labels: Labels) -> S
 
 
 def _attach(trace: Trace, before: Statistic, role: str, parameter: Tensor) -> Statistic | None:
-    """Let a parameter be the weight or bias of a norm that is recorded without."""
+    """Let a parameter be the weight or bias of a norm that was recorded without one."""
     name, view = trace.parameters.owner_of(parameter), trace.parameters.view(parameter)
     if name is None or view is None:
         return None

@@ -49,7 +49,7 @@ def list_places(trace: Trace, call: Call) -> None:
     """Places of elements, or a table of them. These are no units, and the values that choose them must not be any."""
     labels = first_labels(trace, call)
     if not carries_no_units(trace, call.args[0]):
-        raise CannotFollow(f"{call} chooses among them by values")
+        raise CannotFollow(f"{call} chooses among units by values")
     unit = compact(labels.units).reshape(-1)[:1]
     for out in call.results:
         trace.label(out, Labels.of(unit.expand(out.shape), labels))
@@ -73,7 +73,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     """Label the elementwise result of `operands`, which may be activations, parameters and constants."""
     out, name = call.results[0], call.plain
     if any(x.dim() > out.dim() for x in operands) or (out.dim() and out.shape != _broadcast_shape(operands)):
-        raise CannotFollow(f"{call} changes what an element is")
+        raise CannotFollow(f"{call} returns elements that are not those of its input")
     activations = [x for x in operands if trace.is_activation(x)]
     others = [x for x in operands if not trace.is_activation(x) and trace.tells_units(x)]
     if not activations:

@@ -19,7 +19,7 @@ class Product:
     """How a layer's weight reads an activation."""
 
     x: Tensor  # the activation
-    dim: int  # its axis that the weight reads, which holds what it produces in the result
+    dim: int  # its axis that the weight reads; in the result, this axis holds what the weight produces
     weight: Tensor
     bias: Tensor | None = None
     reads: int = 1  # the axis of the weight that reads
@@ -75,7 +75,7 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
     split = Key(name, "groups") in trace.seen_as.as_grouped
     if product.groups > times or Key(name) in trace.seen_as.as_grouped or split:
         if reads is None or labels is None:
-            raise CannotFollow(f"{name} is grouped and reads what is not followed")
+            raise CannotFollow(f"{name} has groups, and it is not known which units they read")
         if shape[0] == product.groups and shape[1] == 1 and not split:
             if produced_entries is None or len(produced_entries) >= len(reads):
                 return _apply_depthwise(trace, call, product, name, reads)
@@ -170,7 +170,7 @@ def embedding(trace: Trace, call: Call) -> None:
     if found is None or found.axes[0][0] != 0 or trace.is_activation(call.args[0]):
         raise CannotFollow(f"the table of {call} is not a parameter of the network")
     if call.arg(3, "max_norm") is not None:
-        raise CannotFollow(f"{call} shortens its rows to a norm, which copies change")
+        raise CannotFollow(f"{call} shortens its rows to the norm max_norm, which copies change")
     name, nothing = found.name, frozenset()
     produced = trace.parameters.axis(name, 1)
     trace.add(Layer(LayerKind.MIX, name, {"weight": name}, None, nothing, nothing, {"embedding": True}, produced))
@@ -229,7 +229,7 @@ def _contract(trace: Trace, call: Call, left: Labels, right: Labels) -> None:
     key = trace.units.key("contraction", call.module)
     as_grouped = key in trace.seen_as.as_grouped
     sums_units = [one.shape[-1] > 1 or as_grouped, two.shape[-2] > 1 or as_grouped]
-    why = f"{call} sums products over them"
+    why = f"{call} sums products over these units"
     one = trace.units.tie_along(one, [one.dim() - 1], why)
     two = trace.units.tie_along(two, [two.dim() - 2], why)
     units = trace.units.combine(one.expand(shape), two.expand(shape), call, contraction=any(sums_units))

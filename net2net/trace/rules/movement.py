@@ -44,7 +44,7 @@ def movement(trace: Trace, call: Call) -> None:
     pairs = zip(operands, labels, strict=True)
     moved = _move(call, [one.units if one else _label_beside(trace, call, x, known) for x, one in pairs])
     if moved is None:
-        raise CannotFollow(f"{call} changes what an element is")
+        raise CannotFollow(f"{call} returns elements that are not those of its input")
     state = {
         "gain": known[0].gain if len({one.gain for one in known}) == 1 else 1.0,
         "linear": all(one is not None and one.linear for one in labels),
@@ -76,11 +76,11 @@ def check_places(trace: Trace, call: Call, axes: Collection[int] | None, moved: 
     # Otherwise the units at the chosen places are the same, whatever the values are.
     chosen_by = [x for x in call.tensors if not any(x is other for other in moved)]
     if axes is None or not all(carries_no_units(trace, x) for x in chosen_by):
-        raise CannotFollow(f"{call} moves it to where the values say")
-    why = f"{call} chooses among them by values"
+        raise CannotFollow(f"{call} moves units to places that depend on values")
+    why = f"{call} chooses among units by values"
     for x in moved:
         view = trace.parameters.view(x)
-        if view is not None and call.plain == "index":  # of a stack of weights one is taken whole
+        if view is not None and call.plain == "index":  # one of a stack of weights is taken whole
             sizes = [compact(places).shape for places in view.places]
             chosen = [dim for dim, shape in enumerate(sizes) if any(shape[axis] > 1 for axis in axes)]
             trace.parameters.chosen.update({(view.name, dim): why for dim in chosen})
@@ -119,7 +119,7 @@ def scatter(trace: Trace, call: Call) -> None:
     shape, operands = call.out.shape, []
     for each in moved:
         if any(a != b for d, (a, b) in enumerate(zip(each.shape, shape, strict=True)) if d != dim % len(shape)):
-            raise CannotFollow(f"{call} fills a part of it")
+            raise CannotFollow(f"{call} fills only a part of its tensor")
         operands.append(each.narrow(dim, 0, 1).expand(shape))
         if (labels := trace.labels(each)) is not None:
             trace.label(operands[-1], replace(labels, units=labels.units.narrow(dim, 0, 1).expand(shape)))
@@ -159,14 +159,14 @@ def assignment(trace: Trace, call: Call) -> None:
     labels, new = trace.labels(x), trace.labels(value)
     if chosen := [each for each in tensors_in([index]) if trace.is_activation(each)]:
         if not all(carries_no_units(trace, each) for each in (x, *tensors_in([value]), *chosen)):
-            raise CannotFollow(f"{call} writes where the values say")
+            raise CannotFollow(f"{call} writes to places that depend on values")
         by = first_labels(trace, replace(call, args=(chosen[0],)))
         return trace.label(x, Labels.of(compact(by.units).reshape(-1)[:1].expand(x.shape), by))
     units = label_constant(trace, call, x.shape) if labels is None else labels.units
     if new is None:
         part = units[index]
         if isinstance(value, Tensor) and value.numel() > 1:
-            raise CannotFollow(f"{call.module or 'the network'} writes constants into a part of it")
+            raise CannotFollow(f"{call.module or 'the network'} writes constants into a part of the units")
         if torch.equal(torch.unique(trace.units.find(part)), torch.unique(trace.units.find(units))):
             return  # a number at some positions of every unit
         written = label_constant(trace, call, part.shape)
@@ -193,7 +193,7 @@ def pad(trace: Trace, call: Call) -> None:
                 size = units.shape[dim] + sum(amount)
                 units = units.narrow(dim, 0, 1).expand(_resize(units, dim, size))
             elif min(amount) < 0:
-                raise CannotFollow(f"{call} removes some of them")
+                raise CannotFollow(f"{call} removes some of the units")
             else:
                 units, zeros = _pad_units(trace, call, units, dim, amount), zeros and not any(amount)
     result = Labels.of(units, labels, gain=labels.gain, padded_by=padded_by)
@@ -231,7 +231,7 @@ def pair_up(trace: Trace, call: Call) -> None:
 def unfold(trace: Trace, call: Call) -> None:
     """Patches of a map hold every unit once for each place in the patch; windows along one axis are views."""
     labels = first_labels(trace, call)
-    if call.out.dim() == labels.units.dim() + 1:  # the method, which has only its name in common
+    if call.out.dim() == labels.units.dim() + 1:  # `Tensor.unfold`, which is another function
         return movement(trace, call)
     if labels.units.dim() != 4:
         raise CannotFollow(f"{call} acts on a map without a batch")

@@ -21,6 +21,7 @@ Step = Callable[[Tensor, Tensor | None, State | None], State]  # (from the input
 
 
 def _lstm(from_input: Tensor, from_state: Tensor | None, state: State | None) -> State:
+    """Compute one step of an LSTM."""
     gates = from_input.chunk(4, -1)
     if from_state is not None:  # gate by gate, so that each gate meets its own
         gates = [a + b for a, b in zip(gates, from_state.chunk(4, -1), strict=True)]
@@ -32,6 +33,7 @@ def _lstm(from_input: Tensor, from_state: Tensor | None, state: State | None) ->
 
 
 def _gru(from_input: Tensor, from_state: Tensor | None, state: State | None) -> State:
+    """Compute one step of a GRU."""
     reset, update, new = from_input.chunk(3, -1)
     if from_state is not None:
         to_reset, to_update, to_new = from_state.chunk(3, -1)
@@ -41,6 +43,7 @@ def _gru(from_input: Tensor, from_state: Tensor | None, state: State | None) -> 
 
 
 def _simple(activation: Activation, from_input: Tensor, from_state: Tensor | None, _: State | None) -> State:
+    """Compute one step of a simple recurrent layer."""
     return (activation(from_input if from_state is None else from_input + from_state),)
 
 

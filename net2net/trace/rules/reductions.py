@@ -119,7 +119,7 @@ def lengthwise(trace: Trace, call: Call) -> None:
     default = -1 if name in ("sort", "argsort", "topk") else None
     dim = call.arg(2 if name == "topk" else 1, "dim", default)
     if not isinstance(dim, int):
-        raise CannotFollow(f"{call} mixes elements along an axis that is not named")
+        raise CannotFollow(f"{call} mixes elements along an axis that it does not name")
     units = trace.units.tie_along(labels.units, [dim], f"{call} mixes them")
     if "softm" in call.name:
         key = trace.units.key("softmax", call.module)
