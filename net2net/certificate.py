@@ -37,7 +37,7 @@ def certify(
     The certificate is data: `json.dump` writes it. It holds
 
     - `operator`: "wider", "deeper", "wider and deeper", "random_pad", or "copy" if nothing grew;
-    - `settings`: the split and the noise, and those that were given;
+    - `settings`: the split, the noise, and the `settings` that you give;
     - `teacher`, `student`: SHA-256 of the names, shapes, dtypes and values of all parameters and buffers;
     - `inputs`: SHA-256 of the shapes, dtypes and values of the tensors on which the two were compared;
     - `difference`: for "eval" and "train" the largest |teacher - student| over all outputs (`max_abs`) and the same

@@ -55,5 +55,5 @@ def no_other_error(doing: str) -> Iterator[None]:
 def used_differently(name: str) -> TransferError:
     """Return the error of a tensor that the two networks use differently."""
     where = "in the teacher and in the student, or in one of them not at all"
-    advice = "where values choose what is used, give an example of more rows"
+    advice = "if values choose what is used, give an example with more rows"
     return TransferError(f"The forward pass uses {name} differently {where}: {advice}.")

@@ -25,7 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         what = "state dict, which has no forward pass" if isinstance(model, dict) else type(model).__name__
         advice = "build the network, load its weights (load_state_dict), and pass the network"
-        raise TransferError(f"Instead of a network, a torch.nn.Module, there is a {what}: {advice}.")
+        raise TransferError(f"A network (a torch.nn.Module) is needed, and this is a {what}: {advice}.")
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module
@@ -93,9 +93,9 @@ class Inputs:
 
     def draw_like(self, numbers: int | None = 2**16) -> "Inputs":
         """Draw other inputs: normal noise of the same deviation for floating tensors, else the example's numbers."""
-        # The batch gets as many rows as make about `numbers` numbers; None keeps its size. Maps (batch x channels x
-        # positions) get one row at least, other tensors two: a sequence may come with its length first, and one
-        # position would leave attention nothing to choose from.
+        # The batch gets as many rows as hold about `numbers` numbers; None keeps its size. Images get at least one row,
+        # other tensors at least two: the first axis may be the length of a sequence, and with one position attention
+        # has nothing to choose from.
         generator, rows = torch.Generator().manual_seed(0), None
         sizes = {x.shape[0] for x in self.tensors if x.dim()}
         if numbers is not None and len(sizes) == 1:
@@ -194,7 +194,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         model.train(training)
     except NotImplementedError as error:
         name = type(model).__name__
-        raise TransferError(f"{name} knows one mode alone, as what torch.export makes: pass the original.") from error
+        why = "runs in one mode only, as a network from torch.export does"
+        raise TransferError(f"{name} {why}: pass the original.") from error
     try:
         with own_precision(), uncompiled(), torch.no_grad(), torch.random.fork_rng(enabled=training):
             yield

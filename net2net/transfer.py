@@ -125,7 +125,7 @@ def transfer(  # noqa: PLR0913 (public signature)
         rename: student names to teacher names, where they differ otherwise: a function, or a dict of prefixes in which
             "" marks a layer that the teacher lacks.
         calibrate: one batch of inputs, or several, on which the statistics of new batch norms are measured (paper,
-            section 3.4). Without them those are exact in eval mode only.
+            section 3.4). Without it, new batch norms are exact in eval mode only.
         outputs: what of the result counts, if not all: a function of it, a name, or names. The rest may change.
 
     Returns:
@@ -133,10 +133,10 @@ def transfer(  # noqa: PLR0913 (public signature)
         the function is kept in this mode.
 
     Raises:
-        TransferError: the student is smaller than its teacher somewhere, or units would grow that an operation pins;
-            then the student is as it was. Or only numbers show the reason: a result that differs by more than rounding
-            explains, a forward pass, calibration or parametrisation that fails; then the student may be filled already,
-            and unusable. `reasons` has why each way to pair the layers was refused.
+        TransferError: the student is smaller than its teacher somewhere, or units would grow that an operation pins.
+            The student is then as it was. Some reasons show only in numbers: the results differ by more than rounding
+            explains, or a forward pass, a calibration or a parametrisation fails. The student may then be filled
+            already, and unusable. `reasons` says why each way to pair the layers was refused.
     """
     generator = generator or torch.Generator().manual_seed(0)
     given, student = unwrap(teacher), unwrap(student)
@@ -182,7 +182,7 @@ def random_pad(
     """Fill one corner of `student` in place with the teacher's weights, the paper's baseline (section 4.2).
 
     Every entry that `transfer` would fill with the first copy of a teacher's entry holds exactly that entry, unshared.
-    Everything else is as the student's constructor drew it, new layers included. The function is another one.
+    Everything else is as the student's constructor drew it, new layers included. The student computes another function.
 
     Args:
         teacher: the trained network.
@@ -252,6 +252,7 @@ def _say_why(record: Record, refusal: TransferError | None) -> Record:
 
 
 def _warn_of_equal_copies(record: Record, student: nn.Module) -> None:
+    """Warn that equal copies never part, unless noise or dropout tells them apart."""
     copies = any(axis.reads and axis.copies for origin in record.origins.values() for axis in origin.axes.values())
     dropout = any(isinstance(module, _DropoutNd) and module.p > 0 for module in student.modules())
     if copies and not dropout:

@@ -92,8 +92,8 @@ def find_isometries(weights: tuple[float, ...], wider: int) -> tuple[Tensor, Ten
             q, inverse = torch.block_diag(*stream), torch.cat(inverse) / scale
             return q, inverse[:, None] * q * weight, 1 / inverse
     raise TransferError(
-        f"A norm with weights begins a stream of {channels} channels, and other norms take its mean: no way was found "
-        f"to write them as {wider}. A multiple of {channels} serves, or a width that shares a larger divisor with it."
+        f"A norm with weights begins a stream of {channels} channels, and other norms take its mean: no rotation into "
+        f"{wider} channels was found. A multiple of {channels} serves, or a width that shares a larger divisor with it."
     )
 
 

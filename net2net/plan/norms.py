@@ -102,7 +102,7 @@ def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float
 
 def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> TransferError:
     """Return the error of a norm that cannot grow from `teacher_width` to `width` units, with the reason."""
-    needs = "the mean over all units, which stays what it is only if each is copied equally often"
+    needs = "the mean over all units, which stays the same only if each is copied equally often"
     if norm.kind == NormKind.EXTREME:
         needs = "the largest or smallest of all units, and some are new here"
     elif norm.kind == NormKind.MEAN and norm.divisor != width:
@@ -113,7 +113,7 @@ def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> T
             met = torch.isin(networks.student_roots[other.units], networks.student_roots[norm.units])
             if not other.padded and bool(met.any()):
                 where = other.module
-        needs += f", or if means can be added to them, which the layers before {where} cannot do"
+        needs += f", or if units that hold means are added, which the layers before {where} cannot do"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"
     widths = f"has {width} units and its teacher {teacher_width}"
     return TransferError(f"The {what} {norm.module or 'in the network'} {widths}: it takes {needs}.")

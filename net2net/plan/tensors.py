@@ -58,7 +58,7 @@ def _check_numbers(plan: Plan) -> None:
             continue
         here, there = (", ".join(f"{number:.4g}" for number in each) for each in (numbers, theirs[0]))
         differ = f"{call} takes units that are multiplied by {here} here and by {there} in the teacher"
-        advice = "let the number be the teacher's, or put it behind a layer alone"
+        advice = "take the teacher's number, or multiply by it directly behind a layer, wherever its result is used"
         raise TransferError(f"{differ}, and no layer behind it can undo that: {advice}.")
 
 
