@@ -165,7 +165,7 @@ def tensors_in(value: object) -> list[Tensor]:
 def own_precision() -> Iterator[None]:
     """While the block runs, computations have the precision of their tensors: an autocast block around it is off."""
     # Autocast keeps the weights that it has cast until its outermost block ends, and does not see that they change in
-    # place. What it keeps is dropped before and after: the networks that it knows are filled here.
+    # place. These casts are dropped before and after, because networks are filled here.
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as off:
         for kind in {"cpu", accelerator.type if accelerator else "cpu"}:

@@ -1,4 +1,4 @@
-"""Keep the config of a model with `save_pretrained` true to what the model has become, or refuse to save it so.
+"""Let the config of a model with `save_pretrained` describe the grown model, or let `save_pretrained` refuse.
 
 Hugging Face's `from_pretrained` makes a model by its class from its config alone. So a config is right if the class
 makes the very same modules from it: the same classes, names, shapes, ties, numbers and buffers that are not saved. Such
@@ -56,7 +56,7 @@ def _values(tensor: Tensor) -> bytes | None:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Put what `torch.empty` makes, as weights, on the meta device; tables that are computed have their values."""
+    """Put the results of `torch.empty`, such as weights, on the meta device; computed tables keep their values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
@@ -153,7 +153,7 @@ class _Search:
         return wrong
 
     def _list_moves(self) -> Iterator[dict[Field, Any]]:
-        """List changes to try: to what a size of that number became, in proportion to one, of two in one proportion."""
+        """List changes to try: a number becomes what an equal size became, or one or two numbers grow like a size."""
         mine, plain = self.after, self.plain
         pairs = {
             (old, mine.numbers.get(place)): None for place, old in plain.numbers.items() if type(old) in (int, float)
@@ -172,7 +172,7 @@ class _Search:
             for new in (*found, *[value] * bool(found)):  # the old value, to take back what was wrong
                 single[field, new] = {field: new}
         yield from single.values()
-        for ratio in ratios:  # of two numbers, one may need the other to be as large
+        for ratio in ratios:  # two numbers at a time: one may be valid only with the other
             grown = [(field, value * ratio) for field, value in fields if type(value) is int and value > 0]
             whole = [{field: int(value)} for field, value in grown if value.denominator == 1]
             alone = [move for move in whole if self._facts(move) is None]

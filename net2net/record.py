@@ -32,8 +32,8 @@ class How(StrEnum):
     """Where a student tensor comes from."""
 
     SHARED = "shared"  # from a tensor of the teacher
-    IDENTITY = "identity"  # from a new layer that passes its units through
-    SILENT = "silent"  # from a new branch that adds nothing at first
+    IDENTITY = "identity"  # it belongs to a new layer that passes its units through
+    SILENT = "silent"  # it belongs to a new branch that adds nothing at first
     FRESH = "fresh"  # from the student's own initialisation
 
 

@@ -1,4 +1,4 @@
-"""Filling a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
+"""Fill a student so that it computes its teacher's function (paper, section 3; Net2WiderNet and Net2DeeperNet)."""
 
 import math
 import warnings
@@ -37,7 +37,7 @@ class Transfer(Record):
     """The record of a growth together with its two networks."""
 
     # None for a record that was loaded, copied or unpickled. The references are weak because a grown network holds its
-    # record: they would drag the teacher into every copy of the student, and keep it in memory as long as that lives.
+    # record: strong ones would copy the teacher with every copy of the student, and keep it in memory.
     models: tuple[weakref.ref[nn.Module], weakref.ref[nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
