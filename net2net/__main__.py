@@ -2,10 +2,14 @@
 
 net2net describe resnet18             prints which layers grow together, and what holds them
 net2net grow resnet18 resnet34        grows the first into the second, and prints how equal they are
+net2net grow FOLDER OUT --mlp 1.5     grows a Hugging Face checkpoint in safetensors files into a new folder
 net2net verify certificate.json       checks what net2net.certify wrote, and prints what it says
 
 A network is one of torchvision or timm by its name, or package.module:function, which is called without arguments and
 may be in this folder if the command is python -m net2net. It gets weights that look trained.
+
+A checkpoint may be larger than memory: its tensors are read and written one by one. The new folder appears when all of
+it is there. A command that was stopped goes on where it was if it is called again.
 """
 
 import argparse
@@ -26,6 +30,7 @@ from torch import nn
 
 from . import __version__
 from .certificate import check_certificate
+from .checkpoint import Growth, grow_checkpoint
 from .equivalence import equivalence
 from .errors import TransferError
 from .grow.describe import describe
@@ -61,7 +66,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(run=run, student=None)
         command.add_argument("subject", metavar=subject)
         if run is _grow:
-            command.add_argument("student", help="a larger network to grow it into")
+            command.add_argument("student", help="a larger network to grow it into; of a checkpoint, the new folder")
+            for option, what in (("mlp", "the widths inside MLPs"), ("stream", "the width of the residual stream")):
+                command.add_argument(
+                    f"--{option}", type=float, default=1.0, help=f"of a checkpoint: grow {what} so much"
+                )
+            command.add_argument("--layers", type=int, default=0, help="of a checkpoint: add so many blocks, as +4")
         if run is not _verify:
             command.add_argument("--size", type=int, default=224, help="height and width of the example images (224)")
             command.add_argument("--batch", type=int, default=2, help="how many of them (2)")
@@ -76,6 +86,15 @@ def _describe(options: argparse.Namespace) -> tuple[str, object]:
 
 
 def _grow(options: argparse.Namespace) -> tuple[str, object]:
+    growth = Growth(options.mlp, options.stream, options.layers)
+    if Path(options.subject).is_dir():
+        record = grow_checkpoint(options.subject, options.student, growth)
+        assert record.measured is not None
+        return str(record), {"on random tokens": asdict(record.measured), "modes": record.modes}
+    if growth != Growth():
+        raise TransferError(
+            "--mlp, --stream and --layers are for the folder of a checkpoint, and there is no such folder."
+        )
     teacher, images = look_trained(_make_network(options.subject)), _draw_images(options)
     student = _make_network(options.student)
     record = transfer(teacher, student, images, split="uneven")

@@ -101,6 +101,12 @@ def assert_equivalent(
     return measured
 
 
+def assert_equivalent_on(teacher: nn.Module, student: nn.Module, inputs: Inputs, where: str) -> Equivalence:
+    """Measure the difference on these inputs alone; raise TransferError, which says `where`, if it is no rounding."""
+    judge = _Judge(teacher, student, ())
+    return judge.check(inputs, judge.run(teacher, inputs), where)
+
+
 def assert_equivalent_in_training(
     teacher: nn.Module, student: nn.Module, inputs: Inputs, identities: Collection[str]
 ) -> None:

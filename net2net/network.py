@@ -76,7 +76,7 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         """Return the same arguments with every tensor changed."""
-        return replace(self, args=_map(self.args, change), kwargs=_map(self.kwargs, change))
+        return replace(self, args=map_tensors(self.args, change), kwargs=map_tensors(self.kwargs, change))
 
     def select(self, result: Any) -> Any:
         """Return what counts of a network's result; raise TransferError if it has no such part."""
@@ -118,25 +118,25 @@ def _draw_like(x: Tensor, rows: int | None, generator: torch.Generator) -> Tenso
     return (torch.randn(shape, generator=generator, dtype=torch.double).to(x.device) * deviation).to(x.dtype)
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply `change` to every tensor in nested containers."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
-            value, **{each.name: _map(getattr(value, each.name), change) for each in fields(value) if each.init}
+            value, **{each.name: map_tensors(getattr(value, each.name), change) for each in fields(value) if each.init}
         )
     if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return like(value, [_map(item, change) for item in value])
+        return like(value, [map_tensors(item, change) for item in value])
     return value
 
 
 def map_first(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply `change` to the first tensor in nested containers; the others stay what they are."""
     changes = iter([change])
-    return _map(value, lambda x: next(changes, _stay)(x))
+    return map_tensors(value, lambda x: next(changes, _stay)(x))
 
 
 def _stay(x: Tensor) -> Tensor:

@@ -59,6 +59,9 @@ class _EmptyOnMeta(TorchFunctionMode):
     """Put the results of `torch.empty`, such as weights, on the meta device; computed tables keep their values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        first = next(iter((*args, *(kwargs or {}).values())), None)
+        if getattr(func, "__name__", "") in ("normal_", "uniform_") and isinstance(first, Tensor) and first.is_meta:
+            return first  # torch would load its compiler, to do nothing
         return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
@@ -122,8 +125,11 @@ class _Search:
                 what = wrong[0].rstrip(":") or "it"
                 return f"The config of {type(self.model).__name__} has no value that makes {what} as it is now"
             values = found
-        for more in ({}, *moves):  # several configs may make the same shapes: other numbers of heads of another size
-            if not self._list_wrong(values | more) and self._take(values | more):
+        fitting = (values | more for more in ({}, *moves) if not self._list_wrong(values | more))
+        if next(self.model.parameters()).is_meta:  # no values tell which is right: the one that changes least
+            fitting = sorted(fitting, key=self._count_changes)
+        for each in fitting:  # several configs may make the same shapes: other numbers of heads of another size
+            if self._take(each):
                 return None
         return f"What {type(self.model).__name__} computes from its config changes with the sizes that have grown"
 
@@ -184,6 +190,12 @@ class _Search:
         sizes = dict.fromkeys(size for shape in shapes if not isinstance(shape, str) for size in shape)
         return [{field: size} for field, value in list_fields(self.model.config) if value is None for size in sizes]
 
+    def _count_changes(self, values: Values) -> int:
+        """Return how many numbers of the model the class makes otherwise from these values."""
+        made = self._facts(values)
+        numbers = made.numbers.items() if made else ()
+        return sum(self.after.numbers.get(place) != value for place, value in numbers)
+
     def _take(self, values: Values) -> bool:
         """Give the model these values and the numbers that follow from them; undo it if it computes anything else."""
         made = self._facts(values)
@@ -194,7 +206,7 @@ class _Search:
         set_fields(self.model.config, values)
         with suppress(TransferError):
             again = tensors_in(self.compute())
-            if all(map(torch.equal, results, again)):
+            if all(a.shape == b.shape if a.is_meta else torch.equal(a, b) for a, b in zip(results, again, strict=True)):
                 return True
         set_fields(self.model.config, {field: old[field] for field in values})
         for module, key, value in undo:
@@ -220,14 +232,20 @@ def make_from_config(model: nn.Module, values: Values, weights: bool = False) ->
     config = copy.deepcopy(model.config)
     set_fields(config, values)
     if weights:
-        return type(model)(config)
+        with torch.device("meta" if next(model.parameters()).is_meta else torch.get_default_device()):
+            return type(model)(config)
+    return make_empty(type(model), config)
+
+
+def make_empty(kind: Callable[[Any], Any], config: Any) -> Any:
+    """Make a model whose parameters are on the meta device; tables that its class computes have their values."""
     before = logging.root.manager.disable
     try:
         logging.disable()  # a config that is only tried may be a strange one
         with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]), _EmptyOnMeta():
             if hasattr(config, "to_dict") and hasattr(config, "from_dict"):  # as a file would hold it
                 config = type(config).from_dict(config.to_dict())  # type: ignore[union-attr]
-            return type(model)(config)
+            return kind(config)
     finally:
         logging.disable(before)
 

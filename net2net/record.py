@@ -198,9 +198,7 @@ def save_record(record: Record, path: str | Path) -> None:
         >>> record = net2net.transfer(nn.Linear(3, 4), nn.Linear(3, 4), torch.randn(2, 3))
         >>> net2net.save_record(record, "growth.json")
     """
-    path = Path(path)
-    data = {each.name: getattr(record, each.name) for each in fields(Record)}
-    text = json.dumps({"format": FORMAT, **data}, default=_to_json)
+    path, text = Path(path), to_text(record)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "x") as file:  # tempfile would give it permissions that no other new file has
@@ -210,6 +208,12 @@ def save_record(record: Record, path: str | Path) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def to_text(record: Record) -> str:
+    """Return a record as JSON."""
+    data = {each.name: getattr(record, each.name) for each in fields(Record)}
+    return json.dumps({"format": FORMAT, **data}, default=_to_json)
 
 
 def _to_json(value: object) -> object:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .attempts import Attempt, list_attempts, restore_on_refusal, serve_most_modes
 from .equivalence import assert_equivalent, assert_equivalent_in_training
 from .errors import TransferError, no_other_error
-from .fill.fill import SPLITS, add_noise, fill
+from .fill.fill import SPLITS, add_noise, fill, set_eps
 from .fill.new_layers import calibrate as measure_norms
 from .network import Example, Inputs, Outputs, unwrap
 from .optimizer import gradients, optimizer_state, parameter_groups
@@ -104,14 +104,13 @@ def transfer(  # noqa: PLR0913 (public signature)
     """Fill `student` in place so that it computes the function of `teacher` in eval mode, up to rounding.
 
     The two agree whatever the student held before. Every layer of the teacher needs a counterpart of the same name in
-    the student, at least as wide, with a kernel at least as large; layers of an `nn.Sequential` that new ones have
-    renumbered are found. The teacher is untouched. The student's norms that see padding get another eps.
+    the student, at least as wide, with a kernel at least as large; renumbered layers of an `nn.Sequential` are found.
+    The teacher is untouched. Norms that see padding get another eps. On the meta device the record is made alone.
 
     Args:
         teacher: the trained network.
         student: a wider, deeper network on the same inputs.
-        example: an input of both: a tensor, a tuple of arguments, or a dict of keyword arguments. Both networks are
-            compared on it and on random inputs like it.
+        example: an input of both (a tensor, a tuple of arguments, a dict). They are compared on it and others like it.
         generator: draws the units to copy and the shares, on the CPU. None means seed 0.
         noise: standard deviation of Gaussian noise on the incoming weights of all but the first copy of a unit, in
             units of the tensor's own (paper, section 3.3). It changes the function.
@@ -140,7 +139,7 @@ def transfer(  # noqa: PLR0913 (public signature)
     """
     generator = generator or torch.Generator().manual_seed(0)
     given, student = unwrap(teacher), unwrap(student)
-    _check_arguments(given, student, noise, split, depth)
+    has_values = _check_arguments(given, student, noise, split, depth, calibrate is not None)
     teacher, ties = untie(given, student)
     traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
     attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled_layers[0]))
@@ -151,13 +150,14 @@ def transfer(  # noqa: PLR0913 (public signature)
         plan = _plan(traces, attempt, generator, split == "fresh")
         check_identities(plan)
         record = make_record(plan, student, generator.get_state(), split, noise, depth)
+        if not has_values:
+            return _plan_alone(student, record)
         with restore_on_refusal(student, record) if len(attempts) > 1 or traces.training_counts else nullcontext():
             fill(teacher, student, record)
             if batches is not None:
                 measure_norms(student, record, new_batch_norms(plan), batches)
             measured = assert_equivalent(teacher, student, traces.inputs, plan.teacher.output, plan.roles.identity)
-            modes = _judge_modes(traces, plan, noise)
-        return replace(record, measured=measured, modes=modes)
+            return replace(record, measured=measured, modes=_judge_modes(traces, plan, noise))
 
     record, refusal = serve_most_modes(grow, attempts, generator, traces.training_counts)
     record = _say_why(record, refusal)
@@ -260,20 +260,32 @@ def _warn_of_equal_copies(record: Record, student: nn.Module) -> None:
         warnings.warn(f"{why}: give them noise, or take split='uneven'.", stacklevel=3)
 
 
-def _check_arguments(teacher: nn.Module, student: nn.Module, noise: float, split: str, depth: str) -> None:
+def _check_arguments(
+    teacher: nn.Module, student: nn.Module, noise: float, split: str, depth: str, calibrates: bool
+) -> bool:
+    """Check what `transfer` is called with, and tell whether the networks have values."""
     if not 0 <= noise < math.inf:
         raise TransferError(f"The noise is {noise}: it is a standard deviation, a number of 0 or more.")
     if split not in SPLITS:
         raise TransferError(f"The split {split!r} is unknown: it is one of {', '.join(SPLITS)}.")
     if depth not in ("identity", "dense"):
         raise TransferError(f"The depth {depth!r} is unknown: it is identity or dense.")
-    if any(parameter.is_meta for model in (teacher, student) for parameter in model.parameters()):
-        raise TransferError("A network on the meta device has no values to grow.")
+    found = {parameter.is_meta for model in (teacher, student) for parameter in model.parameters()}
+    if len(found) > 1 or ((noise or calibrates) and True in found):
+        what = "both networks must have" if len(found) > 1 else "noise and calibration need"
+        raise TransferError(f"A network on the meta device has no values to grow, which {what}.")
+    return found != {True}
 
 
 def _plan(traces: Traces, attempt: Attempt, generator: torch.Generator, fresh: bool = False) -> Plan:
     pair = traces.comparable(attempt.rename, attempt.absorb, attempt.both_modes)
     return make_plan(pair, attempt.rename, generator, attempt.passing_all, attempt.in_pairs, fresh)
+
+
+def _plan_alone(student: nn.Module, record: Record) -> Record:
+    """Return the record of a student without values, whose norms get their eps."""
+    set_eps(student, record)
+    return replace(record, modes=dict.fromkeys(("eval", "train"), "not measured: the networks have no values"))
 
 
 def _judge_modes(traces: Traces, plan: Plan, noise: float) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Write every student tensor as the record of a growth says."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from ..errors import TransferError
 from ..network import own_precision
 from ..record import NEW, How, Origin, Record
 from ..tensors import computed, find_eps, merge_groups, named_tensors, parametrised
-from .gather import gather
+from .gather import gather, pieces
 from .isometry import mix, mixing_matrix
 from .new_layers import fill_new
 
@@ -28,23 +29,41 @@ def fill(teacher: nn.Module, student: nn.Module, record: Record) -> None:
     if not pad:
         matrices = {name: [mixing_matrix(m, theirs) for m in origin.mixed] for name, origin in record.origins.items()}
     for name, origin in record.origins.items():
-        target = mine[name]
-        if origin.offset:
-            target.add_(origin.offset)
-        if origin.how == How.SHARED:
-            assert origin.teacher is not None
-            source = merge_groups(theirs[origin.teacher], *origin.merged)
-            source = source + origin.offset if origin.offset else source
-            source, origin = (source, _first_copies(origin)) if pad else mix(source, origin, matrices[name])
-            target.copy_(gather(source, target, origin, generator, record.split))
-        elif not pad:
-            fill_new(target, origin, mine, generator, record.split)
-        if origin.offset:
-            target.sub_(origin.offset)
+        fill_tensor(mine[name], origin, (theirs, mine), matrices.get(name, []), generator, record.split)
     if not pad:
-        for place, eps in record.eps.items():
-            setattr(*find_eps(student, place), eps)
+        set_eps(student, record)
     _set_parametrised(student, mine)
+
+
+def fill_tensor(
+    target: Tensor,
+    origin: Origin,
+    tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    matrices: list[Tensor],
+    generator: torch.Generator,
+    split: str,
+) -> None:
+    """Fill one tensor of the student in place; `tensors` are the teacher's and the student's by name."""
+    theirs, mine = tensors
+    if origin.offset:
+        target.add_(origin.offset)
+    if origin.how == How.SHARED:
+        assert origin.teacher is not None
+        source = merge_groups(theirs[origin.teacher], *origin.merged)
+        source = source + origin.offset if origin.offset else source
+        source, origin = (source, _first_copies(origin)) if split == "pad" else mix(source, origin, matrices)
+        for part, into, way in pieces(source, target, origin, split):
+            into.copy_(gather(part, into, way, generator, split))
+    elif split != "pad":
+        fill_new(target, origin, mine, generator, split)
+    if origin.offset:
+        target.sub_(origin.offset)
+
+
+def set_eps(student: nn.Module, record: Record) -> None:
+    """Give the student's norms the eps of the record."""
+    for place, eps in record.eps.items():
+        setattr(*find_eps(student, place), eps)
 
 
 def _first_copies(origin: Origin) -> Origin:
@@ -53,7 +72,7 @@ def _first_copies(origin: Origin) -> Origin:
         dim: replace(axis, index=torch.where(axis.first, axis.index, NEW), reads=False, means=())
         for dim, axis in origin.axes.items()
     }
-    return Origin(How.SHARED, origin.teacher, axes, origin.flat)
+    return Origin(How.SHARED, origin.teacher, axes, origin.flat, offset=origin.offset)
 
 
 @torch.no_grad()

@@ -1,15 +1,66 @@
 """Gather the entries of a student tensor from its teacher's, and divide weights among the copies that are read."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..record import MEAN, NEW, ZERO, Axis, Origin
 
+PIECE = 2**22  # numbers of a large tensor that are gathered at once
+
+
+def pieces(source: Tensor, target: Tensor, origin: Origin, split: str) -> Iterator[tuple[Tensor, Tensor, Origin]]:
+    """Divide a large tensor into parts that `gather` fills one after the other as it would fill all of it at once."""
+    # Otherwise several copies of a large network's largest tensor would be in memory. The numbers that are drawn for
+    # shares follow each other along the axis that produces units, so they are the same.
+    dim = _dividing_axis(target, origin, split) if target.numel() > PIECE else None
+    if dim is None:
+        yield source, target, origin
+        return
+    axis, size = origin.axes.get(dim), target.shape[dim]
+    produced = next((d for d, each in origin.axes.items() if not each.reads), 0)
+    step = max(1, PIECE * size // target.numel())
+    for start in range(0, size, step):
+        part = slice(start, start + step)
+        into = target.narrow(dim, start, min(step, size - start))
+        if axis is None:
+            yield source.narrow(dim, start, into.shape[dim]), into, origin
+            continue
+        index = axis.index[part]
+        taken, places = index.clamp(min=0).unique(return_inverse=True)
+        mine = replace(axis, index=index.where(index < 0, places), first=axis.first[part], share=axis.share[part])
+        rows = origin.rows[part] if origin.rows is not None and dim == produced else origin.rows
+        yield (
+            source.index_select(dim, taken.to(source.device)),
+            into,
+            replace(origin, axes=origin.axes | {dim: mine}, rows=rows),
+        )
+
+
+def _dividing_axis(target: Tensor, origin: Origin, split: str) -> int | None:
+    """Return the axis along which the entries of a tensor can be gathered part by part, if there is one."""
+    axes = origin.axes
+    drawing = [dim for dim, axis in axes.items() if axis.reads and axis.copies]
+    if target.dim() < 2 or origin.flat or origin.turn is not None or any(axis.groups > 1 for axis in axes.values()):
+        return None
+    if len(drawing) > 1 or (drawing and split == "paired"):
+        return None
+    dim = next((_other_axis(origin, each) for each in drawing), 0)
+    return None if dim in axes and (axes[dim].means or axes[dim].reads) else dim
+
+
+def _other_axis(origin: Origin, reading: int) -> int:
+    """Return the axis that produces units beside one that reads them."""
+    beside = (each for each in (reading - 1, reading + 1) if each in origin.axes and not origin.axes[each].reads)
+    return next(beside, 1 - reading)
+
 
 def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:
     """Gather a teacher's tensor along every axis of units, and divide it among copies along the axes that read."""
     # An entry that copies none of the teacher's is zero, or a mean, or keeps its value in `target`. Where possible the
-    # result is computed in `target` itself: memory may not hold another copy of a large network's largest tensor.
+    # result is computed in `target` itself.
     shape = target.shape
     if origin.flat:
         source, target = source.reshape(-1), target.reshape(-1)
@@ -23,8 +74,7 @@ def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Gene
         value = _take(value, axis, dim, target if in_place and dim == last else None)
         missing = bool((axis.index < 0).any())
         if axis.reads:
-            beside = (each for each in (dim - 1, dim + 1) if each in origin.axes and not origin.axes[each].reads)
-            value = share_out(axis, value, (dim, next(beside, 1 - dim)), generator, split, source)
+            value = share_out(axis, value, (dim, _other_axis(origin, dim)), generator, split, source)
             if missing:
                 value = multiply(value, entrywise(axis, value, dim, axis.index >= 0), source)
         elif missing:

@@ -7,6 +7,7 @@ the channels are a solution. For other widths we know of no closed form, and sea
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -34,7 +35,7 @@ def mix(source: Tensor, origin: Origin, matrices: list[Tensor]) -> tuple[Tensor,
     return source, replace(origin, axes={dim: axis for dim, axis in origin.axes.items() if dim not in dims})
 
 
-def mixing_matrix(mixed: Mixed, theirs: dict[str, Tensor]) -> Tensor:
+def mixing_matrix(mixed: Mixed, theirs: Mapping[str, Tensor]) -> Tensor:
     """Return the matrix (student's entries, teacher's entries) that a rotated axis is multiplied by, float64."""
     # For a norm's weight, and for the bias of any norm but the first, the result is the vector of new values instead.
     channels, wider = mixed.widths

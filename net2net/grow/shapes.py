@@ -202,13 +202,13 @@ def _grown_shape(traced: Trace, roots: Tensor, name: str, count: Tensor) -> torc
 
 def _draw(old: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Draw a tensor of another shape with the spread and memory layout of the old one, a vector from its entries."""
-    if not old.is_floating_point():
+    if not old.is_floating_point() or old.is_meta:
         return torch.zeros(shape, dtype=old.dtype, device=old.device)
     if old.dim() == 1 and len(old):  # of a norm or a bias: a variance must not be negative
         return old.detach()[torch.randint(len(old), shape, generator=generator).to(old.device)]
     drawn = torch.randn(shape, generator=generator, dtype=torch.double)
     scale = old.double().std() if old.numel() > 1 else torch.ones(())
-    drawn = (drawn * scale.to(drawn) if not old.is_meta else drawn).to(old)
+    drawn = (drawn * scale.to(drawn)).to(old)
     channels_last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
     return drawn.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

@@ -82,6 +82,8 @@ def widen(  # noqa: PLR0913 (public signature)
     if new is None:
         wider = _widen_in_a_mode(traced, inputs, widths, fill, generator)
     else:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise TransferError("A network on the meta device has no values beside which new entries could stand.")
         if not isinstance(widths, Mapping):
             raise TransferError("`new` adds entries to layers that are named: give `widths` as a dictionary.")
         for name, width in widths.items():

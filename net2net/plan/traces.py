@@ -60,7 +60,8 @@ def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: R
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
     theirs = trace(teacher, inputs)
-    plain = theirs, (trace_shapes if theirs.products > LARGE else trace)(student, inputs)
+    has_values = not any(x.is_meta for x in inputs.tensors)
+    plain = theirs, (trace_shapes if theirs.products > LARGE and has_values else trace)(student, inputs)
     return Traces(inputs, plain, _differing_scales(plain, rename))
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_same, error, refused, trained
+from checks import assert_same, error, refused, state, trained
 from networks import Net
 from torch import Tensor, nn
 
-from net2net import equivalence, transfer, widen
+from net2net import equivalence, random_pad, transfer, widen
 
 pytestmark = pytest.mark.usefixtures("float64")
 Compute = Callable[[nn.Module, Tensor], Tensor]
@@ -200,6 +200,19 @@ def test_a_tied_table_behind_a_norm_by_hand(compute: Compute, width: int, layers
     if compute is one_more:
         spoiled = {name: replace(origin, offset=0.0) for name, origin in record.origins.items()}
         assert error(replace(record, origins=spoiled), teacher, student, words) > 1e-3
+
+
+def test_random_pad_puts_weights_that_count_from_one_where_the_teacher_has_them() -> None:
+    words = torch.randint(20, (3, 6), generator=torch.Generator().manual_seed(0))
+    teacher, student = trained(language_model(8, 1, one_more), language_model(16, 1, one_more))
+    before = state(student)
+    origins = {name: origin for name, origin in random_pad(teacher, student, words).origins.items() if origin.offset}
+    assert origins
+    for name, origin in origins.items():
+        axis, expected = origin.axes[0], before[name]
+        first = axis.first & (axis.index >= 0)
+        expected[first] = teacher.state_dict()[origin.teacher][axis.index[first]]
+        assert torch.allclose(student.state_dict()[name], expected, rtol=1e-14)
 
 
 def test_widen_gives_norms_without_affine_the_new_width() -> None:
