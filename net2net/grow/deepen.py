@@ -71,7 +71,6 @@ def deepen(  # noqa: PLR0913 (public signature)
     names = [after] if isinstance(after, str) else list(after)
     if not names:
         raise TransferError("No module is named to put a layer behind.")
-    names = [after] if isinstance(after, str) else after
     grew = f"new layers stand behind {', '.join(names)}"
     how = {"generator": generator, "depth": depth, "calibrate": calibrate, "outputs": outputs}
     fill = partial(transfer, model, example=example, **how)

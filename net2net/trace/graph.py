@@ -32,6 +32,7 @@ class Trace:
         self.seen_as = seen_as  # how the pass looks at the network
         self.units = Units(seen_as.as_grouped)
         self.parameters = Parameters(model, self.units)
+        self.eps_places = _tell_eps_apart(model)
         self.module_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self.layers: dict[str, Layer] = {}  # by name, in the order of the forward pass
         self.norms: list[Norm] = []  # the statistics across units
@@ -107,3 +108,15 @@ class Trace:
                 range=join_ranges([first.range, layer.range]),
             )
         self.layers[layer.name] = layer
+
+
+def _tell_eps_apart(model: nn.Module) -> dict[str, float]:
+    """Return every eps that a module keeps as an attribute, by its place; each becomes a float object of its own."""
+    # Then the object in a call says which attribute it came from, even if several hold the same number.
+    places: dict[str, float] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if "eps" in attribute.lower() and type(value) is float:
+                place = name if attribute == "eps" else f"{name}.{attribute}".lstrip(".")
+                places[place] = vars(module)[attribute] = value + 0.0
+    return places

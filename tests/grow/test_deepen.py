@@ -235,3 +235,10 @@ def test_wider_again_deeper_again_in_any_order() -> None:
     widths = [len(deep_then_wide.get_parameter(f"{name}.weight")) for name in ("0.0", "0.deeper.0", "4", "4.deeper.0")]
     assert widths == [6, 6, 9, 9]
     assert describe(all_again, images()).groups
+
+
+def test_names_may_come_from_an_iterator() -> None:
+    model, x = mlp(3, 4, 2), rows()
+    deeper = deepen(model, x, (name for name in ["0"]), make=lambda units, dim: nn.Linear(units, units))
+    assert len(deeper.state_dict()) == len(model.state_dict()) + 2
+    assert "new layers stand behind 0" in str(deeper.growth)

@@ -137,6 +137,37 @@ def test_a_number_as_eps_serves_multiples_alone() -> None:
         transfer(teacher, more, tokens()[:2])
 
 
+class TwoNorms(nn.Module):
+    """Two norms in one module, each with an eps of its own, or the second with a number."""
+
+    def __init__(self, width: int, number: float | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, width), nn.Linear(width, width), nn.Linear(width, 5)
+        self.g, self.h = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.eps = self.eps_behind = 1e-4
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.b(torch.tanh(self.g * (x * torch.rsqrt(square(x) + self.eps))))
+        eps = self.eps_behind if self.number is None else 1e-4
+        return self.c(torch.tanh(self.h * (x * torch.rsqrt(square(x) + eps))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_eps_of_one_value_are_told_apart(dtype: torch.dtype) -> None:
+    x = tokens().to(dtype) * 0.01
+    teacher, student, other = (net.to(dtype) for net in trained(TwoNorms(8), TwoNorms(11), TwoNorms(11, 1e-4)))
+    record = transfer(teacher, student, x[:2])
+    assert record.eps.keys() == {"", "eps_behind"} and teacher.eps == teacher.eps_behind == 1e-4
+    assert equivalence(teacher.double(), student.double(), x.double()).max_relative < 1e-6
+    student.eps_behind = 1e-4
+    assert equivalence(teacher, student, x.double()).max_relative > 1e-6
+    teacher = trained(TwoNorms(8, 1e-4))[0].to(dtype)
+    with refused("its eps is the number 0.0001", other):
+        transfer(teacher, other, x[:2])
+
+
 def test_norms_that_share_an_eps_need_the_same() -> None:
     def make(width: int) -> nn.Module:
         parts = {"a": nn.Linear(6, width), "b": nn.Linear(width, 9), "c": nn.Linear(9, 3)}

@@ -97,10 +97,10 @@ def _rooted(trace: Trace, call: Call, before: Statistic, number: float | None) -
 def eps_place(trace: Trace, call: Call, eps: float | None) -> str | None:
     """Return where the eps of a norm can be set: the name of the module if it has an `eps`, or of an attribute."""
     module = trace.model.get_submodule(call.module)
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or getattr(module, "eps", None) == eps:
+    of_class = "eps" not in vars(module) and getattr(module, "eps", None) == eps
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or of_class:
         return call.module
-    found = [name for name, value in vars(module).items() if "eps" in name.lower() and value == eps]
-    return f"{call.module}.{found[0]}".lstrip(".") if found else None
+    return next((place for place, value in trace.eps_places.items() if value is eps), None)
 
 
 def _is_same(x: Tensor, of: Tensor) -> bool:
