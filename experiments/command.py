@@ -38,7 +38,7 @@ LAUNCHER_ERRORS = {  # errors of the launchers, which are installed only where t
     "FailedJobError": "Slurm refused the jobs",
 }
 # The keys of these are not in the schema.
-FREE = ("model", "inception", "speedrun", "teacher", "first", "students", "rates", "cases")
+FREE = ("model", "inception", "speedrun", "teacher", "first", "students", "rates", "cases", "data.options")
 RUN = "experiments.experiment"  # the module that runs experiments; it loads torch, which takes seconds
 
 HELP = """\
@@ -196,7 +196,7 @@ def make_configs(composed: DictConfig, overrides: Iterable[str]) -> list[Config]
     known, overrides = set(_list_keys()), list(overrides)
     for resolved in sweep.resolve_cases(composed, overrides):
         for key in flatten(OmegaConf.to_container(resolved)):  # type: ignore[arg-type]
-            if key.partition(".")[0] not in FREE and key not in known:  # added with +, or by a case
+            if not _is_free(key) and key not in known:  # added with +, or by a case
                 raise ExperimentError(_describe_unknown(key))
         config = OmegaConf.to_object(resolved)
         assert isinstance(config, Config)
@@ -268,12 +268,16 @@ def explain(error: Exception) -> str:
         choices = list_choices(group)
         return f"There is no {group} {name!r}{nearest(name, choices)}. There are {', '.join(choices)}."
     unknown = re.search(r"(?:override|Key|find) '([^']+)'", text)
-    if unknown and unknown[1].partition(".")[0] in FREE:
+    if unknown and _is_free(unknown[1]):
         hint = nearest(unknown[1].rpartition(".")[2], _list_siblings(error))
         return f"The experiment sets no {unknown[1]}{hint}. To set it all the same, write +{unknown[1]}=VALUE."
     if unknown:
         return _describe_unknown(unknown[1])
     return text
+
+
+def _is_free(key: str) -> bool:
+    return f"{key}.".startswith(tuple(f"{free}." for free in FREE))
 
 
 def _describe_unknown(key: str) -> str:

@@ -41,7 +41,7 @@ class DivergedError(ExperimentError):
 class Data:
     """The images. Choices are made on the holdout part of the training images; the test images are only reported."""
 
-    name: str = "cifar10"  # digits, cifar10, image_folder, imagenet
+    name: str = "cifar10"  # digits, cifar10, image_folder, imagenet, or a class of torchvision.datasets, as SVHN
     root: str | None = None  # folder of the data; None: the cache
     cache: str = "${oc.env:NET2NET_CACHE,${oc.env:HOME}/.cache/net2net}"
     size: int = 32  # side of the square images, in pixels
@@ -49,6 +49,8 @@ class Data:
     pad: int = 4  # random crop: zero padding on each side, in pixels
     flip: bool = True  # mirror every other time that an image is seen; the first time is drawn
     workers: int = 0  # processes that decode images, for sets that do not fit in memory
+    download: bool = False  # whether torchvision may download what is missing; CIFAR-10 is downloaded anyway
+    options: dict[str, Any] = field(default_factory=dict)  # more arguments of torchvision's class
 
 
 @dataclass

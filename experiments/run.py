@@ -20,6 +20,7 @@ from .machine import Arithmetic, choose_arithmetic
 from .models.speedrun import SpeedRun
 from .training import Job
 
+PLACES = ("root", "cache", "workers", "download")  # keys of the data that say where they are, and not which
 # Keys of the schedule that concern other stages, or that `stage_config` has put in place for this one.
 OTHER_STAGES = ("teacher_epochs", "teacher_decay", "teacher_augment")
 
@@ -142,7 +143,7 @@ def stage_settings(config: Config, arm: str, student: str | None) -> dict[str, A
     tree = asdict(stage_config(config, arm))
     settings: dict[str, Any] = {
         "seed": config.seed,
-        "data": {key: value for key, value in tree["data"].items() if key not in ("root", "cache", "workers")},
+        "data": {key: value for key, value in tree["data"].items() if key not in PLACES and value != {}},
         "network": config.model | (config.teacher if student is None else config.students[student]),
         "schedule": {key: value for key, value in tree["schedule"].items() if key not in OTHER_STAGES},
     }

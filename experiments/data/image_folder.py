@@ -79,12 +79,12 @@ def read_picture(file: str, prepare: Callable[[Image.Image], object] | None = No
             if opened.mode == "RGB":  # convert would copy it
                 opened.load()
                 return opened
-            return _to_eight_bits(opened).convert("RGB")
+            return to_eight_bits(opened).convert("RGB")
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise ExperimentError(f"The image {file} cannot be read ({error}): replace it, or delete it.") from error
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
+def to_eight_bits(image: Image.Image) -> Image.Image:
     """Return a picture of 16 bits a pixel with the upper 8; refuse numbers of which no scale is known."""
     if image.mode in ("I", "F"):  # convert would make everything above 255 white
         raise ValueError(f"what is white in Pillow's mode {image.mode} is not known: save it with 8 or 16 bits a pixel")
@@ -114,13 +114,7 @@ def decode_all(train: Pictures, test: Pictures, root: str, size: int, cache: str
     """
     parts = {"train": [file for file, _ in train.samples], "test": [file for file, _ in test.samples]}
     count = sum(map(len, parts.values()))
-    needed = 2 * count * 3 * size * size  # as arrays, and as splits
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ExperimentError(
-            f"{root} would take {needed / 2**30:.1f} GiB in memory and this machine has"
-            f" {memory / 2**30:.1f} GiB: lower data.size, or stream it with data=imagenet."
-        )
+    refuse_too_many(root, count, 3 * size * size)
     file = Path(cache) / f"{Path(root).resolve().name}-{size}px-{_fingerprint(parts, root, size)}.npz"
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
@@ -138,6 +132,17 @@ def decode_all(train: Pictures, test: Pictures, root: str, size: int, cache: str
     np.savez(archive, train=arrays["train"], test=arrays["test"])
     files.write(file, archive.getbuffer(), flush=False)
     return arrays
+
+
+def refuse_too_many(name: str, count: int, each: int) -> None:
+    """Raise ExperimentError if the memory cannot hold so many pictures of `each` bytes."""
+    needed = 2 * count * each  # as arrays, and as splits
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ExperimentError(
+            f"{name} would take {needed / 2**30:.1f} GiB in memory and this machine has"
+            f" {memory / 2**30:.1f} GiB: lower data.size, or stream it with data=imagenet."
+        )
 
 
 def _fingerprint(parts: dict[str, list[str]], root: str, size: int) -> str:

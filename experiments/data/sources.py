@@ -3,11 +3,9 @@
 import hashlib
 import importlib
 import os
-import socket
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +17,13 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from ..config import Data, ExperimentError, nearest
 from ..files import writable
 from ..randomness import generator
+from .from_torchvision import FAULTS, NAMES, Labelled, patience, read_parts
 from .image_folder import ANOTHER_CACHE, Pictures, decode_all, find_pictures
 from .in_memory import Images, mean_and_std
 from .streamed import Folder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # those of every published ImageNet model
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PATIENCE = 20.0  # seconds without an answer after which the network counts as absent
-
-Labelled = tuple[Tensor, Tensor]  # uint8 images NCHW and their int64 labels
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,16 @@ def load(config: Data, seed_split: int = 0) -> Splits:
     Raises ExperimentError if the data set is unknown, missing or damaged.
     """
     sources = {"digits": _digits, "cifar10": _cifar10, "image_folder": _image_folder, "imagenet": _imagenet}
+    if config.name in NAMES:
+        return _torchvision(config, seed_split)
+    if config.name == "torchvision":
+        raise ExperimentError("data=torchvision needs the name of one of its classes, as in data.name=SVHN.")
     if config.name not in sources:
-        closest = nearest(config.name, sources)
-        raise ExperimentError(f"data.name={config.name} is unknown{closest}: there are {', '.join(sources)}.")
+        closest = nearest(config.name, [*sources, *NAMES])
+        raise ExperimentError(
+            f"data.name={config.name} is unknown{closest}: there are {', '.join(sources)}, and the classes of"
+            " torchvision.datasets."
+        )
     size = {"digits": 8, "cifar10": 32}.get(config.name, config.size)
     if config.size != size:
         raise ExperimentError(f"data={config.name} has images of {size} pixels: set data.size={size}.")
@@ -115,26 +118,34 @@ def _fetch_cifar10(folder: Path) -> None:
     archive = writable(folder, ANOTHER_CACHE) / CIFAR10.filename
     if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
         raise ExperimentError(f"{archive} is not the official archive (its checksum differs): delete it.")
-    patience = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
         try:
-            socket.setdefaulttimeout(PATIENCE)
-            if archive.exists():
-                extract_archive(str(archive), scratch)
-            else:
-                CIFAR10(scratch, download=True)
-        except (OSError, RuntimeError, HTTPException) as error:
+            with patience():
+                if archive.exists():
+                    extract_archive(str(archive), scratch)
+                else:
+                    CIFAR10(scratch, download=True)
+        except FAULTS as error:
             raise ExperimentError(
                 f"CIFAR-10 is not in {folder} and cannot be downloaded from {CIFAR10.url} ({error}): copy"
                 f" {CIFAR10.filename} there, or use a copy as images with data=image_folder data.root=FOLDER."
             ) from error
-        finally:
-            socket.setdefaulttimeout(patience)
         try:
             os.rename(Path(scratch, CIFAR10.base_folder), folder / CIFAR10.base_folder)
         except OSError:
             if not (folder / CIFAR10.base_folder).is_dir():  # otherwise another job was faster
                 raise
+
+
+def _torchvision(config: Data, seed_split: int) -> Splits:
+    """Load a data set of torchvision; if it has no test part, a fixed fifth of each class is one."""
+    parts = read_parts(config)
+    if len(parts) == 1:
+        images, labels = parts[0]
+        parts = [(images[part], labels[part]) for part in hold_out(labels, 0.2, generator(config.name, "test"))]
+    train, test = parts
+    description = f"torchvision's {config.name}, {len(train[1]):,} train / {len(test[1]):,} test"
+    return _in_memory(config, seed_split, train, test, description)
 
 
 def _image_folder(config: Data, seed_split: int) -> Splits:
@@ -186,7 +197,7 @@ def _in_memory(config: Data, seed_split: int, train: Labelled, test: Labelled, d
         train=split(kept_images, labels[kept]),
         holdout=split(images[held], labels[held]),
         test=split(*test),
-        classes=int(labels.max()) + 1,
+        classes=int(max(labels.max(), test[1].max())) + 1,
         mean=mean,
         std=std,
         description=description,

@@ -598,7 +598,7 @@ def test_damaged_cifar10_files_are_named(archive, file):
 def test_every_source_has_a_configuration_that_fits_the_schema_and_says_what_differs():
     defaults = {field.name: field.default for field in fields(Data)}
     files = sorted(CONFIGS.glob("*.yaml"))
-    assert [file.stem for file in files] == ["cifar10", "digits", "image_folder", "imagenet"]
+    assert [file.stem for file in files] == ["cifar10", "digits", "image_folder", "imagenet", "torchvision"]
     for file in files:
         assert file.read_text().startswith("# ")
         changes = OmegaConf.load(file)
