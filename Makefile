@@ -5,7 +5,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-all lint docs torture figures verify gpu-check bench lock clean
+.PHONY: help setup demo check test test-all lint docs torture figures report verify gpu-check bench lock clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ torture: .venv/.installed ## kill runs at 200 random moments, and compare what b
 
 figures: .venv/.installed ## draw the figures and the table from results/curves
 	$(RUN) scripts/figures.py
+
+report: .venv/.installed ## write results/report.html: all results on one page that needs no network
+	$(RUN) scripts/report.py
 
 verify: .venv/.installed ## check every committed curve against its manifest and the history
 	$(RUN) scripts/verify.py
