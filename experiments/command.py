@@ -4,14 +4,17 @@ Nothing here imports torch at the top: a typo, `--help` and `--cfg job` are answ
 """
 
 import importlib
+import json
 import os
 import re
 import shutil
 import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO
@@ -28,7 +31,7 @@ from rich.console import Console
 from . import sweep, wandb_log
 from .config import CONFIGS, Config, ExperimentError, check, flatten, nearest, shorten
 from .signals import Interrupted
-from .words import check_words, list_choices, quote_values
+from .words import check_words, complete, list_choices, quote_values
 
 KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # errors that the user can put right
 LAUNCHER_ERRORS = {  # errors of the launchers, which are installed only where they are used, by the name of the class
@@ -76,8 +79,9 @@ def main(arguments: list[str]) -> int:
         return status
     _prepare(quote_values(arguments))
     try:
-        check_launcher(arguments)
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)()
+        is_slurm = check_launcher(arguments) == "slurm"
+        with sweep.announce_jobs() if is_slurm else nullcontext():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)()
     except JobFailed as failed:
         if failed.elsewhere:
             for sentence in (failed.sentence, *sweep.read_failures()):
@@ -97,6 +101,10 @@ def main(arguments: list[str]) -> int:
 
 def answer(arguments: list[str]) -> int | None:
     """Answer a command that needs no Hydra and return its exit status; None for all others."""
+    if "COMP_LINE" in os.environ and {"-sc", "--shell-completion"} & set(arguments):
+        offered = complete(os.environ["COMP_LINE"])
+        print(" ".join(offered), end="\n" * bool(offered))
+        return 0 if offered else None  # Hydra knows the other settings
     if any(a.startswith(("experiment=", "+experiment=")) for a in arguments) or {"-c", "--cfg"} & set(arguments):
         return None
     if {"-h", "--help"} & set(arguments):
@@ -152,8 +160,8 @@ def default_scale() -> str:
     return "gpu" if Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists() else "cpu"
 
 
-def check_launcher(arguments: list[str]) -> None:
-    """Refuse a launcher that would not be used, or cannot be, with an ExperimentError."""
+def check_launcher(arguments: list[str]) -> str:
+    """Return the launcher of a sweep, or ""; refuse one that would not be used, or cannot be, with ExperimentError."""
     launchers = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     if launchers and not {"-m", "--multirun", "--cfg", "-c"} & set(arguments):
         raise ExperimentError(f"hydra/launcher={launchers[0]} starts the jobs of a sweep: add -m.")
@@ -162,6 +170,7 @@ def check_launcher(arguments: list[str]) -> None:
             "hydra/launcher=slurm needs Slurm's sbatch, which is not on this machine: run it on a machine that has "
             "it, or take hydra/launcher=local."
         )
+    return launchers[0] if launchers else ""
 
 
 def run_job(composed: DictConfig) -> None:
@@ -244,6 +253,9 @@ def report(sentence: str, shared: bool = False) -> None:
     if sentence not in _reported and not (rank() and (shared or RUN not in sys.modules)):
         print(f"\nError: {sentence}", file=sys.stderr)
     _reported.add(sentence)
+    if "TORCHELASTIC_RUN_ID" in os.environ and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        with suppress(OSError):  # torchrun ends with a report of its own, and shows this in it
+            Path(file).write_text(json.dumps({"message": f"Error: {sentence}", "timestamp": int(time.time())}))
 
 
 def _report_interruption(stop: KeyboardInterrupt) -> int:

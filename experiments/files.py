@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -110,7 +111,7 @@ def hold(folder: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
         ) from error
     try:
         with suppress(OSError):  # on a full disk the lock holds all the same
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            path.write_text(name_owner())
         for partial in folder.glob(".*.partial"):
             with suppress(OSError):
                 partial.unlink()
@@ -119,6 +120,17 @@ def hold(folder: Path, on_wait: Callable[[str], None] | None = None) -> Iterator
         with suppress(OSError):
             path.unlink()  # while the lock is held: whoever waits for it notices and makes the file anew
         lock.release()
+
+
+def name_owner() -> str:
+    """Return how this process signs what it holds."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def is_owner_here(owner: str) -> bool | None:
+    """Return whether the process of that name lives; None if it is on another machine, or no name is known."""
+    found = re.match(r"process (\d+) on (\S+)", owner)
+    return Path("/proc", found[1]).exists() if found and found[2] == socket.gethostname() else None
 
 
 def remove_stale_lock(folder: Path) -> None:

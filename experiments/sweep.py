@@ -9,6 +9,8 @@ import importlib
 import itertools
 import json
 import os
+import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,10 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from . import files
 from .config import FOLDER, Config, ExperimentError, arm_folders, flatten, nearest, place_of, runs_of
 from .run_log import MANIFEST, read_manifest
+from .signals import Interrupted
 
 GROUPS = ("data", "scale", "experiment")  # `data=digits` names a file of settings, and none of the settings in it
 RESERVED = ("experiment", "case", "cases", "seed", "runs")  # say which run it is, so no case may set them
-PLAN = "plan.json"  # in an experiment's folder: for each seed, the arms that sweeps were asked for
+PLAN = "sweep.json"  # in an experiment's folder: for each seed, the arms that sweeps were asked for, and who runs them
 FAILURE = "failure.txt"  # in an arm's folder: why the last job that was to run it has failed
 planned: list[Path] = []  # the arms' folders of this process's sweep
 _gpu_locks: list[FileLock] = []  # the lock on this process's GPU, held until the process ends
@@ -96,19 +99,69 @@ def add_to_plan(config: DictConfig, swept: Mapping[str, list[str]]) -> None:
     with files.hold(experiment, lambda owner: None):  # another sweep may add to it at the same moment
         plan = read_plan(experiment)
         for seed in swept.get("seed", [str(config.seed)]):
-            plan[seed] = list(dict.fromkeys([*plan.get(seed, []), *folders]))
+            plan[seed] = plan.get(seed, {}) | dict.fromkeys(folders, files.name_owner())
             planned.extend(experiment / f"seed{seed}" / folder for folder in folders)
         files.write(experiment / PLAN, (json.dumps(plan) + "\n").encode())
     for folder in planned:
         (folder / FAILURE).unlink(missing_ok=True)
 
 
-def read_plan(experiment: Path) -> dict[str, list[str]]:
-    """Return for each seed the folders of the arms that sweeps of this experiment were asked for."""
+def read_plan(experiment: Path) -> dict[str, dict[str, str]]:
+    """Return for each seed the folders of the arms that sweeps were asked for, each with who runs its sweep."""
     try:
         return json.loads((experiment / PLAN).read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
+
+
+@contextmanager
+def announce_jobs() -> Iterator[None]:
+    """While the block runs, say of jobs that are handed to Slurm what they are called and where to look, at once."""
+    submitit = importlib.import_module("submitit")
+    number = ""
+
+    class Announcing(submitit.AutoExecutor):
+        def map_array(self, *arguments: Any) -> list[Any]:
+            nonlocal number
+            jobs = super().map_array(*arguments)
+            number = jobs[0].job_id.partition("_")[0]
+            _hand_over(f"Slurm job {number}")
+            print(f"submitted Slurm job {number}: {', '.join(job.job_id for job in jobs)}")
+            folder = Path(self.folder).parent  # without the job's number
+            print(f"look      python scripts/status.py {folder.parents[1]}   or   squeue -j {number}")
+            print(f"logs      {folder}/{number}*/*_log.out")
+            print(f"stop      scancel {number}   (it goes on without this command)", flush=True)
+            return jobs
+
+    own, submitit.AutoExecutor = submitit.AutoExecutor, Announcing  # Hydra's launcher submits and waits in one call
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not number:
+            raise
+        raise Interrupted(signal.SIGINT, f"Slurm job {number} goes on; scancel {number} ends it") from None
+    finally:
+        submitit.AutoExecutor = own
+
+
+def _hand_over(owner: str) -> None:
+    """Note in the plans that this process's sweep is run by `owner`."""
+    for experiment in {folder.parents[1] for folder in planned}:
+        with files.hold(experiment, lambda owner: None):
+            plan = read_plan(experiment)
+            for folder in planned:
+                if folder.parents[1] == experiment:
+                    plan[folder.parent.name.removeprefix("seed")][folder.name] = owner
+            files.write(experiment / PLAN, (json.dumps(plan) + "\n").encode())
+
+
+def is_alive(owner: str) -> bool:
+    """Return whether a sweep goes on: its process lives, or its Slurm job is in the queue; if unknown, True."""
+    if owner.startswith("Slurm job "):
+        command = ["squeue", "-h", "-o", "%i", "-j", owner.rpartition(" ")[2]]
+        with suppress(FileNotFoundError):  # this machine has no Slurm
+            return bool(subprocess.run(command, capture_output=True).stdout.strip())
+    return files.is_owner_here(owner) is not False
 
 
 def read_failures() -> Iterator[str]:

@@ -8,7 +8,11 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
+
+from .arms import ARMS
 from .config import CONFIGS, Config, ExperimentError
 
 SWEEP = {"-m", "--multirun"}
@@ -35,6 +39,32 @@ def _quote(word: str) -> str:
     if UNREADABLE.search(value) and value[0] not in "'\"[{$":
         value = "'{}'".format(value.replace("'", "\\'"))
     return f"{found['key']}={value}"
+
+
+def complete(line: str) -> list[str]:
+    """Return the words that Tab offers where Hydra has none: arms, their rates, and the cases of the experiment."""
+    word = line.rpartition(" ")[2]
+    key, equals, _ = word.partition("=")
+    named = re.findall(r"experiment=(\w+)", line)
+    if not equals:
+        return [f"rates.{arm}=" for arm in ARMS] if word.startswith("rates.") else []
+    if key == "arms":  # one, or a list that has begun
+        begun = re.match(r"arms=(\[?(?:\w+,)*)", word)
+        return [f"arms={begun[1] if begun else ''}{arm}" for arm in ARMS]
+    if key == "target":
+        return [f"target={arm}" for arm in ARMS]
+    if key == "case" and named:
+        return [f"case={case}" for case in list_cases(named[-1])]
+    return []
+
+
+def list_cases(experiment: str) -> list[str]:
+    """Return the cases that an experiment's file names, or those of the experiments that it begins with."""
+    path = CONFIGS / "experiment" / f"{experiment}.yaml"
+    text: Any = OmegaConf.load(path) if path.is_file() else {}
+    if cases := OmegaConf.select(text, "cases") if text else None:
+        return [str(case) for case in cases]
+    return [case for one in text.get("defaults") or () if isinstance(one, str) for case in list_cases(one)]
 
 
 def check_words(words: list[str]) -> None:

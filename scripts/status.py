@@ -1,14 +1,13 @@
 """Show the state of runs while they go on: python scripts/status.py [RUNS].
 
 For each experiment it prints a table of arms by seeds: finished runs with their final test accuracy, running ones with
-their progress, test accuracy and remaining time, and those that wait, have failed or were stopped; then the last words
-of the failed ones. It only reads.
+their progress, test accuracy and remaining time, and those that wait for their turn in a sweep, have failed or were
+stopped; then the last words of the failed ones. It only reads.
 """
 
 import argparse
 import json
 import re
-import socket
 import sys
 import time
 from collections import Counter
@@ -22,10 +21,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from experiments.analysis.curves import find_arms
-from experiments.config import ordered
-from experiments.files import LOCK
+from experiments.config import TEACHER, ordered
+from experiments.files import LOCK, is_owner_here
 from experiments.progress import duration
-from experiments.sweep import FAILURE, PLAN, read_plan
+from experiments.sweep import FAILURE, PLAN, is_alive, read_plan
 
 STATES = ("done", "running", "waiting", "failed", "stopped")
 QUIET = 600  # seconds without a sign of life until a process on another machine counts as dead; it saves every minute
@@ -52,8 +51,8 @@ class Stage:
         return " ".join(part for part in (word, self.epoch, accuracy, left) if part)
 
 
-def read_stage(curve: Path, manifest: Path) -> Stage:
-    """Return the state of one arm, according to its files."""
+def read_stage(curve: Path, manifest: Path, is_awaited: bool = False) -> Stage:
+    """Return the state of one arm by its files, and by whether a sweep that goes on will run it."""
     try:
         record: Any = json.loads(_read_text(manifest))
     except ValueError:
@@ -73,7 +72,7 @@ def read_stage(curve: Path, manifest: Path) -> Stage:
         return Stage("running", epoch, accuracy, _estimate_left(record, row, share, curve, manifest))
     if failure := _read_text(folder / FAILURE):
         return Stage("failed", epoch, accuracy, failure=failure.splitlines()[-1])
-    return Stage("stopped" if record else "waiting", epoch, accuracy)
+    return Stage("waiting" if is_awaited else "stopped", epoch, accuracy)
 
 
 def is_held(folder: Path) -> bool:
@@ -84,9 +83,8 @@ def is_held(folder: Path) -> bool:
     lock = folder / LOCK
     if not lock.exists():
         return False
-    owner = re.match(r"process (\d+) on (\S+)", _read_text(lock))
-    if owner and owner[2] == socket.gethostname():
-        return Path("/proc", owner[1]).exists()
+    if (lives := is_owner_here(_read_text(lock))) is not None:
+        return lives
     times = [path.stat().st_mtime for path in (lock, folder / "checkpoint.pt", folder / "curve.csv") if path.exists()]
     return time.time() - max(times, default=0) < QUIET
 
@@ -124,11 +122,14 @@ def _estimate_left(
 def read_stages(experiment: Path) -> dict[str, dict[int, Stage]]:
     """Return the stages of an experiment by arm, in reading order, and seed: all that have begun or are planned."""
     found: dict[str, dict[int, Stage]] = {}
+    planned = {(int(seed), arm): owner for seed, arms in read_plan(experiment).items() for arm, owner in arms.items()}
+    alive = {owner: is_alive(owner) for owner in set(planned.values())}
+    awaited = {place: alive[owner] for place, owner in planned.items()}
+    awaited |= {(seed, TEACHER): True for (seed, _), lives in awaited.items() if lives}
     for seed, arm, curve, manifest in find_arms(experiment):
-        found.setdefault(arm, {})[seed] = read_stage(curve, manifest)
-    for seed, arms in read_plan(experiment).items():
-        for arm in arms if seed.isdigit() else ():
-            found.setdefault(arm, {}).setdefault(int(seed), Stage("waiting"))
+        found.setdefault(arm, {})[seed] = read_stage(curve, manifest, awaited.get((seed, arm), False))
+    for seed, arm in planned:
+        found.setdefault(arm, {}).setdefault(seed, Stage("waiting" if awaited[seed, arm] else "stopped"))
     return {arm: found[arm] for arm in ordered(found)}
 
 

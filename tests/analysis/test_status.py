@@ -36,6 +36,12 @@ def lock(folder: Path, host: str) -> None:
     (folder / files.LOCK).write_text(f"process {2**22 + 1} on {host} since 2026-01-01 00:00:00")  # a number too high
 
 
+def plan(experiment: Path, owner: str, seeds: str, arms: list[str]) -> None:
+    """The plan of a sweep that `owner` runs."""
+    experiment.mkdir(parents=True, exist_ok=True)
+    (experiment / sweep.PLAN).write_text(json.dumps({seed: dict.fromkeys(arms, owner) for seed in seeds}))
+
+
 def test_a_finished_run(tmp_path):
     begin(tmp_path, 4, complete=True)
     (tmp_path / sweep.FAILURE).write_text("of before")
@@ -82,11 +88,11 @@ def test_the_failed_run_says_its_last_line_until_it_runs_again(tmp_path):
 
 
 def test_what_is_half_there_is_no_error(tmp_path):
-    assert look(tmp_path) == status.Stage("waiting")
+    assert look(tmp_path) == status.Stage("stopped")
     for manifest in ("", "[]", "{", '{"settings": {}}'):
         (tmp_path / "manifest.json").write_text(manifest)
         (tmp_path / "curve.csv").write_text(",".join(COLUMNS) + "\n")
-        assert look(tmp_path).state in ("waiting", "stopped")
+        assert look(tmp_path).state == "stopped"
 
 
 def test_the_table_of_arms_by_seeds(tmp_path, capsys):
@@ -95,16 +101,44 @@ def test_the_table_of_arms_by_seeds(tmp_path, capsys):
     begin(experiment / "seed0/random_init", 1)
     (experiment / "seed1/net2net").mkdir(parents=True)
     (experiment / "seed1/net2net" / sweep.FAILURE).write_text("quickstart seed1 net2net: The images [are] gone.")
-    (experiment / sweep.PLAN).write_text(json.dumps({"0": ["net2net", "random_init"], "1": ["net2net", "random_init"]}))
+    plan(experiment, files.name_owner(), "01", ["net2net", "random_init"])
     begin(tmp_path / "sweep/case/seed3/net2net", 4, complete=True)
     assert status.main([str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["quickstart:", "1", "done,", "1", "waiting,", "1", "failed,", "1", "stopped"] in lines
+    assert ["quickstart:", "1", "done,", "2", "waiting,", "1", "failed"] in lines
     assert ["arm", "seed", "0", "seed", "1"] in lines
     assert ["net2net", "51.20", "failed"] in lines
-    assert ["random_init", "stopped", "1/4ep", "51.20", "waiting"] in lines
+    assert ["random_init", "waiting", "1/4ep", "51.20", "waiting"] in lines
     assert ["failed", "quickstart", "seed1", "net2net:", "The", "images", "[are]", "gone."] in lines
     assert ["sweep/case:", "1", "done"] in lines
+
+
+@pytest.mark.parametrize(
+    ("owner", "state"),
+    [
+        (f"process {os.getpid()} on {socket.gethostname()}", "waiting"),
+        (f"process {2**22 + 1} on {socket.gethostname()}", "stopped"),  # a number too high: it was interrupted
+        ("process 1 on another-machine", "waiting"),  # nobody here knows
+        ("Slurm job 7", "waiting"),
+        ("Slurm job 8", "stopped"),
+    ],
+)
+def test_what_is_left_of_a_sweep_waits_while_the_sweep_goes_on(tmp_path, monkeypatch, owner, state):
+    queue = tmp_path / "bin/squeue"
+    queue.parent.mkdir()
+    queue.write_text(
+        '#!/bin/sh\ncase "$*" in *"-j 7") echo 7_0 ;; *) echo "Invalid job id specified" >&2; exit 1 ;; esac\n'
+    )
+    queue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{queue.parent}:{os.environ['PATH']}")
+    plan(tmp_path / "quickstart", owner, "0", ["net2net", "random_pad", "random_init"])
+    begin(tmp_path / "quickstart/seed0/teacher", 1)
+    begin(tmp_path / "quickstart/seed0/net2net", 1)  # it was preempted, or killed
+    begin(tmp_path / "quickstart/seed0/random_pad", 4, complete=True)
+    states = {arm: stages[0].state for arm, stages in status.read_stages(tmp_path / "quickstart").items()}
+    assert states == {"teacher": state, "net2net": state, "random_pad": "done", "random_init": state}
+    with files.hold(tmp_path / "quickstart/seed0/net2net"):
+        assert status.read_stages(tmp_path / "quickstart")["net2net"][0].state == "running"
 
 
 def test_many_seeds_are_counted(tmp_path, capsys):

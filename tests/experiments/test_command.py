@@ -13,6 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from loops import error_of
 
+from experiments.command import main
 from experiments.config import Config, ExperimentError, check, steps
 from experiments.signals import Interrupted
 from experiments.words import check_words, quote_values
@@ -107,6 +108,24 @@ def test_words_that_mean_a_setting_get_the_line_to_type(typed, line):
     assert str(error.value).endswith(f": python train.py {line}")
     check_words(line.split())
     check_words(["-m", "experiment=quickstart", "arms=[net2net,random_pad]", "--cfg", "job"])
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("experiment=quickstart arms=rand", "arms=random_pad"),
+        ("experiment=quickstart arms=[net2net,ran", "arms=[net2net,random_pad"),
+        ("experiment=ladder_wider case=", "case=20ep"),
+        ("rates.", "rates.net2net="),
+        ("experiment=quick", "experiment=quickstart"),  # Hydra knows it
+    ],
+)
+def test_tab_offers_arms_cases_and_what_hydra_knows(monkeypatch, capsys, line, offered):
+    monkeypatch.setenv("COMP_LINE", f"python train.py {line}")
+    monkeypatch.setattr("sys.argv", ["train.py", "-sc", "query=bash"])
+    assert main(["-sc", "query=bash"]) == 0
+    words = capsys.readouterr().out.split()
+    assert offered in words and len(words) < 30
 
 
 def test_values_that_hydra_cannot_read_are_quoted(monkeypatch):

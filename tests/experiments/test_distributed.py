@@ -188,6 +188,14 @@ def test_an_experiment_of_two_processes(tmp_path):
     assert teacher["settings"]["ranks"] == 2
 
 
+@pytest.mark.system
+def test_torchrun_ends_with_our_sentence(tmp_path):
+    done = torchrun(str(ROOT / "train.py"), "experiment=quickstart", "seeed=1", folder=tmp_path)
+    assert done.returncode == 1
+    _, cause = done.stderr.split("Root Cause")
+    assert "(did you mean 'seed'?)" in cause and "To enable traceback" not in cause
+
+
 @pytest.mark.slow
 def test_of_a_wrong_command_one_rank_speaks(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")

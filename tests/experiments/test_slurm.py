@@ -49,7 +49,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
         subprocess.run([scripts / "down", state], capture_output=True)
 
 
-def wait(what: str, happened: Callable[[], object], driver: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait(what: str, happened: Callable[[], object], driver: subprocess.Popen[str], seconds: float = 300) -> None:
     """Until it has happened; the test fails if it takes too long, or if the driver ends before."""
     for _ in range(round(seconds / 0.05)):
         if happened():
@@ -72,7 +72,7 @@ def test_a_preempted_and_a_requeued_job_continue_where_they_were(slurm, tmp_path
         pipe = subprocess.PIPE
         return subprocess.Popen([*command, *settings], cwd=tmp_path, env=slurm, text=True, stdout=pipe, stderr=pipe)
 
-    def ask(*words: str) -> str:
+    def ask(*words: str | Path) -> str:
         return subprocess.run(words, env=slurm, capture_output=True, text=True, check=True).stdout.strip()
 
     def signal(task: int, *words: str) -> None:
@@ -93,13 +93,16 @@ def test_a_preempted_and_a_requeued_job_continue_where_they_were(slurm, tmp_path
         wait("rows of random_pad", lambda: len(curve("random_pad")) > 1, drivers[0])
         signal(1, "scontrol", "requeue")
         assert len(curve("random_pad")) < 7, "the job was done before it was signalled"
+        status = ask(sys.executable, ROOT / "scripts/status.py", tmp_path / "slurm")
+        assert re.search(r"quickstart: .*(waiting|running)\n", status), status  # nothing has failed, or was stopped
         drivers += [start("runs=basic")]
-        ends = [driver.communicate(timeout=240) for driver in drivers]
+        ends = [driver.communicate(timeout=500) for driver in drivers]
     finally:
         for driver in drivers:
             driver.kill()
         subprocess.run(["scancel", "-n", name], env=slurm)
     assert [driver.returncode for driver in drivers] == [0, 0], ends
+    assert f"submitted Slurm job {number}: {number}_0, {number}_1, {number}_2\n" in ends[0][0]
     restarts = [ask("scontrol", "show", "job", f"{number}_{task}") for task in range(3)]
     assert [int(re.findall(r"Restarts=(\d+)", text)[0]) for text in restarts] == [1, 1, 0]
     assert len(list((tmp_path / "slurm/teachers").iterdir())) == 1

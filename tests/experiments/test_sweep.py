@@ -9,8 +9,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import submitit
 import torture
 from conftest import TINY, composed
 from filelock import FileLock
@@ -83,7 +85,8 @@ def test_a_sweep_is_planned_and_what_failed_is_noted(train_py, failing, tmp_path
     assert err.count("Error: quickstart seed1 random_init: RuntimeError: a bug") == 1
     assert err.count("Traceback") == 2  # of the bug alone, once a job
     experiment = tmp_path / "runs/quickstart"
-    assert sweep.read_plan(experiment) == {seed: ["net2net", "random_init"] for seed in ("0", "1")}
+    arms = dict.fromkeys(["net2net", "random_init"], files.name_owner())
+    assert sweep.read_plan(experiment) == {seed: arms for seed in ("0", "1")}
     notes = {path.relative_to(experiment).as_posix(): path.read_text() for path in experiment.rglob(sweep.FAILURE)}
     assert len(notes) == 4
     assert notes["seed1/net2net/failure.txt"] == "quickstart seed1 net2net: RuntimeError: a bug\n"
@@ -92,7 +95,9 @@ def test_a_sweep_is_planned_and_what_failed_is_noted(train_py, failing, tmp_path
 
 def test_the_plan_of_a_trial_stands_with_its_runs(train_py, failing):
     assert train_py("-m", "seed=1,2", "limit=150", "arms=random_init") == 1
-    assert sweep.read_plan(Path("runs-limit150/quickstart")) == {seed: ["random_init"] for seed in "12"}
+    assert sweep.read_plan(Path("runs-limit150/quickstart")) == {
+        seed: {"random_init": files.name_owner()} for seed in "12"
+    }
     assert not Path("runs/quickstart").exists()
 
 
@@ -102,7 +107,11 @@ def test_a_new_sweep_adds_to_the_plan_and_forgets_the_failures_of_its_runs(train
     assert train_py("-m", "seed=1,2", "arms=net2net") == 0
     experiment = tmp_path / "runs/quickstart"
     both = ["net2net", "random_init"]
-    assert sweep.read_plan(experiment) == {"0": both, "1": both, "2": ["net2net"]}
+    assert {seed: list(arms) for seed, arms in sweep.read_plan(experiment).items()} == {
+        "0": both,
+        "1": both,
+        "2": ["net2net"],
+    }
     left = sorted(path.parent.relative_to(experiment).as_posix() for path in experiment.rglob(sweep.FAILURE))
     assert left == ["seed0/net2net", "seed0/random_init", "seed1/random_init"]
 
@@ -111,7 +120,7 @@ def test_sweeps_that_start_together_lose_nothing_of_the_plan(tmp_path, monkeypat
     config = OmegaConf.structured(composed(*TINY, f"runs={tmp_path}"))
     read = sweep.read_plan
 
-    def slowly(experiment: Path) -> dict[str, list[str]]:
+    def slowly(experiment: Path) -> dict[str, dict[str, str]]:
         found = read(experiment)
         time.sleep(0.3)
         return found
@@ -120,6 +129,32 @@ def test_sweeps_that_start_together_lose_nothing_of_the_plan(tmp_path, monkeypat
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda seed: sweep.add_to_plan(config, {"seed": [seed]}), "012"))
     assert read(tmp_path / "quickstart").keys() == {"0", "1", "2"}
+
+
+def test_jobs_of_slurm_say_their_numbers_and_where_to_look_before_they_are_waited_for(tmp_path, monkeypatch, capsys):
+    class Executor:
+        """What submitit does, without Slurm."""
+
+        folder = str(tmp_path / "runs/.multirun/.submitit/%j")
+
+        def map_array(self, function, *iterables):
+            return [SimpleNamespace(job_id=f"41_{number}") for number in range(len(iterables[0]))]
+
+    monkeypatch.setattr("submitit.AutoExecutor", Executor)
+    monkeypatch.setattr(sweep, "planned", [])
+    sweep.add_to_plan(OmegaConf.structured(composed(*TINY, f"runs={tmp_path}/runs")), {"seed": ["0", "1"]})
+    with pytest.raises(Interrupted, match="Slurm job 41 goes on; scancel 41 ends it"), sweep.announce_jobs():
+        submitit.AutoExecutor().map_array(print, [0, 1])
+        said = capsys.readouterr().out.splitlines()
+        raise KeyboardInterrupt  # while it waits
+    assert said[0] == "submitted Slurm job 41: 41_0, 41_1"
+    assert said[1] == f"look      python scripts/status.py {tmp_path}/runs   or   squeue -j 41"
+    assert said[2] == f"logs      {tmp_path}/runs/.multirun/.submitit/41*/*_log.out"
+    plan = sweep.read_plan(tmp_path / "runs/quickstart")
+    assert plan.keys() == {"0", "1"} and {owner for arms in plan.values() for owner in arms.values()} == {
+        "Slurm job 41"
+    }
+    assert submitit.AutoExecutor is Executor
 
 
 def test_an_arm_that_another_run_writes_is_refused_and_in_a_sweep_left_out(train_py, tmp_path, capsys):
@@ -140,7 +175,7 @@ def test_a_plan_names_the_cases_and_the_students(train_py, failing, tmp_path):
     arms = ["net2net", "random_pad", "random_init", "random_init_low_lr"]
     expected = [f"{student}_{arm}" for student in ("wider", "deeper") for arm in arms]
     assert set(sweep.read_plan(tmp_path / "runs/quickstart/two")["0"]) == {*expected, "teacher_continued"}
-    assert sweep.read_plan(tmp_path / "runs/quickstart/other") == {"0": ["random_init"]}
+    assert sweep.read_plan(tmp_path / "runs/quickstart/other").keys() == {"0"}
     assert [config.name for config in failing] == ["quickstart/two", "quickstart/other"]
 
 
