@@ -117,7 +117,7 @@ def read_plan(experiment: Path) -> dict[str, dict[str, str]]:
 @contextmanager
 def announce_jobs() -> Iterator[None]:
     """While the block runs, say of jobs that are handed to Slurm what they are called and where to look, at once."""
-    submitit = importlib.import_module("submitit")
+    submitit: Any = importlib.import_module("submitit")
     number = ""
 
     class Announcing(submitit.AutoExecutor):
