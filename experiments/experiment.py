@@ -30,6 +30,7 @@ from .config import (
 )
 from .data import complete_batches, load
 from .distributed import join
+from .evaluation import evaluate
 from .loss import make_loss
 from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_device
 from .optimizers import make_optimizer
@@ -43,7 +44,7 @@ from .stage import (
     run_stage,
     teacher_optimizer_state,
 )
-from .training import evaluate, train_step
+from .training import train_step
 
 Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
 Networks = dict[str | None, nn.Module]  # the teacher (None) and the students

@@ -80,9 +80,7 @@ def run_stage(
     logger = run.config if run.ranks.rank == 0 else replace(run.config, logger="none")
     with (
         wandb_log.mirror(logger, job.name, manifest, run.console, last_step) as mirrored,
-        Follower(
-            run.console, job.name, job.total, state["step"], run.config.schedule.batch_size, mirrored.log
-        ) as follower,
+        Follower(run.console, job.name, job.length, state["step"], mirrored.log) as follower,
     ):
         rows = train(network, job, follower, state)
         if run.ranks.rank == 0:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,15 +18,15 @@ from . import checkpoint
 from .config import Config, DivergedError, ExperimentError, steps
 from .data import Splits, complete_batches
 from .distributed import ALONE, Ranks
+from .evaluation import Batch, evaluate
 from .loss import Loss, label_loss, make_loss
 from .machine import Arithmetic
 from .optimizers import falling_steps, make_optimizer, rate_at
-from .progress import Follower
+from .progress import Follower, Length
 from .randomness import seed_layers
 from .run_log import write_curve
 from .signals import Requests, SignalPending
 
-Batch = tuple[Tensor, Tensor]  # images (N x C x H x W), labels (N)
 Row = dict[str, float]
 CPU_BATCH = 128  # images of an evaluation batch on the CPU, at most: larger ones do not fit its caches
 LOOK_EVERY = 50  # steps: to look at a loss makes the CPU wait for a GPU, or for the other ranks
@@ -64,6 +63,13 @@ class Job:
     def every(self) -> int:
         """Number of steps between evaluations."""
         return max(1, steps(self.config.schedule.evaluate, self.per_epoch, self.total))
+
+    @property
+    def length(self) -> Length:
+        """The work of the run; an image that is evaluated costs a third of one that is trained on."""
+        images = len(self.splits.holdout) + len(self.splits.test)
+        batch_size = self.config.schedule.batch_size
+        return Length(self.total, self.every, batch_size, images / batch_size / 3)
 
     @property
     def evaluation_batch(self) -> int:
@@ -238,11 +244,11 @@ def evaluate_if_due(run: _Run, requests: Requests) -> None:
     """
     while run.is_evaluation_due:
         began = time.monotonic()
-        run.follower.evaluate()
+        run.follower.evaluate(0.0)
         run.meter.check()  # which waits for the device, so that no training counts as evaluation
         try:
             with run.stopwatch.paused():
-                found = evaluate_splits(run.network, run.job, requests)
+                found = evaluate_splits(run.network, run.job, requests, run.follower)
         except SignalPending:
             run.save()
             requests.deliver(run.where)
@@ -265,50 +271,33 @@ def _costs(run: _Run) -> Row:
     return row | {"examples": examples, "seconds": seconds, "flops": examples * run.job.flops}
 
 
-def evaluate_splits(network: nn.Module, job: Job, requests: Requests) -> Row:
+def evaluate_splits(network: nn.Module, job: Job, requests: Requests, follower: Follower) -> Row:
     """Return losses and accuracies on the holdout and test images; raise SignalPending if a signal arrives."""
-    row, ranks = {}, job.ranks
+    row, ranks, splits = {}, job.ranks, {"holdout": job.splits.holdout, "test": job.splits.test}
+    images = sum(map(len, splits.values())) / ranks.count
     ranks.copy_buffers(network)
-    for name in ("holdout", "test"):
-        batches = getattr(job.splits, name).ordered(job.evaluation_batch, ranks.rank, ranks.count)
+    for name, split in splits.items():
+        batches = split.ordered(job.evaluation_batch, ranks.rank, ranks.count)
+        before = 0 if name == "holdout" else len(splits["holdout"]) / ranks.count
+        batches = _follow(batches, follower, before, images)
         if ranks.count == 1:  # several ranks would wait for one another
             batches = _until_signal(batches, requests)
         row[f"{name}_loss"], row[f"{name}_accuracy"] = evaluate(network, batches, job.arithmetic.memory_format, ranks)
     return row
 
 
+def _follow(batches: Iterator[Batch], follower: Follower, seen: float, total: float) -> Iterator[Batch]:
+    """Pass the batches on, and tell the follower which share of all images is done."""
+    for batch in batches:
+        yield batch
+        seen += len(batch[1])
+        follower.evaluate(min(1.0, seen / total))
+
+
 def _until_signal(batches: Iterator[Batch], requests: Requests) -> Iterator[Batch]:
     for batch in batches:
         requests.raise_if_pending()
         yield batch
-
-
-def evaluate(
-    network: nn.Module,
-    batches: Iterator[Batch],
-    layout: torch.memory_format = torch.channels_last,
-    ranks: Ranks = ALONE,
-) -> tuple[float, float]:
-    """Return the mean loss and the accuracy (0..1) of a network in eval mode over all batches of all ranks.
-
-    It computes in float32 whatever the precision of training: bfloat16 rounds a teacher and its equal student unlike.
-    """
-    network.eval()
-    loss, right, seen = ranks.sum(*ranks.on_all(partial(_sum_over, network, batches, layout)))
-    return loss / seen, right / seen
-
-
-@torch.no_grad()
-def _sum_over(network: nn.Module, batches: Iterator[Batch], layout: torch.memory_format) -> tuple[float, int, int]:
-    """Summed loss, correct images and all images of the batches."""
-    loss = torch.zeros((), dtype=torch.float64)
-    right = seen = 0
-    for images, labels in batches:
-        logits = network(images.contiguous(memory_format=layout))
-        loss = loss + F.cross_entropy(logits, labels, reduction="sum").double().cpu()
-        right += int((logits.argmax(1) == labels).sum())
-        seen += len(labels)
-    return loss.item(), right, seen
 
 
 class _Stopwatch:

@@ -42,7 +42,7 @@ from experiments.data import Folder, Images, Splits, load
 from experiments.machine import choose_arithmetic, describe, pick_device
 from experiments.models import build
 from experiments.optimizers import make_optimizer
-from experiments.progress import Follower
+from experiments.progress import Follower, Length
 from experiments.training import Job, train, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ class Alternate(Follower):
     BLOCK = 20  # steps on a GPU: to wait for it after every step would slow both loops
 
     def __init__(self, bare: Callable[[], object], device: torch.device) -> None:
-        super().__init__(Console(quiet=True), "bench", total=1, first=0, batch_size=1)
+        super().__init__(Console(quiet=True), "bench", Length(steps=1, every=1, batch_size=1), first=0)
         self.bare, self.device = bare, device
         self.block = 1 if device.type == "cpu" else self.BLOCK
         self.pairs: list[tuple[float, float]] = []  # seconds of a block of the real and of the bare loop

@@ -32,7 +32,7 @@ class Quiet:
         self.steps: list[int] = []
         self.at, self.action = at, action
 
-    def evaluate(self) -> None: ...
+    def evaluate(self, share: float) -> None: ...
 
     def advance(self, step: int, loss: float) -> None:
         self.steps.append(step)

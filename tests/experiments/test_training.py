@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from experiments import checkpoint, flops, machine, progress, training
 from experiments.config import DivergedError, ExperimentError, Schedule
 from experiments.distributed import ALONE
+from experiments.evaluation import evaluate
 from experiments.machine import Arithmetic, choose_arithmetic
 from experiments.optimizers import make_optimizer, rate_at
 from experiments.randomness import seed_layers
 from experiments.run_log import parse_curve
-from experiments.training import evaluate, set_rate, train
+from experiments.training import set_rate, train
 
 # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -283,7 +284,8 @@ ROW = {"step": 0, "holdout_accuracy": 0.1, "test_accuracy": 0.125}
 def test_a_line_an_evaluation_or_a_bar_on_a_terminal(terminal):
     text = StringIO()
     console = Console(file=text, force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
-    with progress.Follower(console, "net2net", 100, 0, 32) as follower:
+    length = progress.Length(steps=100, every=50, batch_size=32, evaluation=10.0)
+    with progress.Follower(console, "net2net", length, 0) as follower:
         follower.row(ROW)
         follower.advance(1, float("nan"))  # not looked at yet
         for step in range(2, 51):
@@ -298,3 +300,29 @@ def test_a_line_an_evaluation_or_a_bar_on_a_terminal(terminal):
         one, two = said.splitlines()
         assert one == f"{'net2net':<22} step      0/100  holdout 10.00%  test 12.50%"
         assert two.startswith(f"{'net2net':<22} step     50/100  loss 1.500  holdout 10.00%  test 12.50%  ")
+
+
+def test_the_bar_moves_while_an_evaluation_goes_on_and_says_so():
+    text = StringIO()
+    console = Console(file=text, force_terminal=True, width=120, color_system=None, legacy_windows=False)
+    length = progress.Length(steps=100, every=40, batch_size=32, evaluation=10.0)  # at 0, 40, 80 and 100
+    with progress.Follower(console, "net2net", length, 0) as follower:
+        places = []
+        for step in (0, 40, 80, 100):
+            if step:
+                follower.advance(step, 2.0)
+            for share in (0.0, 0.5, 1.0):
+                follower.evaluate(share)
+                places.append(follower.task.completed)
+        assert places == [0, 5, 10, 50, 55, 60, 100, 105, 110, 130, 135, 140]
+        assert follower.task.total == 140
+    assert "evaluates on holdout and test images: 100%" in text.getvalue()
+
+
+def test_an_evaluation_tells_how_far_it_is(job, monkeypatch):
+    shares: list[float] = []
+    follower = Quiet()
+    monkeypatch.setattr(follower, "evaluate", shares.append)
+    rows = train(network(), job, follower)
+    assert shares.count(0.0) == shares.count(1.0) == len(rows)
+    assert len(set(shares)) > 2 and max(shares) == 1.0
