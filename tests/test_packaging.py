@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -31,6 +32,8 @@ INSTALLERS = (
     ".ci/run",
     "CITATION.cff",
     "CHANGELOG.md",
+    "Dockerfile",
+    "apptainer.def",
     *(f".github/workflows/{name}.yml" for name in ("ci", "nightly", "docs", "release")),
 )
 
@@ -128,6 +131,46 @@ def test_workflows_run_what_a_person_runs():
 def test_editable_install_finds_the_whole_checkout():
     # setuptools then writes one path file with the root; else it would map net2net alone.
     assert PYPROJECT["tool"]["setuptools"]["package-dir"] == {"": "."}
+
+
+def test_containers_install_the_lock_and_run_the_demo():
+    dockerfile, apptainer = ((ROOT / name).read_text() for name in ("Dockerfile", "apptainer.def"))
+    minor = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    for text, first in ((dockerfile, "FROM"), (apptainer, "From:")):
+        assert f"\n{first} python:{minor}-" in text and "make" in text and "pip install" not in text
+    assert re.search(r"^RUN make setup$", dockerfile, re.MULTILINE) and "make -C /net2net setup" in apptainer
+    assert dockerfile.endswith('CMD ["make", "demo"]\n')
+    for line in re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in line.split())
+    # make setup needs no file that is copied after it
+    needed = {"Makefile", "requirements.lock", "pyproject.toml", PYPROJECT["project"]["readme"], "LICENSE"}
+    assert needed <= set(dockerfile.partition("RUN make setup")[0].split())
+    demo = re.search(r"^demo:.*\n\t\$\(RUN\) train.py (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert demo and f"set -- {demo[1]};" in apptainer
+
+
+@pytest.mark.slow
+def test_a_source_distribution_tests_itself(tmp_path):
+    # Build a copy, because a build leaves folders behind, and what git ignores may lie beside the sources.
+    left_out = (".git", ".venv", "runs*", "wandb", "build", "dist", "_build", "*.egg-info", "*_cache", ".hypothesis")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns("__pycache__", *left_out), symlinks=True)
+    build = "from setuptools.build_meta import build_sdist; print(build_sdist('..'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "source")
+    with tarfile.open(tmp_path / f"net2net-{net2net.__version__}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / f"net2net-{net2net.__version__}"
+    files = ["test_record.py", "test_house.py", "grow/test_extend.py", "experiments/test_settings.py"]
+    # First on the path, before the checkout's net2net, which is installed.
+    environment = os.environ | {"PYTHONPATH": str(unpacked)}
+    where = "import net2net, experiments; print(net2net.__file__, experiments.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=unpacked, env=environment, capture_output=True, text=True)
+    assert found.stdout.count(str(unpacked)) == 2
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{file}" for file in files)]
+    done = subprocess.run(tests, cwd=unpacked, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"\n\d\d+ passed", done.stdout)
 
 
 def test_wheel_holds_net2net_alone_and_asks_for_torch_alone(tmp_path):
