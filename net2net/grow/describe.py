@@ -111,7 +111,8 @@ def describe_trace(traced: Trace) -> Description:
     produced = [(layer, layer.produces) for layer in layers if layer.produces is not None]
     # A table that is read as a layer's weight, too, is that layer in the trace; its rows are what the layer reads.
     tables = [(layer, layer.reads) for layer in layers if layer.options.get("embedding") and layer.reads is not None]
-    number = _components([torch.unique(roots[units]) for _, units in produced], len(roots))
+    together = [*(units for _, units in produced), *_find_equal_widths(traced)]
+    number = _components([torch.unique(roots[units]) for units in together], len(roots))
     members: dict[int, list[tuple[Layer, Tensor]]] = defaultdict(list)
     for layer, units in tables + produced:
         members[int(number[roots[units]][0])].append((layer, units))
@@ -181,6 +182,8 @@ def _collect(pairs: Iterable[tuple[Tensor, str]], number: Tensor) -> Reasons:
 def _width(traced: Trace, layer: Layer, units: Tensor) -> int:
     """Return what the layer's class calls its width: an LSTM counts a unit once, not each of its gates."""
     module = traced.model.get_submodule(layer.module) if layer.module in traced.module_names else None
+    if isinstance(module, nn.MultiheadAttention):
+        return min(len(units), module.embed_dim)
     return min(len(units), module.hidden_size) if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else len(units)
 
 
@@ -195,6 +198,18 @@ def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
         owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
         whole = owners | whole
     return whole | {unit: "the units of a head, queries by keys" for units in heads for unit in units.tolist()}
+
+
+def _find_equal_widths(traced: Trace) -> list[Tensor]:
+    """Return units that torch wants equally many of: the heads' of a `MultiheadAttention`, and those of its query."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for layer in traced.mixers:
+        module = traced.model.get_submodule(layer.module) if layer.module in traced.module_names else None
+        if isinstance(module, nn.MultiheadAttention) and layer.produces is not None:
+            found[layer.module].append(layer.produces)
+            if layer.reads is not None and not layer.name.endswith(("k_proj_weight", "v_proj_weight")):
+                found[layer.module].append(layer.reads)
+    return [torch.cat(units) for units in found.values()]
 
 
 def _components(sets: list[Tensor], count: int) -> Tensor:

@@ -235,6 +235,11 @@ def _set_attributes(module: nn.Module, before: nn.Module) -> None:
         module.hidden_size = len(now) * module.hidden_size // len(were)  # an LSTM has four rows a unit
         if isinstance(module, nn.LSTM) and module.proj_size:
             module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
+    elif isinstance(module, nn.MultiheadAttention):
+        packed = module.in_proj_weight
+        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight] if packed is None else [packed] * 3
+        module.embed_dim, module.kdim, module.vdim = (each.shape[1] for each in weights)
+        module.head_dim = module.embed_dim // module.num_heads
     elif isinstance(weight, Tensor) and isinstance(old, Tensor):
         if isinstance(module, _ConvNd):
             _set_channels(module, weight.shape, old.shape)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_same, modes, refused, state, unchanged
+from checks import BAR, assert_same, modes, refused, state, unchanged
 from networks import Net, attention, chain, grouped, images, mlp, positions, residual, rows, tied
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
@@ -405,3 +405,43 @@ def test_of_two_equal_widths_only_one_grows() -> None:
     net.split, net.stream = 6, 6
     grown = assert_wider(net, positions, {"a": 2.0})
     assert (grown.split, grown.stream, size(grown, "a", "b", "c")) == (6, 12, [12, 18, 12])
+
+
+class Attends(nn.Module):
+    """A stream to which attention of torch's own and a decoder layer add; the keys may be of other widths."""
+
+    def __init__(self, width: int = 8, **options: int) -> None:
+        super().__init__()
+        self.enter, self.memory = nn.Linear(3, width), nn.Linear(3, 6)
+        self.cross = nn.MultiheadAttention(width, 2, **{"batch_first": True, "kdim": 6, "vdim": 6} | options)
+        self.layer = nn.TransformerEncoderLayer(width, 2, 12, batch_first=True, norm_first=True)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, x = self.memory(x).relu(), self.enter(x)
+        x = x + self.cross(x, memory, memory, need_weights=False)[0]
+        return self.out(self.norm(self.layer(x)))
+
+
+@pytest.mark.parametrize(
+    ("width", "options"), [(16, {}), (12, {"add_bias_kv": True}), (2.0, {"bias": False, "add_zero_attn": True})]
+)
+def test_attention_of_torchs_own_grows_with_the_stream_that_it_reads(width: float, options: dict[str, bool]) -> None:
+    model, x = look_trained(Attends(**options)), torch.randn(3, 5, 3)
+    grown = widen(model, x[:1], {"enter": width})
+    assert_same(model, grown, x)
+    wide = grown.out.in_features
+    for each in (grown.cross, grown.layer.self_attn):
+        assert (each.embed_dim, each.head_dim, each.num_heads) == (wide, wide // 2, 2)
+    assert (grown.cross.kdim, grown.layer.self_attn.kdim) == (6, wide)
+    twice = widen(grown, x[:1], {"memory": 2.0, "layer.linear1": 2.0})
+    assert_same(model, twice, x)
+    assert (twice.cross.kdim, twice.cross.embed_dim) == (12, wide)
+    with torch.no_grad():
+        grown.cross.out_proj.weight[0] += 0.1
+    assert equivalence(model, grown, x).max_relative > BAR
+
+
+def test_attention_of_torchs_own_that_reads_what_is_fixed_is_refused() -> None:
+    with refused("a wider copy does not run"):
+        widen(nn.MultiheadAttention(8, 2, batch_first=True), (torch.randn(2, 5, 8),) * 3, {"in_proj_weight": 2.0})
