@@ -97,6 +97,14 @@ class Mixed:
     columns: Tensor  # the same for the teacher's axis
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A layer scale that multiplies what a tensor produces: the tensor's means are those of the products."""
+
+    scale: str  # the teacher's tensor; in that tensor itself a mean is one
+    entries: Tensor  # its entry for each of the teacher's on the axis that produces units
+
+
 @dataclass(frozen=True, eq=False)
 class Origin:
     """Where one student tensor comes from."""
@@ -114,6 +122,7 @@ class Origin:
     offset: float = 0.0  #: what the network adds to it before use; the fields above describe this sum
     merged: tuple[int, int] = (1, 1)  #: (groups, times): `times` groups of the teacher's make one, with zeros between
     mixed: tuple[Mixed, ...] = ()  #: axes that are a matrix times the teacher's, whatever `axes` says of them
+    scaled: tuple[Scaled, ...] = ()  #: layer scales between it and the norms that see its means
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -241,11 +250,12 @@ def read_record(path: str | Path) -> Record:
         raise TransferError(f"{path} is no record of a transfer: {error}") from error
 
 
-def _origin(axes: dict, rows: list | None, mixed: Sequence[dict] = (), **rest) -> Origin:
+def _origin(axes: dict, rows: list | None, mixed: Sequence[dict] = (), scaled: Sequence[dict] = (), **rest) -> Origin:
     rest |= {"how": How(rest["how"]), "fill": Fill(rest["fill"])}
     rest |= {name: (rest[name][0], rest[name][1]) for name in ("of", "merged")}
     rest |= {"rows": None if rows is None else torch.tensor(rows, dtype=torch.double)}
     axes = {int(dim): _axis(**axis) for dim, axis in axes.items()}
+    rest |= {"scaled": tuple(Scaled(one["scale"], torch.tensor(one["entries"])) for one in scaled)}
     return Origin(axes=axes, mixed=tuple(_mixed(**one) for one in mixed), **rest)
 
 

@@ -10,7 +10,7 @@ from ..errors import TransferError
 from ..network import own_precision
 from ..record import NEW, How, Origin, Record
 from ..tensors import computed, find_eps, merge_groups, named_tensors, parametrised
-from .gather import gather, pieces
+from .gather import append_means, gather, pieces
 from .isometry import mix, mixing_matrix
 from .new_layers import fill_new
 
@@ -52,6 +52,7 @@ def fill_tensor(
         source = merge_groups(theirs[origin.teacher], *origin.merged)
         source = source + origin.offset if origin.offset else source
         source, origin = (source, _first_copies(origin)) if split == "pad" else mix(source, origin, matrices)
+        source, origin = append_means(source, origin, theirs)
         for part, into, way in pieces(source, target, origin, split):
             into.copy_(gather(part, into, way, generator, split))
     elif split != "pad":

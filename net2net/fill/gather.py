@@ -1,6 +1,7 @@
 """Gather the entries of a student tensor from its teacher's, and divide weights among the copies that are read."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -91,6 +92,23 @@ def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Gene
         value, own = multiply(value, ~zero, source), None if own is None else own & ~zero
     value = value.to(target.dtype)
     return (value if own is None else torch.where(own, target, value)).reshape(shape)
+
+
+def append_means(source: Tensor, origin: Origin, theirs: Mapping[str, Tensor]) -> tuple[Tensor, Origin]:
+    """Return a teacher's tensor with the means that layer scales weigh behind it, and the origin that takes them."""
+    if not origin.scaled:
+        return source, origin
+    value = source.reshape(-1) if origin.flat else source
+    ((dim, axis),) = ((dim, axis) for dim, axis in origin.axes.items() if axis.means)
+    scales = [theirs[each.scale].reshape(-1)[each.entries.to(value.device)] for each in origin.scaled]
+    value = value.movedim(dim, 0)
+    weighed = value * math.prod(scales[1:], start=scales[0]).reshape([-1] + [1] * (value.dim() - 1))
+    if origin.scaled[0].scale == origin.teacher:
+        weighed = torch.ones_like(value)
+    means = torch.stack([weighed[entries.to(value.device)].mean(0) for entries in axis.means])
+    index = torch.where(axis.index <= MEAN, len(value) + MEAN - axis.index, axis.index)
+    axes = origin.axes | {dim: replace(axis, index=index, means=())}
+    return torch.cat([value, means]).movedim(0, dim), replace(origin, axes=axes, scaled=())
 
 
 def _join(mask: Tensor | None, axis: Axis, value: Tensor, dim: int, entries: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from ..trace.facts import Layer, LayerKind, Norm
 from .axes import kernel_axis, make_axis, merged_groups, passed_entries, reading_axis, signs, unit_axis
 from .new_layers import densify, new_origins
 from .plan import Plan
+from .scales import scale_means
 
 
 def make_record(
@@ -32,6 +33,7 @@ def make_record(
             origins[name] = replace(origins[name], factor=origins[name].factor * factor**0.5)
         for role, name in norm.tensors.items():
             origins[name] = _beside_padding(origins[name], role, factor)
+    origins |= scale_means(plan, origins)
     for name in [name for name in origins if _is_tied(plan, name)]:
         origins |= _untie(plan, name, origins)
     for norm in plan.student.norms:
