@@ -1,6 +1,5 @@
 """Gather the entries of a student tensor from its teacher's, and divide weights among the copies that are read."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -102,7 +101,7 @@ def append_means(source: Tensor, origin: Origin, theirs: Mapping[str, Tensor]) -
     ((dim, axis),) = ((dim, axis) for dim, axis in origin.axes.items() if axis.means)
     scales = [theirs[each.scale].reshape(-1)[each.entries.to(value.device)] for each in origin.scaled]
     value = value.movedim(dim, 0)
-    weighed = value * math.prod(scales[1:], start=scales[0]).reshape([-1] + [1] * (value.dim() - 1))
+    weighed = value * torch.stack(scales).prod(0).reshape([-1] + [1] * (value.dim() - 1))
     if origin.scaled[0].scale == origin.teacher:
         weighed = torch.ones_like(value)
     means = torch.stack([weighed[entries.to(value.device)].mean(0) for entries in axis.means])
