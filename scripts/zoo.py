@@ -4,7 +4,8 @@
     python scripts/zoo.py --page timm     every network of timm.yaml, made wider: results/timm.md
     python scripts/zoo.py --page models   those of models.yaml, grown in every way (extra "models"): results/models.md
 
---list prints what would be measured. --only GLOB measures what matches, and writes no page.
+--list prints what would be measured. --only GLOB measures what matches, and writes no page. --jobs 8 measures eight
+cases at a time, where each has a process of its own: timm's and the others, not torchvision's.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +39,7 @@ from net2net.equivalence import compare
 from net2net.network import in_mode
 from net2net.testing import look_trained
 from scripts import zoo_models
-from scripts.zoo_models import GROWTHS, PACKAGES, Growth, models_page
+from scripts.zoo_models import GROWTHS, PACKAGES, PRELOADED, Growth, models_page
 from scripts.zoo_networks import (
     NETWORKS,
     PAIRS,
@@ -179,7 +181,7 @@ def _measure(
 def measure_isolated(case: Network | Growth) -> Result:
     """Grow in a process of its own, limited to SECONDS and GIBIBYTES."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "torchvision", *(PACKAGES if isinstance(case, Growth) else ())])
+    context.set_forkserver_preload(["timm", "torchvision", *(PRELOADED if isinstance(case, Growth) else ())])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(case, sender))
     process.start()
@@ -303,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", choices=list(CASES), default="zoo", help="which table to measure (default: zoo)")
     parser.add_argument("--only", metavar="GLOB", default="*", help="measure what matches, and write no page")
+    parser.add_argument("--jobs", type=int, default=1, help="how many cases are measured at a time (default: 1)")
     parser.add_argument("--list", action="store_true", help="print what would be measured")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # sums in a fixed order
@@ -314,9 +317,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(map(str, cases)))
         return 0
     results: list[Result] = []
-    for case in cases:
-        results.append(measure_pair(case) if isinstance(case, Pair) else measure_isolated(case))
-        print(results[-1], flush=True)
+    with ThreadPool(1 if options.page == "zoo" else options.jobs) as pool:
+        for result in pool.imap(
+            lambda case: measure_pair(case) if isinstance(case, Pair) else measure_isolated(case), cases
+        ):
+            results.append(result)
+            print(result, flush=True)
     count = Counter(result.verdict for result in results)
     print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
     if options.only == "*":

@@ -23,6 +23,8 @@ from scripts.zoo_networks import disturb_constants
 TABLE = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text())
 PACKAGES = ("torchvision", "transformers", "diffusers", "segmentation_models_pytorch")
 PACKAGES += ("torch_geometric", "x_transformers")
+# What every growth needs is imported once.
+PRELOADED = (*PACKAGES, "transformers.models.llama.modeling_llama", "diffusers.models.unets.unet_2d")
 LENGTH = 9  # what the inputs of the table have where another length serves as well
 WIDER = {"mlp x2": ("mlp", 2.0), "stream x2": ("stream", 2.0), "stream x1.5": ("stream", 1.5), "saved": ("mlp", 2.0)}
 CELLS = ("free x2", *WIDER, "deepen", "to layers", "to hidden", "to heads", "vocabulary")
