@@ -146,7 +146,10 @@ def grow(growth: Growth, model: nn.Module) -> nn.Module:
 def _save_and_load(model: Any) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return type(model).from_pretrained(folder).double().eval()
+        loaded = type(model).from_pretrained(folder).double().eval()
+    if hasattr(model.config, "_experts_implementation"):  # a choice that is not saved; another has no float64
+        loaded.config._experts_implementation = model.config._experts_implementation
+    return loaded
 
 
 def list_probes(growth: Growth) -> list[Callable[[Any], Any]]:

@@ -116,12 +116,18 @@ def describe_trace(traced: Trace) -> Description:
     members: dict[int, list[tuple[Layer, Tensor]]] = defaultdict(list)
     for layer, units in tables + produced:
         members[int(number[roots[units]][0])].append((layer, units))
-    readers = _collect(((layer.reads, layer.module) for layer in layers if layer.reads is not None), number[roots])
+    groups_of: dict[str, dict[str, int]] = defaultdict(dict)  # of each module: its weights, and a group of each
+    for k, producers in members.items():
+        for layer, _ in producers:
+            groups_of[layer.module][layer.name] = k
+    apart = {module for module, known in groups_of.items() if len(set(known.values())) > 1}
+    names = {layer.name: layer.name if layer.module in apart else layer.module for layer in layers}
+    readers = _collect(((layer.reads, names[layer.name]) for layer in layers if layer.reads is not None), number[roots])
     # Tensors with an entry for each unit, of layers that produce none.
     entries = {name: axes[0] for name, axes in traced.parameters.axes.items() if axes and axes[0] is not None}
     entries = (entries | traced.parameters.values).items()
-    producers = {layer.name for layer, _ in produced}
-    held = ((units, name.rpartition(".")[0] or name) for name, units in entries if name not in producers)
+    made = {layer.name for layer, _ in produced}
+    held = ((units, name.rpartition(".")[0] or name) for name, units in entries if name not in made)
     carriers = _collect(held, number[roots])
     seen = [(n.units, n.module or "in the network", n.kind) for n in traced.norms if n.kind != NormKind.EXTREME]
     kinds = {NormKind.MEAN: "mean"}
@@ -135,7 +141,7 @@ def describe_trace(traced: Trace) -> Description:
         most = int(torch.unique(roots[widest], return_counts=True)[1].max())
         groups.append(
             Group(
-                layers=tuple(dict.fromkeys(layer.module for layer, _ in producers)),
+                layers=tuple(dict.fromkeys(names[layer.name] for layer, _ in producers)),
                 carriers=tuple(carriers[k]),
                 readers=tuple(readers[k]),
                 width=width,

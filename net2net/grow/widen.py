@@ -228,7 +228,9 @@ def _requested_factors(
 def _check_reached(traced: Trace, group: Group, count: Tensor, name: str, width: int) -> None:
     """Raise TransferError if the widest layer of a group gets another number of units than was asked for."""
     roots = traced.units.roots()
-    axes = [units for x in traced.mixers if x.module in group.layers for units in (x.produces, x.reads)]  # a tied table
+    axes = [
+        units for x in traced.mixers if {x.module, x.name} & {*group.layers} for units in (x.produces, x.reads)
+    ]  # a tied table
     own = [roots[units] for units in axes if units is not None and bool(torch.isin(roots[units], group.units).all())]
     made = round(group.width * float(count[max(own, key=len)].mean()))
     if made != width:

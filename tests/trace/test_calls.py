@@ -325,6 +325,31 @@ def test_experts_are_one_tensor_of_which_values_choose_a_matrix() -> None:
         transfer(make(4, 5), make(4, 5, 4), tokens)
 
 
+def test_two_stacks_of_one_module_go_by_their_own_names() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, 5, 4)), nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            for expert in range(3):
+                at = (chosen == expert).nonzero().flatten()
+                out.index_add_(0, at, F.linear(F.relu(F.linear(x[at], self.up[expert])), self.down[expert]))
+            return out
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        return net.b(h + net.experts(h, net.router(h).argmax(-1)))
+
+    layers = {"a": nn.Linear(3, 4), "router": nn.Linear(4, 3), "b": nn.Linear(4, 2)}
+    model, x = look_trained(Net(layers | {"experts": Experts()}, how)), torch.randn(30, 3)
+    assert "experts.up" in str(describe(model, x))
+    wider = widen(model, x, {"experts.up": 1.6})
+    assert wider.experts.up.shape == (3, 8, 4) and wider.experts.down.shape == (3, 4, 8)
+    assert_same(model, wider, torch.randn(20, 3))
+
+
 def test_a_mask_may_be_written_where_values_say() -> None:
     def how(net: Net, x: Tensor) -> Tensor:
         h = net.a(x)
