@@ -216,18 +216,19 @@ def start(*arguments: str) -> subprocess.Popen:
 @pytest.mark.system
 def test_a_growth_that_was_killed_goes_on(tmp_path: Path) -> None:
     small, large, whole = (tmp_path / name for name in ("small", "large", "whole"))
-    write(small, shards=40, blocks=12, kinds=["plain"] * 12)
-    start(str(small), str(whole)).wait()
-    for files in (1, 3, 6):
-        process = start(str(small), str(large))
-        while process.poll() is None:
-            if len([*tmp_path.glob("large.partial/*.safetensors")]) >= files:
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.001)
-        process.wait()
-        assert not large.exists()
-    start(str(small), str(large)).wait()
+    write(small, shards=20, blocks=4, kinds=["plain"] * 4)
+    with start(str(small), str(whole)):
+        pass
+    for files in (1, 4):
+        with start(str(small), str(large)) as process:
+            while process.poll() is None:
+                if len([*tmp_path.glob("large.partial/*.safetensors")]) >= files:
+                    process.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.001)
+        assert process.returncode == -signal.SIGKILL and not large.exists()
+    with start(str(small), str(large)):
+        pass
     assert contents(large) == contents(whole)
 
 
@@ -237,8 +238,8 @@ def test_memory_holds_the_largest_tensor_and_its_copy(tmp_path: Path) -> None:
     write(tmp_path / "tiny")
     write(tmp_path / "small", **values)
     total = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
-    process = start(str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path / "tiny"))
-    more = 1024 * int(process.communicate()[0].split()[-1])
+    with start(str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path / "tiny")) as process:
+        more = 1024 * int(process.communicate()[0].split()[-1])
     largest = 4 * 1024 * 6144
     assert total > 12 * largest / 1.5 and more < 2 * largest + 100e6, (more, total)
 
