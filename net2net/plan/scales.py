@@ -13,14 +13,15 @@ def scale_means(plan: Plan, origins: dict[str, Origin]) -> dict[str, Origin]:
     """Return the origins whose means are those of products with a layer scale, and of the scales, which are one there.
 
     Raises:
-        TransferError: norms see what a layer produces both with a scale and without.
+        TransferError: norms see what a layer produces in several ways: with a scale and without, or with one twice.
     """
     changed: dict[str, Origin] = {}
-    for source, scales in plan.student.scales.items():
+    sources = {source for _, ways in plan.student.norm_calls for source, path in ways if path}
+    for source in sorted(sources):
         layer = plan.student.layers.get(source)
         tensors = [source] if layer is None else layer.tensors.values()
         padded = [name for name in tensors if name in origins and _holds_means(origins[name])]
-        seen = [scale for scale in scales if padded and plan.names[scale] and _is_seen(plan, source, scale)]
+        seen = [scale for scale in _find_path(plan, source) if plan.names[scale]] if padded else []
         for name in (*padded, *seen) if seen else ():
             by = [name] if name in seen else seen
             changed[name] = replace(origins[name], scaled=tuple(_scaled(plan, name, origins[name], one) for one in by))
@@ -31,16 +32,17 @@ def _holds_means(origin: Origin) -> bool:
     return any(axis.means for axis in origin.axes.values())
 
 
-def _is_seen(plan: Plan, source: str, scale: str) -> bool:
-    """Tell whether norms across units see what a layer produces times a scale; refuse norms that see it without."""
-    norms = [norm for norm in plan.student.norm_calls if source in norm.sources]
-    without = [norm for norm in norms if scale not in norm.norms_since]
-    if without and len(without) < len(norms):
-        raise TransferError(
-            f"{source} cannot grow in this way: {without[0].name} takes the mean of its units, and a norm takes "
-            f"that of their products with {scale}: a new unit can be one of them only. A multiple of the width serves."
-        )
-    return bool(norms) and not without
+def _find_path(plan: Plan, source: str) -> tuple[str, ...]:
+    """Return the scales between a layer and the norms that see it; refuse a layer that they see in several ways."""
+    paths = {path: norm for norm, ways in plan.student.norm_calls for name, path in ways if name == source}
+    for path, norm in paths.items():
+        if len(paths) > 1 or len(set(path)) < len(path):
+            how = [f"times {' times '.join(each)}" if each else "without a scale" for each in sorted(paths)]
+            raise TransferError(
+                f"{source} cannot grow in this way: norms such as {norm} take the mean of its units "
+                f"{' and '.join(how)}, and a new unit can be one mean only. A multiple of the width serves."
+            )
+    return next(iter(paths))
 
 
 def _scaled(plan: Plan, name: str, origin: Origin, scale: str) -> Scaled:

@@ -110,6 +110,13 @@ class Labels:
     chain: Chain | None = None  # the activations since the last layer, each directly behind the one before
     result_of: str | None = None  # the layer whose result it is, if nothing has changed that since
     statistic: Statistic | None = None  # which step of a norm it is, if it is one
+    # How the sources came here: each with the layer scales that multiplied it, one after the other. None: without any.
+    paths: frozenset[tuple[str, tuple[str, ...]]] | None = None
+
+    @property
+    def ways(self) -> frozenset[tuple[str, tuple[str, ...]]]:
+        """The paths of all sources. A source that comes here in several ways is there several times."""
+        return frozenset((source, ()) for source in self.sources) if self.paths is None else self.paths
 
     @classmethod
     def of(cls, units: Tensor, *operands: "Labels", norms: Collection[str] = (), **state: Any) -> "Labels":
@@ -117,6 +124,8 @@ class Labels:
         # `state` holds the other attributes. Those that are not given count as unknown.
         sources = frozenset().union(*(labels.sources for labels in operands))
         state = {"normed_by": frozenset().union(*(labels.normed_by for labels in operands))} | state
+        if any(labels.paths is not None for labels in operands):
+            state = {"paths": frozenset().union(*(labels.ways for labels in operands))} | state
         return cls(units, sources, frozenset(norms).union(*(labels.norms_since for labels in operands)), **state)
 
 

@@ -36,9 +36,9 @@ class Trace:
         self.module_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self.layers: dict[str, Layer] = {}  # by name, in the order of the forward pass
         self.norms: list[Norm] = []  # the statistics across units
-        self.norm_calls: list[Layer] = []  # what each call of a norm across units reads
+        # Of each call of a norm across units: its name, and how the sources of what it reads came to it.
+        self.norm_calls: list[tuple[str, frozenset[tuple[str, tuple[str, ...]]]]] = []
         self.contractions: list[Contraction] = []  # products that sum over units of two activations
-        self.scales: dict[str, list[str]] = {}  # layer -> the layer scales that multiply a plain sum it is in
         self.multipliers: dict[str, set[float]] = {}  # layer -> the numbers that uses multiply its result by (1: none)
         # softmax -> the number in front of its logits, the layers they come from, their units
         self.softmax_gains: dict[Key, tuple[float, frozenset[str], Tensor]] = {}
@@ -95,8 +95,6 @@ class Trace:
     def add(self, layer: Layer) -> None:
         """Record a layer. One that is called again adds what it reads to its first record."""
         first = self.layers.get(layer.name)
-        if layer.options.get("across"):
-            self.norm_calls.append(layer)
         if first is not None:
             fresh = first.reads is None
             layer = replace(

@@ -143,5 +143,40 @@ def test_a_unit_cannot_be_the_mean_with_a_scale_and_without() -> None:
     for again in (False, True):
         grow(make(6, again), make(12, again), tokens())
         teacher, student = trained(make(6, again), make(9, again))
-        with refused("takes the mean of its units, and a norm takes that of their products with blocks", student):
+        with refused(r"take the mean of its units without a scale and times blocks\.\d\.scale0", student):
             transfer(teacher, student, tokens()[:2])
+
+
+WAYS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Tensor], str]] = {
+    "once": (lambda net, z, _: z * net.g, ""),
+    "two scales": (lambda net, z, _: z * net.g * net.h, ""),
+    "the same twice, added": (lambda net, z, _: z * net.g + z * net.g, ""),
+    "one scale twice": (lambda net, z, _: z * net.g * net.g, "times g times g"),
+    "beside itself": (lambda net, z, _: z * net.g + z, "without a scale and times g"),
+    "with each of two": (lambda net, z, _: z * net.g + z * net.h, "times g and times h"),
+    "stacked": (lambda net, z, _: torch.stack([z * net.g, z]).mean(0), "without a scale and times g"),
+    "called again": (lambda net, z, y: z * net.g + net.b(y.sin()) * net.h, "times g and times h"),
+    "with the stream": (lambda net, z, y: (z + net.stream) * net.g, "without a scale and times g"),
+}
+
+
+@pytest.mark.parametrize("silent", [True, False])
+@pytest.mark.parametrize("name", WAYS)
+def test_the_way_to_a_norm_is_known_even_if_the_example_is_silent_on_it(name: str, silent: bool) -> None:
+    """An example of zeros shows no difference, so the check on the example cannot find a wrong mean."""
+    way, why = WAYS[name]
+
+    def how(net: Net, x: Tensor, y: Tensor) -> Tensor:
+        net.stream = net.e(x)
+        return net.o(net.n(net.stream + way(net, net.b(y), y)))
+
+    layers = {"e": nn.Linear(5, 8), "b": nn.Linear(5, 8, bias=False), "n": nn.LayerNorm(8), "o": nn.Linear(8, 3)}
+    scales = "gh" if name in ("two scales", "with each of two", "called again") else "g"
+    model = trained(Net(layers | {scale: nn.Parameter(torch.rand(8)) for scale in scales}, how))[0]
+    example = torch.randn(3, 5), torch.zeros(3, 5) if silent else torch.randn(3, 5)
+    if why:
+        with refused(why):
+            widen(model, example, {"e": 11})
+    else:
+        wider = widen(model, example, {"e": 11})
+        assert_same(model, wider, (torch.randn(9, 5), torch.randn(9, 5)))

@@ -133,6 +133,7 @@ def _norm(trace: Trace, call: Call, x: Tensor, by: Statistic) -> Statistic | Non
     trace.norms = [norm for norm in trace.norms if norm.key not in {mean, by.mean}]
     state = {"normed_by": labels.normed_by, "key": key}
     known = (labels.sources, labels.norms_since, {"across": True})
+    trace.norm_calls.append((str(key), labels.ways))
     trace.add(Layer(LayerKind.NORM, str(key), {}, rows.reshape(-1), *known, **state))
     normed = Statistic(x, Step.NORMED, key)
     return normed if weight is None else _attach(trace, normed, "weight", weight)

@@ -94,7 +94,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     count = len([x for x in operands if x.numel() > 1]) - (constants if name == "mul" else 0)
     is_product = name in ("mul", "div") and len(labels) > 1
     is_sum = name in (LINEAR | {"add", "sub"}) and not is_product and len(labels) == count
-    is_sum |= name == "mul" and len(activations) == len(scales) == 1 and _note_scale(trace, labels[0], *scales)
+    is_scaled = name == "mul" and len(activations) == len(scales) == 1 and _is_layer_scale(trace, labels[0], *scales)
+    is_sum |= is_scaled
     result_range, chain = _range_and_chain(trace, call, labels, len(operands))
     state = {
         "gain": _gain_of_result(trace, call, labels, [x.dtype for x in activations]),
@@ -108,6 +109,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     }
     if statistic is not None and statistic.step in (Step.VARIANCE, Step.DEVIATION):
         state["gain"] = 1.0  # the statistic holds the number
+    if is_scaled:
+        state["paths"] = frozenset((source, (*path, *scales)) for source, path in labels[0].ways)
     state |= result_of_norm(trace, statistic)
     if statistic is not None and statistic.step == Step.NORMED:
         scales = {str(state["after_norm"])}
@@ -271,16 +274,10 @@ def _record_scale(trace: Trace, call: Call, parameter: Tensor, labels: Labels) -
     return {name}
 
 
-def _note_scale(trace: Trace, summed: Labels, name: str) -> bool:
-    """Tell whether a parameter has one entry for each unit of a plain sum, and note it for what is summed."""
+def _is_layer_scale(trace: Trace, summed: Labels, name: str) -> bool:
+    """Tell whether a parameter has one entry for each unit of a plain sum of layers' outputs."""
     units = trace.parameters.values[name]
-    if not summed.linear or len(torch.unique(trace.units.find(units))) < len(units):
-        return False
-    scales = {each for each, layer in trace.layers.items() if "factor" in layer.tensors}
-    for source in summed.sources - scales:
-        held = trace.scales.setdefault(source, [])
-        held += [name] * (name not in held)
-    return True
+    return summed.linear and len(torch.unique(trace.units.find(units))) == len(units)
 
 
 @rule("prelu")

@@ -96,6 +96,7 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     place = eps_place(trace, call, norm.eps)
     trace.norms.append(replace(norm, padded=padded, name=name, first_norm=first, eps_at=place))
     known = (labels.sources, labels.norms_since, {"across": True})
+    trace.norm_calls.append((name, labels.ways))
     state = {"normed_by": labels.normed_by, "key": None if tensors else key}
     trace.add(Layer(LayerKind.NORM, name, tensors, norm.units.reshape(-1), *known, **state))
     state = {"after_norm": name, "first_norm": name, "normed_by": frozenset({name})}
