@@ -4,6 +4,7 @@ import base64
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -108,13 +109,15 @@ def _grow(folder: Path, out: Path, growth: Growth) -> Record:
 
 def _open(folder: Path, out: Path) -> TensorFiles:
     """Return the tensors of a checkpoint; raise TransferError if there is none, or no place for another."""
-    if out.exists():
+    if not out.name or os.path.lexists(out):
         raise TransferError(f"{out} exists: give the name of a new folder.")
     if not (folder / "config.json").is_file():
         raise TransferError(f"{folder} has no config.json, as the folder of a Hugging Face model has.")
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("it names no files")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TransferError(f"{INDEX} in {folder} is damaged: {error}") from error
         missing = [name for name in names if not (folder / name).is_file()]
@@ -183,13 +186,13 @@ def _example(model: Any, device: str) -> dict[str, Any]:
 
 def _plan(teacher: Any, growth: Growth) -> tuple[Any, Record]:
     """Return the student that the class makes from the grown config, without values, and the record that fills it."""
-    if min(growth.mlp, growth.stream) < 1 or growth.layers < 0:
+    if not all(1 <= factor < math.inf for factor in (growth.mlp, growth.stream)) or growth.layers < 0:
         raise TransferError("A checkpoint only grows: factors are 1 or more, and the number of new layers 0 or more.")
     if growth == Growth():
         raise TransferError("Nothing is to grow: give --mlp, --stream or --layers.")
     empty, example, renamed = copy.deepcopy(teacher).to("meta"), _example(teacher, "meta"), None
     grown = empty
-    widths = [growth.mlp, {_table(teacher): growth.stream}]
+    widths = [float(growth.mlp), {_table(teacher): float(growth.stream)}]
     for factor, each in zip((growth.mlp, growth.stream), widths, strict=True):
         if factor > 1:
             grown = widen(grown, example, each)  # type: ignore[arg-type]
@@ -283,12 +286,16 @@ def _identify(folder: Path, record: Record) -> str:
 def _begin(partial: Path, identity: str, record: Record, size: int) -> tuple[int, Tensor]:
     """Return how many files are finished, and the state of the generator behind them; make room for the others."""
     done, state = 0, record.state
+    found = set(os.listdir(partial)) if partial.is_dir() else {partial.name} if os.path.lexists(partial) else set()
     try:
         progress = json.loads((partial / PROGRESS).read_text())
-        if progress["growth"] == identity:
+        is_ours = progress["growth"] == identity
+        if is_ours:
             done, state = progress["files"], torch.tensor([*base64.b64decode(progress["state"])], dtype=torch.uint8)
-    except (OSError, ValueError, KeyError):
-        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = "growth.json" in found  # it was stopped before its last step
+    if found and not is_ours:
+        raise TransferError(f"{partial} is there already, and is not of this growth: move or delete it.")
     if not done:
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -296,6 +303,8 @@ def _begin(partial: Path, identity: str, record: Record, size: int) -> tuple[int
     if (free := shutil.disk_usage(partial.parent).free) < size - held:
         raise TransferError(f"The larger checkpoint takes {size - held:,} bytes more, and the disk has {free:,}.")
     partial.mkdir(exist_ok=True)
+    if not done:
+        _note(partial, identity, 0, state)
     return done, state
 
 

@@ -18,7 +18,7 @@ import torch
 from checks import refused
 from torch import Tensor, nn
 
-from net2net import checkpoint, load_record, widen
+from net2net import TransferError, checkpoint, load_record, widen
 from net2net.__main__ import main
 from net2net.checkpoint import Growth, grow_checkpoint
 from net2net.safetensors import open_files, read_tensors, write_tensors
@@ -187,13 +187,17 @@ def test_a_growth_that_was_stopped_goes_on(
         assert finished == [path.stat().st_mtime_ns for path in (tmp_path / "large").glob("*-00001-*")]
 
 
-def test_another_growth_begins_anew(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_another_growth_are_left_alone(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(checkpoint, "_write_rest", lambda *_: (_ for _ in ()).throw(Stop))
         grow_checkpoint(grown / "small", tmp_path / "large", Growth(mlp=1.25))
-    assert len([*(tmp_path / "large.partial").glob("*.safetensors")]) > 1
-    grow_checkpoint(grown / "small", tmp_path / "large", GROWTH)
-    assert contents(tmp_path / "large") == contents(grown / "large")
+    made = contents(tmp_path / "large.partial")
+    assert len(made) > 2
+    with pytest.raises(TransferError, match="is not of this growth: move or delete it"):
+        grow_checkpoint(grown / "small", tmp_path / "large", GROWTH)
+    assert contents(tmp_path / "large.partial") == made
 
 
 def child(folder: str, out: str, warm_up: str = "") -> None:
@@ -365,3 +369,31 @@ def test_checkpoints_of_transformers(family: str, tmp_path: Path, monkeypatch: p
         assert not any(report.values())
         theirs, mine = (network.eval()(x).logits for network in (model, again))
         assert (theirs - mine).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_folder_and_a_link_of_the_user_are_left_alone(grown: Path, tmp_path: Path) -> None:
+    place = tmp_path / "large.partial"
+    place.mkdir()
+    (place / "mine.txt").write_text("notes")
+    for _ in range(2):
+        with pytest.raises(TransferError, match="is there already, and is not of this growth: move or delete it"):
+            grow_checkpoint(grown / "small", tmp_path / "large", GROWTH)
+    assert (place / "mine.txt").read_text() == "notes"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TransferError, match="exists: give the name of a new folder"):
+        grow_checkpoint(grown / "small", tmp_path / "link", GROWTH)
+
+
+@pytest.mark.parametrize("growth", [Growth(mlp=float("nan")), Growth(stream=float("inf")), Growth(mlp=0.5)])
+def test_factors_that_are_none_are_refused(growth: Growth, grown: Path, tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match="A checkpoint only grows"):
+        grow_checkpoint(grown / "small", tmp_path / "large", growth)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("index", [{"weight_map": {}}, {"weight_map": {"a": 3}}])
+def test_an_index_without_files_is_damaged(index: dict, tmp_path: Path) -> None:
+    write(tmp_path / "small")
+    (tmp_path / "small/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TransferError, match=r"index\.json in .* is damaged"):
+        grow_checkpoint(tmp_path / "small", tmp_path / "large", GROWTH)
