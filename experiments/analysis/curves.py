@@ -23,7 +23,7 @@ COSTS = ["step", "examples", "flops", "seconds"]  # columns of a curve that say 
 # Settings that may differ between the seeds of one experiment. A mean over such seeds still has a meaning.
 PER_RUN = {
     *("seed", "arms", "claim", "device", "threads", "logger", "runs", "checkpoint_seconds"),
-    *("data.root", "data.cache", "data.workers"),
+    *("data.root", "data.cache", "data.workers", "data.download"),
     # The scale sets these. They also stand in `model` of the network that is trained.
     *("inception.slim", "inception.stem", "speedrun.slim"),
 }

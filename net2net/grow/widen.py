@@ -217,7 +217,8 @@ def _requested_factors(
             now = description.groups[k].width
             factor = width / now if isinstance(width, Integral) else width
             if factor < 1:
-                raise TransferError(f"{name} has {now} units: it cannot shrink to {width}.")
+                hint = f": {width} is a number of units, {width}.0 a factor" if isinstance(width, Integral) else ""
+                raise TransferError(f"{name} has {now} units: it cannot shrink to {width}{hint}.")
             if factor >= factors.get(k, 1.0):
                 factors[k] = factor
                 wanted.pop(k, None)

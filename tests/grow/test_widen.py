@@ -445,3 +445,8 @@ def test_attention_of_torchs_own_grows_with_the_stream_that_it_reads(width: floa
 def test_attention_of_torchs_own_that_reads_what_is_fixed_is_refused() -> None:
     with refused("a wider copy does not run"):
         widen(nn.MultiheadAttention(8, 2, batch_first=True), (torch.randn(2, 5, 8),) * 3, {"in_proj_weight": 2.0})
+
+
+def test_a_whole_number_that_was_meant_as_a_factor_gets_the_line_to_type() -> None:
+    with refused(r"0 has 5 units: it cannot shrink to 2: 2 is a number of units, 2\.0 a factor"):
+        widen(mlp(3, 5, 4), rows(), {"0": 2})
