@@ -212,7 +212,7 @@ def child(folder: str, out: str, warm_up: str = "") -> None:
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    code = "import sys, test_checkpoint; test_checkpoint.child(*sys.argv[1:])"
+    code = "import sys, test_grow_checkpoint; test_grow_checkpoint.child(*sys.argv[1:])"
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
     return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE)
 
