@@ -348,7 +348,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 FAMILIES: dict[str, tuple[dict, list[Growth]]] = {
     "LlamaForCausalLM": (SIZES | {"num_key_value_heads": 2}, [Growth(1.5, 2.0, 1)]),
-    "Qwen3ForCausalLM": (SIZES | {"head_dim": 8, "tie_word_embeddings": True}, [Growth(1.5), Growth(stream=2.0)]),
+    "Qwen3ForCausalLM": (
+        SIZES | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+        [Growth(1.5), Growth(stream=2.0)],
+    ),
     "GPT2LMHeadModel": ({"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4}, [Growth(1.5, layers=2)]),
     "BertForMaskedLM": (SIZES, [Growth(1.5)]),
 }
