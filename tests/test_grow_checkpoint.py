@@ -68,8 +68,11 @@ class Model(pretrained.Model):
 
 def stand_in() -> ModuleType:
     """Transformers has a class by its name, and makes the config of a folder."""
+
+    def load(folder: Path, trust_remote_code: bool) -> Config:
+        return Config.from_dict(json.loads((Path(folder) / "config.json").read_text()))
+
     module = ModuleType("transformers")
-    load = lambda folder, trust_remote_code: Config.from_dict(json.loads((Path(folder) / "config.json").read_text()))  # noqa: E731
     vars(module).update(Model=Model, AutoConfig=SimpleNamespace(from_pretrained=load))
     return module
 

@@ -68,14 +68,18 @@ def test_what_needs_values_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_large_tensors_are_filled_in_pieces(split: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """They get the same numbers, to the last bit: shares are drawn in the same order."""
-    model, x = teacher(heads=4).to(dtype), words()
+    model, x, calls, made = teacher(heads=4).to(dtype), words(), [], gather.replace
+
+    def count(*args, **changes) -> object:
+        calls.append(args)
+        return made(*args, **changes)
+
     for widths in ({"*.up": 50}, {"words": 12, "*.qkv": 1.5}, {"words": 2.0}, {"*.up": 1.5, "*.qkv": 2.0}):
         whole = widen(model, x, widths, split=split)
         with monkeypatch.context() as patch:
             patch.setattr(gather, "PIECE", 7)
-            calls: list[int] = []
-            made = gather.replace
-            patch.setattr(gather, "replace", lambda *a, **k: (calls.append(1), made(*a, **k))[1])  # noqa: B023
+            calls.clear()
+            patch.setattr(gather, "replace", count)
             parts = widen(model, x, widths, split=split)
         assert calls and all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
 
