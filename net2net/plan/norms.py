@@ -30,7 +30,8 @@ def norm_kinds(networks: Networks) -> dict[int, set[str]]:
 def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict[str, float]]:
     """Check what every norm sees. Return the factors of mean squares that change, and the new eps by their places."""
     networks = unit_map.networks
-    padding_factors, eps, kept = {}, {}, set()
+    padding_factors, eps = {}, {}
+    wanted: list[tuple[Norm, float]] = []
     for layer in networks.student.layers.values():
         if "eps" not in layer.options:
             continue
@@ -42,7 +43,7 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
             continue
         roots = networks.student_roots[norm.units]
         if bool(unit_map.rotated[roots].all()):
-            eps[_eps_place(norm)] = other.eps * other.units.shape[1] / norm.units.shape[1]
+            wanted.append((norm, other.eps * other.units.shape[1] / norm.units.shape[1]))
             continue
         grown = [copied for copied in unit_map.g[roots] if not bool((copied == NEW).all())]  # groups of old units
         factors = {_factor(unit_map, norm, other, copied) for copied in grown}
@@ -52,28 +53,30 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
             )
         if (factor := factors.pop()) != 1.0:
             padding_factors[norm.key] = (norm, factor)
-        wanted = other.eps * (factor**0.5 if norm.outside else factor)
-        if norm.eps == wanted:
-            kept.add(norm.eps_at)
-        elif eps.setdefault(_eps_place(norm), wanted) != wanted:
-            raise _one_eps(norm)
-        if norm.eps_at in eps.keys() & kept:
-            raise _one_eps(norm)
-    return padding_factors, eps
+        wanted.append((norm, other.eps * (factor**0.5 if norm.outside else factor)))
+    return padding_factors, eps | _set_eps(networks, wanted)
+
+
+def _set_eps(networks: Networks, wanted: list[tuple[Norm, float]]) -> dict[str, float]:
+    """Return the eps that the norms want, by their places; raise TransferError if a place would need two."""
+    eps: dict[str, float] = {}
+    kept = {place for place, uses in networks.student.eps_uses.items() if uses > 0}
+    kept |= {norm.eps_at for norm, value in wanted if norm.eps == value and norm.eps_at is not None}
+    for norm, value in wanted:
+        if norm.eps != value and (eps.setdefault(_eps_place(norm), value) != value or norm.eps_at in kept):
+            place = f" ({norm.eps_at})" if norm.eps_at else ""
+            needs = f"The norm {norm.module or 'in the network'} would need the eps {value:.3g}"
+            raise TransferError(f"{needs}, but its eps{place} is also used elsewhere: give the norm an eps of its own.")
+    return eps
 
 
 def _eps_place(norm: Norm) -> str:
     """Return where the eps of a norm is set; raise TransferError if it is a number in the forward pass."""
     if norm.eps_at is None:
         why = f"its eps is the number {norm.eps:g} in the forward pass, and would have to be another"
-        advice = "Make it an attribute of the module, called eps"
+        advice = "Make it an attribute of the module, called eps, which holds a float"
         raise TransferError(f"The norm in {norm.module or 'the network'} cannot grow in this way: {why}. {advice}.")
     return norm.eps_at
-
-
-def _one_eps(norm: Norm) -> TransferError:
-    """Return the error of norms that share one eps, and would need several."""
-    return TransferError(f"Norms that would need different eps share one ({norm.eps_at}): give each its own.")
 
 
 def _factor(unit_map: UnitMap, norm: Norm, other: Norm, copied: Tensor) -> float:

@@ -1,5 +1,6 @@
 """What one forward pass found: layers, norms, contractions, and the units of every tensor."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ class Trace:
         self.units = Units(seen_as.as_grouped)
         self.parameters = Parameters(model, self.units)
         self.eps_places = _tell_eps_apart(model)
+        self.eps_uses: Counter[str] = Counter()  # place of an eps -> how many calls use it, but for the norms
         self.module_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self.layers: dict[str, Layer] = {}  # by name, in the order of the forward pass
         self.norms: list[Norm] = []  # the statistics across units
@@ -85,6 +87,10 @@ class Trace:
             self.is_activation(value) or hasattr(value, "_net2net_view") or self.parameters.name_of(value) is not None
         )
 
+    def eps_place(self, value: object) -> str | None:
+        """Return the place of the attribute that this very number was read from, if it is that of an eps."""
+        return self.eps_places[id(value)][0] if id(value) in self.eps_places else None
+
     def label(self, out: Tensor, labels: Labels) -> None:
         """Attach `labels` to the activation `out`."""
         if labels.units.shape != out.shape:
@@ -112,13 +118,13 @@ class Trace:
         self.layers[layer.name] = layer
 
 
-def _tell_eps_apart(model: nn.Module) -> dict[str, float]:
-    """Return every eps that a module keeps as an attribute, by its place; each becomes a float object of its own."""
+def _tell_eps_apart(model: nn.Module) -> dict[int, tuple[str, float]]:
+    """Make every eps that a module keeps as an attribute a float object of its own; return its place by its id."""
     # Then the object in a call says which attribute it came from, even if several hold the same number.
-    places: dict[str, float] = {}
+    places: dict[int, tuple[str, float]] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if "eps" in attribute.lower() and type(value) is float:
-                place = name if attribute == "eps" else f"{name}.{attribute}".lstrip(".")
-                places[place] = vars(module)[attribute] = value + 0.0
+            if "eps" in attribute.lower() and isinstance(value, float):
+                vars(module)[attribute] = own = float(value) + 0.0
+                places[id(own)] = name if attribute == "eps" else f"{name}.{attribute}".lstrip("."), own
     return places

@@ -118,6 +118,7 @@ class _Mode(TorchFunctionMode):
         call = Call(name, func, *put_in_order(func, name, given, kwargs), out, self.modules[-1])
         rewrite = REWRITES.get(name)
         if rewrite is None or not any(map(self.trace.follows, call.tensors)) or not self._rewrite(call, rewrite):
+            self.trace.eps_uses.update(filter(None, map(self.trace.eps_place, [*args, *kwargs.values()])))
             apply(self.trace, call)
         return out
 

@@ -181,8 +181,39 @@ def test_norms_that_share_an_eps_need_the_same() -> None:
     teacher, double, more = trained(make(8), make(16), make(12))
     transfer(teacher, double, tokens()[:2])
     assert_same(teacher, double, tokens())
-    with refused("share one", more):
+    with refused("used elsewhere", more):
         transfer(teacher, more, tokens()[:2])
+
+
+USES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "a logarithm": lambda net, x: torch.log(x.abs() + net.norm.eps),
+    "a bound": lambda net, x: x.clamp(min=net.norm.eps),
+    "an addend": lambda net, x: torch.add(x, net.norm.eps),
+    "a batch norm": lambda net, x: F.batch_norm(x[:, 0], torch.zeros(3), torch.ones(3), eps=net.norm.eps),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("norm", ["by hand", "torch"])
+def test_an_eps_that_is_no_norms_alone_stays(use: str, norm: str) -> None:
+    def make(width: int, use: Callable[[nn.Module, Tensor], Tensor] | None) -> nn.Module:
+        own = nn.RMSNorm(width, eps=1e-2) if norm == "torch" else ByHand(width, NORMS["rsqrt"][0])
+        parts = {"a": nn.Linear(6, width), "norm": own, "c": nn.Linear(width, 3)}
+
+        def forward(net: Net, x: Tensor) -> Tensor:
+            y = net.c(torch.tanh(net.norm(net.a(x))))
+            return y if use is None else use(net, y)
+
+        return Net(parts, forward)
+
+    teacher, double, more = trained(*(make(n, USES[use]) for n in (8, 16, 12)))
+    assert transfer(teacher, double, tokens()[:2]).eps == {}
+    assert_same(teacher, double, tokens())
+    with refused(r"would need the eps 0.00667, but its eps \(norm\) is also used elsewhere", more):
+        transfer(teacher, more, tokens()[:2])
+    teacher, more = trained(make(8, None), make(12, None))
+    assert transfer(teacher, more, tokens()[:2]).eps.keys() == {"norm"}
+    assert_same(teacher, more, tokens())
 
 
 def test_a_layer_norm_over_channels_of_images() -> None:

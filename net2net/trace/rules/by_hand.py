@@ -100,7 +100,7 @@ def eps_place(trace: Trace, call: Call, eps: float | None) -> str | None:
     of_class = "eps" not in vars(module) and getattr(module, "eps", None) == eps
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or of_class:
         return call.module
-    return next((place for place, value in trace.eps_places.items() if value is eps), None)
+    return trace.eps_place(eps)
 
 
 def _is_same(x: Tensor, of: Tensor) -> bool:
@@ -129,6 +129,7 @@ def _norm(trace: Trace, call: Call, x: Tensor, by: Statistic) -> Statistic | Non
     padded = kind == NormKind.RMS or (labels.linear and once)
     first = NO_NORM if labels.linear else labels.first_norm
     known = (by.eps, call.module, padded, str(key), first, by.eps_at, by.outside, by.divisor)
+    trace.eps_uses[by.eps_at or ""] -= trace.norms[at[0]].eps_at is None  # not if a second result uses the same root
     trace.norms[at[0]] = Norm(key, kind, rows, {}, *known)
     trace.norms = [norm for norm in trace.norms if norm.key not in {mean, by.mean}]
     state = {"normed_by": labels.normed_by, "key": key}

@@ -94,6 +94,7 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     padded = norm.kind == NormKind.RMS or (labels.linear and once)
     first = NO_NORM if labels.linear else labels.first_norm
     place = eps_place(trace, call, norm.eps)
+    trace.eps_uses[place or ""] -= 1
     trace.norms.append(replace(norm, padded=padded, name=name, first_norm=first, eps_at=place))
     known = (labels.sources, labels.norms_since, {"across": True})
     trace.norm_calls.append((name, labels.ways))
