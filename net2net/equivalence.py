@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import TransferError, no_other_error
-from .network import Example, Inputs, Outputs, run, tensors_in, unwrap
+from .network import Example, Inputs, Outputs, refuse_empty, run, tensors_in, unwrap
 from .randomness import SameForAll
 from .rounding import disturbed_runs
 
@@ -67,8 +67,8 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs) or not pairs:
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
         raise TransferError(f"The outputs differ in shape: the teacher's are {shapes[0]}, the student's {shapes[1]}.")
-    if not all(a.numel() for a, _ in pairs):
-        raise TransferError("An output of the networks is empty: there is nothing to compare.")
+    refuse_empty(theirs)
+    pairs = [pair for pair in pairs if pair[0].numel()]
     pairs = [[x.to(torch.complex128 if x.is_complex() else torch.double) for x in pair] for pair in pairs]
     differences = [(a - b).abs().max().item() for a, b in pairs]
     sizes = [a.abs().max().item() for a, _ in pairs]

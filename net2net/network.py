@@ -219,6 +219,13 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         raise TransferError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
+def refuse_empty(output: object) -> None:
+    """Raise TransferError if there is no number in an output, as in that of a detector that finds nothing."""
+    if not any(x.numel() for x in tensors_in(output)):
+        advice = "give inputs on which the network finds something, or name other `outputs`"
+        raise TransferError(f"The output of the network is empty, so there is nothing to compare: {advice}.")
+
+
 def run(
     model: nn.Module,
     inputs: Inputs,

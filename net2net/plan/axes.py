@@ -116,12 +116,10 @@ def _number_parts(roots: Tensor, apart: Tensor) -> Tensor:
     """Number the parts of a unit, entry by entry: a query and a key that only a contraction unites are two parts."""
     if torch.equal(torch.unique(roots), torch.unique(apart)):
         return torch.zeros_like(roots)
-    first = torch.tensor([apart.tolist().index(part) for part in apart.tolist()])
-    numbers = torch.empty_like(roots)
-    for root in torch.unique(roots).tolist():
-        at = roots == root
-        numbers[at] = torch.unique(first[at], return_inverse=True)[1]
-    return numbers
+    places, inverse = torch.arange(len(apart)), torch.unique(apart, return_inverse=True)[1]
+    first = torch.full_like(places, len(apart)).scatter_reduce(0, inverse, places, "amin")[inverse]
+    pairs, inverse = torch.unique(roots * len(apart) + first, return_inverse=True)  # sorted by root
+    return rank(pairs // len(apart))[inverse]
 
 
 def _number_means(plan: Plan, index: Tensor, roots: Tensor, theirs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

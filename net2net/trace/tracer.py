@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from ..errors import TransferError
-from ..network import Inputs, in_mode, run, tensors_in
+from ..network import Inputs, in_mode, refuse_empty, run, tensors_in
 from ..tensors import parametrised
 from .facts import Call, Key, Labels, Layer, LayerKind, NormKind
 from .graph import PLAIN, SeenAs, Trace
@@ -40,6 +40,7 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
             prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
             result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
+        refuse_empty(result.output)  # it would pin no units
         missed = result.parameters.tensors.keys() - _reached(result)
         if not missed.isdisjoint(dict(model.named_parameters())) or _asks_for_mode(model):
             result.both = both = fork(result)
