@@ -2,8 +2,6 @@
 
 import copy
 import importlib
-import itertools
-import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,8 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-
-import net2net
 
 from . import checkpoint, files, progress, start, wandb_log
 from .arms import ARMS
@@ -30,10 +26,9 @@ from .config import (
 )
 from .data import complete_batches, load
 from .distributed import join
-from .evaluation import evaluate
-from .loss import make_loss
+from .estimate import estimate
+from .evaluation import AGREEMENT_BATCH, measure_agreement
 from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_device
-from .optimizers import make_optimizer
 from .run import Run
 from .run_log import MANIFEST, read_manifest
 from .stage import (
@@ -44,7 +39,6 @@ from .stage import (
     run_stage,
     teacher_optimizer_state,
 )
-from .training import train_step
 
 Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
 Networks = dict[str | None, nn.Module]  # the teacher (None) and the students
@@ -58,12 +52,12 @@ def run_experiment(config: Config, console: Console, skip_busy: bool = False) ->
     `skip_busy`, and else refused with BusyError. Returns None if no arm is complete.
     """
     run = prepare(config, console)
-    networks = run.ranks.on_all(partial(_make_networks, run))
+    networks, growth = run.ranks.on_all(partial(_make_networks, run))
     stages: Stages = arm_folders(config.students, config.arms)
     if any(ARMS[arm].needs_teacher for arm, _ in stages.values()):
         stages = {TEACHER: (TEACHER, None)} | stages
     missing = [name for name, (arm, student) in stages.items() if not _is_done(run, name, arm, student)]
-    _announce(run, networks, stages, missing)
+    _announce(run, networks, growth, stages, missing)
     if TEACHER in stages:
         obtain_teacher(run, networks[None])
     diverged: list[str] = []
@@ -142,8 +136,11 @@ def _report(run: Run, figure: Path, summary: dict[str, Any]) -> None:
         report.keep("figure", figure)
 
 
-def _make_networks(run: Run) -> Networks:
-    """Return the teacher and the students, fresh; raise ExperimentError for everything that would fail later."""
+def _make_networks(run: Run) -> tuple[Networks, float]:
+    """Return the teacher and the students, fresh, and the seconds of a growth.
+
+    Raises ExperimentError for everything that would fail later.
+    """
     networks = {student: run.make_network(student) for student in (None, *run.config.students)}
     run.ranks.share(run.config.schedule.batch_size)
     per_epoch = complete_batches(len(run.splits.train), run.config.schedule.batch_size)
@@ -152,16 +149,17 @@ def _make_networks(run: Run) -> Networks:
         if duration is not None and not duration.endswith("%") and steps(duration, per_epoch) < 1:
             raise ExperimentError(f"schedule.{key} is {duration}, less than a step: an epoch has {per_epoch} steps.")
     _ = run.costs  # raises if a network cannot read the images
-    _check_growth(run, networks)
-    return networks
+    return networks, _check_growth(run, networks)
 
 
-def _check_growth(run: Run, networks: Networks) -> None:
-    """Refuse a student that cannot be grown from its teacher before the teacher is trained."""
+def _check_growth(run: Run, networks: Networks) -> float:
+    """Refuse a student that cannot be grown before its teacher is trained; return the seconds of a growth."""
+    started = time.perf_counter()
     arm = next((arm for arm in run.config.arms if ARMS[arm].starts_from_teacher and ARMS[arm].has_student), None)
     for student in run.config.students if arm else ():
         teacher, trial = (copy.deepcopy(networks[name]).to(run.device) for name in (None, student))
         start.fill(str(arm), teacher, trial, run.config, run.images)
+    return (time.perf_counter() - started) / len(run.config.students)
 
 
 def _is_done(run: Run, name: str, arm: str, student: str | None) -> bool:
@@ -199,7 +197,7 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
             if transfer is not None:
                 facts = describe_growth(run, job.folder, (teacher, network), transfer, settings, started)
             if ARMS[arm].keeps_function and run.ranks.rank == 0 and not checkpoint.exists(job.folder):
-                facts["step0"] = _measure_agreement(run, teacher, network)
+                facts["step0"] = measure_agreement(teacher, network, run.splits.test.ordered(AGREEMENT_BATCH))
                 step0 = facts["step0"]
                 _say(
                     run,
@@ -213,22 +211,7 @@ def _run_arm(run: Run, name: str, arm: str, student: str | None, teacher: nn.Mod
         run_stage(run, job, arm, student, network, facts, optimizer)
 
 
-def _measure_agreement(run: Run, teacher: nn.Module, student: nn.Module) -> dict[str, Any]:
-    """On how many test images the untrained student gives its teacher's class; in float64 and in float32."""
-    found: dict[str, Any] = {}
-    for dtype in (torch.float64, torch.float32):
-        pair = [copy.deepcopy(network).to(dtype) for network in (teacher, student)]
-        agree = of = 0
-        worst = 0.0
-        for images, _ in run.splits.test.ordered(256):
-            measured = net2net.equivalence(pair[0], pair[1], images.to(dtype))
-            agree, of = agree + measured.agree, of + measured.examples
-            worst = max(worst, measured.max_relative)
-        found[str(dtype).removeprefix("torch.")] = {"agree": agree, "of": of, "max_relative_error": worst}
-    return found["float64"] | {"float32": found["float32"]}
-
-
-def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) -> None:
+def _announce(run: Run, networks: Networks, growth: float, stages: Stages, missing: list[str]) -> None:
     """Say what will be done, how large it is and how long it will take, before anything is trained."""
     config = run.config
     _say(run, f"[bold]{config.name}[/bold]: {config.claim}")
@@ -244,45 +227,9 @@ def _announce(run: Run, networks: Networks, stages: Stages, missing: list[str]) 
     run.console.print(table)
     _say(run, f"arms      {', '.join(name for name in stages if name != TEACHER)}")
     if missing:
-        students = {stages[name][1] for name in missing}
-        step = {student: _measure_step(run, networks[student]) for student in students}
-        evaluation = {student: _measure_evaluation(run, networks[student]) for student in students}
-        total = 0.0
-        for name in missing:
-            student = stages[name][1]
-            job = run.job(name, student, 1.0)
-            more = job.flops / run.costs[student][1]  # the passes of a guide
-            total += job.total * step[student] * more + (1 + math.ceil(job.total / job.every)) * evaluation[student]
-        _say(run, f"to do     {', '.join(missing)}: about {progress.duration(total)}, by the speed of a few steps")
-
-
-def _measure_evaluation(run: Run, network: nn.Module) -> float:
-    """The seconds of an evaluation on the holdout and test images, from the speed of two batches."""
-    trial = copy.deepcopy(network).to(run.device, memory_format=run.arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
-    size = run.job(TEACHER, None, 1.0).evaluation_batch
-    times = []
-    for batch in itertools.islice(run.splits.test.ordered(size), 2):  # the first one makes kernels and buffers
-        started = time.perf_counter()
-        evaluate(trial, iter([batch]), run.arithmetic.memory_format)
-        times.append((time.perf_counter() - started) / len(batch[1]))
-    return min(times) * (len(run.splits.holdout) + len(run.splits.test)) / run.ranks.count
-
-
-def _measure_step(run: Run, network: nn.Module) -> float:
-    """The seconds of a training step, measured on a copy of the network."""
-    arithmetic = replace(run.arithmetic, compile=False)
-    trial = copy.deepcopy(network).to(run.device, memory_format=arithmetic.memory_format)  # pyright: ignore[reportCallIssue]
-    optimizer = make_optimizer(trial, run.config.schedule)
-    batch_size, seed = run.config.schedule.batch_size, run.config.seed
-    share = run.ranks.share(batch_size)
-    images, labels = next(iter(run.splits.train.batches(batch_size, epoch=0, seed=seed, augment=False, share=share)))
-    images = images.contiguous(memory_format=arithmetic.memory_format)
-    loss_of = make_loss(run.config)
-    times = []
-    for _ in range(4):  # the first one makes kernels and buffers
-        started = time.perf_counter()
-        train_step(trial, optimizer, images, labels, run.device, arithmetic, loss_of)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+        try:
+            total = progress.duration(estimate(run, networks, stages, missing, growth))
+            time_needed = f"about {total}, by the speed of a few steps"
+        except ExperimentError:  # the stages say what is wrong, and one may find it right
+            time_needed = "a trial of the speed failed, so it may take any time"
+        _say(run, f"to do     {', '.join(missing)}: {time_needed}")

@@ -18,8 +18,7 @@ import torture
 from loops import Quiet, error_of, interrupt, network, pictures, same, without_seconds
 from torch import nn
 
-import experiments.experiment  # noqa: F401 (loaded first, so that it never keeps a function that a test has replaced)
-from experiments import checkpoint
+from experiments import checkpoint, experiment
 from experiments.config import Data, ExperimentError
 from experiments.data import load
 from experiments.machine import explain_lack_of_memory
@@ -126,6 +125,7 @@ def test_freed_memory_is_not_cleared_again():
 
 @pytest.mark.slow
 def test_where_memory_ends_it_is_said_and_what_was_saved_is_kept(command_line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "estimate", lambda *_: 0.0)  # whose trial takes steps, too
     interrupt(monkeypatch, "train_step", {6}, fail_in_python)
     assert command_line(*SETTINGS, "arms=random_init", "target=random_init") == 1
     assert "The memory is not enough (MemoryError)" in error_of(capsys)
