@@ -52,7 +52,7 @@ def estimate(
     is learnt, and no file stays. Raises ExperimentError if the trial cannot write, read its images, or count its loss.
     """
     total = 0.0
-    students = {stages[name][1] for name in missing}
+    students = dict.fromkeys(stages[name][1] for name in missing)  # in the same order on all ranks
     folder = Path(run.config.runs, f".trial-{os.getpid()}")
     try:
         speeds = {student: _measure(run, networks[student], folder / (student or TEACHER)) for student in students}

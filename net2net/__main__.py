@@ -1,15 +1,16 @@
 """See how a network can grow, grow one into another, or check the certificate of a growth.
 
-net2net describe resnet18             prints which layers grow together, and what holds them
-net2net grow resnet18 resnet34        grows the first into the second, and prints how equal they are
-net2net grow FOLDER OUT --mlp 1.5     grows a Hugging Face checkpoint in safetensors files into a new folder
-net2net verify certificate.json       checks what net2net.certify wrote, and prints what it says
+net2net describe NETWORK              lists the layers that grow together, and what keeps them from growing
+net2net grow TEACHER STUDENT          grows the first network into the second, and prints how equal they are
+net2net grow FOLDER OUT --mlp 1.5     grows a Hugging Face checkpoint in safetensors files into the new folder OUT
+net2net verify certificate.json       checks the file that net2net.certify wrote, and prints what it says
 
-A network is one of torchvision or timm by its name, or package.module:function, which is called without arguments and
-may be in this folder if the command is python -m net2net. It gets weights that look trained.
+A network is the name of one of torchvision or timm (resnet18), or package.module:function. The function is called
+without arguments. `python -m net2net` also finds modules in the current folder. describe also takes the folder of a
+checkpoint. A network by name has random weights that look trained; a checkpoint keeps its own.
 
-A checkpoint may be larger than memory: its tensors are read and written one by one. The new folder appears when all of
-it is there. A command that was stopped goes on where it was if it is called again.
+A checkpoint may be larger than memory: its tensors are read and written one by one. OUT appears when all of it is
+written. If you stop the command, call it again to continue.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torch import nn
 
 from . import __version__
 from .certificate import check_certificate
-from .checkpoint import Growth, grow_checkpoint
+from .checkpoint import Growth, describe_checkpoint, grow_checkpoint
 from .equivalence import equivalence
 from .errors import TransferError
 from .grow.describe import describe
@@ -60,27 +61,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("net2net", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"net2net {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="describe, grow, verify")
-    for run, subject in ((_describe, "network"), (_grow, "teacher"), (_verify, "certificate")):
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", help="describe, grow or verify; each has --help")
+    network = "a name of torchvision or timm, package.module:function, or the folder of a checkpoint"
+    for run, subject, what in (
+        (_describe, "network", network),
+        (_grow, "teacher", network),
+        (_verify, "certificate", "the JSON file that net2net.certify wrote"),
+    ):
         command = commands.add_parser(run.__name__[1:])
         command.set_defaults(run=run, student=None)
-        command.add_argument("subject", metavar=subject)
+        command.add_argument("subject", metavar=subject, help=what)
         if run is _grow:
-            command.add_argument("student", help="a larger network to grow it into; of a checkpoint, the new folder")
-            for option, what in (("mlp", "the widths inside MLPs"), ("stream", "the width of the residual stream")):
+            command.add_argument("student", help="the larger network, or the new folder if the teacher is a checkpoint")
+            for option, what in (("mlp", "the width inside each MLP"), ("stream", "the width of the residual stream")):
                 command.add_argument(
-                    f"--{option}", type=float, default=1.0, help=f"of a checkpoint: grow {what} so much"
+                    f"--{option}", type=float, default=1.0, help=f"checkpoints only: multiply {what} by this number"
                 )
-            command.add_argument("--layers", type=int, default=0, help="of a checkpoint: add so many blocks, as +4")
+            command.add_argument("--layers", type=int, default=0, help="checkpoints only: add so many blocks")
         if run is not _verify:
             command.add_argument("--size", type=int, default=224, help="height and width of the example images (224)")
-            command.add_argument("--batch", type=int, default=2, help="how many of them (2)")
+            command.add_argument("--batch", type=int, default=2, help="number of example images (2)")
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
 
 def _describe(options: argparse.Namespace) -> tuple[str, object]:
-    found = describe(look_trained(_make_network(options.subject)), _draw_images(options))
+    if Path(options.subject).is_dir():
+        found = describe_checkpoint(options.subject)
+    else:
+        found = describe(look_trained(_make_network(options.subject)), _draw_images(options))
     groups = [{key: value for key, value in vars(group).items() if key != "units"} for group in found.groups]
     return str(found), [group | {"free": each.free} for group, each in zip(groups, found.groups, strict=True)]
 
@@ -142,8 +151,8 @@ def _make_network(name: str) -> nn.Module:
     near = get_close_matches(name, known, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise TransferError(
-        f"No network is called {name!r}{hint} in torchvision, or in timm if that is installed. Yours is called as "
-        "package.module:function."
+        f"No network is called {name!r}{hint} in torchvision, or in timm if that is installed. Write yours as "
+        "package.module:function, and a checkpoint as its folder."
     )
 
 

@@ -23,6 +23,7 @@ from .errors import TransferError, no_other_error
 from .fill.fill import fill_tensor
 from .fill.isometry import mixing_matrix
 from .grow.blocks import Renamed, add_blocks
+from .grow.describe import Description, describe
 from .grow.widen import widen
 from .network import Inputs
 from .pretrained import Facts, make_empty
@@ -77,10 +78,20 @@ def grow_checkpoint(folder: str | Path, out: str | Path, growth: Growth) -> Reco
         return _grow(Path(folder), Path(out), growth)
 
 
+@no_other_error("describe")
+def describe_checkpoint(folder: str | Path) -> Description:
+    """Return the groups of units of a checkpoint (see `describe`), which is traced without its values."""
+    with _default_dtype(torch.float32):
+        teacher = _make_teacher(Path(folder), _open(Path(folder)))
+        return describe(copy.deepcopy(teacher).to("meta"), _example(teacher, "meta"))
+
+
 def _grow(folder: Path, out: Path, growth: Growth) -> Record:
     """Grow a checkpoint (see `grow_checkpoint`)."""
     partial = out.with_name(f"{out.name}.partial")
-    files = _open(folder, out)
+    if not out.name or os.path.lexists(out):
+        raise TransferError(f"{out} exists: give the name of a new folder.")
+    files = _open(folder)
     teacher = _make_teacher(folder, files)
     student, record = _plan(teacher, growth)
     theirs = files.rename(_file_names(teacher, files))
@@ -107,10 +118,8 @@ def _grow(folder: Path, out: Path, growth: Growth) -> Record:
     return record
 
 
-def _open(folder: Path, out: Path) -> TensorFiles:
-    """Return the tensors of a checkpoint; raise TransferError if there is none, or no place for another."""
-    if not out.name or os.path.lexists(out):
-        raise TransferError(f"{out} exists: give the name of a new folder.")
+def _open(folder: Path) -> TensorFiles:
+    """Return the tensors of a checkpoint; raise TransferError if there is none."""
     if not (folder / "config.json").is_file():
         raise TransferError(f"{folder} has no config.json, as the folder of a Hugging Face model has.")
     if (folder / INDEX).is_file():

@@ -18,7 +18,7 @@ import torch
 from checks import refused
 from torch import Tensor, nn
 
-from net2net import TransferError, checkpoint, load_record, widen
+from net2net import TransferError, checkpoint, describe, load_record, widen
 from net2net.__main__ import main
 from net2net.checkpoint import Growth, grow_checkpoint
 from net2net.safetensors import open_files, read_tensors, write_tensors
@@ -335,6 +335,17 @@ def test_a_full_disk_and_no_transformers(tmp_path: Path, monkeypatch: pytest.Mon
     with refused("grown with the help of transformers, which is missing"):
         grow_checkpoint(tmp_path / "small", tmp_path / "large", GROWTH)
     assert not [*tmp_path.glob("large*")]
+
+
+def test_the_command_describes_a_checkpoint_as_the_model_in_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write(tmp_path / "small")
+    assert main(["describe", str(tmp_path / "small")]) == 0
+    assert capsys.readouterr().out.strip() == str(describe(model, model.dummy_inputs))
+    (tmp_path / "small" / "config.json").unlink()
+    assert main(["describe", str(tmp_path / "small")]) == 1
+    assert "small has no config.json, as the folder of a Hugging Face model has." in capsys.readouterr().err
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
