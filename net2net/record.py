@@ -146,9 +146,11 @@ class Record:
     def __str__(self) -> str:
         origins = self.origins.values()
         count = {how: sum(origin.how == how for origin in origins) for how in How}
-        wider = sum(any(axis.copies for axis in o.axes.values()) for o in origins if o.how == How.SHARED)
+        theirs, mine = self.shapes
+        shared = [(o.teacher, name) for name, o in self.origins.items() if o.how == How.SHARED]
+        larger = sum(theirs[teacher] != mine[name] for teacher, name in shared if teacher is not None)
         text = f"{self.grew}; " * bool(self.grew) + (
-            f"{count[How.SHARED]} tensors from the teacher ({wider} of them wider), {count[How.IDENTITY]} of "
+            f"{count[How.SHARED]} tensors from the teacher ({larger} of them larger), {count[How.IDENTITY]} of "
             f"identities, {count[How.SILENT]} of silent branches, {count[How.FRESH]} fresh"
         )
         train = self.modes.get("train", EXACT_IN_TRAINING)

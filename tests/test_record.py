@@ -229,3 +229,10 @@ def test_a_record_outlives_its_networks() -> None:
     record = transfer(chain(3, 4), chain(7, 9), images())
     with refused(r"record\.of\(teacher, student\)"):
         record.gradients({})
+
+
+def test_what_padding_alone_makes_wider_is_larger():
+    """A norm between whose width and the new one no multiple lies is padded: no unit is copied."""
+    record = transfer(padded(4), padded(6), rows())
+    assert "(8 of them larger)" in str(record)
+    assert "(0 of them larger)" in str(transfer(mlp(3, 4, 2), mlp(3, 4, 2), rows()))
