@@ -80,7 +80,7 @@ class Inception(nn.Module):
         slim: Multiplies the channels of the whole network, for small machines.
         extra_pairs: Pairs of convolutions added after every pair (section 4.3).
         pairs_on_top: Pairs added after every module (section 4.4).
-        stem: The side of the images in pixels, 224, 32 or 8; the stem divides it by 8, 2 or 1.
+        stem: The side of the images in pixels, 224, 64, 32 or 8; the stem divides it by 8, 4, 2 or 1.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Inception(nn.Module):
         stem: int = 32,
     ) -> None:
         super().__init__()
-        if stem not in (224, 32, 8):
-            raise ValueError(f"stem={stem} is none of 224, 32 and 8")
+        if stem not in (224, 64, 32, 8):
+            raise ValueError(f"stem={stem} is none of 224, 64, 32 and 8")
         first, second, third = (max(1, round(slim * c)) for c in STEM)
         self.stem = nn.Sequential(
             conv(channels, first, (7, 7), 2) if stem == 224 else conv(channels, first, (3, 3)),
-            nn.MaxPool2d(3, 2, 1) if stem == 224 else nn.Identity(),
+            nn.MaxPool2d(3, 2, 1) if stem in (224, 64) else nn.Identity(),
             conv(first, second, (1, 1)),
             conv(second, third, (3, 3)),
             nn.Identity() if stem == 8 else nn.MaxPool2d(3, 2, 1),

@@ -19,7 +19,7 @@ def count(network: nn.Module, *kinds: type[nn.Module]) -> int:
     return sum(isinstance(layer, kinds) for layer in network.modules())
 
 
-@pytest.mark.parametrize(("stem", "last"), [(224, 7), (32, 4), (8, 2)])
+@pytest.mark.parametrize(("stem", "last"), [(224, 7), (64, 4), (32, 4), (8, 2)])
 def test_the_papers_network_has_25_to_47_layers_in_11_modules_for_any_size_of_images(stem, last):
     network = inception(stem=stem, slim=0.03).eval()
     assert network.depth() == (25, 47)
