@@ -278,7 +278,8 @@ def explain(error: Exception) -> str:
     if option := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):  # Hydra adds its search path
         group, name = option.groups()
         choices = list_choices(group)
-        return f"There is no {group} {name!r}{nearest(name, choices)}. There are {', '.join(choices)}."
+        more = " Those of torchvision are written data=torchvision data.name=NAME." if group == "data" else ""
+        return f"There is no {group} {name!r}{nearest(name, choices)}. There are {', '.join(choices)}.{more}"
     unknown = re.search(r"(?:override|Key|find) '([^']+)'", text)
     if unknown and _is_free(unknown[1]):
         hint = nearest(unknown[1].rpartition(".")[2], _list_siblings(error))

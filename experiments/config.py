@@ -18,7 +18,6 @@ from .arms import ARMS
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TEACHER = "teacher"  # the network that arms start from
-OPTIMIZERS = ("rmsprop", "sgd")  # and those of torch.optim, by the names of their classes
 DECAYS = ("linear", "constant")
 SPLITS = ("equal", "uneven", "paired", "fresh")
 STATES = ("dropped", "carried", "fresh_new")
@@ -209,7 +208,6 @@ def _check_words(config: Config) -> None:
         *(("arms", arm, ARMS) for arm in config.arms),
         *(("rates", arm, ARMS) for arm in config.rates),
         ("target", config.target, ARMS),
-        *[("schedule.optimizer", name, OPTIMIZERS) for name in [config.schedule.optimizer] if not name[:1].isupper()],
         ("growth.split", config.growth.split, SPLITS),
         ("growth.optimizer_state", config.growth.optimizer_state, STATES),
         ("logger", config.logger, LOGGERS),
@@ -298,10 +296,13 @@ def _reading_order(label: str) -> tuple[bool, bool, str, int, str]:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return a hint at the `words` that contain the word, or at the most similar one, or an empty string."""
-    known = list(words)
-    close = [one for one in known if word in one][:3] if len(word) > 2 else []
-    close = close or get_close_matches(word, known, n=1, cutoff=0.5)
+    """Return a hint at the `words` that the word resembles, or an empty string; large and small letters are the same.
+
+    It is the word itself, or else those that contain it, or else the most similar one.
+    """
+    small, known = word.casefold(), {one.casefold(): one for one in words}
+    close = [known[small]] if small in known else [known[one] for one in known if small in one][: 3 * (len(small) > 2)]
+    close = close or [known[one] for one in get_close_matches(small, known, n=1, cutoff=0.5)]
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 

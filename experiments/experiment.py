@@ -29,6 +29,7 @@ from .distributed import join
 from .estimate import estimate
 from .evaluation import AGREEMENT_BATCH, measure_agreement
 from .machine import describe, explain_lack_of_memory, keep_freed_memory, pick_device
+from .optimizers import make_optimizer
 from .run import Run
 from .run_log import MANIFEST, read_manifest
 from .stage import (
@@ -93,7 +94,7 @@ def prepare(config: Config, console: Console) -> Run:
     ranks.on_first(lambda: files.writable(Path(config.runs), "choose another with runs=FOLDER"))
     with torch.device("meta"):  # a wrong argument is found before the images are read, which may take long
         for student in (None, *config.students):
-            start.make_network(config, student, classes=10, channels=3)
+            make_optimizer(start.make_network(config, student, classes=10, channels=3), config.schedule)
     splits = ranks.first_then_others(lambda: load(config.data))
     if config.limit is not None:
         splits = splits.thin(config.limit)

@@ -31,9 +31,10 @@ def make_optimizer(network: nn.Module, schedule: Schedule) -> optim.Optimizer:
         return optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=schedule.momentum > 0)
     kind = getattr(optim, schedule.optimizer, None)
     if not isinstance(kind, type) or not issubclass(kind, optim.Optimizer):
-        known = [name for name, each in vars(optim).items() if isinstance(each, type) and name != "Optimizer"]
-        what = f"torch.optim has no optimizer {schedule.optimizer!r}{nearest(schedule.optimizer, known)}"
-        raise ExperimentError(f"{what}. There are {', '.join(known)}.")
+        classes = [name for name, each in vars(optim).items() if isinstance(each, type) and name != "Optimizer"]
+        known = ["rmsprop", "sgd", *classes]
+        what = f"schedule.optimizer: there is no {schedule.optimizer!r}{nearest(schedule.optimizer, reversed(known))}"
+        raise ExperimentError(f"{what}. There are {', '.join(known)}; those with a capital are classes of torch.optim.")
     options: dict[str, Any] = {"lr": schedule.lr}
     if "momentum" in signature(kind).parameters:
         options["momentum"] = schedule.momentum

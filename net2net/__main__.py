@@ -148,7 +148,7 @@ def _make_network(name: str) -> nn.Module:
         known += timm.list_models()
     if not known:
         raise TransferError("Networks by name come from torchvision: pip install torchvision, or name a function.")
-    near = get_close_matches(name, known, 1)
+    near = get_close_matches(name.lower(), known, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise TransferError(
         f"No network is called {name!r}{hint} in torchvision, or in timm if that is installed. Write yours as "

@@ -207,8 +207,9 @@ def test_weight_decay_spares_biases_and_batch_norm():
     assert type(adam) is torch.optim.AdamW and [group["weight_decay"] for group in adam.param_groups] == [0.2, 0.0, 0.0]
     with pytest.raises(ExperimentError, match=r"Muon does not take this network: .* 2D"):
         make_optimizer(network(), Schedule(optimizer="Muon"))
-    with pytest.raises(ExperimentError, match=r"no optimizer 'adam' \(did you mean 'Adam'\?\)"):
-        make_optimizer(net, Schedule(optimizer="adam"))
+    for typed, meant in (("adam", "Adam"), ("Adamw", "AdamW"), ("SGd", "sgd"), ("rmsprp", "rmsprop")):
+        with pytest.raises(ExperimentError, match=rf"there is no '{typed}' \(did you mean '{meant}'\?\)"):
+            make_optimizer(net, Schedule(optimizer=typed))
 
 
 # -- FLOPs, device and arithmetic ---------------------------------------------------------------------------------
