@@ -98,7 +98,7 @@ class Config:
     case: str | None = None  # the case to run; None: all, one after another
     tag: str | None = None  # ends the name of the experiment's folder, so that other settings do not meet its runs
     seed: int = 0
-    limit: int | None = None  # a trial on so many images: two epochs, two evaluations, in a folder of its own
+    limit: int | None = None  # a trial on so many images, 100 or more: two epochs, in a folder of its own
     # A list of names, or one name (from a sweep).
     arms: Any = field(default_factory=lambda: [name for name, arm in ARMS.items() if arm.is_default])
     model: dict[str, Any] = field(default_factory=dict)  # the network that teacher and students have in common

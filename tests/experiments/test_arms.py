@@ -1,9 +1,11 @@
 """The registry of arms, and what the rivals do to their student and to the loss."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +35,17 @@ def test_every_file_of_the_folder_is_an_arm_of_that_name() -> None:
 @pytest.mark.parametrize("facts", [lambda arm: arm.place, lambda arm: arm.look[0], lambda arm: arm.look[1:]])
 def test_arms_differ_in_their_place_and_can_be_told_apart_with_and_without_colour(facts: Callable) -> None:
     assert len({facts(arm) for arm in ARMS.values()}) == len(ARMS)
+
+
+def test_the_template_of_an_arm_has_a_place_and_a_look_that_are_free() -> None:
+    page = (Path(arms.__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (template,) = re.findall(r"```python\n(\"\"\"random_pad, .*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(template, names)
+    arm = names["ARM"]
+    assert arm.place == len(ARMS) and f"0 to {len(ARMS) - 1} are taken" in template
+    assert arm.look[0] not in {other.look[0] for other in ARMS.values()}
+    assert arm.look[1:] not in {other.look[1:] for other in ARMS.values()}
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def run_without_torch(*typed: str) -> subprocess.CompletedProcess[str]:
     [
         ("--help", 0, "wider_inception       Section 4.2"),
         ("--help", 0, "Tab completes settings"),
-        ("", 0, "Scales: cpu, gpu, imagenet."),
+        ("", 0, "Sizes: scale=cpu, scale=gpu, scale=imagenet."),
         ("--cfg job experiment=quickstart", 0, "batch_size: 32"),
         ("experiment=quickstart schedule.lr=0", 1, "\nError: schedule.lr is 0.0"),
         ("seed=1", 2, "python train.py experiment=quickstart seed=1"),
