@@ -288,9 +288,11 @@ def print_memory() -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure; default: all")
-    parser.add_argument("--rounds", type=int, default=8, help="of loader and growth (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="of training (default: %(default)s)")
-    parser.add_argument("--photos", metavar="FOLDER", help="train/CLASS/*.JPEG and val/CLASS/*.JPEG for the loader")
+    parser.add_argument("--rounds", type=int, default=8, help="how often loader and growth are measured (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="how many training steps are measured (%(default)s)")
+    parser.add_argument(
+        "--photos", metavar="FOLDER", help="has train/CLASS/*.JPEG and val/CLASS/*.JPEG, for the loader"
+    )
     options = parser.parse_args(arguments)
     parts: dict[str, Callable[[], None]] = {
         "startup": print_startup,

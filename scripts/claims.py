@@ -42,8 +42,10 @@ def print_rates(experiment: str, results: Results) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Print the verdicts, or the rates; return 1, with one line, if a claim or a curve cannot be read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--rates", metavar="EXPERIMENT", help="print the best initial rates of this experiment instead")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results (results)")
+    parser.add_argument(
+        "--rates", metavar="EXPERIMENT", help="print the best learning rates of this experiment instead"
+    )
     options = parser.parse_args(arguments)
     try:
         results = load_all(options.results / "curves")

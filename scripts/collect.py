@@ -94,10 +94,10 @@ def select_experiments(runs: Path, names: list[str]) -> dict[str, Path]:
 def main(arguments: list[str] | None = None) -> int:
     """Collect, and print a line an arm and a total; return 1 if something was refused or is not there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--replace", action="store_true", help="replace curves that were made with other settings")
-    parser.add_argument("experiment", nargs="*", help="all experiments if none is named")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (runs)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results (results)")
+    parser.add_argument("--replace", action="store_true", help="also replace curves that were made with other settings")
+    parser.add_argument("experiment", nargs="*", help="which experiments; all of them if you name none")
     options = parser.parse_args(arguments)
     counts = Counter({"collected": 0, "skipped": 0, "refused": 0})
     try:

@@ -47,7 +47,7 @@ def write_pages(folder: Path, results: Results) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Write figures and tables and print their paths; return 1, with one line, if they cannot be written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results (results)")
     folder: Path = parser.parse_args(arguments).results
     try:
         results = load_all(folder / "curves")

@@ -100,7 +100,7 @@ def round_rows(table: Any) -> list[list[float]]:
 def main(arguments: list[str] | None = None) -> int:
     """Write the page and print its path; return 1, with one line, if it cannot be written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results (results)")
     folder: Path = parser.parse_args(arguments).results
     try:
         write(folder / "report.html", make_report(folder).encode())

@@ -163,7 +163,7 @@ def _make_table(heads: Sequence[str]) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables and the failures; return 1 if there are no runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"))
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="folder of the runs (runs)")
     runs: Path = parser.parse_args(arguments).runs
     console = Console(highlight=False)
     # The folders of experiments and their cases that have begun or are planned.

@@ -229,8 +229,10 @@ def verify_growth(folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print the faults and how many curves were checked; return 1 if there is a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("--growth", type=Path, metavar="FOLDER", help="check the certificate of this arm instead")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the results")
+    parser.add_argument(
+        "--growth", type=Path, metavar="FOLDER", help="check the growth of the arm in this folder instead"
+    )
     options = parser.parse_args(arguments)
     if options.growth is not None:
         try:

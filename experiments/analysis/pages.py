@@ -339,7 +339,7 @@ def summary_block(results: Results, findings: list[Finding]) -> str:
         rows = cases.summarise_cases(ladder).droplevel("case")
         size, unit = cost_unit(ladder.runs)
         lines = [_way_line(WAYS[arm], rows.loc[arm], size) for arm in WAYS if arm in rows.index]
-        heads = ["what is trained", f"{unit} in all", "of it after the teacher", "test accuracy (%)", "seeds"]
+        heads = ["what is trained", f"{unit} in all", "without the teacher's", "test accuracy (%)", "seeds"]
         parts.append(markdown_table(heads, lines))
     if findings:
         parts.append(f"The claims, each a test: {count_verdicts(findings)} ([the tables](results/README.md#claims)).")
