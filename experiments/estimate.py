@@ -18,12 +18,13 @@ from torch import nn
 from . import wandb_log
 from .arms import ARMS
 from .config import TEACHER, ExperimentError
-from .evaluation import AGREEMENT_BATCH, evaluate, measure_agreement
+from .evaluation import evaluate, measure_agreement
 from .progress import Follower, Row
 from .run import Run
 from .run_log import parse_curve
 from .training import Job, train
 
+FEW = 32  # images on which a comparison of two networks is timed
 TRIAL = 0.1  # seconds, at least, over which the steps of a network are timed
 # Seconds on one core of an AMD EPYC. They count in runs of seconds only.
 FIGURE = 1.0  # to load pandas and matplotlib, and to draw
@@ -126,7 +127,7 @@ def _measure_agreement(run: Run, *networks: nn.Module) -> float:
     """Return the seconds in which a student is compared with its teacher on all test images."""
     teacher, student = (copy.deepcopy(network).to(run.device) for network in networks)
     started = time.perf_counter()
-    measured = measure_agreement(teacher, student, itertools.islice(run.splits.test.ordered(AGREEMENT_BATCH), 1))
+    measured = measure_agreement(teacher, student, itertools.islice(run.splits.test.ordered(FEW), 1))
     return (time.perf_counter() - started) * len(run.splits.test) / measured["of"]
 
 
