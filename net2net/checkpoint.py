@@ -28,10 +28,9 @@ from .grow.widen import widen
 from .network import Inputs
 from .pretrained import Facts, make_empty
 from .record import NEW, Fill, How, Origin, Record, save_record, to_text
-from .safetensors import FromFiles, TensorFiles, open_files, write_tensors
+from .safetensors import INDEX, SINGLE, FromFiles, TensorFiles, divide, open_files, read_header, write_tensors
 from .transfer import transfer
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROGRESS = "progress.json"
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 MIXED = (Fill.MEAN, Fill.DEVIATION)  # fills that need other tensors of the student
@@ -68,14 +67,18 @@ def grow_checkpoint(folder: str | Path, out: str | Path, growth: Growth) -> Reco
 
     Raises:
         TransferError: the checkpoint cannot grow so, no config says what it would be, or the disk has no room for it;
-            before anything is written. Or the two compute something else; then nothing stays.
-        OSError: a file cannot be read or written.
+            before anything is written. Or the two compute something else; then nothing stays. Or a file cannot be read
+            or written; then what is finished stays in `OUT.partial`.
 
     Example:
         >>> grow_checkpoint("llama", "larger", Growth(mlp=1.5, layers=4))
     """
-    with _default_dtype(torch.float32):  # as when it is loaded
-        return _grow(Path(folder), Path(out), growth)
+    try:
+        with _default_dtype(torch.float32):  # as when it is loaded
+            return _grow(Path(folder), Path(out), growth)
+    except OSError as error:
+        kept = f"the same call goes on from what is finished, in {out}.partial"
+        raise TransferError(f"A file cannot be read or written: {error}: {kept}.") from error
 
 
 @no_other_error("describe")
@@ -96,10 +99,13 @@ def _grow(folder: Path, out: Path, growth: Growth) -> Record:
     student, record = _plan(teacher, growth)
     theirs = files.rename(_file_names(teacher, files))
     tensors = _list_tensors(theirs, student, record)
-    shards = _divide(tensors, folder)
+    shards = divide(tensors, folder)
     _check_rotations(record, theirs)
     identity = _identify(folder, record)
-    done, state = _begin(partial, identity, record, sum(t.nbytes for t in tensors.values()))
+    done, state = _begin(partial, identity, record.state, shards)
+    _check_room(partial, sum(tensor.nbytes for tensor in tensors.values()))
+    partial.mkdir(exist_ok=True)
+    _note(partial, identity, done, state)
     writer = _Writer(student, record, theirs, tensors)
     writer.generator.set_state(state)
     for place, (file, names) in enumerate(shards.items()):
@@ -151,14 +157,15 @@ def _make_teacher(folder: Path, files: TensorFiles) -> Any:
         ) from error
     with _of_transformers(f"config.json in {folder}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        names = [name for name in config.architectures or () if hasattr(transformers, name)]
-        if not names:
-            raise TransferError(f"config.json in {folder} names no class of transformers ({config.architectures}).")
+        found = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+        kinds = [kind for kind in found if isinstance(kind, type) and issubclass(kind, nn.Module)]
+        if not kinds:
+            raise TransferError(f"config.json in {folder} names no model of transformers ({config.architectures}).")
         if getattr(config, "quantization_config", None):
             raise TransferError(f"The checkpoint in {folder} is quantised: grow it before it is quantised.")
         dtypes = Counter(place.dtype for place in files.places.values() if place.dtype.is_floating_point)
         with _default_dtype(dtypes.most_common(1)[0][0]):
-            return make_empty(getattr(transformers, names[0]), config).eval()
+            return make_empty(kinds[0], config).eval()
 
 
 @contextmanager
@@ -206,7 +213,8 @@ def _plan(teacher: Any, growth: Growth) -> tuple[Any, Record]:
         if factor > 1:
             grown = widen(grown, example, each)  # type: ignore[arg-type]
             if (refusal := vars(grown).get("save_pretrained")) is not None:
-                raise TransferError(refusal.args[0].partition(": save it by")[0] + ".")
+                advice = "Load the model, use net2net.widen, and save it by net2net.save, which needs no config"
+                raise TransferError(f"{refusal.args[0].partition(': save it by')[0]}. {advice}.")
     if growth.layers:
         grown, renamed = _add_layers(grown, growth.layers)
     with _of_transformers("The grown config"), _default_dtype(next(teacher.parameters()).dtype):
@@ -269,22 +277,6 @@ def _list_tensors(theirs: TensorFiles, student: nn.Module, record: Record) -> di
     return tensors
 
 
-def _divide(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, list[str]]:
-    """Divide tensors among files as large as the teacher's, or put them into one if the teacher has one."""
-    if not (folder / INDEX).is_file():
-        return {SINGLE: [*tensors]}
-    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
-    groups: list[list[str]] = [[]]
-    room = largest
-    for name, tensor in tensors.items():
-        if groups[-1] and tensor.nbytes > room:
-            groups.append([])
-            room = largest
-        groups[-1].append(name)
-        room -= tensor.nbytes
-    return {f"model-{k + 1:05}-of-{len(groups):05}.safetensors": names for k, names in enumerate(groups)}
-
-
 def _identify(folder: Path, record: Record) -> str:
     """Return a text that is the same for the same growth of the same files."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -292,29 +284,30 @@ def _identify(folder: Path, record: Record) -> str:
     return hashlib.sha256(json.dumps([to_text(record), stats]).encode()).hexdigest()
 
 
-def _begin(partial: Path, identity: str, record: Record, size: int) -> tuple[int, Tensor]:
-    """Return how many files are finished, and the state of the generator behind them; make room for the others."""
-    done, state = 0, record.state
+def _begin(partial: Path, identity: str, state: Tensor, shards: Mapping[str, Sequence[str]]) -> tuple[int, Tensor]:
+    """Return how many files are finished, and the state of the generator behind them; clear what is of no use."""
+    done, is_ours = 0, False
     found = set(os.listdir(partial)) if partial.is_dir() else {partial.name} if os.path.lexists(partial) else set()
     try:
         progress = json.loads((partial / PROGRESS).read_text())
-        is_ours = progress["growth"] == identity
-        if is_ours:
-            done, state = progress["files"], torch.tensor([*base64.b64decode(progress["state"])], dtype=torch.uint8)
-    except (OSError, ValueError, KeyError, TypeError):
-        is_ours = "growth.json" in found  # it was stopped before its last step
+        is_ours, files = progress["growth"] == identity, list(shards.items())[: progress["files"]]
+        if is_ours and all(read_header(partial / file).keys() == set(names) for file, names in files):
+            done, state = len(files), torch.tensor([*base64.b64decode(progress["state"])], dtype=torch.uint8)
+    except (TransferError, OSError, ValueError, KeyError, TypeError):  # a finished file may be missing, or damaged
+        is_ours = is_ours or "growth.json" in found  # it was stopped before its last step
     if found and not is_ours:
         raise TransferError(f"{partial} is there already, and is not of this growth: move or delete it.")
     if not done:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
+    return done, state
+
+
+def _check_room(partial: Path, size: int) -> None:
+    """Raise TransferError if the disk has no room for what is left of a checkpoint of `size` bytes."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
     held = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
     if (free := shutil.disk_usage(partial.parent).free) < size - held:
         raise TransferError(f"The larger checkpoint takes {size - held:,} bytes more, and the disk has {free:,}.")
-    partial.mkdir(exist_ok=True)
-    if not done:
-        _note(partial, identity, 0, state)
-    return done, state
 
 
 def _note(partial: Path, identity: str, files: int, state: Tensor) -> None:

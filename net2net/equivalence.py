@@ -157,13 +157,14 @@ class _Judge:
 
 def _refusal(measured: Equivalence, allowed: float, where: str, identities: Collection[str]) -> TransferError:
     causes = [
-        "treat the same units differently (another layout, for one)",
+        "treat the same units differently (another layout, more calls of one layer)",
         "depend on random numbers",
         "amplify rounding that far",
     ]
     if new := sorted(identities):
         through = f"what new layers pass through ({', '.join(new[:8])})"
-        causes.insert(1, f"change {through}, as an activation does that is not idempotent")
+        bends = "as pools do, sums over neighbours, and activations that are not idempotent"
+        causes.insert(1, f"change {through}, {bends}")
     return TransferError(
         f"The filled student does not compute its teacher's function: on {where} they differ by "
         f"{measured.max_relative:.1e} relative, more than {allowed:.1e}. The two forward passes "

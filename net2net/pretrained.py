@@ -87,7 +87,9 @@ def keep_configs(before: Mapping[str, "Facts"], grown: nn.Module, inputs: Inputs
         vars(model).pop("save_pretrained", None)
         refusal = None
         try:
-            if (new := Facts.of(model)) != old:
+            if (new := Facts.of(model)) != old and isinstance(model.config, dict):
+                refusal = f"net2net does not change the config of {kind}, which is a {type(model.config).__name__}"
+            elif new != old:
                 refusal = _Search(model, old, new, partial(run, grown, inputs)).run()
         except Exception as error:  # the class and the config are not ours, and may raise anything
             refusal = f"{kind} cannot be made from its config alone ({error})"

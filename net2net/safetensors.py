@@ -15,6 +15,7 @@ from .errors import TransferError
 from .network import map_tensors
 from .tensors import view_bytes
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # as the files of a checkpoint are called
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -106,6 +107,22 @@ class FromFiles(TorchFunctionMode):
 
     def _value(self, tensor: Tensor) -> Tensor:
         return self.values[id(tensor)]() if id(tensor) in self.values else tensor
+
+
+def divide(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, list[str]]:
+    """Divide tensors among files as large as the teacher's, or put them into one if the teacher has one."""
+    if not (folder / INDEX).is_file():
+        return {SINGLE: [*tensors]}
+    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    groups: list[list[str]] = [[]]
+    room = largest
+    for name, tensor in tensors.items():
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = largest
+        groups[-1].append(name)
+        room -= tensor.nbytes
+    return {f"model-{k + 1:05}-of-{len(groups):05}.safetensors": names for k, names in enumerate(groups)}
 
 
 def open_files(paths: Iterable[Path]) -> TensorFiles:

@@ -125,10 +125,11 @@ def draw_inputs(growth: Growth, seed: int, length: int = LENGTH) -> dict[str, An
 def grow(growth: Growth, model: nn.Module) -> nn.Module:
     """Grow a network as the cell says."""
     example, entry = draw_inputs(growth, seed=2), growth.entry
+    options: dict[str, Any] = {"outputs": entry.get("outputs")}
     if growth.cell == "free x2":
-        return widen(model, example, 2.0)
+        return widen(model, example, 2.0, **options)
     if growth.cell == "deepen":
-        return deepen(model, example, entry["deepen"])
+        return deepen(model, example, entry["deepen"], **options)
     if growth.cell == "vocabulary":
         head = model.get_output_embeddings()  # type: ignore[operator]
         name = next(name for name, layer in model.named_modules() if layer is head)
@@ -136,10 +137,10 @@ def grow(growth: Growth, model: nn.Module) -> nn.Module:
     if growth.cell in WIDER:
         what, factor = WIDER[growth.cell]
         names = entry[what] if isinstance(entry[what], list) else [entry[what]]
-        grown = widen(model, example, dict.fromkeys(names, factor))
+        grown = widen(model, example, dict.fromkeys(names, factor), **options)
         return _save_and_load(grown) if growth.cell == "saved" else grown
     student = build_model(growth, entry["larger"][growth.cell[3:]], seed=1)
-    transfer(model, student, example)
+    transfer(model, student, example, **options)
     return student
 
 
@@ -156,7 +157,7 @@ def list_probes(growth: Growth) -> list[Callable[[Any], Any]]:
     """Return what to compare, each a function of the network."""
     fresh, kinds = draw_inputs(growth, seed=3), growth.entry.get("probes", [])
     inputs = [fresh, *(draw_inputs(growth, 4, length) for length in (6, 13) if "lengths" in kinds)]
-    probes: list[Callable[[Any], Any]] = [partial(_run, given) for given in inputs]
+    probes: list[Callable[[Any], Any]] = [partial(_run, given, growth.entry.get("outputs")) for given in inputs]
     if "padding" in kinds:
         probes += [partial(_run_padded, fresh, side) for side in ("left", "right")]
     if "cache" in kinds:
@@ -173,8 +174,9 @@ def _old_entries(probe: Callable[[Any], Any], count: int, model: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x[..., :count], probe(model))
 
 
-def _run(inputs: dict[str, Any], model: Any) -> Any:
-    return model(**inputs)
+def _run(inputs: dict[str, Any], counts: str | None, model: Any) -> Any:
+    result = model(**inputs)
+    return result if counts is None else result[counts]
 
 
 def _generate(inputs: dict[str, Any], model: Any) -> Any:

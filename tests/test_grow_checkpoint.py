@@ -293,7 +293,11 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], Growth]] = {
         lambda small: os.truncate(small / "model-2.safetensors", (small / "model-2.safetensors").stat().st_size - 1),
         GROWTH,
     ),
-    "names no class of transformers": (lambda small: change_config(small, architectures=["Other"]), GROWTH),
+    "names no model of transformers ..'Other'": (lambda small: change_config(small, architectures=["Other"]), GROWTH),
+    "names no model of transformers ..'AutoConfig'": (
+        lambda small: change_config(small, architectures=["AutoConfig"]),
+        GROWTH,
+    ),
     "is quantised": (lambda small: change_config(small, quantization_config={"bits": 4}), GROWTH),
     "words.weight is .11, 8. in the checkpoint, and .12, 8. by its config": (
         lambda small: change_config(small, vocabulary=12),
@@ -307,7 +311,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], Growth]] = {
     "Nothing is to grow": (lambda _: None, Growth()),
     "only grows": (lambda _: None, Growth(layers=-1)),
     "only grows: factors": (lambda _: None, Growth(mlp=0.5)),
-    "The config of Model has no value that makes .* as it is now.$": (lambda _: None, Growth(stream=2.0)),
+    "The config of Model has no value that makes .* as it is now. Load the model, use net2net.widen": (
+        lambda _: None,
+        Growth(stream=2.0),
+    ),
     "words.weight and head.weight differ in the checkpoint": (
         lambda small: change_config(small, ties=True),
         GROWTH,
@@ -324,6 +331,30 @@ def test_refused_before_anything_is_written(why: str, tmp_path: Path) -> None:
     with refused(why):
         grow_checkpoint(tmp_path / "small", tmp_path / "large", growth)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_disk_that_fills_up_and_a_finished_file_that_is_damaged(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def note(partial: Path, identity: str, files: int, state: Tensor) -> None:
+        if files > 1:
+            raise OSError(28, "No space left on device")
+        whole(partial, identity, files, state)
+
+    whole = checkpoint._note
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_note", note)
+        with refused(r"cannot be read or written: .*No space left on device: .* goes on from .*large.partial"):
+            grow_checkpoint(grown / "small", tmp_path / "large", GROWTH)
+    first = next((tmp_path / "large.partial").glob("*-00001-*"))
+    first.write_bytes(first.read_bytes()[:-8])
+    written: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint, "write_tensors", lambda p, *a, w=checkpoint.write_tensors: (written.append(p), w(p, *a))
+        )
+        grow_checkpoint(grown / "small", tmp_path / "large", GROWTH)
+    assert written[0].name == first.name and contents(tmp_path / "large") == contents(grown / "large")
 
 
 def test_a_full_disk_and_no_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ CHOICES = {
 @pytest.mark.parametrize(("kind", "outputs"), CHOICES.values(), ids=CHOICES)
 def test_what_does_not_count_pins_nothing(kind: str, outputs) -> None:
     model, x = look_trained(Model(kind=kind)), rows()
-    with refused("a cannot grow from 4 units: it is the network's output"):
+    with refused("a cannot grow from 4 units: it is among the network's outputs"):
         widen(model, x, {"a": 6})
     assert describe(model, x, outputs=outputs).groups[0].state == "free"
     wider = widen(model, x, {"a": 6}, outputs=outputs)

@@ -81,3 +81,58 @@ def test_without_what_a_refusal_names_the_network_grows(word: str, seed: int) ->
     wider = widen(network, x, {"0.0": 2.0})
     assert wider[0][0].out_features == 2 * WIDTH
     assert equivalence(network, wider, torch.randn(9, 5)).max_relative < 1e-12
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.mix, self.back = nn.Linear(5, WIDTH), nn.MultiheadAttention(WIDTH, 4), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        return self.back(x + self.mix(x, x, x)[0])
+
+
+class Scaled(nn.Module):
+    """A norm behind a scale that counts from one, or that is a view of a weight."""
+
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.front, self.weight, self.scale = nn.Linear(5, WIDTH), nn.Parameter(torch.ones(WIDTH)), scale
+        self.norm, self.back = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.norm(self.front(x) * self.scale(self.weight)))
+
+
+class Groups(nn.Module):
+    """A group norm over two layers of which one alone grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.side = nn.Conv1d(5, WIDTH, 1), nn.Conv1d(5, WIDTH, 1)
+        self.norm, self.back = nn.GroupNorm(4, 2 * WIDTH), nn.Conv1d(2 * WIDTH, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., None].expand(-1, -1, 3)
+        return self.back(self.norm(torch.cat([self.front(x), self.side(x)], 1)))
+
+
+SENTENCES: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
+    "heads": (Attention, 1.25, "mix cannot grow to 10 units: .* among its 4 heads: take a multiple of them"),
+    "an activation before a norm": (
+        lambda: nn.Sequential(nn.Linear(5, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)),
+        *(1.5, r"but gelu in 1 stands before 2\. A multiple of the width serves, as 16"),
+    ),
+    "a scale that counts from one": (lambda: Scaled(lambda w: 1 + w), 1.5, "mul in the network with weight stands"),
+    "a view of a scale": (lambda: Scaled(lambda w: w[None]), 1.5, "mul in the network with weight stands before norm"),
+    "groups": (Groups, 2.0, "let what sums, concatenations, groups and heads join there grow by one factor"),
+}
+
+
+@pytest.mark.parametrize("what", SENTENCES)
+def test_a_refusal_says_the_reason_and_a_way_out(what: str) -> None:
+    make, factor, sentence = SENTENCES[what]
+    name = "0" if isinstance(make(), nn.Sequential) else "front"
+    with pytest.raises(TransferError, match=sentence):
+        widen(look_trained(make().eval()), torch.randn(6, 5), {name: factor})

@@ -66,3 +66,46 @@ def test_random_pad_of_a_tied_teacher() -> None:
 def test_what_the_teacher_has_apart_cannot_be_tied() -> None:
     with refused("no counterpart of the teacher's head.weight"):
         transfer(look_trained(GPT(4)), GPT(8, "table", "head"), torch.randint(11, (3, 5)))
+
+
+class Scaled(GPT):
+    """Numbers that follow from the width stand behind the table and in front of the layer that reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        root = self.table.weight.shape[1] ** 0.5
+        x = self.table(x) * (root if self.behind else 1.0) + 0.5 * self.more(x.flip(1))
+        return self.head(self.norm(x + self.mlp(x)) / (root if self.before else 1.0))
+
+
+@pytest.mark.parametrize("width", [4, 6, 8])
+@pytest.mark.parametrize(("behind", "before"), [(True, False), (False, True), (True, True)])
+def test_a_number_beside_a_tied_table(behind: bool, before: bool, width: int) -> None:
+    teacher, student = look_trained(Scaled(4, "table", "head")), Scaled(width, "table", "head")
+    for net in (teacher, student):
+        net.behind, net.before = behind, before
+    transfer(teacher, student, torch.randint(11, (3, 5)))
+    assert equivalence(teacher, student, torch.randint(11, (5, 7))).max_abs < 1e-12
+    with torch.no_grad():
+        student.norm.weight *= 1.01
+    assert equivalence(teacher, student, torch.randint(11, (5, 7))).max_abs > 1e-3
+
+
+class TwoReaders(GPT):
+    """The norm before the tied layer is read by another layer, too."""
+
+    def __init__(self, width: int, *tied: str) -> None:
+        super().__init__(width, *tied)
+        self.other = nn.Linear(width, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.table(x) + self.more(x.flip(1)))
+        return self.head(x) + self.other(x) + self.mlp(x).mean()
+
+
+def test_the_way_out_of_a_refused_tie_serves() -> None:
+    teacher, x = look_trained(TwoReaders(4, "table", "head")), torch.randint(11, (3, 5))
+    with refused("before no other. A student that has the two apart needs nothing of that"):
+        transfer(teacher, TwoReaders(8, "table", "head"), x)
+    student = TwoReaders(8)
+    transfer(teacher, student, x)
+    assert equivalence(teacher, student, torch.randint(11, (5, 7))).max_abs < 1e-12

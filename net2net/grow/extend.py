@@ -94,7 +94,7 @@ def _axes_of(traced: Trace, name: str, layer: Layer | None) -> tuple[list[tuple[
     roots = traced.units.roots()
     if layer is not None and layer.produces is not None:
         for group in describe_trace(traced).groups:
-            if group.pinned == IS_OUTPUT and bool(torch.isin(roots[layer.produces], group.units).all()):
+            if group.pinned in IS_OUTPUT and bool(torch.isin(roots[layer.produces], group.units).all()):
                 labels = {
                     (tensor, dim): roots[units]
                     for tensor, axes in traced.parameters.axes.items()

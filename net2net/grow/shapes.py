@@ -120,6 +120,11 @@ def set_sizes(copied: nn.Module, model: nn.Module) -> None:
     """Let the sizes that torch's modules hold follow the tensors of a copy of `model`."""
     for name, module in copied.named_modules():
         _set_attributes(module, model.get_submodule(name))
+        if isinstance(module, nn.MultiheadAttention) and module.embed_dim % module.num_heads:
+            wants = (
+                f"nn.MultiheadAttention divides its width among its {module.num_heads} heads: take a multiple of them"
+            )
+            raise TransferError(f"{name or 'The network'} cannot grow to {module.embed_dim} units: {wants}.")
 
 
 def _check_unreached(copied: nn.Module, traced: Trace, count: Tensor) -> None:

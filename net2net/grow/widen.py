@@ -211,7 +211,7 @@ def _requested_factors(
         if not growing:
             (k, name), *_ = named.items()
             held = description.groups[k]
-            how = " More outputs are no copies: say new='zero' or new='mean'." * (held.pinned == IS_OUTPUT)
+            how = " More outputs are no copies: say new='zero' or new='mean'." * (held.pinned in IS_OUTPUT)
             raise TransferError(f"{name} cannot grow from {held.width} units: {held.pinned}.{how}")
         for k, name in growing.items():
             now = description.groups[k].width

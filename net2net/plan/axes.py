@@ -178,12 +178,23 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
     """Raise TransferError if a unit with several entries is not copied with all of them."""
     # Queries and keys alone may have more entries than in the teacher. The further ones are zero.
     lost = roots[(index == NEW) & (plan.g[roots] >= 0)]
-    for root in lost[~torch.isin(lost, plan.student_roots[torch.cat([plan.queries, plan.keys])])].tolist():
+    heads = plan.student_roots[torch.cat([plan.queries, plan.keys])]
+    for root in lost[~torch.isin(lost, heads)].tolist():
+        count = int((roots == root).sum())
+        cannot = f"{name} cannot grow in this way: it has {count} entries"
+        relations = plan.student_units.relations.values()
+        shared = (plan.student_roots[parents[torch.isin(plan.student_roots[of], heads)]] for of, parents in relations)
+        if root in torch.cat([heads[:0], *shared]):
+            raise TransferError(
+                f"{cannot} that each head meets, more than its teacher, and is not zero in the further ones (as rotary "
+                "frequencies are not, or weights in a head): keep the width of a head (`head_dim` in many configs), "
+                "and take more heads."
+            )
         moving = [*plan.student_units.whole, *plan.student_units.pinned]
         why = next((f", as {why}" for labels, why in moving if root in plan.student_roots[labels]), "")
         raise TransferError(
-            f"{name} cannot grow in this way: it has {int((roots == root).sum())} entries of one unit, more "
-            f"than its teacher. They move as a whole{why}."
+            f"{cannot} of one unit, more than its teacher. They move as a whole{why}: keep their number, or add "
+            "whole copies of them (heads, groups)."
         )
 
 

@@ -255,7 +255,8 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
             few = "those of one head or group stay in copies of it, and the student's are too small or too few"
             raise TransferError(f"{family.name} has no room for {lost} of its teacher's units: {few}.")
         joined = f"The student joins units of {family.name} with units that the teacher keeps apart"
-        raise TransferError(f"{joined}, so no mapping of units serves both.")
+        advice = "let what sums, concatenations, groups and heads join there grow by one factor"
+        raise TransferError(f"{joined}, so no mapping of units serves both: {advice}.")
 
 
 def _draw(unit_map: UnitMap, units: Tensor, among: Tensor, theirs: Tensor) -> None:

@@ -111,12 +111,15 @@ def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> T
     elif norm.kind == NormKind.MEAN and norm.divisor != width:
         needs = "a sum over all units, which copies change"
     elif norm.kind == NormKind.LAYER:
-        networks, where = unit_map.networks, "it"
-        for other in networks.student.norms if norm.padded else ():
-            met = torch.isin(networks.student_roots[other.units], networks.student_roots[norm.units])
-            if not other.padded and bool(met.any()):
-                where = other.module
-        needs += f", or if units that hold means are added, which the layers before {where} cannot do"
+        roots = unit_map.networks.student_roots
+        on = [x for x in unit_map.networks.student.norms if bool(torch.isin(roots[x.units], roots[norm.units]).any())]
+        held = next((other for other in (norm, *reversed(on)) if not other.padded), norm)
+        why = (
+            f"{held.bent_by} stands before {held.module or 'the norm'}" if held.bent_by else "not for all that see them"
+        )
+        needs += f", or if units that hold means are added: layers and sums can make those, but {why}"
+    if norm.kind not in (NormKind.EXTREME, NormKind.MEAN) or norm.divisor == width:
+        needs += f". A multiple of the width serves, as {-(-width // teacher_width) * teacher_width}"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"
     widths = f"has {width} units and its teacher {teacher_width}"
     return TransferError(f"The {what} {norm.module or 'in the network'} {widths}: it takes {needs}.")

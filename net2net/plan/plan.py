@@ -74,12 +74,23 @@ class Plan(Networks):
     @cached_property
     def queries(self) -> Tensor:
         """The labels of queries. A query may have more entries here than in the teacher: the further ones are zero."""
-        return torch.cat([torch.empty(0, dtype=torch.long), *(c.left for c in self.student.contractions)])
+        return self._with_parts([c.left for c in self.student.contractions])
 
     @cached_property
     def keys(self) -> Tensor:
         """The labels of keys: what queries are multiplied by."""
-        return torch.cat([torch.empty(0, dtype=torch.long), *(c.right for c in self.student.contractions)])
+        return self._with_parts([c.right for c in self.student.contractions])
+
+    def _with_parts(self, sides: list[Tensor]) -> Tensor:
+        """Return the labels of queries or keys, with those of layers that they are sums of, as rotated pairs are."""
+        none = torch.empty(0, dtype=torch.long)
+        labels = torch.cat([none, *sides])
+        produced = self.apart[torch.cat([none, *(x.produces for x in self.student.mixers if x.produces is not None)])]
+        for key, (joined, parts) in reversed(self.student_units.relations.items()):
+            if key.part in ("left", "right"):
+                of_layers = torch.isin(self.apart[parts], produced)
+                labels = torch.cat([labels, parts[of_layers & torch.isin(self.apart[joined], self.apart[labels])]])
+        return labels
 
     @cached_property
     def padded_norms(self) -> set[str]:
@@ -96,7 +107,8 @@ class Plan(Networks):
             wanted = theirs.get(self.convert(key) or key, (gain, units))[0]
             for contraction in self.student.contractions if wanted != gain else ():
                 if bool(torch.isin(self.student_roots[contraction.left], self.student_roots[units]).any()):
-                    gains |= dict.fromkeys(self.apart[contraction.left].tolist(), wanted / gain)
+                    queries = self._with_parts([contraction.left])
+                    gains |= dict.fromkeys(self.apart[queries].tolist(), wanted / gain)
         return gains
 
 

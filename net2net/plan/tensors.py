@@ -34,7 +34,7 @@ def make_record(
         for role, name in norm.tensors.items():
             origins[name] = _beside_padding(origins[name], role, factor)
     origins |= scale_means(plan, origins)
-    for name in [name for name in origins if _is_tied(plan, name)]:
+    for name in [name for name, origin in origins.items() if _is_tied(plan, name, origin)]:
         origins |= _untie(plan, name, origins)
     for norm in plan.student.norms:
         other = plan.teacher_norm(norm)
@@ -152,13 +152,18 @@ def _factor(plan: Plan, name: str, theirs: str) -> float:
     factor = 1.0
     if layer is not None and counterpart is not None and layer.kind == LayerKind.MIX:
         factor = counterpart.gain / plan.gains[layer.name] * _slope_factor(plan, layer)
+    return factor * _scale_factor(plan, name, theirs)
+
+
+def _scale_factor(plan: Plan, name: str, theirs: str) -> float:
+    """Return the factor of a layer whose result the networks multiply by different numbers (see `SeenAs`)."""
     mine, other = (
         next((each for each in trace.seen_as.scale_absorbed if t in trace.layers[each].tensors.values()), None)
         for trace, t in ((plan.student, name), (plan.teacher, theirs))
     )
     if mine is None or other is None:
-        return factor
-    return factor * (next(iter(plan.teacher.multipliers[other])) / next(iter(plan.student.multipliers[mine])))
+        return 1.0
+    return next(iter(plan.teacher.multipliers[other])) / next(iter(plan.student.multipliers[mine]))
 
 
 def _slope_factor(plan: Plan, layer: Layer) -> float:
@@ -200,8 +205,8 @@ def _row_signs(plan: Plan, name: str, units: Tensor) -> Tensor | None:
     return None
 
 
-def _is_tied(plan: Plan, name: str) -> bool:
-    """Tell whether a tensor grows and is both a table of embeddings and the weight of a layer."""
+def _is_tied(plan: Plan, name: str, origin: Origin) -> bool:
+    """Tell whether a tensor changes and is both a table of embeddings and the weight of a layer."""
     parameters = plan.student.parameters
     layer, axis = plan.student.layers.get(name), parameters.read_axis.get(name)
     if layer is None or axis is None or not layer.options.get("embedding"):
@@ -210,13 +215,14 @@ def _is_tied(plan: Plan, name: str) -> bool:
     if labels is None:
         return False
     copied = plan.g[plan.student_roots[labels]]
-    return bool(((copied < 0) | (plan.copies[copied] > 1)).any())  # of codes the copies do not matter
+    return origin.factor != 1.0 or bool(((copied < 0) | (plan.copies[copied] > 1)).any())  # codes have no copies
 
 
 def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origin]:
     """Return the origins of a tied table and of the tensors that take its shares."""
     # As an embedding, the table needs whole copies. As a layer, it needs shares. So the table holds whole copies, and
-    # the norm or the layers in front of the reading layer are multiplied by the shares.
+    # the norm or the layers in front of the reading layer are multiplied by the shares, and by what makes up for a
+    # number in front of that layer, or behind the embedding.
     student, axis = plan.student, plan.student.parameters.read_axis[name]
     layer = student.layers[name]
     norm = student.layers.get(layer.after_norm or "")
@@ -229,7 +235,7 @@ def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origi
         raise TransferError(
             f"{name} is a table of embeddings and the weight of a layer. The table needs whole copies, and the weight "
             "needs shares of them. That is exact only if a norm with a weight, or another layer, stands before that "
-            "layer, and before no other."
+            "layer, and before no other. A student that has the two apart needs nothing of that."
         )
     units, source = student.parameters.axes[name][axis], plan.teacher.parameters.axes[plan.names[name] or ""][axis]
     assert units is not None and source is not None
@@ -241,10 +247,13 @@ def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origi
             "the table would hold fresh numbers where the weight has to be zero."
         )
     share = origins[name].axes[axis].share
-    made = {name: replace(origins[name], axes=origins[name].axes | {axis: whole}, tied=True)}
+    embedded = _scale_factor(plan, name, plan.names[name] or "")
+    before = origins[name].factor / embedded**2
+    made = {name: replace(origins[name], axes=origins[name].axes | {axis: whole}, tied=True, factor=embedded)}
     for tensor in {taker.tensors[role] for taker in takers for role in taker.tensors.keys() & {"weight", "bias"}}:
         rows = origins[tensor].rows
         made[tensor] = replace(origins[tensor], rows=share if rows is None else rows * share, tied=True)
+        made[tensor] = replace(made[tensor], factor=made[tensor].factor * before)
     return made
 
 

@@ -102,6 +102,7 @@ class Labels:
     normed_by: frozenset[str] = frozenset()  # the norms across units in it, with no layer or other such norm between
     gain: float = 1.0  # the product of the plain numbers that multiplied it since a layer produced it
     linear: bool = False  # whether it is a plain sum of layers' outputs: a unit of it can hold the mean of others
+    bent_by: str = ""  # the first call since its layers that made something else of it than a sum, as text
     after_norm: str | None = None  # the norm directly in front: units that held its mean, or zero, are zero here
     first_norm: str | None = None  # the norm across units whose result it is, if only layers' outputs were added since
     passage: Passage = NOTHING  # the activations and gates since a layer produced it
@@ -178,6 +179,7 @@ class Norm:
     outside: bool = False  # whether eps is added to the root of the mean square
     divisor: float = 0.0  # what the sum over a group is divided by, if not by the number of its units
     offset: float = 0.0  # what is added to the weight before it multiplies
+    bent_by: str = ""  # that of its input (see `Labels`)
 
 
 @dataclass(frozen=True)

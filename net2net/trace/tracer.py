@@ -27,7 +27,8 @@ from .graph import PLAIN, SeenAs, Trace
 from .modes import fork, learn_missed
 from .rules.registry import REWRITES, Rewrite, apply, describe_crash, function_name, pin_operands, put_in_order
 
-IS_OUTPUT = "it is the network's output"  # why units are pinned
+# Why the units of one output are pinned, and those of several.
+IS_OUTPUT = ("it is the network's output", "it is among the network's outputs (outputs=... says which of them count)")
 
 
 def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
@@ -175,10 +176,11 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
                 f"{type(model).__name__} runs, but not while its calls are followed: {mode.last or 'it'} fails with "
                 f"{type(error).__name__}: {error}."
             ) from error
-    for position, tensor in enumerate(tensors_in(output)):
+    outputs = tensors_in(output)
+    for position, tensor in enumerate(outputs):
         if (labels := result.labels(tensor)) is not None:
             result.read.add(labels.statistic and labels.statistic.key)
-            result.units.pin(labels.units, IS_OUTPUT)
+            result.units.pin(labels.units, IS_OUTPUT[len(outputs) > 1])
             name = f"output {position}" + " in training" * training
             known = (labels.sources, labels.norms_since)
             result.add(Layer(LayerKind.OUTPUT, name, {}, None, *known, normed_by=labels.normed_by))

@@ -159,6 +159,38 @@ def test_heads_keep_the_width_of_their_rotary_table() -> None:
     """The teacher's logits are waves of its own frequencies in the distance, and the student's table has others."""
     with refused("cannot grow from 4 to 6 units: mul .* constant of its own width"):
         transfer(*(shared_keys(2, 2, width, turn=ROTARY["computed"]) for width in (4, 6)), positions())
+    nets = [shared_keys(2, 2, width, turn=ROTARY["a buffer"]) for width in (4, 8)]
+    for net in nets:
+        net(positions())
+    with refused("rate .* 4 entries that each head meets.*: keep the width of a head .* and take more heads"):
+        transfer(*nets, positions())
+
+
+@pytest.mark.parametrize("turn", ["computed", "every second"])
+def test_heads_with_rotary_positions_in_one_part_grow_wider(turn: str) -> None:
+    """The further queries are zero, and all of them are multiplied by the root of the growth, the turned ones too."""
+
+    def turn_four(net: Net, x: Tensor) -> Tensor:
+        return torch.cat([ROTARY[turn](net, x[..., :4]), x[..., 4:]], -1)
+
+    grow(*(shared_keys(2, 2, width, turn=turn_four) for width in (6, 9)), positions())
+
+
+def joint(width: int) -> Net:
+    """Attention of two sequences in one, each with layers of its own."""
+
+    def forward(net: Net, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (torch.cat([net.get_submodule(f"{name}{k}")(x[:, 2 * k :]) for k in range(2)], 1) for name in "qkv")
+        q, k, v = (y.unflatten(-1, (2, width)).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return net.out0(y[:, :5]), net.out1(y[:, 5:])
+
+    layers = {f"{name}{k}": nn.Linear(3, 2 * width) for k in range(2) for name in "qkv"}
+    return Net(layers | {f"out{k}": nn.Linear(2 * width, 4) for k in range(2)}, forward)
+
+
+def test_wider_heads_of_two_sequences_in_one() -> None:
+    grow(joint(2), joint(3), positions())
 
 
 # -- relative positions ------------------------------------------------------------------------------------------------

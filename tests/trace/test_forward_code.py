@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_same, refused
+from checks import assert_same, grow, refused
 from networks import Net
 from torch import Tensor, nn
 
@@ -303,7 +303,7 @@ def test_refusals_name_the_reason(name: str) -> None:
     ("how", "reason"),
     [
         (lambda net, x: net.o(x / x.abs().sum(1, keepdim=True)), "sum in the network mixes"),
-        (lambda net, x: (net.o(x), x), "it is the network's output"),
+        (lambda net, x: (net.o(x), x), "it is among the network's outputs"),
     ],
     ids=["a sum", "an output"],
 )
@@ -392,3 +392,10 @@ def test_a_skip_that_only_large_batches_take_in_training_ties_its_units(mode: st
     for model in (teacher, student):
         model.train(mode == "train")
     assert (teacher(maps) - student(maps)).abs().max() < 1e-12
+
+
+def test_weights_in_another_type_are_weights() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.out(F.linear(x.type(torch.double), net.fc.weight.type(torch.double)).relu())
+
+    grow(*(Net({"fc": nn.Linear(5, n, bias=False), "out": nn.Linear(n, 2)}, forward) for n in (4, 6)), ROWS)

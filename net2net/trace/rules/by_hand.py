@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..facts import NO_NORM, Call, Key, Labels, Layer, LayerKind, Norm, NormKind, Statistic, Step
 from ..graph import Trace
 
-SAME = frozenset(["float", "double", "half", "bfloat16", "to", "type_as", "detach", "clone", "contiguous", "identity"])
+SAME = frozenset(
+    ["float", "double", "half", "bfloat16", "to", "type", "type_as", "detach", "clone", "contiguous", "identity"]
+)
 _ROLES = {"mul": "weight", "add": "bias"}
 
 
@@ -130,7 +132,7 @@ def _norm(trace: Trace, call: Call, x: Tensor, by: Statistic) -> Statistic | Non
     first = NO_NORM if labels.linear else labels.first_norm
     known = (by.eps, call.module, padded, str(key), first, by.eps_at, by.outside, by.divisor)
     trace.eps_uses[by.eps_at or ""] -= trace.norms[at[0]].eps_at is None  # not if a second result uses the same root
-    trace.norms[at[0]] = Norm(key, kind, rows, {}, *known)
+    trace.norms[at[0]] = Norm(key, kind, rows, {}, *known, bent_by=labels.bent_by)
     trace.norms = [norm for norm in trace.norms if norm.key not in {mean, by.mean}]
     state = {"normed_by": labels.normed_by, "key": key}
     known = (labels.sources, labels.norms_since, {"across": True})

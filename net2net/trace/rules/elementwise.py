@@ -16,7 +16,7 @@ from ..units import compact, spread
 from .by_hand import add_affine, followed, number_in, result_of_norm
 from .registry import CannotFollow, carries_no_units, factor_in, first_labels, first_norm_of_sum, names, rule
 
-LINEAR = names("mul div neg to float double half bfloat16 dropout detach clone contiguous identity")
+LINEAR = names("mul div neg to type type_as float double half bfloat16 dropout detach clone contiguous identity")
 HOMOGENEOUS = names("relu leaky_relu abs")  # f(kx) = k f(x) for k > 0
 SUMS = names("add sub where masked_fill")
 ROLES = {"mul": "factor", "add": "shift", "sub": "shift"}  # of a parameter with one entry for each unit
@@ -174,7 +174,10 @@ def _combine_others(
                 sizes = [size if dim in shared else 1 for dim, size in enumerate(padded)]
                 key = trace.units.key(f"constant beside {call.name}", call.module)
                 entries = trace.units.fresh(math.prod(sizes), key)
-                trace.units.pin(entries, f"{call} joins it to a constant of its own width")
+                why = (
+                    f"{call} joins it to a constant of its own width, which would grow with it as a parameter or buffer"
+                )
+                trace.units.pin(entries, why)
                 units = trace.units.combine(units, entries.reshape(sizes).expand(units.shape), call)
     return units, scales, constants
 

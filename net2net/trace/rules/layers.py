@@ -226,6 +226,7 @@ def _contract(trace: Trace, call: Call, left: Labels, right: Labels) -> None:
     """Sum over the last axis of `left` and the last but one of `right`: positions, or units that meet in pairs."""
     shape, gain = call.out.shape, left.gain * right.gain
     one, two = trace.units.drop_repeats(left.units), trace.units.drop_repeats(right.units)
+    sides = torch.unique(one), torch.unique(two)  # before queries and keys are one unit
     key = trace.units.key("contraction", call.module)
     as_grouped = key in trace.seen_as.as_grouped
     sums_units = [one.shape[-1] > 1 or as_grouped, two.shape[-2] > 1 or as_grouped]
@@ -234,7 +235,6 @@ def _contract(trace: Trace, call: Call, left: Labels, right: Labels) -> None:
     two = trace.units.tie_along(two, [two.dim() - 2], why)
     units = trace.units.combine(one.expand(shape), two.expand(shape), call, contraction=any(sums_units))
     if all(sums_units):
-        sides = (torch.unique(trace.units.drop_repeats(side.units)) for side in (left, right))
         trace.contractions.append(Contraction(key, *sides))
     if any(sums_units):
         met = trace.units.drop_repeats(units)

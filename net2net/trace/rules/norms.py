@@ -95,7 +95,8 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     first = NO_NORM if labels.linear else labels.first_norm
     place = eps_place(trace, call, norm.eps)
     trace.eps_uses[place or ""] -= 1
-    trace.norms.append(replace(norm, padded=padded, name=name, first_norm=first, eps_at=place))
+    known = {"first_norm": first, "eps_at": place, "bent_by": labels.bent_by}
+    trace.norms.append(replace(norm, padded=padded, name=name, **known))
     known = (labels.sources, labels.norms_since, {"across": True})
     trace.norm_calls.append((name, labels.ways))
     state = {"normed_by": labels.normed_by, "key": None if tensors else key}

@@ -121,13 +121,25 @@ def apply(trace: Trace, call: Call) -> None:
     if call.results:
         try:
             _check_not_empty(trace, call)
+            bent_by = _bent_by(trace, call)
             found(trace, call)
+            for out in call.results:
+                labels = trace.labels(out) if trace.is_activation(out) else None
+                if labels is not None and not labels.linear:
+                    trace.label(out, dataclasses.replace(labels, bent_by=bent_by))
         except CannotFollow as reason:
             pin_operands(trace, call, str(reason))
         except TransferError:
             raise
         except Exception as error:
             pin_operands(trace, call, describe_crash(found, call, error))
+
+
+def _bent_by(trace: Trace, call: Call) -> str:
+    """Return the first call that made something else than a sum of layers' outputs: one before, or this one."""
+    known = [labels for x in call.tensors if trace.is_activation(x) and (labels := trace.labels(x))]
+    by = [f" with {name}" for x in call.tensors if (name := trace.parameters.owner_of(x))]
+    return next((labels.bent_by for labels in known if labels.bent_by), f"{call}{by[0] if by else ''}")
 
 
 def _check_not_empty(trace: Trace, call: Call) -> None:
