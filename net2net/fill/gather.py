@@ -172,16 +172,24 @@ def shares(axis: Axis, value: Tensor, dims: tuple[int, int], generator: torch.Ge
     inside = axis.groups > 1 and dim == 1
     rows, size = value.shape[other], value.shape[dim]
     part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)  # none is three times another
-    index = axis.index.reshape(axis.groups, -1).repeat_interleave(rows // axis.groups, 0) if inside else axis.index
+    index, copied = _number(axis.index), axis.index >= 0
+    if inside:
+        times = rows // axis.groups
+        index, copied = (x.reshape(axis.groups, -1).repeat_interleave(times, 0) for x in (index, copied))
     index = index.expand(rows, size)
     if axis.groups > 1 and not inside:  # copies share with those of their own group
         index = index + torch.arange(axis.groups).repeat_interleave(size // axis.groups) * (int(index.max()) + 1)
-    part, index = part * (index >= 0), index.clamp(min=0)
+    part = part * copied
     whole = torch.zeros(rows, int(index.max()) + 1, dtype=torch.double).scatter_add_(1, index, part)
     share = part / whole.gather(1, index).clamp(min=torch.finfo(torch.double).tiny)
     shape = [1] * value.dim()
     shape[other], shape[dim] = rows, size
     return (share if other < dim else share.T).reshape(shape).to(value)
+
+
+def _number(index: Tensor) -> Tensor:
+    """Number what an index copies without gaps, since the codes of new layers are large; the rest gets any number."""
+    return torch.unique(index.clamp(min=0), return_inverse=True)[1]
 
 
 def _add_paired_noise(
@@ -191,7 +199,7 @@ def _add_paired_noise(
     shape = [-1 if d == dim else 1 for d in range(value.dim())]
     known = (index >= 0).reshape(shape).to(value)
     noise = torch.randn(value.shape, generator=generator, dtype=torch.double).to(value) * spread / 2 * known
-    index = index.clamp(min=0).to(value.device)
+    index = _number(index).to(value.device)
     size = [int(index.max()) + 1 if d == dim else n for d, n in enumerate(value.shape)]
     total = torch.zeros(size, dtype=value.dtype, device=value.device).index_add_(dim, index, noise)
     mean = total.index_select(dim, index) * share.reshape(shape).to(value)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, RMSprop
 
 from net2net import Axis, Transfer, equivalence, replay, transfer, widen
+from net2net.fill.gather import share_out
 
 pytestmark = pytest.mark.usefixtures("float64")
 TOLD_APART = ("uneven", "paired")
@@ -122,6 +123,16 @@ def test_shares_are_positive_sum_to_one_and_differ_from_reader_to_reader() -> No
     assert torch.equal(student.conv0.weight[:4], teacher.conv0.weight)  # fault 8: originals are not rescaled
     twice = [k for k in range(10) if (index == index[k]).sum() > 1]
     assert share[:, twice, 0, 0].std(0).min() > 1e-3
+
+
+@pytest.mark.parametrize("split", TOLD_APART)
+def test_large_codes_of_new_layers_take_no_memory(split: str) -> None:
+    far = 10**13  # a new layer's codes number all entries of a network
+    index = torch.tensor([far, 3, far, -1])
+    axis = Axis(index, torch.tensor([True, True, False, False]), True, torch.tensor([0.5, 1.0, 0.5, 0.0]).double())
+    taken = share_out(axis, torch.ones(5, 4), (1, 0), torch.Generator().manual_seed(0), split, torch.ones(1))
+    assert torch.allclose(taken[:, 0] + taken[:, 2], torch.ones(5)) and torch.equal(taken[:, 1], torch.ones(5))
+    assert (taken[:, 0] - taken[:, 2]).abs().min() > 0
 
 
 def test_noise_in_pairs_that_does_not_cancel_is_noticed() -> None:
