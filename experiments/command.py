@@ -37,7 +37,7 @@ KNOWN = (ExperimentError, HydraException, OmegaConfBaseException)  # errors that
 LAUNCHER_ERRORS = {  # errors of the launchers, which are installed only where they are used, by the name of the class
     "TerminatedWorkerError": "A process of the sweep was killed, as happens when memory is short",
     "BrokenProcessPool": "A process of the sweep was killed, as happens when memory is short",
-    "UncompletedJobError": "Slurm ended a job; when the others are done",
+    "UncompletedJobError": "Slurm ended a job",
     "FailedJobError": "Slurm refused the jobs",
 }
 # The keys of these are not in the schema.
@@ -95,7 +95,8 @@ def main(arguments: list[str]) -> int:
         if type(error).__name__ not in LAUNCHER_ERRORS:
             raise
         what = " ".join(str(error).split())[:200]
-        report(f"{LAUNCHER_ERRORS[type(error).__name__]} ({what}): the same command does what is missing.")
+        advice = "Run the same command again when this is put right: it does only what is missing."
+        report(f"{LAUNCHER_ERRORS[type(error).__name__]} ({what}). {advice}")
     return 1 if _reported else 0
 
 

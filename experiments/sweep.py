@@ -210,10 +210,11 @@ def open_log(config: Config) -> Iterator[IO[str]]:
     """Open the log of a job that runs beside others; the terminal says where it is, and when the job ends."""
     path = Path(config.runs) / ".multirun" / "logs" / f"{job_name(config).replace(' ', '_').replace('/', '_')}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{job_name(config)}: begun, log in {path}", flush=True)
+    # One write a line: other jobs write at the same time.
+    print(f"{job_name(config)}: begun, log in {path}\n", end="", flush=True)
     with open(path, "a", encoding="utf-8", buffering=1) as log:
         yield log
-    print(f"{job_name(config)}: done", flush=True)
+    print(f"{job_name(config)}: done\n", end="", flush=True)
 
 
 def runs_at_once(device: str) -> int:

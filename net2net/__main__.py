@@ -7,7 +7,8 @@ net2net verify certificate.json       checks the file that net2net.certify wrote
 
 A network is the name of one of torchvision or timm (resnet18), or package.module:function. The function is called
 without arguments. `python -m net2net` also finds modules in the current folder. describe also takes the folder of a
-checkpoint. A network by name has random weights that look trained; a checkpoint keeps its own.
+checkpoint. A network by name has random weights that look trained; a checkpoint keeps its own. Networks run on random
+images of three channels. If yours reads anything else, call net2net.describe or net2net.widen in Python.
 
 A checkpoint may be larger than memory: its tensors are read and written one by one. OUT appears when all of it is
 written. If you stop the command, call it again to continue.

@@ -63,7 +63,10 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
     try:
         return constructor(**arguments)
     except (TypeError, ValueError) as error:
-        raise ExperimentError(f"The network {name} cannot be built with {arguments}: {error}.") from error
+        raise ExperimentError(
+            f"The network {name} cannot be built with {arguments}: {error}. They stand in the experiment's model, "
+            "teacher and students; ~model.NAME leaves one out."
+        ) from error
 
 
 def _find_constructor(place: str) -> Callable[..., nn.Module]:

@@ -127,7 +127,8 @@ def _widen(traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator:
                 raise
             return grow(factors, follow_all=True)  # the network runs without a number, but may compute with it
         kept = [group for k, group in enumerate(description.groups) if k not in factors]
-        names = [f"{group.layers[0]} ({group.state})" for group in kept[:KEPT]]
+        free = "not named" if isinstance(widths, Mapping) else "free, but a wider copy of it fails"
+        names = [f"{group.layers[0]} ({free if group.free else group.state})" for group in kept[:KEPT]]
         names += [f"{len(kept) - KEPT} more"] * (len(kept) > KEPT)
         grew = f"{len(factors)} of {len(description.groups)} groups of units grew"
         attach_record(copied, record, traced.model, f"{grew}, others kept their width: {', '.join(names) or 'none'}")
@@ -146,8 +147,10 @@ def _widen(traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator:
             _check_reached(traced, description.groups[k], count, name, width)
         return grown or grow(factors)  # which raises that nothing grows
     _check_width(widths, "the layers")
+    if widths < 1:
+        raise TransferError(f"The factor {widths} is below 1: a network grows, and its layers cannot shrink.")
     free = [k for k, group in enumerate(description.groups) if not group.held]
-    if widths < 1 or not free:
+    if not free:
         why = "; ".join(f"{group.layers[0]}: {group.state}" for group in description.groups[:5])
         name = type(traced.model).__name__
         raise TransferError(f"No width of {name} is free to grow by {widths}: {why or 'it has no layers'}.")
@@ -248,7 +251,7 @@ def _no_such_layer(description: Description, traced: Trace, pattern: str) -> Tra
     own = {f"{name}.{tensor}" for tensor, _ in traced.model.get_submodule(name).named_parameters(recurse=False)}
     why = "the forward pass on this example shows no width of it"
     if not own:
-        why = "it has no parameters of its own: name layers that have (net2net.describe)"
+        why = f"it has no parameters of its own. {name + '.*'!r} names the layers in it (net2net.describe)"
     elif not own & traced.parameters.used:
         why = "the forward pass on this example shows no use of it: give an example that reaches it"
     return TransferError(f"{name} has no units to grow: {why}.")

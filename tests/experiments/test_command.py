@@ -214,3 +214,9 @@ def test_an_interruption_says_how_to_continue(train_py, capsys, monkeypatch, sto
     monkeypatch.setattr("experiments.experiment.load", MagicMock(side_effect=stop))
     assert train_py() == status
     assert capsys.readouterr().err == f"\n{said} the same command again to continue.\n"
+
+
+def test_without_the_packages_it_says_how_to_get_them():
+    done = subprocess.run([sys.executable, "-IS", str(ROOT / "train.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"\w+ is not installed in this Python: run `make setup`, then `source .*`\.\n", done.stderr)

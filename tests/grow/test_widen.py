@@ -241,7 +241,7 @@ REFUSED = [
     (lambda: chain(4, 5), images, {"conv0": 0.5}, r"conv0 has 4 units.*0\.5"),
     (lambda: chain(4, 5), images, {"conv1": 3}, r"conv1 has 5 units.*3"),
     (lambda: chain(4, 5), images, {"fc": 2.0}, r"fc cannot grow from 5 units.*output"),
-    (lambda: chain(4, 5), images, 0.5, r"No width of Net.*0\.5"),
+    (lambda: chain(4, 5), images, 0.5, r"The factor 0\.5 is below 1"),
     (lambda: nn.Sequential(nn.Linear(3, 2)), rows, 2.0, r"No width of Sequential"),
     (lambda: nn.Sequential(nn.ReLU()), images, 2.0, r"no layers"),
     (lambda: nn.Sequential(nn.Linear(3, 2)), images, 2.0, r"forward pass of Sequential"),
@@ -308,8 +308,18 @@ def test_a_number_of_units_that_every_layer_of_a_module_gets() -> None:
 def test_the_record_says_what_grew_and_what_stayed() -> None:
     grew = widen(mlp(3, 4, 5, 2), rows(), {"0": 8}).growth.grew
     assert grew.startswith(
-        "53 to 89 parameters; 1 of 3 groups of units grew, others kept their width: 2 (free), 4 (pin"
+        "53 to 89 parameters; 1 of 3 groups of units grew, others kept their width: 2 (not named), 4 (pin"
     )
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)).view(-1, 6))
+
+    assert "b (free, but a wider copy of it fails), c (pinned" in widen(Written(), rows(), 2.0).growth.grew
     assert "new layers stand behind 0" in str(deepen(mlp(3, 4, 2), rows(), "0").growth)
 
 
