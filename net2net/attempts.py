@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .errors import TransferError, no_other_error
+from .errors import Fault, TransferError, no_other_error
 from .plan.names import Rename, Unpaired, candidates
 from .record import Record
 from .tensors import find_eps
@@ -78,7 +78,8 @@ def first_that_serves(grow: Callable[[Attempt], Result], attempts: list[Attempt]
     reasons = [reason for error in others for reason in error.reasons]
     every = ExceptionGroup("Every way to pair the layers is refused.", refusals)
     untried = f" ({len(refusals)} of {len(attempts)} ways to pair the layers were tried, in {patience.seconds:.0f} s.)"
-    raise TransferError(f"{likeliest}{untried * (len(refusals) < len(attempts))}", reasons) from every
+    kind = Fault if isinstance(likeliest, Fault) else TransferError
+    raise kind(f"{likeliest}{untried * (len(refusals) < len(attempts))}", reasons) from every
 
 
 def serve_most_modes(
@@ -96,12 +97,13 @@ def serve_most_modes(
 
 
 def _order(refusals: list[TransferError], attempts: list[Attempt]) -> list[TransferError]:
-    """Order refusals by how likely they tell what is wrong; that a layer has no counterpart by name tells least."""
+    """Order refusals by how likely they tell what is wrong: faults of ours first, layers without a counterpart last."""
     # Where layers are renumbered, equal names tell little: of the first way to fill, the last pairing is the likeliest.
     pairings = sum(replace(attempt, rename=None) == replace(attempts[0], rename=None) for attempt in attempts)
     likely = [*reversed(refusals[:pairings]), *refusals[pairings:]]
-    paired = [error for error in likely if not isinstance(error, Unpaired)]
-    return paired + [error for error in refusals if isinstance(error, Unpaired)]
+    faults = [error for error in refusals if isinstance(error, Fault)]  # the attempt might have served
+    paired = [error for error in likely if not isinstance(error, (Unpaired, Fault))]
+    return faults + paired + [error for error in refusals if isinstance(error, Unpaired)]
 
 
 @contextmanager

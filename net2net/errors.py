@@ -29,6 +29,10 @@ class TransferError(Exception):
         self.reasons = tuple(dict.fromkeys((message, *reasons)))
 
 
+class Fault(TransferError):
+    """An error that this package did not raise on purpose; it says where it was raised."""
+
+
 @contextmanager
 def no_other_error(doing: str) -> Iterator[None]:
     """Turn any exception but TransferError into a TransferError that says where it was raised, and `doing` what."""
@@ -46,7 +50,7 @@ def no_other_error(doing: str) -> Iterator[None]:
                 "or a dict of keyword arguments."
             ) from None
         at = f"{file.relative_to(package.parent)}, line {line}"
-        raise TransferError(
+        raise Fault(
             f"{doing} stopped at {at}: {type(error).__name__}: {error}. That is a fault of net2net, unless a function "
             "that you passed in raises it: please report it."
         ) from error

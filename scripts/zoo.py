@@ -37,6 +37,7 @@ from experiments import files
 from experiments.machine import describe
 from net2net import TransferError, transfer, widen
 from net2net.equivalence import compare
+from net2net.errors import Fault
 from net2net.network import in_mode
 from net2net.testing import look_trained
 from scripts import zoo_models
@@ -169,6 +170,8 @@ def _measure(
         found["error"] = max(errors, key=lambda error: (math.isnan(error), error))
     except TransferError as refusal:
         found["reason"] = str(refusal)
+        if isinstance(refusal, Fault):
+            found["fault"] = "CRASHED"
     except Exception as error:  # a fault of net2net's, which is counted, and the table goes on
         found |= {"reason": f"{type(error).__name__}: {error}", "fault": "CRASHED"}
     found.setdefault("seconds", time.process_time() - started)

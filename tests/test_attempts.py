@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from net2net import TransferError, transfer
 from net2net.attempts import Attempt, first_that_serves, list_attempts, restore_on_refusal
+from net2net.errors import Fault
 from net2net.plan.names import Unpaired
 from net2net.record import Record
 
@@ -29,7 +30,7 @@ def refusal(teacher: nn.Module, student: nn.Module, **options) -> TransferError:
 def test_every_reason_is_kept_the_likeliest_first() -> None:
     """By their numbers the last layers do not fit; in order, the new layer has an activation that is not idempotent."""
     error = refusal(tanh_layers(3, 4, 4, 2), tanh_layers(3, 4, 4, 4, 2))
-    assert str(error) == error.reasons[0] and "is not idempotent" in error.reasons[0]
+    assert str(error) == error.reasons[0] and "not idempotent" in error.reasons[0]
     assert any("4.weight cannot grow from 2 to 4 units" in reason for reason in error.reasons[1:])
     assert len(set(error.reasons)) == len(error.reasons)
     assert isinstance(error.__cause__, ExceptionGroup)
@@ -40,6 +41,19 @@ def test_every_reason_is_kept_the_likeliest_first() -> None:
 def test_one_attempt_has_one_reason_and_the_error_is_its_own() -> None:
     error = refusal(tanh_layers(3, 4, 2), tanh_layers(3, 3, 2))
     assert error.reasons == (str(error),) and error.__cause__ is None
+
+
+def test_a_fault_in_one_attempt_is_told_first() -> None:
+    attempts = [Attempt(None), Attempt(None, passing_all=True), Attempt(None, in_pairs=True)]
+
+    def grow(attempt: Attempt) -> None:
+        if attempt.passing_all:
+            raise ZeroDivisionError("no share")
+        raise TransferError(f"refused {attempt.in_pairs}")
+
+    with pytest.raises(Fault, match="ZeroDivisionError: no share") as caught:
+        first_that_serves(grow, attempts, torch.Generator())
+    assert caught.value.reasons[1:] == ("refused False", "refused True")
 
 
 def test_reasons_survive_pickling() -> None:

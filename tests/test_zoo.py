@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams
 
 import net2net
+from net2net.errors import Fault
 from net2net.testing import look_trained
 from scripts import zoo, zoo_models
 from scripts.zoo_models import CELLS, GROWTHS, Growth, draw_inputs, merge
@@ -112,6 +113,17 @@ def test_a_fault_is_counted(
     assert zoo.main(["--only", QUICK]) == 1
     shown = capsys.readouterr().out
     assert shown.startswith(f"{verdict} ") and (verdict != "CRASHED" or "AttributeError: " in shown)
+
+
+def test_a_fault_in_one_attempt_is_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def transfer(teacher: nn.Module, student: nn.Module, example: Tensor) -> None:
+        raise Fault("An attempt stopped.")
+
+    monkeypatch.setattr(zoo, "transfer", transfer)
+    assert zoo.main(["--only", QUICK]) == 1
+    assert capsys.readouterr().out.startswith("CRASHED ")
 
 
 def test_a_dead_teacher_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
