@@ -177,6 +177,8 @@ class _Search:
             found = [b for a, b in pairs if type(a) is type(value) in (int, float) and a == value != b]
             if type(value) is int and value > 0:
                 found += [int(value * ratio) for ratio in ratios if (value * ratio).denominator == 1]
+            if type(value) is float and value >= 1:  # such as the ratio of two widths
+                found += [value * float(ratio) for ratio in ratios]
             for new in (*found, *[value] * bool(found)):  # the old value, to take back what was wrong
                 single[field, new] = {field: new}
         yield from single.values()

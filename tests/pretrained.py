@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.hidden, self.head = config.hidden, config.hidden // config.heads
         self.norm = nn.RMSNorm(self.hidden, config.eps)
         self.qkv, self.out = nn.Linear(self.hidden, 3 * self.hidden), nn.Linear(self.hidden, self.hidden)
-        inner = config.inner or 4 * self.hidden
+        inner = config.inner or int(getattr(config, "ratio", 4) * self.hidden)
         self.up, self.down, self.act = nn.Linear(self.hidden, inner), nn.Linear(inner, self.hidden), F.gelu
 
     def forward(self, x: Tensor) -> Tensor:

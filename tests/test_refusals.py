@@ -118,6 +118,11 @@ class Groups(nn.Module):
         return self.back(self.norm(torch.cat([self.front(x), self.side(x)], 1)))
 
 
+class Along(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.stack([x, 2 * x], -1))
+
+
 SENTENCES: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
     "heads": (Attention, 1.25, "mix cannot grow to 10 units: .* among its 4 heads: take a multiple of them"),
     "an activation before a norm": (
@@ -126,6 +131,10 @@ SENTENCES: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
     ),
     "a scale that counts from one": (lambda: Scaled(lambda w: 1 + w), 1.5, "mul in the network with weight stands"),
     "a view of a scale": (lambda: Scaled(lambda w: w[None]), 1.5, "mul in the network with weight stands before norm"),
+    "positions": (
+        lambda: Along(nn.Conv1d(5, WIDTH, 1), nn.GroupNorm(2, WIDTH), nn.Conv1d(WIDTH, 3, 1)),
+        *(1.5, "but 1 takes several positions together, which have other means"),
+    ),
     "groups": (Groups, 2.0, "let what sums, concatenations, groups and heads join there grow by one factor"),
 }
 

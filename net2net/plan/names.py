@@ -34,9 +34,11 @@ def teacher_names(student: Trace, teacher: Trace, rename: Rename) -> Names:
     found = {name: teacher.parameters.first_names.get(theirs) if theirs else None for name, theirs in names.items()}
     if lost := set(teacher.parameters.tensors) - set(found.values()):
         first = next(name for name in teacher.parameters.tensors if name in lost)
+        makes = " If its forward pass makes that, run the student once before." * (first in teacher.parameters.buffers)
         raise Unpaired(
             f"The student has no counterpart of the teacher's {first} ({len(lost)} tensors in all): a student keeps "
             "every layer of its teacher. If it goes by another name, pass rename={'student.prefix': 'teacher.prefix'}."
+            f"{makes}"
         )
     for layer in student.layers.values():
         if layer.key is not None:

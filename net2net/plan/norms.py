@@ -114,9 +114,10 @@ def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> T
         roots = unit_map.networks.student_roots
         on = [x for x in unit_map.networks.student.norms if bool(torch.isin(roots[x.units], roots[norm.units]).any())]
         held = next((other for other in (norm, *reversed(on)) if not other.padded), norm)
-        why = (
-            f"{held.bent_by} stands before {held.module or 'the norm'}" if held.bent_by else "not for all that see them"
-        )
+        where = held.module or "the norm"
+        why = f"{held.bent_by} stands before {where}"
+        if not held.bent_by:
+            why = f"{where} takes several positions together, which have other means"
         needs += f", or if units that hold means are added: layers and sums can make those, but {why}"
     if norm.kind not in (NormKind.EXTREME, NormKind.MEAN) or norm.divisor == width:
         needs += f". A multiple of the width serves, as {-(-width // teacher_width) * teacher_width}"

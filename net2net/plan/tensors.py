@@ -53,6 +53,12 @@ def _check_numbers(plan: Plan) -> None:
     """Raise TransferError if the networks multiply units by different numbers and no layer behind can undo that."""
     # Numbers in front of a softmax do not count: the queries make up for them.
     queries = plan.student_roots[plan.queries]
+    made = torch.cat(
+        [queries[:0], *(plan.student_roots[x.produces] for x in plan.student.mixers if x.produces is not None)]
+    )
+    for children, parents in plan.student_units.relations.values():  # logits that a constant joined, as in ALiBi
+        constants, owners = plan.student_roots[children], plan.student_roots[parents]
+        queries = torch.cat([queries, constants[torch.isin(owners, queries) & ~torch.isin(constants, made)]])
     for key, (numbers, units, call) in plan.student.fixed_gains.items():
         other = plan.convert(key)
         theirs = None if other is None else plan.teacher.fixed_gains.get(other)

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("float64")
     ("values", "widths", "changed"),
     [
         ({}, {"*.up": 48}, {"inner": 48}),
+        ({"ratio": 4.0}, {"*.up": 48}, {"ratio": 6.0}),
         (
             {"inner": 16, "length": 16, "vocabulary": 16},
             {"*.up": 20},

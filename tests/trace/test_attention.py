@@ -198,6 +198,23 @@ def test_wider_heads_of_two_sequences_in_one() -> None:
 PLACES = torch.arange(5)[:, None] - torch.arange(5) + 4
 
 
+def alibi(width: int) -> Net:
+    """Attention of two heads, each with a slope that grows with the distance, and a mask behind it, as in Bloom."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        q, k, v = net.qkv(x).unflatten(-1, (3, 2, width)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        far = (PLACES - 4).abs() * torch.tensor([-0.5, -0.25])[:, None, None]
+        a = far.repeat(2, 1, 1).baddbmm(q, k.mT, alpha=width**-0.5).view(2, 2, 5, 5)
+        a = (a + torch.full((5, 5), -1e9).triu(1)).softmax(-1)
+        return net.out((a @ v.view(2, 2, 5, width)).transpose(1, 2).flatten(2))
+
+    return Net({"qkv": nn.Linear(3, 6 * width), "out": nn.Linear(2 * width, 4)}, forward)
+
+
+def test_wider_heads_with_slopes() -> None:
+    grow(alibi(2), alibi(3), positions())
+
+
 def relative(heads: int, kind: str, width: int = 2) -> Net:
     """Attention with relative positions: as numbers for each head, or as vectors that all heads multiply."""
 
