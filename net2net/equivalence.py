@@ -68,7 +68,6 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
         raise TransferError(f"The outputs differ in shape: the teacher's are {shapes[0]}, the student's {shapes[1]}.")
     refuse_empty(theirs)
-    pairs = [pair for pair in pairs if pair[0].numel()]
     pairs = [[x.to(torch.complex128 if x.is_complex() else torch.double) for x in pair] for pair in pairs]
     differences = [(a - b).abs().max().item() for a, b in pairs]
     sizes = [a.abs().max().item() for a, _ in pairs]
@@ -93,7 +92,7 @@ def assert_equivalent(
             theirs = run(teacher, others)
         except TransferError:
             continue  # it takes no other number of rows
-        if all(bool(x.isfinite().all()) for x in tensors_in(theirs)):
+        if all(x.numel() and bool(x.isfinite().all()) for x in tensors_in(theirs)):
             # Units that are dead on the example may be alive here. Far from its data a deep network can amplify
             # rounding. A hundredth of the output is no rounding, however deep the network.
             judge.check(others, theirs, "other inputs like it", largest=1e-2)

@@ -127,7 +127,7 @@ SENTENCES: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
     "heads": (Attention, 1.25, "mix cannot grow to 10 units: .* among its 4 heads: take a multiple of them"),
     "an activation before a norm": (
         lambda: nn.Sequential(nn.Linear(5, WIDTH), nn.GELU(), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)),
-        *(1.5, r"but gelu in 1 stands before 2\. A multiple of the width serves, as 16"),
+        *(1.5, r"but gelu in 1 stands before 2\. A multiple of the width serves"),
     ),
     "a scale that counts from one": (lambda: Scaled(lambda w: 1 + w), 1.5, "mul in the network with weight stands"),
     "a view of a scale": (lambda: Scaled(lambda w: w[None]), 1.5, "mul in the network with weight stands before norm"),

@@ -31,7 +31,7 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
     """Check what every norm sees. Return the factors of mean squares that change, and the new eps by their places."""
     networks = unit_map.networks
     padding_factors, eps = {}, {}
-    wanted: list[tuple[Norm, float]] = []
+    wanted: list[tuple[Norm, Norm, float]] = []
     for layer in networks.student.layers.values():
         if "eps" not in layer.options:
             continue
@@ -43,7 +43,7 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
             continue
         roots = networks.student_roots[norm.units]
         if bool(unit_map.rotated[roots].all()):
-            wanted.append((norm, other.eps * other.units.shape[1] / norm.units.shape[1]))
+            wanted.append((norm, other, other.eps * other.units.shape[1] / norm.units.shape[1]))
             continue
         grown = [copied for copied in unit_map.g[roots] if not bool((copied == NEW).all())]  # groups of old units
         factors = {_factor(unit_map, norm, other, copied) for copied in grown}
@@ -53,17 +53,20 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
             )
         if (factor := factors.pop()) != 1.0:
             padding_factors[norm.key] = (norm, factor)
-        wanted.append((norm, other.eps * (factor**0.5 if norm.outside else factor)))
+        wanted.append((norm, other, other.eps * (factor**0.5 if norm.outside else factor)))
     return padding_factors, eps | _set_eps(networks, wanted)
 
 
-def _set_eps(networks: Networks, wanted: list[tuple[Norm, float]]) -> dict[str, float]:
+def _set_eps(networks: Networks, wanted: list[tuple[Norm, Norm, float]]) -> dict[str, float]:
     """Return the eps that the norms want, by their places; raise TransferError if a place would need two."""
     eps: dict[str, float] = {}
-    kept = {place for place, uses in networks.student.eps_uses.items() if uses > 0}
-    kept |= {norm.eps_at for norm, value in wanted if norm.eps == value and norm.eps_at is not None}
-    for norm, value in wanted:
-        if norm.eps != value and (eps.setdefault(_eps_place(norm), value) != value or norm.eps_at in kept):
+    uses = networks.student.eps_uses
+    kept = {norm.eps_at for norm, _, value in wanted if norm.eps == value}
+    for norm, other, value in wanted:
+        if norm.eps == value:
+            continue
+        elsewhere = uses[norm.eps_at] > 0 and value != other.eps  # code that is no norm wants the teacher's
+        if eps.setdefault(_eps_place(norm), value) != value or norm.eps_at in kept or elsewhere:
             place = f" ({norm.eps_at})" if norm.eps_at else ""
             needs = f"The norm {norm.module or 'in the network'} would need the eps {value:.3g}"
             raise TransferError(f"{needs}, but its eps{place} is also used elsewhere: give the norm an eps of its own.")
@@ -120,7 +123,7 @@ def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> T
             why = f"{where} takes several positions together, which have other means"
         needs += f", or if units that hold means are added: layers and sums can make those, but {why}"
     if norm.kind not in (NormKind.EXTREME, NormKind.MEAN) or norm.divisor == width:
-        needs += f". A multiple of the width serves, as {-(-width // teacher_width) * teacher_width}"
+        needs += ". A multiple of the width serves, if all that the norm sees grows by it"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"
     widths = f"has {width} units and its teacher {teacher_width}"
     return TransferError(f"The {what} {norm.module or 'in the network'} {widths}: it takes {needs}.")

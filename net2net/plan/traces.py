@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from ..errors import TransferError, used_differently
-from ..network import Inputs
+from ..network import Inputs, refuse_empty
 from ..trace.facts import Key, Norm
 from ..trace.graph import SeenAs, Trace
 from ..trace.tracer import trace, trace_shapes
@@ -60,6 +60,7 @@ def trace_both(teacher: nn.Module, student: nn.Module, inputs: Inputs, rename: R
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise TransferError("The teacher and the student share parameters: make the student a network of its own.")
     theirs = trace(teacher, inputs)
+    refuse_empty(theirs.output)  # it would pin no units
     has_values = not any(x.is_meta for x in inputs.tensors)
     plain = theirs, (trace_shapes if theirs.products > LARGE and has_values else trace)(student, inputs)
     return Traces(inputs, plain, _differing_scales(plain, rename))

@@ -224,7 +224,9 @@ class Call:
     @cached_property
     def plain(self) -> str:
         """The name of the rule: one name for a function, its method, its in-place form and its operator."""
-        return plain_name(self.name)
+        name = plain_name(self.name)
+        is_number = not isinstance(self.out, Tensor) or self.out.is_floating_point() or self.out.is_complex()
+        return name if is_number or name not in ("to", "type", "type_as") else "long"  # it cuts, whatever it is called
 
     @cached_property
     def tensors(self) -> list[Tensor]:

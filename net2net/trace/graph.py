@@ -1,6 +1,7 @@
 """What one forward pass found: layers, norms, contractions, and the units of every tensor."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ class Trace:
         self.units = Units(seen_as.as_grouped)
         self.parameters = Parameters(model, self.units)
         self.eps_places = _tell_eps_apart(model)
-        self.eps_uses: Counter[str] = Counter()  # place of an eps -> how many calls use it, but for the norms
+        self.eps_uses: Counter[str | None] = Counter()  # place of an eps -> how many calls use it, but for the norms
         self.module_names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self.layers: dict[str, Layer] = {}  # by name, in the order of the forward pass
         self.norms: list[Norm] = []  # the statistics across units
@@ -91,6 +92,14 @@ class Trace:
         """Return the place of the attribute that this very number was read from, if it is that of an eps."""
         return self.eps_places[id(value)][0] if id(value) in self.eps_places else None
 
+    def count_eps(self, arguments: Iterable[object]) -> None:
+        """Count a use of every eps among the arguments of a call, or in lists among them."""
+        for value in arguments:
+            if isinstance(value, (list, tuple)):
+                self.count_eps(value)
+            elif (place := self.eps_place(value)) is not None:
+                self.eps_uses[place] += 1
+
     def label(self, out: Tensor, labels: Labels) -> None:
         """Attach `labels` to the activation `out`."""
         if labels.units.shape != out.shape:
@@ -123,8 +132,10 @@ def _tell_eps_apart(model: nn.Module) -> dict[int, tuple[str, float]]:
     # Then the object in a call says which attribute it came from, even if several hold the same number.
     places: dict[int, tuple[str, float]] = {}
     for name, module in model.named_modules():
+        if type(own := getattr(type(module), "eps", None)) is float:
+            vars(module).setdefault("eps", own)
         for attribute, value in vars(module).items():
-            if "eps" in attribute.lower() and isinstance(value, float):
-                vars(module)[attribute] = own = float(value) + 0.0
+            if "eps" in attribute.lower() and type(value) is float:
+                vars(module)[attribute] = own = value + 0.0
                 places[id(own)] = name if attribute == "eps" else f"{name}.{attribute}".lstrip("."), own
     return places

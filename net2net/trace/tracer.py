@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from ..errors import TransferError
-from ..network import Inputs, in_mode, refuse_empty, run, tensors_in
+from ..network import Inputs, in_mode, run, tensors_in
 from ..tensors import parametrised
 from .facts import Call, Key, Labels, Layer, LayerKind, NormKind
 from .graph import PLAIN, SeenAs, Trace
@@ -41,7 +41,6 @@ def trace(model: nn.Module, inputs: Inputs, seen_as: SeenAs = PLAIN) -> Trace:
             prefix = f"{name}.parametrizations.{weight}.".lstrip(".")
             result.parameters.stand_in(getattr(module, weight), f"{name}.{weight}".lstrip("."), prefix)
         result.output = _pass(model, inputs, result, training=False)
-        refuse_empty(result.output)  # it would pin no units
         missed = result.parameters.tensors.keys() - _reached(result)
         if not missed.isdisjoint(dict(model.named_parameters())) or _asks_for_mode(model):
             result.both = both = fork(result)
@@ -120,7 +119,7 @@ class _Mode(TorchFunctionMode):
         call = Call(name, func, *put_in_order(func, name, given, kwargs), out, self.modules[-1])
         rewrite = REWRITES.get(name)
         if rewrite is None or not any(map(self.trace.follows, call.tensors)) or not self._rewrite(call, rewrite):
-            self.trace.eps_uses.update(filter(None, map(self.trace.eps_place, [*args, *kwargs.values()])))
+            self.trace.count_eps([*args, *kwargs.values()])
             apply(self.trace, call)
         return out
 
@@ -164,7 +163,7 @@ def _pass(model: nn.Module, inputs: Inputs, result: Trace, training: bool) -> An
             if x.is_floating_point() or x.is_complex():
                 key = Key(f"input {position}")
                 units = result.units.families[key] if training else result.units.fresh(1, key)
-                result.label(x, Labels(units.expand(x.shape), frozenset({"input"})))
+                result.label(x, Labels(units.expand(x.shape), frozenset({"input"}), bent_by="an input of the network"))
         try:
             with mode:
                 output = inputs.select(model(*inputs.args, **inputs.kwargs))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,6 +190,7 @@ USES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "a logarithm": lambda net, x: torch.log(x.abs() + net.norm.eps),
     "a bound": lambda net, x: x.clamp(min=net.norm.eps),
     "an addend": lambda net, x: torch.add(x, net.norm.eps),
+    "a list": lambda net, x: x + torch.tensor([net.norm.eps]),
     "a batch norm": lambda net, x: F.batch_norm(x[:, 0], torch.zeros(3), torch.ones(3), eps=net.norm.eps),
 }
 
@@ -214,6 +216,94 @@ def test_an_eps_that_is_no_norms_alone_stays(use: str, norm: str) -> None:
     teacher, more = trained(make(8, None), make(12, None))
     assert transfer(teacher, more, tokens()[:2]).eps.keys() == {"norm"}
     assert_same(teacher, more, tokens())
+
+
+class OfClass(nn.Module):
+    """Its eps is the class's; it divides by the norm of its input, too, which is no less than the eps."""
+
+    eps = 1e-2
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.c, self.w = nn.Linear(6, width), nn.Linear(width, 3), nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = self.c(torch.tanh(y * torch.rsqrt(square(y) + self.eps) * self.w))
+        return y / x.norm(dim=-1, keepdim=True).clamp(min=self.eps)
+
+
+class Own(OfClass):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.eps = 1e-2
+
+
+@pytest.mark.parametrize("kind", [OfClass, Own])
+def test_the_eps_of_the_network_itself_or_of_its_class_counts(kind: type[OfClass]) -> None:
+    teacher, double, more = trained(kind(8), kind(16), kind(12))
+    transfer(teacher, double, tokens()[:2])
+    assert_same(teacher, double, tokens())
+    with refused("but its eps is also used elsewhere", more):
+        transfer(teacher, more, tokens()[:2])
+
+
+def test_two_roots_of_one_variance_are_both_the_norms() -> None:
+    def make(width: int) -> nn.Module:
+        def forward(net: Net, x: Tensor) -> Tensor:
+            x = net.a(x)
+            v = square(x)
+            x = x * torch.rsqrt(v + net.eps) * net.w + (x * torch.rsqrt(v + net.eps) * net.w).flip(0)
+            return net.c(torch.tanh(x))
+
+        net = Net({"a": nn.Linear(6, width), "c": nn.Linear(width, 3)}, forward)
+        net.w, net.eps = nn.Parameter(torch.ones(width)), 1e-2
+        return net
+
+    teacher, student = trained(make(8), make(12))
+    transfer(teacher, student, tokens()[:2])
+    assert_same(teacher, student, tokens())
+
+
+def test_a_norm_that_leaves_its_eps_unread_is_refused() -> None:
+    class Deaf(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias)
+
+    def make(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), Deaf(width), nn.Linear(width, 3))
+
+    teacher, student = trained(make(8), make(12))
+    with refused("its eps is the number 1e-05 in the forward pass", student):
+        transfer(teacher, student, tokens()[:2])
+
+
+def test_numbers_of_other_types_stay_the_users() -> None:
+    class Steps(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a, self.c, self.timesteps = nn.Linear(6, width), nn.Linear(width, 3), np.float64(4.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.tanh(self.a(x))) * self.timesteps.item()
+
+    teacher, student = trained(Steps(8), Steps(12))
+    transfer(teacher, student, tokens()[:2])
+    assert type(teacher.timesteps) is np.float64
+    assert_same(teacher, student, tokens())
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.long])
+def test_a_cast_to_whole_numbers_is_not_linear(kind: torch.dtype) -> None:
+    def make(width: int) -> nn.Module:
+        parts = {"a": nn.Linear(6, width), "n": nn.LayerNorm(width, eps=0.1), "c": nn.Linear(width, 3)}
+        net = Net(parts, lambda net, x: net.c(net.n((net.scale * net.a(x)).type(kind).type(torch.double))))
+        net.scale = 0.01
+        return net
+
+    teacher, student = trained(make(8), make(12))
+    with refused("The norm n has 12 units and its teacher 8", student):
+        transfer(teacher, student, tokens()[:2])
 
 
 def test_a_layer_norm_over_channels_of_images() -> None:

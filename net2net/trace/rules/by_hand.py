@@ -81,14 +81,14 @@ def _rooted(trace: Trace, call: Call, before: Statistic, number: float | None) -
     if step == Step.DEVIATION and inverts:
         return replace(before, step=Step.INVERSE)
     if name == "add" and number is not None and not before.eps and step in (Step.VARIANCE, Step.DEVIATION):
-        return replace(before, eps=number, eps_at=eps_place(trace, call, number), outside=step == Step.DEVIATION)
+        return replace(before, eps=number, eps_at=take_eps(trace, call, number), outside=step == Step.DEVIATION)
     if step in (Step.VARIANCE, Step.DEVIATION) and name in ("mul", "div") and number and not before.eps:
         by = (number if name == "div" else 1 / number) ** (1 if step == Step.VARIANCE else 2)
         divisor = before.divisor * by
         is_whole = abs(divisor - round(divisor)) < 1e-9 * divisor  # a root that is squared again is rounded
         return replace(before, divisor=round(divisor) if is_whole else divisor) if call.name != "__rtruediv__" else None
     if name in ("clamp_min", "clamp") and step == Step.DEVIATION and number is not None and not before.eps:
-        return replace(before, eps=number, eps_at=eps_place(trace, call, number), outside=True)
+        return replace(before, eps=number, eps_at=take_eps(trace, call, number), outside=True)
     if step == Step.VARIANCE and (name == "sqrt" or (name == "pow" and number == 0.5)):
         return replace(before, step=Step.DEVIATION)
     if step == Step.VARIANCE and (name == "rsqrt" or (name == "pow" and number == -0.5)):
@@ -96,13 +96,12 @@ def _rooted(trace: Trace, call: Call, before: Statistic, number: float | None) -
     return None
 
 
-def eps_place(trace: Trace, call: Call, eps: float | None) -> str | None:
-    """Return where the eps of a norm can be set: the name of the module if it has an `eps`, or of an attribute."""
+def take_eps(trace: Trace, call: Call, eps: float | None) -> str | None:
+    """Return the place where the eps that a norm takes in this call can be set, which is then no other use of it."""
     module = trace.model.get_submodule(call.module)
-    of_class = "eps" not in vars(module) and getattr(module, "eps", None) == eps
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or of_class:
-        return call.module
-    return trace.eps_place(eps)
+    place = call.module if isinstance(module, nn.RMSNorm) and module.eps is None else trace.eps_place(eps)
+    trace.eps_uses[place] -= 1
+    return place
 
 
 def _is_same(x: Tensor, of: Tensor) -> bool:
@@ -131,7 +130,6 @@ def _norm(trace: Trace, call: Call, x: Tensor, by: Statistic) -> Statistic | Non
     padded = kind == NormKind.RMS or (labels.linear and once)
     first = NO_NORM if labels.linear else labels.first_norm
     known = (by.eps, call.module, padded, str(key), first, by.eps_at, by.outside, by.divisor)
-    trace.eps_uses[by.eps_at or ""] -= trace.norms[at[0]].eps_at is None  # not if a second result uses the same root
     trace.norms[at[0]] = Norm(key, kind, rows, {}, *known, bent_by=labels.bent_by)
     trace.norms = [norm for norm in trace.norms if norm.key not in {mean, by.mean}]
     state = {"normed_by": labels.normed_by, "key": key}

@@ -174,10 +174,7 @@ def _combine_others(
                 sizes = [size if dim in shared else 1 for dim, size in enumerate(padded)]
                 key = trace.units.key(f"constant beside {call.name}", call.module)
                 entries = trace.units.fresh(math.prod(sizes), key)
-                why = (
-                    f"{call} joins it to a constant of its own width, which would grow with it as a parameter or buffer"
-                )
-                trace.units.pin(entries, why)
+                trace.units.pin(entries, f"{call} joins it to a constant of its own width")
                 units = trace.units.combine(units, entries.reshape(sizes).expand(units.shape), call)
     return units, scales, constants
 

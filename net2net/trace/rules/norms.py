@@ -10,7 +10,7 @@ from ..activations import ALL
 from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind, Statistic, Step
 from ..graph import Trace
 from ..units import spread
-from .by_hand import eps_place
+from .by_hand import take_eps
 from .registry import CannotFollow, first_labels, rule
 
 
@@ -93,8 +93,7 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else str(key)
     padded = norm.kind == NormKind.RMS or (labels.linear and once)
     first = NO_NORM if labels.linear else labels.first_norm
-    place = eps_place(trace, call, norm.eps)
-    trace.eps_uses[place or ""] -= 1
+    place = take_eps(trace, call, norm.eps)
     known = {"first_norm": first, "eps_at": place, "bent_by": labels.bent_by}
     trace.norms.append(replace(norm, padded=padded, name=name, **known))
     known = (labels.sources, labels.norms_since, {"across": True})
