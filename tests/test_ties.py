@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import refused, state, unchanged
 from networks import mlp
 from torch import Tensor, nn
@@ -88,6 +89,23 @@ def test_a_number_beside_a_tied_table(behind: bool, before: bool, width: int) ->
     with torch.no_grad():
         student.norm.weight *= 1.01
     assert equivalence(teacher, student, torch.randint(11, (5, 7))).max_abs > 1e-3
+
+
+@pytest.mark.parametrize("width", [4, 6, 8])
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("in_weight", [False, True])
+def test_one_number_for_both_uses_of_a_tied_table(in_weight: bool, before: int, width: int) -> None:
+    class Both(GPT):
+        def forward(self, x: Tensor) -> Tensor:
+            root, more = self.table.weight.shape[1] ** 0.5, 0.5 * self.more(x.flip(1))
+            x = F.embedding(x, self.table.weight * root) if in_weight else self.table(x) * root
+            x = x + more
+            x = self.norm(x + self.mlp(x)) / root ** (before - 1)
+            return F.linear(x, self.head.weight * root) if in_weight else self.head(x) * root
+
+    teacher, student = look_trained(Both(4, "table", "head")), Both(width, "table", "head")
+    transfer(teacher, student, torch.randint(11, (3, 5)))
+    assert equivalence(teacher, student, torch.randint(11, (5, 7))).max_abs < 1e-12
 
 
 class TwoReaders(GPT):

@@ -253,8 +253,9 @@ def _untie(plan: Plan, name: str, origins: dict[str, Origin]) -> dict[str, Origi
             "the table would hold fresh numbers where the weight has to be zero."
         )
     share = origins[name].axes[axis].share
-    embedded = _scale_factor(plan, name, plan.names[name] or "")
-    before = origins[name].factor / embedded**2
+    behind, theirs = _scale_factor(plan, name, plan.names[name] or ""), plan.teacher.layers[plan.names[name] or ""]
+    embedded = behind * theirs.options["embedding"] / layer.options["embedding"]
+    before = origins[name].factor / embedded / (1.0 if name in student.multiplied else behind)
     made = {name: replace(origins[name], axes=origins[name].axes | {axis: whole}, tied=True, factor=embedded)}
     for tensor in {taker.tensors[role] for taker in takers for role in taker.tensors.keys() & {"weight", "bias"}}:
         rows = origins[tensor].rows

@@ -43,6 +43,7 @@ class Trace:
         self.norm_calls: list[tuple[str, frozenset[tuple[str, tuple[str, ...]]]]] = []
         self.contractions: list[Contraction] = []  # products that sum over units of two activations
         self.multipliers: dict[str, set[float]] = {}  # layer -> the numbers that uses multiply its result by (1: none)
+        self.multiplied: set[str] = set()  # layers whose product a number multiplies
         # softmax -> the number in front of its logits, the layers they come from, their units
         self.softmax_gains: dict[Key, tuple[float, frozenset[str], Tensor]] = {}
         # call -> numbers that multiply its operands and that no layer behind can undo, the units, the call as text

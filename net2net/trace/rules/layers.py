@@ -173,7 +173,7 @@ def embedding(trace: Trace, call: Call) -> None:
         raise CannotFollow(f"{call} shortens its rows to the norm max_norm, which copies change")
     name, nothing = found.name, frozenset()
     produced = trace.parameters.axis(name, 1)
-    trace.add(Layer(LayerKind.MIX, name, {"weight": name}, None, nothing, nothing, {"embedding": True}, produced))
+    trace.add(Layer(LayerKind.MIX, name, {"weight": name}, None, nothing, nothing, {"embedding": found.gain}, produced))
     units = spread(produced, -1, call.out.shape)
     trace.label(call.out, Labels(units, frozenset({name}), linear=True, result_of=name))
 

@@ -117,7 +117,10 @@ def apply(trace: Trace, call: Call) -> None:
             trace.read.add(labels.statistic.key)
         if labels is not None and labels.result_of is not None:
             alone = len(call.tensors) == 1 and call.plain in ("mul", "div")
-            trace.multipliers.setdefault(labels.result_of, set()).add(factor_in(trace, call) if alone else 1.0)
+            factor = factor_in(trace, call) if alone else 1.0
+            trace.multipliers.setdefault(labels.result_of, set()).add(factor)
+            if factor != 1.0 and labels.passage.carrier == labels.result_of:  # not that of an embedding
+                trace.multiplied.add(labels.result_of)
     if call.results:
         try:
             _check_not_empty(trace, call)
