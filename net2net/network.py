@@ -220,8 +220,11 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def refuse_empty(output: object) -> None:
-    """Raise TransferError if a part of an output is empty, as that of a detector that finds nothing."""
+    """Raise TransferError if an output holds no tensor, or an empty one, as that of a detector that finds nothing."""
     # What makes an empty part may compute anything, and its units would seem to be free.
+    if not tensors_in(output):
+        advice = "choose some by outputs, as in outputs=lambda result: result.logits"
+        raise TransferError(f"The network returns a {type(output).__name__}, in which no tensors are found: {advice}.")
     if not all(x.numel() for x in tensors_in(output)):
         advice = "give inputs for which none is empty, or name the `outputs` that count"
         raise TransferError(f"An output of the network is empty, so there is nothing to compare: {advice}.")
