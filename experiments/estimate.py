@@ -3,9 +3,8 @@
 import copy
 import itertools
 import math
-import os
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -54,11 +53,9 @@ def estimate(
     """
     total = 0.0
     students = dict.fromkeys(stages[name][1] for name in missing)  # in the same order on all ranks
-    folder = Path(run.config.runs, f".trial-{os.getpid()}")
-    try:
+    with tempfile.TemporaryDirectory(prefix="net2net-trial-", ignore_cleanup_errors=True) as name:  # none of the runs
+        folder = Path(name)
         speeds = {student: _measure(run, networks[student], folder / (student or TEACHER)) for student in students}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     for name in missing:
         arm, student = stages[name]
         job, speed = run.job(name, student, 1.0), speeds[student]

@@ -75,7 +75,8 @@ def load(config: Data, seed_split: int = 0) -> Splits:
     if config.name == "torchvision":
         raise ExperimentError("data=torchvision needs the name of one of its classes, as in data.name=SVHN.")
     if config.name not in sources:
-        closest = nearest(config.name, [*sources, *NAMES])
+        names = [name for name in NAMES if name != "ImageFolder"]  # our image_folder says more of what is wrong
+        closest = nearest(config.name, [*sources, *names])
         raise ExperimentError(
             f"data.name={config.name} is unknown{closest}: there are {', '.join(sources)}, and the classes of"
             " torchvision.datasets."
