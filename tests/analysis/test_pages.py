@@ -161,17 +161,14 @@ def test_rates_of_what_is_no_search_or_half_of_one(results, tmp_path, capsys):
 
 
 def test_the_claims_and_the_rates_of_a_folder(tmp_path, capsys):
-    for name in ("tune_ladder", "wider_imagenette"):
+    for name in ("tune_ladder", "wider_inception"):
         shutil.copytree(ROOT / f"results/curves/{name}", tmp_path / f"curves/{name}")
     shutil.copy(ROOT / "results/claims.yaml", tmp_path)
     assert claims.main(["--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"\n\d+ holds?, (\d+ \w+, )*\d+ not run\n$", out)
-    assert (
-        "\nWider on photographs, as the paper reads it (wider_imagenette)\nholds        net2net is ahead of random_init"
-        in out
-    )
-    assert "(from 1.00), n = 3 (never within the run in 3 of 3 seeds)\n" in out
+    assert "\nWider, as the paper reads it (wider_inception)\nholds        net2net is ahead of random_init" in out
+    assert "(from 1.00), n = 5 (never within the run in 5 of 5 seeds)\n" in out
     assert claims.main(["--results", str(tmp_path), "--rates", "tune_ladder"]) == 0
     assert "\n10ep rates: {net2net: " in capsys.readouterr().out
 

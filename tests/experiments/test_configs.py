@@ -114,7 +114,7 @@ def test_the_ways_to_spend_the_compute_of_a_schedule_cost_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", OF_ONE_SIZE)
 def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(monkeypatch, experiment):
-    assert {"quickstart", "wider_imagenette", "baseline"} <= set(OF_ONE_SIZE)
+    assert {"quickstart", "when_to_grow", "baseline"} <= set(OF_ONE_SIZE)
     found = []
     for scale in ("cpu", "gpu"):  # what a machine may choose
         monkeypatch.setattr(command, "default_scale", lambda scale=scale: scale)
