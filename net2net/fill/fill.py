@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from ..errors import TransferError
 from ..network import own_precision
@@ -96,13 +97,21 @@ def add_noise(student: nn.Module, record: Record, generator: torch.Generator) ->
     _set_parametrised(student, tensors)
 
 
+def _turn_zeros(module: nn.Module, weight: str) -> None:
+    """Give each row of a weight norm that is all zeros some direction: its length, which is 0, makes it zero."""
+    parts = module.parametrizations[weight]  # type: ignore[index]
+    if any(isinstance(part, _WeightNorm) for part in parts):
+        parts.original1 += parts.original0 == 0  # type: ignore[attr-defined]
+
+
 def _set_parametrised(student: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Set every parametrised weight through the parametrisation's own inverse, and check that it holds the value."""
     for prefix, module, weight in parametrised(student):
         name = f"{prefix}.{weight}".lstrip(".")
         value = tensors[name]
         try:
-            setattr(module, weight, value)
+            setattr(module, weight, value.clone())
+            _turn_zeros(module, weight)
             held = computed(module, weight)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise TransferError(f"The parametrisation of {name} cannot be given a weight: {error}") from error

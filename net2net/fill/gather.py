@@ -170,7 +170,7 @@ def shares(axis: Axis, value: Tensor, dims: tuple[int, int], generator: torch.Ge
     if split != "uneven" or not axis.copies or axis.signed:
         return entrywise(axis, value, dim, axis.share).to(value)
     inside = axis.groups > 1 and dim == 1
-    rows, size = value.shape[other], value.shape[dim]
+    rows, size = value.shape[other] if other != dim else 1, value.shape[dim]
     part = 0.5 + torch.rand(rows, size, generator=generator, dtype=torch.double)  # none is three times another
     index, copied = _number(axis.index), axis.index >= 0
     if inside:

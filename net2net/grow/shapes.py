@@ -3,11 +3,11 @@
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -159,12 +159,32 @@ def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
     except (TypeError, RuntimeError) as error:
         why = f"{type(model).__name__} cannot be copied: {error}"
         raise TransferError(f"{why}. Make the larger one yourself, and use net2net.transfer.") from error
+    for module in copied.modules():
+        for name, held in vars(module).items():
+            if isinstance(held, FunctionType) and held.__closure__:  # such as a lambda that reads a tied table
+                vars(module)[name] = _close_over(held, {id(old): new for old, new in _copies(model, copied)})
     for place in [place for place, held in vars(copied).items() if isinstance(held, Record)]:
         del copied.__dict__[place]
     theirs = dict(model.named_parameters())
     for name, parameter in copied.named_parameters():
         vars(parameter).update(vars(theirs[name]))
     return copied
+
+
+def _copies(model: nn.Module, copied: nn.Module) -> Iterator[tuple[object, object]]:
+    """Yield every module and tensor of a network with its copy."""
+    for list_all in (nn.Module.named_modules, nn.Module.named_parameters, nn.Module.named_buffers):
+        theirs = dict(list_all(copied))
+        yield from ((held, theirs[name]) for name, held in list_all(model))
+
+
+def _close_over(function: FunctionType, copies: Mapping[int, object]) -> FunctionType:
+    """Return the function with copies in the place of the modules and tensors that it holds."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = tuple(CellType(copies.get(id(each), each)) for each in held)
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def attach_record(grown: nn.Module, record: Record, model: nn.Module, grew: str) -> None:

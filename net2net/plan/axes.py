@@ -23,7 +23,7 @@ def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> t
     # `labels` are those of the axis in the student and in the teacher.
     units, source = labels
     inner = plan.student.parameters.inner.get(name)
-    groups = inner[1] if inner is not None and (dim == 1 or reads) else 1
+    groups = inner[1] if inner is not None and (dim == 1 or reads) else plan.student.parameters.summed.get(name, 1)
     known = plan.producing_axes.get((id(units), id(source)))
     if known is not None and not reads and inner is None:
         return known[1:]

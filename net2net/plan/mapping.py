@@ -301,6 +301,8 @@ def _pass_through(unit_map: UnitMap, layer: Layer, activations: int) -> None:
     mine, read = roots[layer.produces], g[roots[layer.reads]]
     read = read[read != NEW]
     distinct = in_order(read)
+    if not len(distinct):
+        raise TransferError(f"The new layer {layer.name} reads no unit of the teacher that it could pass on.")
     if len(mine) < len(distinct):
         raise TransferError(
             f"The student is smaller than its teacher: the new layer {layer.name} has {len(mine)} units and "

@@ -122,7 +122,9 @@ def shared_origin(plan: Plan, name: str) -> Origin:
             if mine.shape != other.shape:
                 raise TransferError(f"{name} cannot grow: a layer reads it, and another adds it up.")
             return Origin(How.SHARED, theirs)
-        axis, rows = unit_axis(plan, name, (student.values[name], teacher.values[theirs]), 0, False)
+        if (name in student.summed) != (theirs in teacher.summed):
+            raise used_differently(name)
+        axis, rows = unit_axis(plan, name, (student.values[name], teacher.values[theirs]), 0, name in student.summed)
         return Origin(How.SHARED, theirs, {0: axis}, flat=True, factor=factor, rows=rows, mixed=rotations)
     axes, rows = {}, None
     for dim in range(mine.dim()):

@@ -199,6 +199,14 @@ class Weight:
     axes: list[tuple[int, Tensor | None]]  # for each axis the parameter's axis, and the entries of it (None: all)
     gain: float = 1.0  # the number that it was multiplied by
 
+    def is_whole(self, shape: Sequence[int]) -> bool:
+        """Tell whether the axes are those of a parameter of this shape, in their order."""
+        whole = [(axis, list(range(size))) for axis, size in enumerate(shape)]
+        return whole == [
+            (axis, list(range(size)) if entries is None else entries.tolist())
+            for size, (axis, entries) in zip(shape, self.axes, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class View:

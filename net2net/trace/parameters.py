@@ -26,6 +26,7 @@ class Parameters:
         self.read_axis: dict[str, int] = {}  # tensor name -> the axis that reads units
         self.inner: dict[str, tuple[Tensor, int]] = {}  # grouped tensor -> units of axis 1 in every group, groups
         self.chosen: dict[tuple[str, int], str] = {}  # (tensor, axis along which values choose entries) -> what chooses
+        self.summed: dict[str, int] = {}  # tensor whose elements times units are summed -> in how many sums
         self.used: set[str] = set()  # tensors that a call was given
         self.reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
@@ -77,6 +78,8 @@ class Parameters:
         for dim, (axis, _) in enumerate(axes):
             if axis < 0 and unused:  # of length one
                 axes[dim] = (unused[0], view.places[unused.pop(0)].reshape(-1)[:1])
+        if -1 in dict(axes):  # an axis that the parameter does not have
+            return None
         return Weight(view.name, axes, view.gain)
 
     def elements(self, view: View, shape: torch.Size) -> Tensor:
@@ -128,6 +131,8 @@ class Parameters:
         # Such elements are positions beyond the example's length, or rows of other classes. If the used elements differ
         # along an axis that was used in part, they do not show the units of the others, and all units are pinned.
         for (name, dim), why in self.chosen.items():
+            if name not in self.axes and name not in self.values:
+                self.values[name] = self.units.fresh(1, Key(name), distinct=False).expand(self.tensors[name].numel())
             for labels in (self.axis_labels(name, dim), self.values.get(name)):
                 if labels is not None:
                     self.units.pin(labels, why)

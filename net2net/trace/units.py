@@ -183,6 +183,14 @@ class Units:
         pairs = distinct_pairs(children, parents)
         self.relations[key] = (pairs[0], pairs[1])
 
+    def owners(self, key: Key, units: Tensor) -> Tensor | None:
+        """Return what each unit belongs to in a relation; None if one of them belongs to nothing there."""
+        children, parents = (self.find(labels) for labels in self.relations[key])
+        wanted = self.find(compact(units))
+        order = torch.argsort(children)
+        at = torch.searchsorted(children[order], wanted).clamp(max=len(children) - 1)
+        return parents[order][at] if torch.equal(children[order][at], wanted) else None
+
     def close(self, nested: Collection[Key] = ()) -> None:
         """Unite and relate units until each unit belongs to exactly one other unit in every relation."""
         # If labels of one unit belong to several units, those become one unit. So do units that belong to each other in

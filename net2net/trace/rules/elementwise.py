@@ -74,6 +74,8 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     out, name = call.results[0], call.plain
     if any(x.dim() > out.dim() for x in operands) or (out.dim() and out.shape != _broadcast_shape(operands)):
         raise CannotFollow(f"{call} returns elements that are not those of its input")
+    if (weight := _weight_of_numbers(trace, call, operands)) is not None:
+        operands = [weight]
     activations = [x for x in operands if trace.is_activation(x)]
     others = [x for x in operands if not trace.is_activation(x) and trace.tells_units(x)]
     if not activations:
@@ -117,6 +119,19 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     trace.label(out, Labels.of(units, *labels, norms=scales, **state))
 
 
+def _weight_of_numbers(trace: Trace, call: Call, operands: Sequence[Tensor]) -> Tensor | None:
+    """Return the parameter that multiplies numbers of the input, as an embedding of numbers does; its units go on."""
+    weights = [x for x in operands if not trace.is_activation(x)]
+    if call.plain != "mul" or len(operands) != 2 or len(weights) != 1 or weights[0].numel() < 2:
+        return None
+    numbers = trace.labels(next(x for x in operands if trace.is_activation(x)))
+    is_input = numbers is not None and numbers.sources == {"input"} and numbers.gain == 1.0
+    owner = trace.parameters.owner_of(weights[0])
+    if owner is None or owner in trace.parameters.buffers or not is_input:
+        return None
+    return weights[0] if carries_no_units(trace, next(x for x in operands if trace.is_activation(x))) else None
+
+
 def _pin_beside_unknown(trace: Trace, operands: Sequence[Labels]) -> None:
     """Pin the units that meet the result of a call without a rule, entry by entry: that result keeps its width."""
     for labels in operands if trace.unknown else ():
@@ -132,7 +147,8 @@ def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], coun
     """Return the parameter that counts as the activation in a call without activations; None if none has to."""
     parameters = [x for x in others if trace.follows(x)]
     all_buffers = all(trace.parameters.owner_of(x) in trace.parameters.buffers for x in parameters)
-    if not parameters or (all_buffers and call.results[0].dtype == torch.bool):  # a mask
+    out = call.results[0]
+    if not parameters or (all_buffers and not (out.is_floating_point() or out.is_complex())):  # a mask, or places
         return None
     if len(parameters) == count == 1 and (view := trace.parameters.view(parameters[0])):
         number = number_in(call)
@@ -144,7 +160,30 @@ def _parameter_in_front(trace: Trace, call: Call, others: Sequence[Tensor], coun
             return parameters[0]
         trace.parameters.remember_view(call.results[0], view)
         return None
-    return parameters[0]
+    return None if _is_masked_weight(trace, call, parameters, count) else parameters[0]
+
+
+def _is_masked_weight(trace: Trace, call: Call, factors: Sequence[Tensor], count: int) -> bool:
+    """Tell whether the call multiplies a weight by a mask, a buffer of its shape; the product stays that weight."""
+    buffers = trace.parameters.buffers
+    weights = [x for x in factors if trace.parameters.owner_of(x) not in buffers]
+    masks = [x for x in factors if trace.parameters.owner_of(x) in buffers]
+    if call.plain != "mul" or count != 2 or len(weights) != 1 or len(masks) != 1 or weights[0].dim() < 2:
+        return False
+    view = trace.parameters.view(weights[0])
+    weight, mask = (trace.parameters.weight(x) for x in (weights[0], masks[0]))
+    if (
+        view is None
+        or weight is None
+        or mask is None
+        or not weight.is_whole(weights[0].shape)
+        or not mask.is_whole(weights[0].shape)
+    ):
+        return False
+    for dim in range(2):  # the axes of units; the others are those of a kernel
+        trace.parameters.axis(mask.name, dim, trace.parameters.axis(weight.name, dim))
+    trace.parameters.remember_view(call.results[0], view)
+    return True
 
 
 def _combine_others(

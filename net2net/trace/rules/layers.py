@@ -62,9 +62,9 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
         raise CannotFollow(f"the weight of {call} is not a parameter of the network")
     name, labels = weight.name, trace.labels(product.x)
     trace.products += call.out.numel() * product.weight[0].numel()
-    reads = None
+    reads = beside = None
     if labels is not None:
-        reads = trace.units.units_along(labels.units, product.dim, f"{name} reads them with one weight")
+        reads, beside = _read(trace, call, product, labels.units, name)
     shape, times = product.weight.shape, trace.seen_as.merged_groups.get(name, 1)
     if times > 1:
         if trace.parameters.tensors[name] is product.weight:
@@ -95,8 +95,36 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
             trace.units.unite(entries.units.reshape(-1), produced)
     _record_layer(trace, product, weight, (reads, produced))
     units = spread(produced, product.dim, call.out.shape)
-    state = {"linear": True, "passage": Passage(carrier=name, rest=0.0), "range": ALL, "result_of": name}
+    if beside is not None:
+        units = trace.units.combine(beside.expand(units.shape), units, call)
+    state = {"linear": beside is None, "passage": Passage(carrier=name, rest=0.0), "range": ALL, "result_of": name}
     trace.label(call.out, Labels(units, frozenset({name}), **state))
+
+
+def _read(trace: Trace, call: Call, product: Product, units: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return the units that a weight reads along one axis, and those of other axes beside them, which it keeps."""
+    # A layer that mixes positions, as in a mixer, treats every unit alike. Its result belongs to the unit, and to what
+    # the layer produces; the next such layer reads what the first one produced.
+    units, dim = trace.units.drop_repeats(units), product.dim % units.dim()
+    others = [d for d, size in enumerate(units.shape) if size > 1 and d != dim]
+    alike = {"stride": 1, "padding": 0, "transposed": False, "groups": 1}
+    shifts = product.weight.shape[2:].numel() > 1 or any(
+        value not in (alike.get(key, value), (alike.get(key, value),)) for key, value in product.options.items()
+    )
+    if others and not shifts and product.x.shape[dim] > 1:
+        if units.shape[dim] == 1:
+            positions = trace.units.fresh(1, trace.units.key("positions", call.module))
+            return positions.expand(product.x.shape[dim]), units
+        for key in [key for key in trace.units.relations if key.part in ("left", "right")]:
+            mine, beside = (trace.units.owners(replace(key, part=part), units) for part in (key.part, _OTHER[key.part]))
+            if mine is not None and beside is not None:
+                mine, beside = trace.units.drop_repeats(mine), trace.units.drop_repeats(beside)
+                if mine.numel() == mine.shape[dim] and beside.shape[dim] == 1:
+                    return mine.reshape(-1), beside
+    return trace.units.units_along(units.expand(product.x.shape), dim, f"{name} reads them with one weight"), None
+
+
+_OTHER = {"left": "right", "right": "left"}
 
 
 def _tensor_names(trace: Trace, product: Product, weight: str) -> dict[str, str]:
@@ -167,8 +195,10 @@ def overwrite(trace: Trace, call: Call) -> None:
 def embedding(trace: Trace, call: Call) -> None:
     """Every row of the table holds the same units; the length of the table is fixed."""
     found = trace.parameters.weight(call.arg(1, "weight"))
-    if found is None or found.axes[0][0] != 0 or trace.is_activation(call.args[0]):
+    if found is None or found.axes[0][0] != 0:
         raise CannotFollow(f"the table of {call} is not a parameter of the network")
+    if not carries_no_units(trace, call.args[0]):
+        raise CannotFollow(f"{call} is told by units which rows to take")
     if call.arg(3, "max_norm") is not None:
         raise CannotFollow(f"{call} shortens its rows to the norm max_norm, which copies change")
     name, nothing = found.name, frozenset()

@@ -63,6 +63,8 @@ def _label_beside(trace: Trace, call: Call, constant: Tensor, others: Sequence[L
     if constant.is_meta or not constant.numel() or not bool((constant == constant.reshape(-1)[0]).all()):
         return label_constant(trace, call, constant.shape)
     shapes = [trace.units.drop_repeats(other.units).shape for other in others if other.units.dim() == constant.dim()]
+    if not constant.is_floating_point() and all(max(shape, default=1) <= 1 for shape in shapes):  # places, no units
+        return compact(others[0].units).reshape(-1)[:1].expand(constant.shape)
     carrying = {dim for shape in shapes for dim, size in enumerate(shape) if size > 1}
     if call.plain in CONCATENATIONS and not carrying:
         carrying = {call.arg(1, "dim", 0) % constant.dim()}
@@ -115,6 +117,13 @@ def scatter(trace: Trace, call: Call) -> None:
     """Rows are added to places along an axis, or written there: rows and places hold the same units."""
     x, dim, _, *rows = call.args[:4]
     moved = [each for each in (x, *rows) if isinstance(each, Tensor)]
+    if not all(each.numel() for each in moved):
+        raise CannotFollow(f"{call} works on an empty tensor, which shows no units: give an example that fills it")
+    tables = trace.parameters.values.keys()
+    for each in moved:  # the rows of a table, such as one for each node, hold the same units then
+        labels = trace.labels(each) if trace.is_activation(each) else None
+        if labels is not None and labels.sources and labels.sources <= tables:
+            trace.units.tie_along(labels.units, [dim % labels.units.dim()], f"{call} adds them up")
     check_places(trace, call, [dim], moved)
     shape, operands = call.out.shape, []
     for each in moved:
@@ -159,7 +168,7 @@ def assignment(trace: Trace, call: Call) -> None:
     labels, new = trace.labels(x), trace.labels(value)
     if chosen := [each for each in tensors_in([index]) if trace.is_activation(each)]:
         if not all(carries_no_units(trace, each) for each in (x, *tensors_in([value]), *chosen)):
-            raise CannotFollow(f"{call} writes to places that depend on values")
+            return _write_rows(trace, call)
         by = first_labels(trace, replace(call, args=(chosen[0],)))
         return trace.label(x, Labels.of(compact(by.units).reshape(-1)[:1].expand(x.shape), by))
     units = label_constant(trace, call, x.shape) if labels is None else labels.units
@@ -175,6 +184,38 @@ def assignment(trace: Trace, call: Call) -> None:
     units = units.clone()
     units[index] = written
     trace.label(x, Labels.of(units, *(known for known in (labels, new) if known is not None)))
+
+
+def _write_rows(trace: Trace, call: Call) -> None:
+    """Values choose the first axes of places that are written to: each place holds the same units, before and after."""
+    x, index, value = call.args
+    axes = _chosen_axes(trace, replace(call, name="getitem", args=(x, index)))
+    operands = [each for each in (x, value) if isinstance(each, Tensor)]
+    chosen = tensors_in([index])
+    if (
+        axes is None
+        or axes != list(range(len(axes)))
+        or not all(trace.is_activation(i) and carries_no_units(trace, i) for i in chosen)
+    ):
+        raise CannotFollow(f"{call} writes to places that depend on values")
+    rest, known, rows = x.dim() - len(axes), [], []
+    for each in operands:
+        labels = trace.labels(each)
+        if labels is None:
+            around = each.clone()
+            if each is x:
+                around[index] = 0
+            if each.is_meta or bool(around.any()):
+                raise CannotFollow(f"{call} writes units into constants")
+        if labels is not None:
+            units = trace.units.drop_repeats(labels.units)
+            if any(size > 1 for size in units.shape[: max(0, units.dim() - rest)]):
+                raise CannotFollow(f"{call} writes to places that depend on values")
+            known.append(labels)
+            rows.append(units.reshape(units.shape[max(0, units.dim() - rest) :]).expand(x.shape))
+    units = rows[0] if len(rows) == 1 else trace.units.combine(rows[0], rows[1], call)
+    gain = known[0].gain if len({each.gain for each in known}) == 1 else 1.0
+    trace.label(x, Labels.of(units, *known, gain=gain))
 
 
 @rule("pad")

@@ -11,13 +11,13 @@ from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind, Sta
 from ..graph import Trace
 from ..units import spread
 from .by_hand import take_eps
-from .registry import CannotFollow, first_labels, rule
+from .registry import first_labels, rule
 
 
 @rule("batch_norm", "instance_norm")
 def batch_norm(trace: Trace, call: Call) -> None:
     """Statistics and affine parameters have one entry for each unit; the units go on as they are."""
-    labels = _activation(trace, call)
+    labels = first_labels(trace, call)
     units = trace.units.units_along(labels.units, 1, f"{call} has one entry for them")
     roles = {"mean": (1, "running_mean"), "var": (2, "running_var"), "weight": (3, "weight"), "bias": (4, "bias")}
     tensors = _parameters(trace, call, roles, units)
@@ -33,7 +33,7 @@ def batch_norm(trace: Trace, call: Call) -> None:
 @rule("layer_norm", "rms_norm")
 def layer_norm(trace: Trace, call: Call) -> None:
     """The norm must see all units equally often, or padding that it undoes: means (layer norm) or zeros (RMS norm)."""
-    labels = _activation(trace, call)
+    labels = first_labels(trace, call)
     is_rms = call.plain == "rms_norm"
     units, tensors = labels.units, {}
     for role, tensor in (("weight", call.arg(2, "weight")), ("bias", None if is_rms else call.arg(3, "bias"))):
@@ -58,7 +58,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
 @rule("group_norm")
 def group_norm(trace: Trace, call: Call) -> None:
     """Layer norm inside every group of channels."""
-    labels = _activation(trace, call)
+    labels = first_labels(trace, call)
     channels = trace.units.units_along(labels.units, 1, f"{call} has one entry for them")
     tensors = _parameters(trace, call, {"weight": (2, "weight"), "bias": (3, "bias")}, channels)
     groups = call.arg(1, "num_groups")
@@ -69,13 +69,6 @@ def group_norm(trace: Trace, call: Call) -> None:
     key, eps = trace.units.key("norm", call.module), call.arg(4, "eps", 1e-5)
     norm = Norm(key, NormKind.LAYER, rows, tensors, eps, call.module)
     _record(trace, call, labels, norm, once=call.args[0][0].numel() == rows.numel())
-
-
-def _activation(trace: Trace, call: Call) -> Labels:
-    """Return the labels of the activation that a norm takes."""
-    if not trace.is_activation(call.args[0]):
-        raise CannotFollow(f"{call} normalises a parameter")
-    return first_labels(trace, call)
 
 
 def _parameters(trace: Trace, call: Call, roles: dict[str, tuple[int, str]], units: Tensor) -> dict[str, str]:

@@ -59,11 +59,15 @@ def reduction(trace: Trace, call: Call) -> None:
         return pointwise(trace, call)  # such as the maximum of two tensors
     labels, name = first_labels(trace, call), call.plain
     rank, dims = labels.units.dim(), call.arg(2 if "norm" in name else 1, "dim")
-    dims = range(rank) if dims is None else sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
+    if dims is None or isinstance(dims, bool):  # `x.std(False)`
+        dims = range(rank)
+    dims = sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims)})
     count, statistic = len(trace.norms), None
     size = math.prod(call.args[0].shape[d] for d in dims)
     divisor = size if name in EVENLY else _divisor(trace, call, size)
-    if divisor is not None:
+    if name == "sum" and (read := _weighted_sum(trace, call, labels, dims)) is not None:
+        units = read
+    elif divisor is not None:
         units = _reduce_units(trace, call, labels.units, dims)
         if len(trace.norms) > count:  # it is taken over units
             norm = trace.norms[-1] = replace(trace.norms[-1], divisor=divisor)
@@ -85,7 +89,8 @@ def _divisor(trace: Trace, call: Call, size: int) -> int | None:
     """Return the number that divides the sum of squares in a reduction over units; None for other reductions."""
     name, labels = call.plain, trace.labels(call.args[0])
     if name in ("var", "std"):
-        unbiased = call.arg(2, "unbiased", True)
+        first = call.arg(1, "dim")
+        unbiased = first if isinstance(first, bool) else call.arg(2, "unbiased", True)
         return size - call.kwargs.get("correction", int(unbiased))
     if "norm" in name:
         return 1 if call.arg(1, "ord" if "linalg" in name else "p", 2) in (2, "fro", None) else None
@@ -109,6 +114,29 @@ def _reduce_units(trace: Trace, call: Call, units: Tensor, dims: Sequence[int]) 
     if len(rows) > 1:
         trace.units.relate(key, rows, results[:, None].expand_as(rows))
     return results[which].reshape(shape)
+
+
+def _weighted_sum(trace: Trace, call: Call, labels: Labels, dims: Sequence[int]) -> Tensor | None:
+    """Return a new unit for each sum of units times a parameter's entries, which reads them; None for another sum."""
+    before, rank = labels.statistic, labels.units.dim()
+    weight = before.weight if before is not None and before.step == Step.SCALED else None
+    if weight is None or list(dims) != list(range(rank - len(dims), rank)):
+        return None
+    name, view = trace.parameters.owner_of(weight) or "", trace.parameters.view(weight)
+    units = trace.units.drop_repeats(labels.units)
+    own = trace.parameters.values.get(name, units[:0])
+    whole = weight.numel() == own.numel() and view is not None and trace.parameters.weight(weight) is not None
+    if not whole or not torch.equal(trace.units.find(units).flatten(), trace.units.find(own).flatten()):
+        return None
+    rows = units.reshape(-1, math.prod(units.shape[d] for d in dims))
+    if any(len(torch.unique(trace.units.find(row))) < len(row) for row in rows):
+        return None
+    trace.parameters.summed[name] = len(rows)
+    key = trace.units.key("weighted sum", call.module)
+    results = trace.units.fresh(len(rows), key)
+    if len(rows) > 1:
+        trace.units.relate(key, rows, results[:, None].expand_as(rows))
+    return results.reshape([1 if d in dims else size for d, size in enumerate(units.shape)])
 
 
 @rule(*names("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin sort argsort topk"))

@@ -188,12 +188,16 @@ class CannotFollow(Exception):
 
 def pin_operands(trace: Trace, call: Call, why: str) -> None:
     """Pin every unit that meets in `call`, and follow none of them further: each result is one unit of fixed size."""
-    values = trace.parameters.values
+    values, alone = trace.parameters.values, not any(map(trace.is_activation, call.tensors))
     for x in call.tensors:  # one unit for all elements of a parameter
-        if (view := trace.parameters.view(x)) is not None and view.name not in values:
+        if (view := trace.parameters.view(x)) is None:
+            continue
+        if alone:  # it may be a layer's weight, too, whose axes keep their widths then
+            trace.parameters.chosen.update({(view.name, dim): why for dim in range(len(view.places))})
+        elif view.name not in values:
             unit = trace.units.fresh(1, Key(view.name), distinct=False)
             values[view.name] = unit.expand(trace.parameters.tensors[view.name].numel())
-    operands = [labels for x in call.tensors if (labels := trace.labels(x))]
+    operands = [labels for x in call.tensors if not alone and (labels := trace.labels(x))]
     for labels in operands:
         trace.units.pin(labels.units, why)
     key = trace.units.key(call.name, call.module)

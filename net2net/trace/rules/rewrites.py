@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import rule
+from .registry import REWRITES, rule
 
 
 @rule("glu", rewrite=True)
@@ -24,6 +24,37 @@ def gated_linear_unit(input: Tensor, dim: int = -1) -> Tensor:
 def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, *_: Any) -> Tensor:
     """Divide by the length."""
     return input / input.norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+def _fold_axis(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> object:
+    """Let a convolution whose kernel covers all of one axis read the units of that axis as its channels."""
+    if weight.shape[1] > 1 or groups > 1 or input.dim() != weight.dim():
+        return NotImplemented
+    for dim, size in enumerate(input.shape[2:], start=2):
+        around = padding[dim - 2] if isinstance(padding, (list, tuple)) else padding
+        if size == weight.shape[dim] > 1 and around in (0, "valid"):
+            convolve = getattr(F, f"conv{weight.dim() - 2}d")
+            return convolve(input.transpose(1, dim), weight.transpose(1, dim), bias, stride, padding, dilation)
+    return NotImplemented
+
+
+REWRITES |= dict.fromkeys(("conv1d", "conv2d", "conv3d"), _fold_axis)  # beside the rule, which the others follow
+
+
+@rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", rewrite=True)
+def distance(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Take the mean or the sum of a function of differences, or all its values."""
+    reduction = kwargs.get("reduction", next((x for x in args if x in ("mean", "sum", "none")), "mean"))
+    lengths = (input - target).square()
+    return lengths if reduction == "none" else getattr(lengths, reduction)()
 
 
 @rule("addmm", "baddbmm", rewrite=True)
@@ -103,7 +134,12 @@ def multi_head_attention(*args: Any, **kwargs: Any) -> object:
 
 @rule("einsum", rewrite=True)
 def einsum(equation: object, *operands: Tensor) -> object:
-    """Write two factors as a matrix product, or as a product element by element and a sum."""
+    """Write two factors as a matrix product, or as a product element by element and a sum; more, two at a time."""
+    if isinstance(equation, str) and len(operands) > 2 and "->" in equation and "." not in equation:
+        a, b, *rest = equation.replace(" ", "").partition("->")[0].split(",")
+        left = "".join(c for c in dict.fromkeys(a + b) if c in "".join([*rest, equation.partition("->")[2]]))
+        product = torch.einsum(f"{a},{b}->{left}", *operands[:2])
+        return torch.einsum(",".join([left, *rest]) + equation[equation.index("->") :], product, *operands[2:])
     terms, arrow, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
     a, comma, b = terms.partition(",")
     if not (arrow and comma) or "." in terms or any(len(set(term)) < len(term) for term in (a, b, result)):
