@@ -44,12 +44,16 @@ class Attempt:
     rename: Rename  # how layers are paired by name
     passing_all: bool = False  # see `plan.make_plan`
     in_pairs: bool = False  # see `plan.make_plan`
+    side_by_side: bool = False  # whether the copies of a unit stand beside it
     absorb: bool = False  # whether numbers that multiply a layer's result count as part of its weights
     both_modes: bool = True  # whether the growth fits what the training mode adds, too
 
 
-def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb: bool = False) -> list[Attempt]:
+def list_attempts(
+    teacher: nn.Module, student: nn.Module, rename: Rename, absorb: bool = False, grouped: bool = False
+) -> list[Attempt]:
     """List the ways to pair and fill, the likeliest first. With `absorb` each of them comes again with `absorb` set."""
+    # A shuffle that stands between groups sends copies to the group of their unit only if they stand `side_by_side`.
     pairings = candidates(teacher, student) if rename is None else [rename]
     deeper = len(list(student.parameters())) > len(list(teacher.parameters()))
     ways = [Attempt(None)]
@@ -57,6 +61,7 @@ def list_attempts(teacher: nn.Module, student: nn.Module, rename: Rename, absorb
         ways += [Attempt(None, passing_all=True), Attempt(None, in_pairs=True)]
     if absorb:
         ways += [replace(way, absorb=True) for way in ways]
+    ways += [Attempt(None, side_by_side=True)] * grouped
     return [replace(way, rename=names) for way in ways for names in pairings]
 
 

@@ -142,7 +142,8 @@ def transfer(  # noqa: PLR0913 (public signature)
     has_values = _check_arguments(given, student, noise, split, depth, calibrate is not None)
     teacher, ties = untie(given, student)
     traces = trace_both(teacher, student, Inputs.of(example, outputs), rename)
-    attempts = list_attempts(teacher, student, rename, absorb=bool(traces.scaled_layers[0]))
+    has_groups = bool(traces.plain[1].parameters.inner)
+    attempts = list_attempts(teacher, student, rename, bool(traces.scaled_layers[0]), has_groups)
     models = list_pretrained(student)
     batches = calibrate if calibrate is None or isinstance(calibrate, (Tensor, dict)) else list(calibrate)
 
@@ -279,7 +280,8 @@ def _check_arguments(
 
 def _plan(traces: Traces, attempt: Attempt, generator: torch.Generator, fresh: bool = False) -> Plan:
     pair = traces.comparable(attempt.rename, attempt.absorb, attempt.both_modes)
-    return make_plan(pair, attempt.rename, generator, attempt.passing_all, attempt.in_pairs, fresh)
+    ways = (attempt.passing_all, attempt.in_pairs, attempt.side_by_side)
+    return make_plan(pair, attempt.rename, generator, *ways, fresh)
 
 
 def _plan_alone(student: nn.Module, record: Record) -> Record:

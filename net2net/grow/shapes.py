@@ -180,8 +180,9 @@ def _copies(model: nn.Module, copied: nn.Module) -> Iterator[tuple[object, objec
 
 def _close_over(function: FunctionType, copies: Mapping[int, object]) -> FunctionType:
     """Return the function with copies in the place of the modules and tensors that it holds."""
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    cells = tuple(CellType(copies.get(id(each), each)) for each in held)
+    empty = CellType()
+    held = function.__closure__ or ()
+    cells = tuple(c if c == empty else CellType(copies.get(id(c.cell_contents), c.cell_contents)) for c in held)
     made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made

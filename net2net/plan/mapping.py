@@ -69,6 +69,7 @@ class UnitMap:
     g: Tensor  # for every student root the teacher root that it copies, or `NEW`, `ZERO` or `MEAN - k`
     patterns: Tensor  # for units in sign pairs (see `roles`): bit k is 1 if the unit is negated before activation k
     narrowest: Tensor  # for every unit the width of the narrowest layer that it is in
+    side_by_side: bool  # whether the copies of a unit stand beside it
     fresh: bool  # whether the further units are fresh instead of copies
     means: list[Tensor] = field(default_factory=list)  # the teacher units that the code `MEAN - k` is the mean of
 
@@ -79,14 +80,14 @@ def map_units(
     kinds: Kinds,
     rotated: Tensor,
     generator: torch.Generator,
-    fresh: bool = False,
+    how: tuple[bool, bool] = (False, False),
 ) -> UnitMap:
     """Decide which teacher unit every student unit copies."""
     # `passing` holds each new layer that passes its units through, with the number of activations that the units then
-    # pass in sign pairs.
+    # pass in sign pairs. `how` holds the fields `side_by_side` and `fresh`.
     size = len(networks.student_roots)
     g, patterns, narrowest = torch.full((size,), NEW), torch.zeros(size, dtype=torch.long), torch.full((size,), size)
-    unit_map = UnitMap(networks, _find_ties(networks), kinds, rotated, generator, g, patterns, narrowest, fresh)
+    unit_map = UnitMap(networks, _find_ties(networks), kinds, rotated, generator, g, patterns, narrowest, *how)
     _spread_owners(unit_map)
     pairs = _pair_families(networks)
     families = [family for key, pair in pairs.items() for family in _split_by_level(unit_map, key, pair)]
@@ -249,6 +250,8 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
         if len(free) < len(missing):
             together = torch.cat([together, missing])
             missing = missing[~torch.isin(missing, unit_map.g[family.mine])][: len(free)]
+        if unit_map.side_by_side and len(free) >= len(missing) == len(in_order(theirs)):
+            missing = missing[torch.arange(len(free)) * len(missing) // max(1, len(free))]
         unit_map.g[free[: len(missing)]] = missing
     if lost := len(torch.unique(together[~torch.isin(together, unit_map.g[family.mine])])):
         if family.level:

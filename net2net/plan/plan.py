@@ -139,12 +139,14 @@ def make_plan(
     generator: torch.Generator,
     passing_all: bool,
     in_pairs: bool,
+    side_by_side: bool,
     fresh: bool,
 ) -> Plan:
     """Decide which teacher unit every student unit copies and what each new layer becomes (paper, section 3)."""
     # With `passing_all`, every new layer is an identity unless its units are also those of a layer that both networks
     # have. That is right for a block that works on one part of a stream and then shuffles it with the rest. With
     # `in_pairs`, units pass activations behind new layers in sign pairs (see `roles`), where there is room for them.
+    # With `side_by_side`, the copies of a unit stand beside it.
     teacher, student = traces
     names = teacher_names(student, teacher, rename)
     units, teacher_units = student.units.copy(), teacher.units.copy()
@@ -166,6 +168,6 @@ def make_plan(
         rotated[stream.units] = True
     identities = [layer for layer in student.mixers if layer.name in roles.identity]
     passing = [(layer, len(sign_pairs.get(layer.name, ()))) for layer in identities]
-    unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator, fresh)
+    unit_map = map_units(networks, passing, norm_kinds(networks), rotated, generator, (side_by_side, fresh))
     g, means, patterns, norms = unit_map.g, unit_map.means, unit_map.patterns, adjust_norms(unit_map)
     return Plan(*known, g, means, roles, *norms, sign_pairs, patterns, find_rotations(networks, streams))

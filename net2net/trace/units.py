@@ -188,7 +188,7 @@ class Units:
         children, parents = (self.find(labels) for labels in self.relations[key])
         wanted = self.find(compact(units))
         order = torch.argsort(children)
-        at = torch.searchsorted(children[order], wanted).clamp(max=len(children) - 1)
+        at = torch.searchsorted(children[order], wanted.contiguous()).clamp(max=len(children) - 1)
         return parents[order][at] if torch.equal(children[order][at], wanted) else None
 
     def close(self, nested: Collection[Key] = ()) -> None:
