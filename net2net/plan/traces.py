@@ -34,6 +34,11 @@ class Traces:
         return theirs, mine
 
     @property
+    def has_groups(self) -> bool:
+        """Whether the student has a layer with groups."""
+        return bool(self.plain[1].parameters.inner)
+
+    @property
     def training_counts(self) -> bool:
         """Whether either network was run in training mode, too, because that may show more than the eval mode."""
         return any(each.both is not None for each in self.plain)
