@@ -16,6 +16,7 @@ from ..trace.tracer import trace
 from ..trace.units import join
 
 Reasons = dict[int, dict[str, None]]  # unit, or group of units -> names or sentences, in order
+HEADS = "the units of a head"  # how the reason begins why units of attention move as a whole
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,10 @@ def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
     for children, parents in traced.units.relations.values():
         if heads:
             values = roots[children][torch.isin(roots[parents], torch.cat(heads))]
-            whole |= dict.fromkeys(values.tolist(), "the units of a head, values")
+            whole |= dict.fromkeys(values.tolist(), f"{HEADS}, values")
         owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
         whole = owners | whole
-    return whole | {unit: "the units of a head, queries by keys" for units in heads for unit in units.tolist()}
+    return whole | {unit: f"{HEADS}, queries by keys" for units in heads for unit in units.tolist()}
 
 
 def _find_equal_widths(traced: Trace) -> list[Tensor]:

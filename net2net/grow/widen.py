@@ -16,7 +16,7 @@ from ..pretrained import keep_configs, list_pretrained
 from ..trace.graph import Trace
 from ..trace.tracer import IS_OUTPUT, trace
 from ..transfer import Transfer, transfer
-from .describe import Description, Group, describe_trace
+from .describe import HEADS, Description, Group, describe_trace
 from .extend import New, extend
 from .shapes import (
     attach_record,
@@ -142,7 +142,7 @@ def _widen(traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator:
     if isinstance(widths, Mapping):
         factors, wanted = _requested_factors(description, widths, traced)
         count = count_copies(traced, parts, factors)
-        grown = grow(factors) if bool((count > 1).any()) else None
+        grown = _grow_with_heads(grow, description, factors) if bool((count > 1).any()) else None
         for k, (name, width) in wanted.items():
             _check_reached(traced, description.groups[k], count, name, width)
         return grown or grow(factors)  # which raises that nothing grows
@@ -156,6 +156,23 @@ def _widen(traced: Trace, inputs: Inputs, widths: Widths, fill: Fill, generator:
         raise TransferError(f"No width of {name} is free to grow by {widths}: {why or 'it has no layers'}.")
     runnable, _ = _grow_most(try_shapes, dict.fromkeys(free, float(widths)))  # a width in the code itself stays
     return _grow_most(grow, runnable)[1]
+
+
+def _grow_with_heads(grow: Callable[[Factors], nn.Module], description: Description, factors: Factors) -> nn.Module:
+    """Grow these groups; if that fails, grow with them the heads that read them: code may want both equally wide."""
+    try:
+        return grow(factors)
+    except TransferError:
+        heads = {
+            k: factors[stream]
+            for k, group in enumerate(description.groups)
+            for stream in factors
+            if (group.whole or "").startswith(HEADS) and {*group.layers} & {*description.groups[stream].readers}
+        }
+        if not heads.keys() <= factors.keys():
+            with suppress(TransferError):
+                return grow(heads | factors)
+        raise
 
 
 def _make_runnable(

@@ -71,6 +71,8 @@ def _check_activations(plan: Plan, layer: Layer) -> None:
 
 def _check_kernel(layer: Layer, kernel: tuple[int, ...]) -> None:
     """Raise TransferError if no weights make a convolution the identity, with the reason."""
+    if kernel and "stride" not in layer.options:
+        raise TransferError(f"The new layer {layer.name} cannot be an identity: its weight is a stack of matrices.")
     along = [kernel_options(layer, taps, dim) for dim, taps in enumerate(kernel)]
     why = None
     if layer.options.get("transposed"):

@@ -144,7 +144,7 @@ def _other_axis(plan: Plan, name: str, theirs: str, dim: int) -> Axis | None:
     """Return an axis that carries no units: one along a larger kernel, or None for an axis that keeps its size."""
     layer, counterpart = plan.student.layers.get(name), plan.teacher.layers.get(theirs)
     mine, other = plan.student.parameters.tensors[name].shape, plan.teacher.parameters.tensors[theirs].shape
-    if dim > 1 and layer is not None and counterpart is not None and layer.options:
+    if dim > 1 and layer is not None and counterpart is not None and "stride" in layer.options:
         return kernel_axis(layer, counterpart, (mine[dim], other[dim]), dim - 2)
     if mine[dim] == other[dim]:
         return None

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from checks import assert_same, refused, state, unchanged
 from networks import Net, attention, chain, images, mlp, residual, rows
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torchvision import models
 
 from net2net import describe, widen
@@ -149,16 +148,11 @@ def old_weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
 
 
-def masked() -> nn.Module:
-    return nn.Sequential(prune.random_unstructured(nn.Linear(3, 4), "weight", 0.5), nn.ReLU(), nn.Linear(4, 2))
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize(
     ("make", "name", "width", "why"),
     [
         (old_weight_norm, "0", 4, "the weight of linear in 0 is not a parameter"),
-        (masked, "0", 4, "the weight of linear in 0 is not a parameter"),
         (summed_words, "0", 6, "embedding_bag in 0 has no rule"),
         (made_in_forward, "w", 4, "the weight of linear in the network is not a parameter"),
     ],

@@ -460,3 +460,19 @@ def test_attention_of_torchs_own_that_reads_what_is_fixed_is_refused() -> None:
 def test_a_whole_number_that_was_meant_as_a_factor_gets_the_line_to_type() -> None:
     with refused(r"0 has 5 units: it cannot shrink to 2: 2 is a number of units, 2\.0 a factor"):
         widen(mlp(3, 5, 4), rows(), {"0": 2})
+
+
+def test_heads_grow_with_a_stream_where_the_code_wants_both_equally_wide() -> None:
+    """As in nanoGPT: the width of the heads is read off the stream."""
+
+    def how(net: Net, x: torch.Tensor) -> torch.Tensor:
+        x = net.embed(x)
+        y = net.norm(x)
+        q, k, v = (t.view(*y.shape[:2], 2, y.shape[2] // 2).transpose(1, 2) for t in (net.q(y), net.k(y), net.v(y)))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(y.shape)
+        return net.head((x + net.out(y)).mean(1))
+
+    parts = {name: nn.Linear(8, 8) for name in ("q", "k", "v", "out")}
+    net = look_trained(Net({"embed": nn.Linear(3, 8), "norm": nn.LayerNorm(8), **parts, "head": nn.Linear(8, 4)}, how))
+    grown = assert_wider(net, positions, {"embed": 2.0})
+    assert size(grown, "embed", "q", "k", "v", "out") == [16] * 5

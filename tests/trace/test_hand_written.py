@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from checks import assert_same, change_axes, drop_shares, error, refused, shift_index, trained
 from networks import Net, images, rows
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from net2net import transfer, widen
 
@@ -47,6 +48,11 @@ def masked(n: int, kind: str = "functional") -> Net:
     for name in "ab":
         net.register_buffer(f"mask_{name}", (torch.rand(getattr(net, name).weight.shape) > 0.4).double())
     return net
+
+
+def pruned(n: int) -> nn.Module:
+    """A layer that torch has pruned, whose weight is made anew in each forward pass."""
+    return nn.Sequential(nn.Linear(3, n), nn.Tanh(), prune.random_unstructured(nn.Linear(n, 4), "weight", 0.5))
 
 
 def scores(n: int, heads: int = 2) -> Net:
@@ -128,6 +134,22 @@ def flow(n: int) -> Net:
     return Net({"w": nn.Parameter(torch.randn(4, 4)), "a": nn.Linear(2, n), "back": nn.Linear(n, 2)}, how)
 
 
+def spectral(n: int, layers: int = 1) -> Net:
+    """Matrices of their own for each frequency, as in a Fourier neural operator."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x).transpose(1, 2)
+        for weight in net.frequencies:
+            seen = torch.fft.rfft(x)
+            made = torch.zeros_like(seen)
+            made[:, :, :2] = torch.einsum("bix,iox->box", seen[:, :, :2], weight)
+            x = x + torch.tanh(torch.fft.irfft(made, n=x.shape[-1]))
+        return net.fc(x.mean(-1))
+
+    weights = (nn.Parameter(torch.randn(n, n, 2, dtype=torch.complex128) / n) for _ in range(layers))
+    return Net({"a": nn.Linear(3, n), "frequencies": nn.ParameterList(weights), "fc": nn.Linear(n, 3)}, how)
+
+
 def shuffled(n: int, groups: int = 2) -> Net:
     """Two grouped convolutions with a shuffle between them, as in a ShuffleNet."""
 
@@ -147,6 +169,7 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int], Callable[[],
     "mixer with convolutions": (lambda n: mixer(n, kind="convolution"), (4, 12), lambda: images(4, 7, 3)),
     "masked weights": (masked, (4, 7), images),
     "weights masked in place": (lambda n: masked(n, "in place"), (4, 7), images),
+    "a pruned layer": (pruned, (5, 9), rows),
     "scores of units": (scores, (3, 5), rows),
     "scores in more heads": (lambda n: scores(3, n), (2, 4), rows),
     "a table of numbers": (numbers, (4, 8), rows),
@@ -155,6 +178,7 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int], Callable[[],
     "three factors": (scan, (4, 7), lambda: images(4, 6, 3)),
     "a norm of a parameter": (latents, (4, 8), lambda: images(4, 6, 3)),
     "a determinant": (flow, (4, 7), lambda: images(4, 4)),
+    "a matrix for each frequency": (spectral, (4, 7), lambda: images(4, 6, 3)),
     "groups behind a shuffle": (shuffled, (8, 16), images),
     "groups behind a shuffle, 1.5 times as wide": (shuffled, (8, 12), images),
 }
@@ -178,6 +202,22 @@ def test_a_mask_is_copied_with_its_weight() -> None:
     student.mask_b[:, 4:] = 1 - student.mask_b[:, 4:]
     with pytest.raises(AssertionError):
         assert_same(teacher, student, images())
+
+
+def test_a_new_stack_of_matrices_is_no_identity() -> None:
+    def stacks(count: int) -> Net:
+        def how(net: Net, x: Tensor) -> Tensor:
+            x = F.relu(net.a(x))
+            for matrices in net.stacks:
+                x = F.relu(torch.einsum("bti,tio->bto", x, matrices))
+            return net.fc(x.mean(1))
+
+        matrices = nn.ParameterList(nn.Parameter(torch.randn(6, 4, 4)) for _ in range(count))
+        return Net({"a": nn.Linear(3, 4), "stacks": matrices, "fc": nn.Linear(4, 2)}, how)
+
+    teacher, student = trained(stacks(1), stacks(2))
+    with refused("its weight is a stack of matrices", teacher):
+        transfer(teacher, student, images(4, 6, 3))
 
 
 def test_a_new_layer_with_a_weight_norm_may_add_zeros() -> None:

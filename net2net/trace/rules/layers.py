@@ -216,6 +216,8 @@ def matmul(trace: Trace, call: Call) -> None:
         return apply_layer(trace, call, Product(a, -1, b, reads=0, produces=1))
     if _is_weight(trace, a) and b.dim() > 1:
         return apply_layer(trace, call, Product(b, -2, a))
+    if _is_stack(trace, a, b):
+        return apply_layer(trace, call, Product(a, -1, b, reads=b.dim() - 2, produces=b.dim() - 1))
     if not (a.dim() > 1 and b.dim() > 1) or not (trace.follows(a) or trace.follows(b)):
         raise CannotFollow(f"{call} multiplies vectors")
     left, right = trace.labels(a), trace.labels(b)
@@ -240,6 +242,15 @@ def grouped_product(trace: Trace, call: Call) -> None:
 
 def _is_weight(trace: Trace, factor: Tensor) -> bool:
     return factor.dim() == 2 and not trace.is_activation(factor) and trace.parameters.weight(factor) is not None
+
+
+def _is_stack(trace: Trace, x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a stack of matrices, one for each position, multiplies the same units at all positions."""
+    found = None if trace.is_activation(weight) else trace.parameters.weight(weight)
+    if found is None or weight.dim() < 3 or weight.dim() != x.dim() or not trace.is_activation(x):
+        return False
+    labels = trace.labels(x)
+    return labels is not None and max(trace.units.drop_repeats(labels.units).shape[:-1]) == 1
 
 
 def _is_contracted(trace: Trace, x: Tensor) -> bool:

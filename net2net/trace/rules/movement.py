@@ -171,6 +171,8 @@ def assignment(trace: Trace, call: Call) -> None:
             return _write_rows(trace, call)
         by = first_labels(trace, replace(call, args=(chosen[0],)))
         return trace.label(x, Labels.of(compact(by.units).reshape(-1)[:1].expand(x.shape), by))
+    if labels is None and new is not None and (units := _spread_over_zeros(trace, call, new)) is not None:
+        return trace.label(x, Labels.of(units, new, gain=new.gain))
     units = label_constant(trace, call, x.shape) if labels is None else labels.units
     if new is None:
         part = units[index]
@@ -184,6 +186,18 @@ def assignment(trace: Trace, call: Call) -> None:
     units = units.clone()
     units[index] = written
     trace.label(x, Labels.of(units, *(known for known in (labels, new) if known is not None)))
+
+
+def _spread_over_zeros(trace: Trace, call: Call, new: Labels) -> Tensor | None:
+    """Return the units of zeros of which a part is overwritten at some positions of every unit; None if of others."""
+    x, index, _ = call.args
+    part = x[index].shape
+    units = trace.units.drop_repeats(new.units.broadcast_to(part))
+    if len(part) != x.dim() or any(a > 1 and b < c for a, b, c in zip(units.shape, part, x.shape, strict=True)):
+        return None
+    rest = x.clone()
+    rest[index] = 0
+    return None if x.is_meta or bool(rest.any()) else units.expand(x.shape)
 
 
 def _write_rows(trace: Trace, call: Call) -> None:

@@ -13,7 +13,7 @@ from ..graph import Trace
 from ..units import spread
 from .by_hand import reduced
 from .elementwise import pointwise
-from .registry import CannotFollow, first_labels, names, rule
+from .registry import CannotFollow, first_labels, names, rule, unknown
 
 POOLS = names("max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool")
 
@@ -137,6 +137,19 @@ def _weighted_sum(trace: Trace, call: Call, labels: Labels, dims: Sequence[int])
     if len(rows) > 1:
         trace.units.relate(key, rows, results[:, None].expand_as(rows))
     return results.reshape([1 if d in dims else size for d, size in enumerate(units.shape)])
+
+
+@rule(*(f"fft_{way}{kind}fft{rank}" for way in ("", "i") for kind in ("", "r", "h") for rank in ("", "2", "n")))
+def transform(trace: Trace, call: Call) -> None:
+    """A Fourier transform along positions keeps the units."""
+    labels, rank = first_labels(trace, call), call.args[0].dim()
+    dims = call.arg(2, "dim", {"2": (-2, -1), "n": tuple(range(rank))}.get(call.name[-1], -1))
+    dims = [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+    units = trace.units.drop_repeats(labels.units)
+    if any(units.shape[d] > 1 for d in dims) and max(units.narrow(dims[0], 0, 1).shape) == 1:
+        unknown(trace, call)
+    units = trace.units.tie_along(units, dims, f"{call} mixes them")
+    trace.label(call.out, Labels.of(units.expand(call.out.shape), labels, gain=labels.gain))
 
 
 @rule(*names("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin sort argsort topk"))
