@@ -78,8 +78,6 @@ class Parameters:
         for dim, (axis, _) in enumerate(axes):
             if axis < 0 and unused:  # of length one
                 axes[dim] = (unused[0], view.places[unused.pop(0)].reshape(-1)[:1])
-        if -1 in dict(axes):  # an axis that the parameter does not have
-            return None
         return Weight(view.name, axes, view.gain)
 
     def elements(self, view: View, shape: torch.Size) -> Tensor:

@@ -101,6 +101,17 @@ def sentence(n: int) -> Net:
     return Net(parts, lambda net, x: net.fc(F.relu(net.b(net.a(x)[:, None])).flatten(2).amax(-1)))
 
 
+def borrowed(n: int) -> Net:
+    """A linear layer's weight as the filter of a convolution, and a vector of frequencies as a matrix of one row."""
+
+    def how(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x) + net.c(torch.sin(x[..., :1] @ net.frequencies[None]))
+        return net.fc(F.conv1d(x.transpose(1, 2), net.b.weight[..., None]).tanh().mean(-1))
+
+    parts = {"a": nn.Linear(3, n), "b": nn.Linear(n, n), "c": nn.Linear(5, n), "fc": nn.Linear(n, 3)}
+    return Net({**parts, "frequencies": nn.Parameter(torch.randn(5))}, how)
+
+
 def scan(n: int) -> Net:
     """Three factors in one product, as in a scan of states."""
 
@@ -175,6 +186,7 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int], Callable[[],
     "a table of numbers": (numbers, (4, 8), rows),
     "rows written by values": (experts, (4, 7), lambda: images(20, 3)),
     "a kernel over all units": (sentence, (4, 7), lambda: images(4, 6, 3)),
+    "a weight as a filter, a vector as a matrix": (borrowed, (4, 7), lambda: images(4, 6, 3)),
     "three factors": (scan, (4, 7), lambda: images(4, 6, 3)),
     "a norm of a parameter": (latents, (4, 8), lambda: images(4, 6, 3)),
     "a determinant": (flow, (4, 7), lambda: images(4, 4)),

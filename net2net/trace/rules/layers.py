@@ -58,7 +58,7 @@ def linear(trace: Trace, call: Call) -> None:
 def apply_layer(trace: Trace, call: Call, product: Product) -> None:
     """Record a layer, and label its result with the units that it produces."""
     weight = trace.parameters.weight(product.weight)
-    if weight is None:
+    if weight is None or min(weight.axes[product.reads][0], weight.axes[product.produces][0]) < 0:
         raise CannotFollow(f"the weight of {call} is not a parameter of the network")
     name, labels = weight.name, trace.labels(product.x)
     trace.products += call.out.numel() * product.weight[0].numel()
@@ -241,7 +241,8 @@ def grouped_product(trace: Trace, call: Call) -> None:
 
 
 def _is_weight(trace: Trace, factor: Tensor) -> bool:
-    return factor.dim() == 2 and not trace.is_activation(factor) and trace.parameters.weight(factor) is not None
+    found = None if factor.dim() != 2 or trace.is_activation(factor) else trace.parameters.weight(factor)
+    return found is not None and -1 not in dict(found.axes)  # a vector that was made a matrix is a table
 
 
 def _is_stack(trace: Trace, x: Tensor, weight: Tensor) -> bool:
