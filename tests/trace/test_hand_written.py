@@ -108,7 +108,7 @@ def borrowed(n: int) -> Net:
         x = net.a(x) + net.c(torch.sin(x[..., :1] @ net.frequencies[None]))
         return net.fc(F.conv1d(x.transpose(1, 2), net.b.weight[..., None]).tanh().mean(-1))
 
-    parts = {"a": nn.Linear(3, n), "b": nn.Linear(n, n), "c": nn.Linear(5, n), "fc": nn.Linear(n, 3)}
+    parts = {"a": nn.Linear(3, n), "b": nn.Linear(n, n, bias=False), "c": nn.Linear(5, n), "fc": nn.Linear(n, 3)}
     return Net({**parts, "frequencies": nn.Parameter(torch.randn(5))}, how)
 
 
