@@ -134,8 +134,8 @@ def test_what_is_called_free_grows_and_nothing_else_with_it() -> None:
             assert wider == {*group.layers, *group.carriers}
 
 
-def summed_words() -> nn.Module:
-    return nn.Sequential(nn.EmbeddingBag(11, 6), nn.Linear(6, 2))
+def product_of_two() -> Net:
+    return Net({"a": nn.Bilinear(3, 3, 6), "b": nn.Linear(6, 2)}, lambda net, x: net.b(net.a(x, x)))
 
 
 def made_in_forward() -> Net:
@@ -153,14 +153,12 @@ def old_weight_norm() -> nn.Module:
     ("make", "name", "width", "why"),
     [
         (old_weight_norm, "0", 4, "the weight of linear in 0 is not a parameter"),
-        (summed_words, "0", 6, "embedding_bag in 0 has no rule"),
+        (product_of_two, "a", 6, "bilinear in a has no rule"),
         (made_in_forward, "w", 4, "the weight of linear in the network is not a parameter"),
     ],
 )
 def test_layers_that_are_not_followed_are_listed_with_the_reason(make, name: str, width: int, why: str) -> None:
     model, x = make().eval(), rows()
-    if make is summed_words:
-        x = torch.randint(11, (6, 5))
     held = describe(model, x).groups[-1]
     assert (held.layers, held.width, held.free) == ((name,), width, False)
     with refused(f"{name} cannot grow from {width} units: {why}", model):

@@ -112,6 +112,11 @@ def borrowed(n: int) -> Net:
     return Net({**parts, "frequencies": nn.Parameter(torch.randn(5))}, how)
 
 
+def bag(n: int, mode: str = "mean") -> nn.Module:
+    """The rows of several words, summed."""
+    return nn.Sequential(nn.EmbeddingBag(11, n, mode=mode), nn.Linear(n, 3))
+
+
 def scan(n: int) -> Net:
     """Three factors in one product, as in a scan of states."""
 
@@ -187,6 +192,8 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], tuple[int, int], Callable[[],
     "rows written by values": (experts, (4, 7), lambda: images(20, 3)),
     "a kernel over all units": (sentence, (4, 7), lambda: images(4, 6, 3)),
     "a weight as a filter, a vector as a matrix": (borrowed, (4, 7), lambda: images(4, 6, 3)),
+    "bags of words": (bag, (4, 7), lambda: torch.randint(11, (6, 5))),
+    "the largest of words": (lambda n: bag(n, "max"), (4, 7), lambda: torch.randint(11, (6, 5))),
     "three factors": (scan, (4, 7), lambda: images(4, 6, 3)),
     "a norm of a parameter": (latents, (4, 8), lambda: images(4, 6, 3)),
     "a determinant": (flow, (4, 7), lambda: images(4, 4)),

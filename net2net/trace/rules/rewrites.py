@@ -57,6 +57,26 @@ def distance(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor
     return lengths if reduction == "none" else getattr(lengths, reduction)()
 
 
+@rule("embedding_bag", rewrite=True)
+def embedding_bag(input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: Any, **kwargs: Any) -> object:
+    """Sum the rows of each bag, or take their mean or maximum."""
+    names = (
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "mode",
+        "sparse",
+        "per_sample_weights",
+        "include_last_offset",
+    )
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given.get("max_norm") is not None or given.get("per_sample_weights") is not None:
+        return NotImplemented
+    bags = len(input) if offsets is None else len(offsets) - bool(given.get("include_last_offset"))
+    rows = F.embedding(input.reshape(-1)[:1], weight)[None].expand(bags, 2, -1)
+    return rows.amax(1) if given.get("mode") == "max" else rows.sum(1)
+
+
 @rule("addmm", "baddbmm", rewrite=True)
 def add_product(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any) -> Tensor:
     """Add a matrix product."""
