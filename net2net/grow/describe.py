@@ -198,10 +198,12 @@ def _find_wholes(traced: Trace, roots: Tensor) -> dict[int, str]:
     """Return for every unit that grows in whole pieces only the reason."""
     whole = {unit: next(iter(why)) for unit, why in _collect(traced.units.whole, roots).items()}
     heads = [roots[side] for contraction in traced.contractions for side in (contraction.left, contraction.right)]
-    for children, parents in traced.units.relations.values():
+    for key, (children, parents) in traced.units.relations.items():
         if heads:
             values = roots[children][torch.isin(roots[parents], torch.cat(heads))]
             whole |= dict.fromkeys(values.tolist(), f"{HEADS}, values")
+        if key.part in ("left", "right"):  # a unit made of two, as a mixer makes it, has a copy for each copy of both
+            continue
         owners = dict.fromkeys(roots[parents].tolist(), "other units belong to each of them (heads, groups, gates)")
         whole = owners | whole
     return whole | {unit: f"{HEADS}, queries by keys" for units in heads for unit in units.tolist()}

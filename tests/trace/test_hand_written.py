@@ -285,3 +285,10 @@ def test_weighted_sums_of_one_network_only_are_named() -> None:
     teacher, student = trained(scores(3), plain(3))
     with refused("uses score differently", teacher):
         transfer(teacher, student, rows())
+
+
+def test_all_that_is_free_in_a_mixer_grows() -> None:
+    (net,) = trained(mixer(4))
+    grown = widen(net, images(4, 7, 3), 2.0)
+    assert_same(net, grown, images(4, 7, 3))
+    assert (len(grown.mix.weight), len(grown.back.weight)) == (10, 7)
