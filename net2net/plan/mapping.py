@@ -250,8 +250,8 @@ def _keep(unit_map: UnitMap, family: Family) -> None:
         if len(free) < len(missing):
             together = torch.cat([together, missing])
             missing = missing[~torch.isin(missing, unit_map.g[family.mine])][: len(free)]
-        if unit_map.side_by_side and len(free) >= len(missing) == len(in_order(theirs)):
-            missing = missing[torch.arange(len(free)) * len(missing) // max(1, len(free))]
+        if unit_map.side_by_side and len(free) >= len(missing) == len(in_order(theirs)) > 0:
+            missing = missing[torch.arange(len(free)) * len(missing) // len(free)]
         unit_map.g[free[: len(missing)]] = missing
     if lost := len(torch.unique(together[~torch.isin(together, unit_map.g[family.mine])])):
         if family.level:

@@ -215,6 +215,12 @@ def test_wider_is_exact(name: str, split: str) -> None:
         assert error(change_axes(record, spoil), teacher, student, draw()) > 1e-4
 
 
+def test_other_numbers_of_groups_behind_a_shuffle_are_exact() -> None:
+    teacher, student = trained(shuffled(6, 3), shuffled(20, 5))
+    transfer(teacher, student, images())
+    assert_same(teacher, student, images())
+
+
 def test_a_mask_is_copied_with_its_weight() -> None:
     teacher, student = trained(masked(4), masked(7))
     transfer(teacher, student, images())
