@@ -72,6 +72,9 @@ def _carry(source: Tensor, target: Tensor, origin: Origin, power: int, first_onl
     shape = value.shape
     value = value.reshape(-1) if origin.flat else value
     for dim, axis in origin.axes.items():
+        if axis.reads and origin.flat and axis.groups > 1:  # sums of units, whose copies divide the gradient
+            _, which, counts = torch.unique(axis.index, return_inverse=True, return_counts=True)
+            value = value / (counts[which] * axis.share).clamp(min=1).to(value) ** power
         if not axis.reads:
             value = value * entrywise(axis, value, dim, axis.share).to(value) ** power
         if first_only:

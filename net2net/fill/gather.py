@@ -53,8 +53,8 @@ def _dividing_axis(target: Tensor, origin: Origin, split: str) -> int | None:
 
 def _other_axis(origin: Origin, reading: int) -> int:
     """Return the axis that produces units beside one that reads them."""
-    beside = (each for each in (reading - 1, reading + 1) if each in origin.axes and not origin.axes[each].reads)
-    return next(beside, 1 - reading)
+    near = (reading - 1, reading + 1, *origin.axes)
+    return next((each for each in near if each in origin.axes and not origin.axes[each].reads), int(reading == 0))
 
 
 def gather(source: Tensor, target: Tensor, origin: Origin, generator: torch.Generator, split: str) -> Tensor:

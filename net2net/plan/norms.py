@@ -16,14 +16,21 @@ from .traces import Networks
 def norm_kinds(networks: Networks) -> dict[int, set[str]]:
     """Return for every unit what the norms that both networks have ask of its layer (see `mapping.EVEN`)."""
     kinds: dict[int, set[str]] = defaultdict(set)
+    relations = [pair for key, pair in networks.student_units.relations.items() if key.part in ("left", "right")]
+    owners = [dict(zip(*(networks.student_roots[side].tolist() for side in pair), strict=True)) for pair in relations]
     for norm in networks.student.norms:
         if norm.kind != NormKind.EXTREME and networks.teacher_norm(norm) is not None:
-            wanted = ZEROS if norm.kind == NormKind.RMS and norm.divisor == 1 else norm.kind if norm.padded else EVEN
+            wanted = norm.kind if norm.padded else EVEN
+            wanted = ZEROS if wanted == NormKind.RMS and norm.divisor == 1 else wanted
             for row in networks.student_roots[norm.units]:
                 roots = set(row.tolist())
                 if len(roots) > 1:  # one unit that fills a group, as a head may, is copied as it is
                     for root in roots:
                         kinds[root].add(wanted)
+                    for owned in (owner for owner in owners if roots <= owner.keys()):
+                        if len(varying := {owned[root] for root in roots}) > 1:  # such as what mixes positions makes
+                            for root in varying:
+                                kinds[root].add(EVEN)
     return kinds
 
 
@@ -119,9 +126,13 @@ def _refusal(unit_map: UnitMap, norm: Norm, width: int, teacher_width: int) -> T
         held = next((other for other in (norm, *reversed(on)) if not other.padded), norm)
         where = held.module or "the norm"
         why = f"{held.bent_by} stands before {where}"
-        if not held.bent_by:
+        if held.padded:
+            why = "another norm sees units that belong to these"
+        elif not held.bent_by:
             why = f"{where} takes several positions together, which have other means"
         needs += f", or if units that hold means are added: layers and sums can make those, but {why}"
+    elif norm.kind == NormKind.RMS and norm.bent_by:
+        needs += f", or if zeros are added: but {norm.bent_by} may make other numbers of them"
     if norm.kind not in (NormKind.EXTREME, NormKind.MEAN) or norm.divisor == width:
         needs += ". A multiple of the width serves, if all that the norm sees grows by it"
     what = norm.kind if norm.kind in (NormKind.MEAN, NormKind.EXTREME) else "norm"

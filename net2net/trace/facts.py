@@ -103,6 +103,7 @@ class Labels:
     gain: float = 1.0  # the product of the plain numbers that multiplied it since a layer produced it
     linear: bool = False  # whether it is a plain sum of layers' outputs: a unit of it can hold the mean of others
     bent_by: str = ""  # the first call since its layers that made something else of it than a sum, as text
+    lifted_by: str = ""  # the first call since its layers that may have made another number of zero, as text
     after_norm: str | None = None  # the norm directly in front: units that held its mean, or zero, are zero here
     first_norm: str | None = None  # the norm across units whose result it is, if only layers' outputs were added since
     passage: Passage = NOTHING  # the activations and gates since a layer produced it
@@ -124,7 +125,9 @@ class Labels:
         """Return the labels `units` of a result with the sources and norms of all `operands`, and further `norms`."""
         # `state` holds the other attributes. Those that are not given count as unknown.
         sources = frozenset().union(*(labels.sources for labels in operands))
-        state = {"normed_by": frozenset().union(*(labels.normed_by for labels in operands))} | state
+        lifted_by = next((labels.lifted_by for labels in operands if labels.lifted_by), "")
+        normed_by = frozenset().union(*(labels.normed_by for labels in operands))
+        state = {"normed_by": normed_by, "lifted_by": lifted_by} | state
         if any(labels.paths is not None for labels in operands):
             state = {"paths": frozenset().union(*(labels.ways for labels in operands))} | state
         return cls(units, sources, frozenset(norms).union(*(labels.norms_since for labels in operands)), **state)

@@ -27,6 +27,7 @@ class Parameters:
         self.inner: dict[str, tuple[Tensor, int]] = {}  # grouped tensor -> units of axis 1 in every group, groups
         self.chosen: dict[tuple[str, int], str] = {}  # (tensor, axis along which values choose entries) -> what chooses
         self.summed: dict[str, int] = {}  # tensor whose elements times units are summed -> in how many sums
+        self.masks: set[tuple[str, str]] = set()  # buffers, each with a weight of its axes that it multiplies
         self.used: set[str] = set()  # tensors that a call was given
         self.reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
 
@@ -124,10 +125,21 @@ class Parameters:
             self.units.unite(units, known)
         return known
 
+    def _wear(self, mask: str, weight: str) -> None:
+        """Let the axes of a mask carry the units of its weight's, except those along which it is one number."""
+        for dim, size in enumerate(self.tensors[mask].shape):
+            if size == self.tensors[weight].shape[dim]:
+                if weight in self.inner and dim == 1:
+                    self.inside(mask, self.inner[weight][1], self.inner[weight][0])
+                elif (units := self.axis_labels(weight, dim)) is not None:
+                    self.axis(mask, dim, units)
+
     def complete(self) -> None:
         """Let elements that the pass did not use have the units of those that it used."""
         # Such elements are positions beyond the example's length, or rows of other classes. If the used elements differ
         # along an axis that was used in part, they do not show the units of the others, and all units are pinned.
+        for mask, weight in sorted(self.masks):
+            self._wear(mask, weight)
         for (name, dim), why in self.chosen.items():
             if name not in self.axes and name not in self.values:
                 self.values[name] = self.units.fresh(1, Key(name), distinct=False).expand(self.tensors[name].numel())

@@ -127,10 +127,10 @@ def _norm(trace: Trace, call: Call, x: Tensor, by: Statistic) -> Statistic | Non
         return None
     once = all(len(torch.unique(row)) == len(row) for row in rows)
     kind = NormKind.LAYER if is_centred else NormKind.RMS
-    padded = kind == NormKind.RMS or (labels.linear and once)
+    padded = labels.linear and once if is_centred else not labels.lifted_by
     first = NO_NORM if labels.linear else labels.first_norm
     known = (by.eps, call.module, padded, str(key), first, by.eps_at, by.outside, by.divisor)
-    trace.norms[at[0]] = Norm(key, kind, rows, {}, *known, bent_by=labels.bent_by)
+    trace.norms[at[0]] = Norm(key, kind, rows, {}, *known, bent_by=labels.bent_by if is_centred else labels.lifted_by)
     trace.norms = [norm for norm in trace.norms if norm.key not in {mean, by.mean}]
     state = {"normed_by": labels.normed_by, "key": key}
     known = (labels.sources, labels.norms_since, {"across": True})

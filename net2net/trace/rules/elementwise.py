@@ -108,6 +108,7 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
         "range": result_range,
         "chain": chain,
         "statistic": statistic,
+        "lifted_by": _lifted_by(trace, call, units, operands),
     }
     if statistic is not None and statistic.step in (Step.VARIANCE, Step.DEVIATION):
         state["gain"] = 1.0  # the statistic holds the number
@@ -117,6 +118,35 @@ def join(trace: Trace, call: Call, operands: Sequence[Tensor]) -> None:
     if statistic is not None and statistic.step == Step.NORMED:
         scales = {str(state["after_norm"])}
     trace.label(out, Labels.of(units, *labels, norms=scales, **state))
+
+
+def _lifted_by(trace: Trace, call: Call, units: Tensor, operands: Sequence[Tensor]) -> str:
+    """Return the call that may make another number of a unit that is zero: an earlier one, or this one; else ""."""
+    shape = trace.units.drop_repeats(units).shape
+    known = [labels for x in operands if trace.is_activation(x) and (labels := trace.labels(x))]
+    earlier = next((labels.lifted_by for labels in known if labels.lifted_by), "")
+    low, high = {}, {}  # numbers that the operands may have where a unit is zero
+    for x in operands:
+        labels = trace.labels(x) if trace.is_activation(x) else None
+        padded = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
+        is_zero = any(a > 1 and b > 1 for a, b in zip(padded, shape, strict=True))  # it carries the unit
+        if is_zero and labels is not None:
+            is_zero = not labels.lifted_by
+        elif is_zero and not trace.follows(x):
+            is_zero = x.is_meta or not bool(x.any())
+        for values, number in ((low, -7.0), (high, 7.0)):
+            value = torch.full((1,), 0.0 if is_zero else number, dtype=torch.double)
+            values[id(x)] = value > 0 if x.dtype == torch.bool else value.to(x.dtype)
+    if not all(id(x) in low for x in call.tensors):  # an operand is a part of an argument
+        return earlier
+    try:
+        for values in (low, high):
+            args = [values.get(id(x), x) for x in call.args]
+            if bool(call.func(*args, **{key: values.get(id(x), x) for key, x in call.kwargs.items()}).any()):
+                return earlier or str(call)
+    except Exception:  # it takes no such numbers
+        return earlier
+    return ""
 
 
 def _weight_of_numbers(trace: Trace, call: Call, operands: Sequence[Tensor]) -> Tensor | None:
@@ -170,18 +200,15 @@ def _is_masked_weight(trace: Trace, call: Call, factors: Sequence[Tensor], count
     masks = [x for x in factors if trace.parameters.owner_of(x) in buffers]
     if call.plain != "mul" or count != 2 or len(weights) != 1 or len(masks) != 1 or weights[0].dim() < 2:
         return False
-    view = trace.parameters.view(weights[0])
-    weight, mask = (trace.parameters.weight(x) for x in (weights[0], masks[0]))
-    if (
-        view is None
-        or weight is None
-        or mask is None
-        or not weight.is_whole(weights[0].shape)
-        or not mask.is_whole(weights[0].shape)
-    ):
+    view, (weight, mask) = trace.parameters.view(weights[0]), map(trace.parameters.weight, (weights[0], masks[0]))
+    if view is None or weight is None or mask is None or call.results[0].shape != weights[0].shape:
         return False
-    for dim in range(2):  # the axes of units; the others are those of a kernel
-        trace.parameters.axis(mask.name, dim, trace.parameters.axis(weight.name, dim))
+    shapes = [trace.parameters.tensors[each.name].shape for each in (weight, mask)]
+    if shapes != [weights[0].shape, masks[0].shape] or len(shapes[0]) != len(shapes[1]):
+        return False
+    if not weight.is_whole(shapes[0]) or not mask.is_whole(shapes[1]):
+        return False
+    trace.parameters.masks.add((mask.name, weight.name))
     trace.parameters.remember_view(call.results[0], view)
     return True
 

@@ -98,6 +98,7 @@ def apply_layer(trace: Trace, call: Call, product: Product) -> None:
     if beside is not None:
         units = trace.units.combine(beside.expand(units.shape), units, call)
     state = {"linear": beside is None, "passage": Passage(carrier=name, rest=0.0), "range": ALL, "result_of": name}
+    state["lifted_by"] = "" if beside is None or product.bias is None else f"the bias of {name}"
     trace.label(call.out, Labels(units, frozenset({name}), **state))
 
 

@@ -229,7 +229,12 @@ def _write_rows(trace: Trace, call: Call) -> None:
             rows.append(units.reshape(units.shape[max(0, units.dim() - rest) :]).expand(x.shape))
     units = rows[0] if len(rows) == 1 else trace.units.combine(rows[0], rows[1], call)
     gain = known[0].gain if len({each.gain for each in known}) == 1 else 1.0
-    trace.label(x, Labels.of(units, *known, gain=gain))
+    result = Labels.of(units, *known, gain=gain)
+    everywhere = torch.zeros(x.shape[: len(axes)], dtype=torch.bool, device=x.device)
+    everywhere[index] = True  # what was there is not known
+    if (trace.labels(x) is None and bool(everywhere.all())) or (not isinstance(value, Tensor) and value != 0):
+        result = replace(result, lifted_by=result.lifted_by or str(call))
+    trace.label(x, result)
 
 
 @rule("pad")

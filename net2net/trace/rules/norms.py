@@ -84,10 +84,11 @@ def _record(trace: Trace, call: Call, labels: Labels, norm: Norm, once: bool) ->
     """Record a norm across units, and label its result; `once` says that each row holds each of its units once."""
     tensors, key = norm.tensors, norm.key
     name = next(iter(tensors.values())).rpartition(".")[0] if tensors else str(key)
-    padded = norm.kind == NormKind.RMS or (labels.linear and once)
+    is_rms = norm.kind == NormKind.RMS
+    padded = not labels.lifted_by if is_rms else labels.linear and once
     first = NO_NORM if labels.linear else labels.first_norm
     place = take_eps(trace, call, norm.eps)
-    known = {"first_norm": first, "eps_at": place, "bent_by": labels.bent_by}
+    known = {"first_norm": first, "eps_at": place, "bent_by": labels.lifted_by if is_rms else labels.bent_by}
     trace.norms.append(replace(norm, padded=padded, name=name, **known))
     known = (labels.sources, labels.norms_since, {"across": True})
     trace.norm_calls.append((name, labels.ways))

@@ -50,9 +50,11 @@ REWRITES |= dict.fromkeys(("conv1d", "conv2d", "conv3d"), _fold_axis)  # beside 
 
 
 @rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", rewrite=True)
-def distance(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def distance(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **kwargs: Any) -> object:
     """Take the mean or the sum of a function of differences, or all its values."""
-    reduction = kwargs.get("reduction", next((x for x in args if x in ("mean", "sum", "none")), "mean"))
+    if any(isinstance(x, (bool, Tensor)) for x in (*args, *kwargs.values())):  # `reduce`, or a weight
+        return NotImplemented
+    reduction = next((x for x in args if isinstance(x, str)), reduction)
     lengths = (input - target).square()
     return lengths if reduction == "none" else getattr(lengths, reduction)()
 
