@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from . import sweep, wandb_log
+from . import sweep
 from .config import CONFIGS, Config, ExperimentError, check, flatten, nearest, shorten
 from .signals import Interrupted
 from .words import check_words, complete, list_choices, quote_values
@@ -69,6 +69,7 @@ class JobFailed(Exception):
 def main(arguments: list[str]) -> int:
     """Run the command line and return its exit status: 0, 1 for an error, 2 for a wrong command, 128 + a signal."""
     _reported.clear()
+    sweep.forget()
     try:
         check_words(arguments)
     except ExperimentError as error:
@@ -82,7 +83,9 @@ def main(arguments: list[str]) -> int:
         is_slurm = check_launcher(arguments) == "slurm"
         with sweep.announce_jobs() if is_slurm else nullcontext():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(run_job)()
+        _print_sweep()
     except JobFailed as failed:
+        _print_sweep()
         if failed.elsewhere:
             for sentence in (failed.sentence, *sweep.read_failures()):
                 report(sentence)
@@ -231,10 +234,7 @@ def run(configs: list[Config], sweeping: bool, log: IO[str] | None = None) -> No
     for config in configs:
         try:
             with sweep.note_failure(config, explain, new=sweeping):
-                figure = run_experiment(config, console, skip_busy=sweeping)
-                if figure is not None:
-                    console.print(f"figure    {figure}", highlight=False, soft_wrap=True)
-                console.print(f"log       {wandb_log.describe(config)}", highlight=False, soft_wrap=True)
+                run_experiment(config, console, in_sweep=sweeping)
         except ExperimentError as error:
             if config.case is None:
                 raise
@@ -242,6 +242,18 @@ def run(configs: list[Config], sweeping: bool, log: IO[str] | None = None) -> No
             console.print(failed[-1], highlight=False, soft_wrap=True, markup=False)  # the others may take hours
     if failed:
         raise ExperimentError("\n".join(failed))
+
+
+def _print_sweep() -> None:
+    """Print the results of each experiment of this command's sweep, as far as its arms are finished."""
+    if not sweep.places:
+        return
+    curves, pages = (importlib.import_module(f"experiments.analysis.{name}") for name in ("curves", "pages"))
+    for runs, experiment in sweep.places:
+        for name, folder in curves.find_experiments(runs).items():
+            if name == experiment or name.startswith(f"{experiment}/"):
+                with suppress(ExperimentError):  # no arm is finished
+                    pages.print_results(folder, Console())
 
 
 def rank() -> int:
@@ -281,6 +293,8 @@ def explain(error: Exception) -> str:
         choices = list_choices(group)
         more = " Those of torchvision are written data=torchvision data.name=NAME." if group == "data" else ""
         return f"There is no {group} {name!r}{nearest(name, choices)}. There are {', '.join(choices)}.{more}"
+    if wrong := re.search(r"merging override (.+) Value '.*' of type .* converted to (Integer|Float)", text):
+        return f"{wrong[1]}: it has to be a {'whole ' * (wrong[2] == 'Integer')}number."
     unknown = re.search(r"(?:override|Key|find) '([^']+)'", text)
     if unknown and _is_free(unknown[1]):
         hint = nearest(unknown[1].rpartition(".")[2], _list_siblings(error))

@@ -195,9 +195,9 @@ def check(config: Config) -> None:
             whole = 10**9 if key.endswith(("warmup", "evaluate", "decay")) else None
             length = 1 if duration is None else steps(duration, 10**9, whole)
             if length < (not key.endswith("warmup")):
-                raise ExperimentError("It has to be at least one step.")
+                raise ExperimentError("it has to be at least one step.")
             if str(duration).endswith("%") and length > 10**9:
-                raise ExperimentError("A share of the training is at most 100%.")
+                raise ExperimentError("a share of the training is at most 100%.")
         except ExperimentError as error:
             raise ExperimentError(f"{key} is {duration}: {error}") from error
 

@@ -75,7 +75,7 @@ def estimate(
 def _measure(run: Run, network: nn.Module, folder: Path) -> Speed:
     """Train a copy of a network at a rate of zero, and evaluate it on few images; return its speed with all of them."""
     job = run.job(TEACHER, None, 0.0, folder)
-    few = replace(run.splits.thin(job.evaluation_batch * run.ranks.count), train=run.splits.train)
+    few = replace(run.splits.thin(0, job.evaluation_batch * run.ranks.count), train=run.splits.train)
     job = replace(
         job,
         name="a trial of the speed",

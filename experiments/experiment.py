@@ -41,16 +41,17 @@ from .stage import (
     teacher_optimizer_state,
 )
 
+LEAST_TESTED = 100  # holdout and test images of a trial, which otherwise has a fifth of its training images
 Stages = dict[str, tuple[str, str | None]]  # name of each stage -> its arm and its student
 Networks = dict[str | None, nn.Module]  # the teacher (None) and the students
 
 
 @explain_lack_of_memory()
-def run_experiment(config: Config, console: Console, skip_busy: bool = False) -> Path | None:
-    """Run what is missing of one seed of an experiment, print its table, and return the figure's path.
+def run_experiment(config: Config, console: Console, in_sweep: bool = False) -> Path | None:
+    """Run what is missing of one seed of an experiment, print its results, and return the figure's path.
 
-    A teacher that another process trains is waited for. An arm that another process trains is left out with
-    `skip_busy`, and else refused with BusyError. Returns None if no arm is complete.
+    A teacher that another process trains is waited for. An arm that another process trains is refused with BusyError.
+    `in_sweep` such an arm is left out, and the sweep prints the results at its end. Returns None if no arm is complete.
     """
     run = prepare(config, console)
     networks, growth = run.ranks.on_all(partial(_make_networks, run))
@@ -72,11 +73,13 @@ def run_experiment(config: Config, console: Console, skip_busy: bool = False) ->
             diverged.append(f"{name}: {error}" if len(config.arms) > 1 else str(error))
             _say(run, f"{name:<22} {error}")
         except files.BusyError as error:
-            if not skip_busy:
+            if not in_sweep:
                 raise
             _say(run, f"{name:<22} skipped: {error}")
-    may_be_empty = skip_busy or bool(diverged)
-    figure = run.ranks.on_first(lambda: _show_results(run, stages, may_be_empty, mirrored=bool(missing)))
+    may_be_empty = in_sweep or bool(diverged)
+    figure = run.ranks.on_first(lambda: _draw_results(run, stages, may_be_empty, mirrored=bool(missing)))
+    if figure is not None and run.ranks.rank == 0 and not in_sweep:
+        importlib.import_module("experiments.analysis.pages").print_results(run.experiment, console)
     if diverged:
         raise DivergedError("\n".join(diverged))
     return figure
@@ -97,7 +100,7 @@ def prepare(config: Config, console: Console) -> Run:
             make_optimizer(start.make_network(config, student, classes=10, channels=3), config.schedule)
     splits = ranks.first_then_others(lambda: load(config.data))
     if config.limit is not None:
-        splits = splits.thin(config.limit)
+        splits = splits.thin(config.limit, max(LEAST_TESTED, config.limit // 5))
     return Run(config, splits.to(device), device, console, ranks)
 
 
@@ -105,8 +108,8 @@ def _say(run: Run, text: str) -> None:
     run.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _show_results(run: Run, stages: Stages, may_be_empty: bool, mirrored: bool) -> Path | None:
-    """Print the table, and return the figure's path; with `may_be_empty`, return None if no arm is complete.
+def _draw_results(run: Run, stages: Stages, may_be_empty: bool, mirrored: bool) -> Path | None:
+    """Draw the figure and return its path; with `may_be_empty`, return None if no arm is complete.
 
     What was `mirrored` to W&B gets a report there.
     """
@@ -115,9 +118,7 @@ def _show_results(run: Run, stages: Stages, may_be_empty: bool, mirrored: bool) 
         if may_be_empty and not any(is_complete(run.folder / name, run.settings(*stages[name])) for name in names):
             return None
         # They load pandas and matplotlib, which takes seconds that no training has to wait for.
-        modules = ("pages", "figures", "curves")
-        pages, figures, curves = (importlib.import_module(f"experiments.analysis.{name}") for name in modules)
-        run.console.print(pages.make_terminal_table(run.experiment))
+        figures, curves = (importlib.import_module(f"experiments.analysis.{name}") for name in ("figures", "curves"))
         figure = figures.draw_runs(run.experiment)
         if mirrored:
             results = curves.load(run.experiment)
@@ -234,3 +235,4 @@ def _announce(run: Run, networks: Networks, growth: float, stages: Stages, missi
         except ExperimentError:  # the stages say what is wrong, and one may find it right
             time_needed = "a trial of the speed failed, so it may take any time"
         _say(run, f"to do     {', '.join(missing)}: {time_needed}")
+    _say(run, f"log       {wandb_log.describe(config)}")

@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ExperimentError(f"The device {name!r} is unknown: use auto, cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ExperimentError("device=cuda was asked for, but torch finds no GPU: use device=cpu scale=cpu.")
+        raise ExperimentError("device=cuda was asked for, but torch finds no GPU: use device=cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ExperimentError(f"There is no device {name}: this machine has {torch.cuda.device_count()} GPUs, from 0.")
     return device
@@ -145,5 +145,5 @@ def explain_lack_of_memory() -> Iterator[None]:
         raise ExperimentError(
             f"The memory is not enough ({first}). The last checkpoint is kept: free some memory or take a larger "
             "machine, and the same command continues. To need less, use fewer data.workers, or a smaller "
-            "schedule.batch_size or growth.calibrate; these two make another run, which needs another runs=FOLDER."
+            "schedule.batch_size or growth.calibrate; these two make another run, which needs a tag=NAME."
         ) from error

@@ -32,6 +32,7 @@ RESERVED = ("experiment", "case", "cases", "seed", "runs")  # say which run it i
 PLAN = "sweep.json"  # in an experiment's folder: for each seed, the arms that sweeps were asked for, and who runs them
 FAILURE = "failure.txt"  # in an arm's folder: why the last job that was to run it has failed
 planned: list[Path] = []  # the arms' folders of this process's sweep
+places: list[tuple[Path, str]] = []  # where the experiments of this process's sweep are: the runs' folder, and the name
 _gpu_locks: list[FileLock] = []  # the lock on this process's GPU, held until the process ends
 
 
@@ -42,10 +43,12 @@ def resolve_cases(composed: DictConfig, overrides: Iterable[str]) -> list[DictCo
     """
     cases = OmegaConf.to_container(composed.cases)
     assert isinstance(cases, dict)
+    if composed.case is not None and not cases:
+        raise ExperimentError(f"{composed.experiment} has no cases: leave case= out.")
     if composed.case is not None and composed.case not in cases:
         raise ExperimentError(
             f"{composed.experiment} has no case {composed.case!r}{nearest(composed.case, map(str, cases))}. "
-            f"There are: {', '.join(map(str, cases)) or 'none'}."
+            f"There are: {', '.join(map(str, cases))}."
         )
     named = {word.lstrip("+").partition("=")[0] for word in overrides} - set(GROUPS)
     chosen = {str(name): cases[name] for name in cases if composed.case in (None, name)}
@@ -81,8 +84,11 @@ class Plan(Callback):
             for override in OverridesParser.create().parse_overrides(overrides)
             if override.is_sweep_override()
         }
-        planned.clear()
+        forget()
         if "experiment" in swept:
+            for name in swept["experiment"]:
+                named = OmegaConf.merge(config, {"experiment": name})
+                places.append((Path(runs_of(named)), place_of(named)))
             return
         with suppress(ExperimentError, OSError):  # the jobs will report it
             for case in resolve_cases(config, overrides):
@@ -90,12 +96,19 @@ class Plan(Callback):
                     add_to_plan(case, swept)
 
 
+def forget() -> None:
+    """Forget the sweep of the last command."""
+    planned.clear()
+    places.clear()
+
+
 def add_to_plan(config: DictConfig, swept: Mapping[str, list[str]]) -> None:
     """Add the seeds and arms of a sweep to its experiment's plan; `swept` has the values of each varied setting."""
     own = [config.arms] if isinstance(config.arms, str) else list(config.arms)
     lists = [arms.strip("[]").replace(" ", "").split(",") for arms in swept.get("arms", ())] or [own]
     folders = [folder for arms in lists for folder in arm_folders(config.students, arms)]
-    experiment = Path(runs_of(config), place_of(config))
+    places.append((Path(runs_of(config)), place_of(config)))
+    experiment = Path(*places[-1])
     with files.hold(experiment, lambda owner: None):  # another sweep may add to it at the same moment
         plan = read_plan(experiment)
         for seed in swept.get("seed", [str(config.seed)]):
@@ -128,7 +141,7 @@ def announce_jobs() -> Iterator[None]:
             _hand_over(f"Slurm job {number}")
             print(f"submitted Slurm job {number}: {', '.join(job.job_id for job in jobs)}")
             folder = Path(self.folder).parent  # without the job's number
-            print(f"look      python scripts/status.py {folder.parents[1]}   or   squeue -j {number}")
+            print(f"look      python scripts/status.py {places[0][0].absolute()}   or   squeue -j {number}")
             print(f"logs      {folder}/{number}*/*_log.out")
             print(f"stop      scancel {number}   (it goes on without this command)", flush=True)
             return jobs

@@ -28,8 +28,8 @@ class Equivalence:
 
     def __str__(self) -> str:
         return (
-            f"max |difference| {self.max_abs:.2e}, relative {self.max_relative:.2e}, "
-            f"same top-1 on {self.agree} of {self.examples} ({self.mode} mode)"
+            f"max_abs {self.max_abs:.2e}, max_relative {self.max_relative:.2e}, "
+            f"agree {self.agree} of {self.examples} (top-1, {self.mode} mode)"
         )
 
 

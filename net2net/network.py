@@ -23,9 +23,11 @@ QUANTISED_MODULES = ("torch.ao.nn", "torch.nn.quantized")
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network inside DistributedDataParallel, torch.compile and the like; refuse what cannot be filled."""
     if not isinstance(model, nn.Module):
-        what = "state dict, which has no forward pass" if isinstance(model, dict) else type(model).__name__
+        what = (
+            "a state dict, which has no forward pass" if isinstance(model, dict) else f"of type {type(model).__name__}"
+        )
         advice = "build the network, load its weights (load_state_dict), and pass the network"
-        raise TransferError(f"A network (a torch.nn.Module) is needed, and this is a {what}: {advice}.")
+        raise TransferError(f"A network (a torch.nn.Module) is needed, and this is {what}: {advice}.")
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module

@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the tables and the failures; return 1 if there are no runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="folder of the runs (runs)")
-    runs: Path = parser.parse_args(arguments).runs
+    runs = Path(str(parser.parse_args(arguments).runs).removeprefix("runs="))  # as train.py has it
     console = Console(highlight=False)
     # The folders of experiments and their cases that have begun or are planned.
     places = {path.parent for folder in ("*/", "*/*/") for name in ("seed*", PLAN) for path in runs.glob(folder + name)}

@@ -84,7 +84,7 @@ def test_every_cell_of_a_notebook_runs_and_prints_what_is_shown(name, monkeypatc
 
 
 def test_what_is_not_printed_is_not_accepted():
-    line = "12 units; max |difference| 2.00e-07\n"
+    line = "12 units; max_abs 2.00e-07\n"
     assert same(line, line) and same(line, line.replace("2.00", "1.23")) and same("12...\n", line)
     assert not same(line, line.replace("12", "13"))
     assert not same(line, line.replace("e-07", "e-05"))

@@ -28,7 +28,7 @@ def test_the_largest_difference_is_reported_and_nothing_cancels() -> None:
     measured = equivalence(fixed(theirs), fixed(mine), INPUT)
     assert (theirs - mine).sum() == 0
     assert measured == Equivalence(max_abs=1.0, max_relative=0.25, agree=1, examples=2, mode="eval")
-    assert str(measured) == "max |difference| 1.00e+00, relative 2.50e-01, same top-1 on 1 of 2 (eval mode)"
+    assert str(measured) == "max_abs 1.00e+00, max_relative 2.50e-01, agree 1 of 2 (top-1, eval mode)"
 
 
 def test_each_position_of_a_sequence_counts() -> None:

@@ -62,7 +62,7 @@ def test_a_pair(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["grow", "resnet18", "resnet34", "--size", "32"]) == 0
     shown = capsys.readouterr()
     first, second = shown.out.splitlines()
-    assert "tensors from the teacher" in first and second.startswith("on other images: max |difference|")
+    assert "tensors from the teacher" in first and second.startswith("on other images: max_abs")
     for line in (first, second):
         assert float(line.split("relative ")[1].split(",")[0]) < 1e-10
     assert not shown.err and torch.get_default_dtype() == torch.float32

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from pandas import Series
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from ..config import flatten, ordered
@@ -19,7 +20,7 @@ from .claims import Finding, Noted, tabulate_budgets
 from .curves import COSTS, PER_RUN, Results, cost_unit, list_distinct, own_manifests
 from .figures import PAPER
 from .statistics import CLAIM_SEEDS, HEADLINE_SEEDS
-from .titles import describe
+from .titles import describe, describe_race
 
 COMMAND = "python scripts/figures.py"
 LADDER = ("ladder_wider", "10ep")  # the experiment and the budget that README.md shows
@@ -86,7 +87,7 @@ def make_terminal_table(experiment_dir: Path) -> Table:
     groups = results.runs["manifest"].groupby(level="arm")
     differences = dict.fromkeys(text for _, manifests in groups for text in curves.describe_differences(manifests))
     if differences:
-        notes += [f"The means are over runs that differ in {', '.join(differences)}: give each its own runs=FOLDER."]
+        notes += [f"The means are over runs that differ in {', '.join(differences)}: give each its own tag=NAME."]
     title, caption = f"{results.title}, test accuracy (%)", "\n".join(notes)
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", no_wrap=True)
@@ -95,6 +96,14 @@ def make_terminal_table(experiment_dir: Path) -> Table:
     for arm, n, start, final, _, steps, own, total, _ in lines:
         table.add_row(arm, n, start.partition(" ")[0], final, steps.replace(" (", "\n("), own, total)
     return table
+
+
+def print_results(experiment_dir: Path, console: Console) -> None:
+    """Print the table of the finished arms under `runs/<experiment>`, where their figure is, and what they show."""
+    console.print(make_terminal_table(experiment_dir))
+    console.print(f"figure    {experiment_dir / 'figure.png'}", highlight=False, soft_wrap=True)
+    verdict = describe_race(curves.load(experiment_dir), starts=True)
+    console.print(f"verdict   {verdict}", highlight=False, soft_wrap=True)
 
 
 def tabulate_costs(results: Results) -> Cells | None:

@@ -24,10 +24,13 @@ def describe(results: Results) -> str:
     return describe_search(results) if is_search(results) else describe_cases(results)
 
 
-def describe_race(results: Results, names: Mapping[str, str] | None = None, leads: bool = False) -> str:
+def describe_race(
+    results: Results, names: Mapping[str, str] | None = None, leads: bool = False, starts: bool = False
+) -> str:
     """Return where each grown network ends beside its rival: random_init, else the teacher trained on, or the teacher.
 
-    `names` are those of the arms, if they have others. With `leads` it also says who is ahead on average over training.
+    `names` are those of the arms, if they have others. With `leads` it also says who is ahead on average over training,
+    and with `starts` where the grown network starts beside its teacher's end.
     Without such a pair it says who ends highest.
     """
     parts: list[str] = []
@@ -37,10 +40,12 @@ def describe_race(results: Results, names: Mapping[str, str] | None = None, lead
         rivals = f"{student}_random_init" if student else "random_init", "teacher_continued", TEACHER
         rival = next((one for one in rivals if one in results.arms), "")
         ends, average = (_compare(results, arm, rival, column) for column in ("final", "average"))
+        start = _compare(results, arm, TEACHER, "start", "final") if starts else None
         if ends:
             name, other = ((names or {}).get(one, one) for one in (arm, rival))
             ahead = f"is on average {_place(average)} {other} and " if average and leads else ""
-            parts.append(f"{name} {ahead}ends {_place(ends)} {'it' if ahead else other}")
+            ahead = ahead or (f"starts {_place(start)} its teacher's end and " if start else "")
+            parts.append(f"{name} {ahead}ends {_place(ends)} {'it' if leads and ahead else other}")
             counts.add(ends.n)
     if parts:
         return f"{'; '.join(parts)} ({_count(counts)})"
@@ -126,11 +131,15 @@ def _tabulate_ends(runs: DataFrame, level: str) -> DataFrame:
     return (100 * runs["final"]).groupby(level=["seed", level], sort=False).last().unstack(level).dropna()
 
 
-def _compare(results: Results, arm: str, rival: str, column: str) -> Estimate | None:
-    """Return how many points an arm has more than its rival, paired by seed; None without a common seed."""
+def _compare(results: Results, arm: str, rival: str, column: str, theirs: str | None = None) -> Estimate | None:
+    """Return how many points an arm has more than its rival, paired by seed; None without a common seed.
+
+    `column` is compared with the rival's own, or with the column `theirs`.
+    """
     arms = results.runs.index.get_level_values("arm")
-    mine, theirs = (results.runs[column][arms == one].droplevel("arm") for one in (arm, rival))
-    found = 100 * (mine - theirs).dropna()
+    pairs = ((arm, column), (rival, theirs or column))
+    mine, others = (results.runs[name][arms == one].droplevel("arm") for one, name in pairs)
+    found = 100 * (mine - others).dropna()
     return statistics.estimate(list(found)) if len(found) else None
 
 

@@ -42,14 +42,13 @@ class Splits:
         """Return the same splits, giving batches on `device`."""
         return replace(self, train=self.train.to(device), holdout=self.holdout.to(device), test=self.test.to(device))
 
-    def thin(self, count: int) -> "Splits":
-        """Return at most `count` images of each split, evenly spaced, so that every class is among them."""
-        parts = {name: getattr(self, name) for name in ("train", "holdout", "test")}
-        chosen = {
-            name: part.take(torch.linspace(0, len(part) - 1, min(count, len(part))).round().long())
-            for name, part in parts.items()
-        }
-        return replace(self, **chosen, description=f"{self.description}, at most {count} of each")
+    def thin(self, train: int, others: int) -> "Splits":
+        """Return at most so many training images, and of each other split, evenly spaced: every class is among them."""
+        chosen = {}
+        for name, count in {"train": train, "holdout": others, "test": others}.items():
+            part = getattr(self, name)
+            chosen[name] = part.take(torch.linspace(0, len(part) - 1, min(count, len(part))).round().long())
+        return replace(self, **chosen, description=f"{self.description}, at most {train} / {others} of them")
 
     def fingerprint(self) -> str:
         """Return a hash of the images and labels; for pictures on disk, of the files' names and labels."""

@@ -56,9 +56,10 @@ def build(spec: Mapping[str, Any], classes: int, channels: int) -> nn.Module:
     accepted = inspect.signature(constructor).parameters
     unknown = [key for key in arguments if key not in accepted]
     if unknown and all(p.kind is not p.VAR_KEYWORD for p in accepted.values()):
+        meant = nearest(unknown[0], accepted)
+        leave_out = "" if meant else f" If the experiment's model has it, ~model.{unknown[0]} leaves it out."
         raise ExperimentError(
-            f"The network {name} has no argument {unknown[0]!r}{nearest(unknown[0], accepted)}. "
-            f"It takes {', '.join(accepted)}."
+            f"The network {name} has no argument {unknown[0]!r}{meant}. It takes {', '.join(accepted)}.{leave_out}"
         )
     try:
         return constructor(**arguments)

@@ -90,7 +90,7 @@ def test_a_mean_over_runs_of_different_settings_says_so(runs):
     record = json.loads(path.read_text())
     record["config"]["schedule"]["epochs"] = "99ep"
     path.write_text(json.dumps(record))
-    said = "The means are over runs that differ in `schedule.epochs` (4ep, 99ep): give each its own runs=FOLDER."
+    said = "The means are over runs that differ in `schedule.epochs` (4ep, 99ep): give each its own tag=NAME."
     assert said in str(pages.make_terminal_table(runs / "wider").caption)
 
 

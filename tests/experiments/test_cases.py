@@ -54,6 +54,8 @@ def test_what_the_command_line_names_no_case_changes():
 def test_a_wrong_case_is_answered_in_a_sentence(case, said):
     with pytest.raises(ExperimentError, match=said):
         cases("experiment=quickstart", SHORT, case)
+    with pytest.raises(ExperimentError, match="quickstart has no cases: leave case= out"):
+        cases("experiment=quickstart", "case=short")
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ TYPOS = [  # what is typed, what is answered
     ("data=SVHN", "Those of torchvision are written data=torchvision data.name=NAME."),
     ("data.name=digit", "(did you mean 'digits'?)"),
     ("schedule.epochs=0.001ep", "schedule.epochs is 0.001ep, less than a step: an epoch has 40 steps."),
-    ("seed=x", "Value 'x' of type 'str' could not be converted to Integer"),
+    ("seed=x", "seed=x: it has to be a whole number."),
+    ("schedule.lr=fast", "schedule.lr=fast: it has to be a number."),
     ("foo[", "foo["),
 ]
 
@@ -195,7 +196,8 @@ def test_a_run_says_what_it_does_and_leaves_one_folder(train_py, tmp_path, capsy
     out, err = capsys.readouterr()
     assert err == ""
     assert "to do     random_init: about" in out
-    assert "figure    runs/quickstart/figure.png" in out
+    assert out.splitlines()[-2] == "figure    runs/quickstart/figure.png"
+    assert out.splitlines()[-1].startswith("verdict   random_init ends at ")
     assert "not mirrored to W&B" in out
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert [path.name for path in (tmp_path / "runs/quickstart/seed0").iterdir()] == ["random_init"]  # needs no teacher

@@ -20,12 +20,12 @@ def test_a_trial_has_two_evaluations_and_a_folder_of_its_own(train_py):
 
 
 def test_every_class_is_in_a_thin_split(tmp_path):
-    splits = data.load(Data(name="digits", size=8, pad=1, flip=False, cache=str(tmp_path))).thin(100)
-    assert [len(part) for part in (splits.train, splits.holdout, splits.test)] == [100, 100, 100]
+    splits = data.load(Data(name="digits", size=8, pad=1, flip=False, cache=str(tmp_path))).thin(200, 100)
+    assert [len(part) for part in (splits.train, splits.holdout, splits.test)] == [200, 100, 100]
     assert len(splits.train.labels.unique()) == 10
-    assert "at most 100 of each" in splits.description
-    images, labels = next(splits.train.batches(100, 0, 0, augment=False))
-    assert len(images) == 100 and torch.equal(labels.sort().values, splits.train.labels.sort().values)
+    assert "at most 200 / 100 of them" in splits.description
+    images, labels = next(splits.train.batches(200, 0, 0, augment=False))
+    assert len(images) == 200 and torch.equal(labels.sort().values, splits.train.labels.sort().values)
 
 
 def test_too_few_images_are_refused(train_py, capsys):

@@ -143,7 +143,7 @@ def test_a_warm_up_and_the_time_between_evaluations_may_be_shares_of_the_trainin
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("schedule.warmup=150%", r"schedule\.warmup is 150%: A share of the training is at most 100%\."),
+        ("schedule.warmup=150%", r"schedule\.warmup is 150%: a share of the training is at most 100%\."),
         ("schedule.bias_rate=inf", r"schedule\.bias_rate is inf: it has to be finite\."),
     ],
 )

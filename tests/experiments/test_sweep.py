@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,8 @@ def test_the_local_launcher_makes_the_same_curves_and_a_failing_job_stops_no_oth
         ends[launcher] = subprocess.run([sys.executable, *words], **places, capture_output=True, text=True)
     for launcher, end in ends.items():
         assert end.returncode == 1
+        assert end.stdout.count("test accuracy (%)") == end.stdout.count("\nfigure    ") == 1
+        assert end.stdout.splitlines()[-1].startswith("verdict   net2net starts level with its teacher's end and ends ")
         said = [line for line in end.stderr.splitlines() if line.startswith("Error: ")]
         assert len(said) == 2, end.stderr
         for arm in ("random_pad", "random_init_low_lr"):
@@ -142,6 +145,7 @@ def test_jobs_of_slurm_say_their_numbers_and_where_to_look_before_they_are_waite
 
     monkeypatch.setattr("submitit.AutoExecutor", Executor)
     monkeypatch.setattr(sweep, "planned", [])
+    monkeypatch.setattr(sweep, "places", [])
     sweep.add_to_plan(OmegaConf.structured(composed(*TINY, f"runs={tmp_path}/runs")), {"seed": ["0", "1"]})
     with pytest.raises(Interrupted, match="Slurm job 41 goes on; scancel 41 ends it"), sweep.announce_jobs():
         submitit.AutoExecutor().map_array(print, [0, 1])
@@ -167,6 +171,13 @@ def test_an_arm_that_another_run_writes_is_refused_and_in_a_sweep_left_out(train
         assert "random_init            skipped: runs/quickstart/seed0/random_init is being written by" in out
         assert err == "" and "figure    " not in out
         assert [path.name for path in folder.iterdir()] == [files.LOCK]  # no note, and nothing else
+
+
+def test_a_sweep_over_experiments_knows_where_their_results_will_be(tmp_path):
+    task = {"hydra": {"overrides": {"task": ["experiment=one,two", "seed=0,1"]}}}
+    config = OmegaConf.merge(OmegaConf.create(asdict(composed(*TINY, f"runs={tmp_path}", "tag=new"))), task)
+    sweep.Plan().on_multirun_start(config)
+    assert sweep.places == [(tmp_path, "one-new"), (tmp_path, "two-new")] and not sweep.planned
 
 
 def test_a_plan_names_the_cases_and_the_students(train_py, failing, tmp_path):
