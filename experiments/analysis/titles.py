@@ -45,7 +45,9 @@ def describe_race(
             name, other = ((names or {}).get(one, one) for one in (arm, rival))
             ahead = f"is on average {_place(average)} {other} and " if average and leads else ""
             ahead = ahead or (f"starts {_place(start)} its teacher's end and " if start else "")
-            parts.append(f"{name} {ahead}ends {_place(ends)} {'it' if leads and ahead else other}")
+            parts.append(
+                f"{name} {ahead}ends {_place(ends)} {'it' if ahead and (leads or rival == TEACHER) else other}"
+            )
             counts.add(ends.n)
     if parts:
         return f"{'; '.join(parts)} ({_count(counts)})"

@@ -57,6 +57,9 @@ def test_a_verdict_says_where_the_grown_network_starts():
     arms = {"teacher": [[0.1, 0.5]] * 2, "net2net": [[0.5, 0.7]] * 2, "random_init": [[0.1, 0.7]] * 2}
     said = titles.describe_race(tables(make_runs({"e": arms})), starts=True)
     assert plain(said) == "net2net starts level with its teacher's end and ends level with random_init (n = 2)"
+    del arms["random_init"]
+    said = titles.describe_race(tables(make_runs({"e": arms})), starts=True)
+    assert plain(said) == "net2net starts level with its teacher's end and ends 20.0 points above it (n = 2)"
 
 
 def test_who_is_ahead_over_training_under_the_papers_names():
