@@ -24,8 +24,8 @@ COSTS = ["step", "examples", "flops", "seconds"]  # columns of a curve that say 
 PER_RUN = {
     *("seed", "arms", "claim", "device", "threads", "logger", "runs", "checkpoint_seconds"),
     *("data.root", "data.cache", "data.workers", "data.download"),
-    # The scale sets these. They also stand in `model` and `schedule` of the network that is trained.
-    *("inception.slim", "inception.stem", "inception.epochs", "speedrun.slim"),
+    # The scale sets these. They also stand in `model`, `data` and `schedule` of the network that is trained.
+    *("inception.slim", "inception.stem", "inception.epochs", "inception.photographs", "speedrun.slim"),
 }
 Rows = list[dict[str, float]]
 Run = tuple[str, int, dict[str, Any], Rows]  # arm, seed, manifest, rows of the curve

@@ -8,7 +8,8 @@ import torch
 from conftest import cases, composed
 
 from experiments import command, flops, start
-from experiments.config import check, steps
+from experiments.analysis.curves import PER_RUN
+from experiments.config import check, flatten, steps
 from experiments.models import build
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,12 @@ def test_an_experiment_with_a_scale_of_its_own_is_the_same_on_every_machine(monk
         for config in found[-1]:
             config.inception, config.speedrun = {}, {}  # what a scale makes of networks that these do not ask for
     assert all(one == found[0] for one in found)
+
+
+def test_sizes_that_a_scale_gives_to_others_are_no_settings_of_a_run():
+    config = composed("experiment=wider_inception", "scale=cpu")
+    sizes = flatten({"inception": config.inception, "speedrun": config.speedrun})
+    assert sizes and sizes.keys() <= PER_RUN
 
 
 def test_the_scale_follows_the_machine_unless_it_is_named(monkeypatch):
