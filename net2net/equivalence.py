@@ -67,7 +67,10 @@ def compare(theirs: object, mine: object, mode: str = "eval") -> Equivalence:
     pairs = list(zip(tensors_in(theirs), tensors_in(mine), strict=False))
     if len(tensors_in(theirs)) != len(tensors_in(mine)) or any(a.shape != b.shape for a, b in pairs):
         shapes = [[tuple(t.shape) for t in tensors_in(out)] for out in (theirs, mine)]
-        raise TransferError(f"The outputs differ in shape: the teacher's are {shapes[0]}, the student's {shapes[1]}.")
+        raise TransferError(
+            f"The outputs differ in shape: the teacher's are {shapes[0]}, the student's {shapes[1]}. Let the last "
+            "layers keep their widths, or name with `outputs` what counts."
+        )
     pairs = [[x.to(torch.complex128 if x.is_complex() else torch.double) for x in pair] for pair in pairs]
     differences = [(a - b).abs().max().item() for a, b in pairs]
     sizes = [a.abs().max().item() for a, _ in pairs]
