@@ -111,6 +111,10 @@ def make_room(model: nn.Module, traced: Trace, count: Tensor, trial: bool = Fals
             _set_parametrised(*stand_ins[name], value, name)
         else:
             held[name].data = value  # tied weights stay tied
+    for name, tensor in held.items():
+        if not tensor.numel():  # it shows no units
+            sizes = _find_sizes(copied, traced, count)[name.rpartition(".")[0]]
+            tensor.data = tensor.new_empty([_follow(size, sizes) for size in tensor.shape])
     _check_unreached(copied, traced, count)
     set_sizes(copied, model)
     return copied

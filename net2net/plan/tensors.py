@@ -114,6 +114,8 @@ def shared_origin(plan: Plan, name: str) -> Origin:
     mine, other = student.tensors[name], teacher.tensors[theirs]
     if mine.dim() != other.dim():
         raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
+    if not mine.numel() + other.numel():
+        return Origin(How.FRESH)
     if (name in student.values) != (theirs in teacher.values):
         raise used_differently(name)
     factor, rotations = _factor(plan, name, theirs), plan.rotations.get(name, ())

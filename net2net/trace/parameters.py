@@ -140,27 +140,40 @@ class Parameters:
         # along an axis that was used in part, they do not show the units of the others, and all units are pinned.
         for mask, weight in sorted(self.masks):
             self._wear(mask, weight)
+        apart = torch.bincount(self.units.roots(), minlength=1) == 1  # roots of units that met nothing
+        for name, reached in self.reached.items():
+            if len(self.values[name]) != len(reached):
+                continue
+            # A pass may take a whole table and use a part of it.
+            met = reached & ~apart[self.units.find(self.values[name])]
+            if not self._complete(name, met) and not reached.all() and not self._complete(name, reached):
+                why = f"the example uses only {int(reached.sum())} of the {len(reached)} elements of {name}"
+                self.units.pin(self.values[name], why)
         for (name, dim), why in self.chosen.items():
             if name not in self.axes and name not in self.values:
                 self.values[name] = self.units.fresh(1, Key(name), distinct=False).expand(self.tensors[name].numel())
-            for labels in (self.axis_labels(name, dim), self.values.get(name)):
-                if labels is not None:
-                    self.units.pin(labels, why)
-        for name, reached in self.reached.items():
-            if reached.all() or len(self.values[name]) != len(reached):
-                continue
-            shape = self.tensors[name].shape
-            box, labels = reached.reshape(shape), self.values[name].reshape(shape)
-            used = [box.movedim(d, 0).reshape(shape[d], -1).any(1).nonzero().flatten() for d in range(len(shape))]
-            partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
-            inside = self.units.find(labels[torch.meshgrid(*used, indexing="ij")])
-            same = all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly)
-            if int(reached.sum()) != inside.numel() or not same:
-                why = f"the example uses only {int(reached.sum())} of the {len(reached)} elements of {name}"
+            if (labels := self.axis_labels(name, dim)) is not None:
                 self.units.pin(labels, why)
-                continue
-            for dim in partly:  # as the first that is used
-                like = torch.arange(shape[dim])
-                like[~torch.isin(like, used[dim])] = used[dim][0]
-                labels = labels.index_select(dim, like)
-            self.units.unite(self.values[name], labels.reshape(-1))
+            if name in self.values:  # whichever entries are chosen, the units are the same, if they are along the axis
+                labels = self.units.find(self.values[name]).reshape(self.tensors[name].shape)
+                same = torch.equal(labels, labels.narrow(dim, 0, 1).expand_as(labels))
+                if not same or len(torch.unique(labels)) == 1:
+                    self.units.pin(labels, why)
+
+    def _complete(self, name: str, reached: Tensor) -> bool:
+        """Let a tensor's other elements have the units of those that are `reached`, if these show them; tell if so."""
+        shape = self.tensors[name].shape
+        box, labels = reached.reshape(shape), self.values[name].reshape(shape)
+        used = [box.movedim(d, 0).reshape(shape[d], -1).any(1).nonzero().flatten() for d in range(len(shape))]
+        partly = [dim for dim, at in enumerate(used) if len(at) < shape[dim]]
+        inside = self.units.find(labels[torch.meshgrid(*used, indexing="ij")])
+        if not reached.any() or int(reached.sum()) != inside.numel():
+            return False
+        if not all(torch.equal(inside, inside.narrow(dim, 0, 1).expand_as(inside)) for dim in partly):
+            return False
+        for dim in partly:  # as the first that is used
+            like = torch.arange(shape[dim])
+            like[~torch.isin(like, used[dim])] = used[dim][0]
+            labels = labels.index_select(dim, like)
+        self.units.unite(self.values[name], labels.reshape(-1))
+        return True

@@ -307,13 +307,14 @@ def test_experts_are_one_tensor_of_which_values_choose_a_matrix() -> None:
         for expert in (mask.sum((-1, -2)) > 0).nonzero():
             place, token = torch.where(mask[expert[0]])
             gate, up = F.linear(h[token], net.up[expert[0]]).chunk(2, -1)
-            rows = F.linear(F.silu(gate) * up, net.down[expert[0]]) * weights[token, place, None]
-            out.index_add_(0, token, rows)
+            rows = F.linear(F.silu(gate) * up, net.down[expert[0]]) + net.shift[expert[0]]
+            out.index_add_(0, token, rows * weights[token, place, None])
         return net.b(h + out)
 
     def make(stream: int, inner: int, experts: int = 3) -> Net:
         stacks = {"up": nn.Parameter(torch.randn(experts, 2 * inner, stream))}
         stacks["down"] = nn.Parameter(torch.randn(experts, stream, inner))
+        stacks["shift"] = nn.Parameter(torch.randn(experts, stream))
         layers = {"a": nn.Linear(3, stream), "router": nn.Linear(stream, 3), "b": nn.Linear(stream, 2)}
         return Net(layers | stacks, how)
 
@@ -323,6 +324,22 @@ def test_experts_are_one_tensor_of_which_values_choose_a_matrix() -> None:
     assert wider.up.shape == (3, 16, 6) and wider.down.shape == (3, 6, 8)
     with refused("shape", make(4, 5, 4)):
         transfer(make(4, 5), make(4, 5, 4), tokens)
+
+
+def test_a_new_branch_that_ends_in_a_row_of_a_table_of_shifts_is_silent() -> None:
+    class Branch(nn.Module):
+        def __init__(self, stream: int) -> None:
+            super().__init__()
+            self.l, self.shifts = nn.Linear(stream, stream), nn.Parameter(torch.randn(3, stream))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.l(x.tanh()) + self.shifts[1]
+
+    def make(stream: int, depth: int) -> Net:
+        layers = {"a": nn.Linear(3, stream), "branches": nn.Sequential(*(Branch(stream) for _ in range(depth)))}
+        return Net(layers | {"b": nn.Linear(stream, 2)}, lambda net, x: net.b(net.branches(net.a(x))))
+
+    grow(make(4, 1), make(7, 2), torch.randn(5, 3))
 
 
 def test_two_stacks_of_one_module_go_by_their_own_names() -> None:

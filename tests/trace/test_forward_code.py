@@ -44,6 +44,10 @@ def square(w: int) -> nn.Linear:
     return nn.Linear(w, w)
 
 
+def dropped(w: int) -> nn.Dropout:
+    return nn.Dropout(0.1)
+
+
 def add_positions(net: Net, x: Tensor, words: Tensor) -> Tensor:
     return x + net.pos[:, : words.shape[1]]
 
@@ -89,6 +93,26 @@ def give_the_loss(w: int) -> Net:
 # name -> network by width, an example and other inputs: those of ROWS and 9 * ROWS where none are named
 CODE = {
     "positions beyond the example's": (words(add_positions, pos=table(1, 16)), (WORDS,), (LONGER,)),
+    "a part of a table that a module takes whole": (
+        words(lambda net, x, words: x + net.drop(net.pos)[:, : words.shape[1]], pos=table(1, 16), drop=dropped),
+        *((WORDS,), (LONGER,)),
+    ),
+    "a part of two tables in one": (
+        words(
+            lambda net, x, words: x + torch.cat([net.one, net.pos], 1)[:, : len(words[0])],
+            one=table(1, 1),
+            pos=table(1, 16),
+        ),
+        *((WORDS,), (LONGER,)),
+    ),
+    "a table without rows": (
+        words(
+            lambda net, x, words: torch.cat([net.none.expand(len(x), -1, -1), x + net.pos], 1),
+            none=table(1, 0),
+            pos=table(1),
+        ),
+        *((WORDS,), (LONGER,)),
+    ),
     "the root of the width before positions are added": (
         words(scale_and_add_positions, pos=table(1, 16), l=square, n=nn.LayerNorm),
         *((WORDS,), (LONGER,)),

@@ -334,6 +334,8 @@ def _gain_of_result(trace: Trace, call: Call, operands: Sequence[Labels], dtypes
 def _record_scale(trace: Trace, call: Call, parameter: Tensor, labels: Labels) -> set[str]:
     """Record a parameter with one entry for each unit, such as layer scale; return its name, if it is one."""
     name, role = trace.parameters.name_of(parameter), ROLES.get(call.plain)
+    if role == "shift":  # one row of a table of shifts is one, too
+        name = trace.parameters.owner_of(parameter)
     if name is None or role is None:
         return set()
     trace.add(Layer(LayerKind.SCALE, name, {role: name}, None, labels.sources, labels.norms_since))

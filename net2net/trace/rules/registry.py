@@ -147,7 +147,8 @@ def _bent_by(trace: Trace, call: Call) -> str:
 
 def _check_not_empty(trace: Trace, call: Call) -> None:
     """Raise CannotFollow where units would have to meet, or be read, in a tensor that is empty on this example."""
-    followed = [x for x in call.tensors if trace.follows(x)]
+    # A parameter without entries has none on any example.
+    followed = [x for x in call.tensors if trace.follows(x) and (x.numel() or trace.is_activation(x))]
     if len(followed) < 2 or call.plain == "index" or all(x.numel() for x in followed):
         return
     if call.plain in ("cat", "concat", "concatenate"):  # it adds no units, but its positions might belong to others
@@ -190,7 +191,7 @@ def pin_operands(trace: Trace, call: Call, why: str) -> None:
     """Pin every unit that meets in `call`, and follow none of them further: each result is one unit of fixed size."""
     values, alone = trace.parameters.values, not any(map(trace.is_activation, call.tensors))
     for x in call.tensors:  # one unit for all elements of a parameter
-        if (view := trace.parameters.view(x)) is None:
+        if not x.numel() or (view := trace.parameters.view(x)) is None:
             continue
         if alone:  # it may be a layer's weight, too, whose axes keep their widths then
             trace.parameters.chosen.update({(view.name, dim): why for dim in range(len(view.places))})
