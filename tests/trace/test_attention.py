@@ -39,7 +39,7 @@ def shared_keys(queries: int, keys: int, width: int = 2, how: str = "repeat_inte
             a = q.unflatten(1, (keys, times)) @ k[:, :, None].mT * width**-0.5
             y = (a.softmax(-1) @ v[:, :, None]).flatten(1, 2)
         elif how == "einsum":
-            a = torch.einsum("bkgtc,bksc->bkgts", q.unflatten(1, (keys, times)), k) * width**-0.5
+            a = torch.einsum("bkgtc,bksc->bkgts", [q.unflatten(1, (keys, times)), k]) * width**-0.5
             y = torch.einsum("bkgts,bksc->bkgtc", a.softmax(-1), v).flatten(1, 2)
         else:
             y = F.scaled_dot_product_attention(q, REPEATS[how](k, times), REPEATS[how](v, times))

@@ -87,6 +87,10 @@ NORMS: dict[str, tuple[Compute, str]] = {
         lambda net, x: F.layer_norm(x, x.shape[-1:], eps=net.eps) * (net.weight + 1.0) + net.bias,
         "eps",
     ),
+    "torch's layer norm with a weight from one": (
+        lambda net, x: F.layer_norm(x, x.shape[-1:], net.weight + 1.0, net.bias, net.eps),
+        "eps",
+    ),
 }
 BARE: dict[str, Compute] = {
     "rms norm": lambda net, x: x * torch.rsqrt(square(x) + net.eps),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ALL
-from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind, Statistic, Step
+from ..facts import NO_NORM, Call, Labels, Layer, LayerKind, Norm, NormKind, Statistic, Step, View
 from ..graph import Trace
 from ..units import spread
 from .by_hand import take_eps
@@ -35,12 +35,14 @@ def layer_norm(trace: Trace, call: Call) -> None:
     """The norm must see all units equally often, or padding that it undoes: means (layer norm) or zeros (RMS norm)."""
     labels = first_labels(trace, call)
     is_rms = call.plain == "rms_norm"
-    units, tensors = labels.units, {}
+    units, tensors, offset = labels.units, {}, 0.0
     for role, tensor in (("weight", call.arg(2, "weight")), ("bias", None if is_rms else call.arg(3, "bias"))):
         if tensor is not None and (entries := trace.labels(tensor)) is not None:
             units = trace.units.combine(units, entries.units.broadcast_to(units.shape), call)
             if (name := trace.parameters.name_of(tensor)) is not None:
                 tensors[role] = name
+            elif role == "weight" and (view := _shifted_whole(trace, tensor)):
+                tensors[role], offset = view.name, view.offset
     eps = call.arg(3 if is_rms else 4, "eps", None if is_rms else 1e-5)
     if eps is None:
         eps = torch.finfo(call.args[0].dtype).eps
@@ -51,7 +53,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
     # If the norm takes several positions together, a unit that holds the mean of each position is not centred to zero.
     once = size == max(shape) and len(torch.unique(trace.units.find(rows[0]))) == size
     kind = NormKind.RMS if is_rms else NormKind.LAYER
-    norm = Norm(trace.units.key("norm", call.module), kind, rows, tensors, eps, call.module)
+    norm = Norm(trace.units.key("norm", call.module), kind, rows, tensors, eps, call.module, offset=offset)
     _record(trace, call, replace(labels, units=units), norm, once)
 
 
@@ -69,6 +71,14 @@ def group_norm(trace: Trace, call: Call) -> None:
     key, eps = trace.units.key("norm", call.module), call.arg(4, "eps", 1e-5)
     norm = Norm(key, NormKind.LAYER, rows, tensors, eps, call.module)
     _record(trace, call, labels, norm, once=call.args[0][0].numel() == rows.numel())
+
+
+def _shifted_whole(trace: Trace, tensor: Tensor) -> View | None:
+    """Return a whole parameter to which a number was added, as in the weight 1 + w."""
+    view = trace.parameters.view(tensor)
+    if view is None or not view.offset or view.gain != 1.0:
+        return None
+    return view if tensor.numel() == trace.parameters.tensors[view.name].numel() else None
 
 
 def _parameters(trace: Trace, call: Call, roles: dict[str, tuple[int, str]], units: Tensor) -> dict[str, str]:

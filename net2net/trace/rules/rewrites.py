@@ -157,6 +157,8 @@ def multi_head_attention(*args: Any, **kwargs: Any) -> object:
 @rule("einsum", rewrite=True)
 def einsum(equation: object, *operands: Tensor) -> object:
     """Write two factors as a matrix product, or as a product element by element and a sum; more, two at a time."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        return einsum(equation, *operands[0])
     if isinstance(equation, str) and len(operands) > 2 and "->" in equation and "." not in equation:
         a, b, *rest = equation.replace(" ", "").partition("->")[0].split(",")
         left = "".join(c for c in dict.fromkeys(a + b) if c in "".join([*rest, equation.partition("->")[2]]))
