@@ -52,8 +52,9 @@ def adjust_norms(unit_map: UnitMap) -> tuple[dict[Key, tuple[Norm, float]], dict
         if bool(unit_map.rotated[roots].all()):
             wanted.append((norm, other, other.eps * other.units.shape[1] / norm.units.shape[1]))
             continue
-        grown = [copied for copied in unit_map.g[roots] if not bool((copied == NEW).all())]  # groups of old units
-        factors = {_factor(unit_map, norm, other, copied) for copied in grown}
+        groups = unit_map.g[roots]
+        grown = [copied for copied in groups if not bool((copied == NEW).all())]  # groups of old units
+        factors = {_factor(unit_map, norm, other, copied) for copied in grown or groups}
         if len(factors) > 1:
             raise TransferError(
                 f"The groups of the norm {norm.module or 'in the network'} grow by different factors, and have one eps."

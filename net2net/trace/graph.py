@@ -68,7 +68,7 @@ class Trace:
         """Return the labels of an activation, or of a parameter used as one; None for what the pass does not follow."""
         if not isinstance(value, Tensor):
             return None
-        known = getattr(value, "_net2net_labels", None)
+        known = self.parameters.noted(value, "labels")
         if known is None and self.tells_units(value) and (view := self.parameters.view(value)) is not None:
             units = self.parameters.elements(view, value.shape)
             return Labels(units, frozenset({view.name}), gain=view.gain, linear=True)
@@ -76,7 +76,7 @@ class Trace:
 
     def is_activation(self, value: object) -> bool:
         """Tell whether the pass has labelled this tensor."""
-        return hasattr(value, "_net2net_labels")
+        return self.parameters.noted(value, "labels") is not None
 
     def tells_units(self, value: Tensor) -> bool:
         """Tell whether a parameter or constant says something of units: a single number says the same of all."""
@@ -85,9 +85,7 @@ class Trace:
 
     def follows(self, value: object) -> bool:
         """Tell whether the pass follows this value: an activation, or a parameter."""
-        return isinstance(value, Tensor) and (
-            self.is_activation(value) or hasattr(value, "_net2net_view") or self.parameters.name_of(value) is not None
-        )
+        return isinstance(value, Tensor) and (self.is_activation(value) or self.parameters.owner_of(value) is not None)
 
     def eps_place(self, value: object) -> str | None:
         """Return the place of the attribute that this very number was read from, if it is that of an eps."""
@@ -106,7 +104,7 @@ class Trace:
         if labels.units.shape != out.shape:
             shapes = f"{tuple(labels.units.shape)} do not fit the activation {tuple(out.shape)}"
             raise TransferError(f"The labels {shapes}: a rule is wrong.")
-        out._net2net_labels = labels  # type: ignore[attr-defined]
+        self.parameters.note(out, "labels", labels)
 
     def add(self, layer: Layer) -> None:
         """Record a layer. One that is called again adds what it reads to its first record."""

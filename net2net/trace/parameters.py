@@ -1,5 +1,7 @@
 """Which axis, or which view, of a parameter carries which units."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ class Parameters:
         self.masks: set[tuple[str, str]] = set()  # buffers, each with a weight of its axes that it multiplies
         self.used: set[str] = set()  # tensors that a call was given
         self.reached: dict[str, Tensor] = {}  # tensor name -> which of its elements the pass used, flat
+        self._mark = object()  # tells notes of this pass from those of others, on tensors that a cache keeps
 
     def name_of(self, tensor: object) -> str | None:
         """Return the name of a parameter or buffer of the network; a tied tensor goes by its first name."""
@@ -37,7 +40,7 @@ class Parameters:
 
     def owner_of(self, value: Tensor) -> str | None:
         """Return the name of the parameter that this is, or is a view of."""
-        view = getattr(value, "_net2net_view", None)
+        view = self.noted(value, "view")
         return self.name_of(value) if view is None else view.name
 
     def stand_in(self, tensor: Tensor, name: str, prefix: str) -> None:
@@ -51,16 +54,25 @@ class Parameters:
 
     def view(self, value: Tensor) -> View | None:
         """Return this parameter, or view of a parameter, as a view; None for an activation or a constant."""
-        if hasattr(value, "_net2net_labels"):
+        if self.noted(value, "labels") is not None:
             return None
         if (name := self.name_of(value)) is None:
-            return getattr(value, "_net2net_view", None)
+            return self.noted(value, "view")
         shape = value.shape
         return View(name, tuple(spread(torch.arange(n), dim, shape) for dim, n in enumerate(shape)))
 
     def remember_view(self, out: Tensor, view: View) -> None:
         """Remember that `out` is a view of a parameter."""
-        out._net2net_view = view  # type: ignore[attr-defined]
+        self.note(out, "view", view)
+
+    def note(self, value: Tensor, what: str, note: object) -> None:
+        """Attach a note of this pass to a tensor."""
+        setattr(value, f"_net2net_{what}", (self._mark, note))
+
+    def noted(self, value: object, what: str) -> Any:
+        """Return what this pass has noted on a tensor; None if it has noted nothing."""
+        mark, note = getattr(value, f"_net2net_{what}", (None, None))
+        return note if mark is self._mark else None
 
     def weight(self, value: Tensor) -> Weight | None:
         """Return the parameter behind a weight; None unless every axis of the weight lies along one of its axes."""

@@ -155,6 +155,26 @@ def test_heads_with_rotary_positions(turn: str) -> None:
         grow(*nets, positions())
 
 
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("kind", [tuple, torch.stack])
+def test_heads_with_a_rotary_table_that_the_first_pass_keeps(kind: Callable, ran: bool) -> None:
+    """A teacher may have run before; its student has not."""
+
+    def turn(net: Net, x: Tensor) -> Tensor:
+        if net.table is None:
+            at = torch.outer(torch.arange(x.shape[-2], dtype=x.dtype), net.rate)
+            net.table = kind([at.cos(), at.sin()])
+        return turn_halves(x, *net.table)
+
+    nets = [shared_keys(*heads, 4, turn=turn) for heads in ((2, 2), (4, 4))]
+    for net in nets:
+        net.table = None
+        net.register_buffer("rate", torch.tensor([1.0, 0.1]))
+    if ran:
+        nets[0](positions())
+    grow(*nets, positions())
+
+
 def test_heads_keep_the_width_of_their_rotary_table() -> None:
     """The teacher's logits are waves of its own frequencies in the distance, and the student's table has others."""
     with refused("cannot grow from 4 to 6 units: mul .* constant of its own width"):

@@ -133,6 +133,7 @@ CODE = {
     "the largest unit": (rows(lambda net, x: x * x.amax(1, keepdim=True)),),
     "a check of all units": (rows(lambda net, x: x if bool((x < 1e9).all()) else -x),),
     "constants that are the same for all units": (rows(add_constants),),
+    "zeros that a layer reads": (rows(lambda net, x: net.l(torch.zeros_like(x)) * x, l=square),),
     "another dtype and back": (rows(lambda net, x: x.type(torch.float32).type(torch.float64)), (ROWS,), (ROWS + 1,)),
     "einsum without a sum": (rows(lambda net, x: torch.einsum("bc,c->bc", x, net.g), g=table()),),
     "an outer product by einsum": (rows(lambda net, x: x * torch.einsum("i,j->ij", torch.arange(6.0), torch.ones(1))),),

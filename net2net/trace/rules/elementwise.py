@@ -44,6 +44,14 @@ def pointwise(trace: Trace, call: Call) -> None:
     join(trace, call, [x for x in call.tensors if x is not call.kwargs.get("out")])
 
 
+@rule("zeros_like")
+def zeros_like(trace: Trace, call: Call) -> None:
+    """Zeros in the shape of units are those units, as a layer may read them: the queries of a detector begin so."""
+    labels = trace.labels(call.args[0])
+    if labels is not None and trace.units.drop_repeats(labels.units).numel() > 1:
+        trace.label(call.out, Labels.of(labels.units, linear=True, range=(0.0, 0.0)))
+
+
 @rule("nonzero", "argwhere", "one_hot", "histc", "bincount")
 def list_places(trace: Trace, call: Call) -> None:
     """Places of elements, or a table of them. These are no units, and the values that choose them must not be any."""

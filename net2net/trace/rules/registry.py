@@ -167,7 +167,7 @@ def describe_crash(rule: Rule | Rewrite, call: Call, error: Exception) -> str:
 
 SILENT = """
     set size dim ndimension numel is_floating_point requires_grad is_contiguous stride storage_offset shape device
-    dtype ndim is_cuda layout new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like
+    dtype ndim is_cuda layout new_zeros new_ones new_empty new_full new_tensor ones_like empty_like full_like
     rand_like randn_like bernoulli item tolist len is_complex get_device element_size is_nested has_names names grad
     is_sparse is_quantized data_ptr assert_async
 """
