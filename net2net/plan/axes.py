@@ -32,7 +32,7 @@ def unit_axis(plan: Plan, name: str, labels: Labels, dim: int, reads: bool) -> t
         index = _match_inside(plan, name, units, source, groups)
     else:
         parts = _number_parts(roots, plan.apart[units]), _number_parts(theirs, plan.teacher_apart[source])
-        index = match_entries(roots, plan.g[roots], theirs, parts, plan.steps[roots])
+        index = match_entries(roots, plan.g[roots], theirs, parts)
         _check_complete(name, index, len(source), dim)
         if reads and _reads_silent(plan, name):  # it may read a unit once more, out of a branch that adds zero
             index = torch.where((index == NEW) & (plan.g[roots] >= 0), ZERO, index)
@@ -95,18 +95,14 @@ def passed_entries(plan: Plan, units: Tensor) -> Tensor:
     return torch.where(copied >= 0, copied * len(plan.student_roots) + rank(roots), NEW)
 
 
-def match_entries(
-    roots: Tensor, copied: Tensor, theirs: Tensor, parts: tuple[Tensor, Tensor], steps: Tensor | None = None
-) -> Tensor:
-    """Pair the k-th entry of a student unit, times its step, with the k-th entry of the teacher unit that it copies."""
+def match_entries(roots: Tensor, copied: Tensor, theirs: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Pair the k-th entry of a student unit with the k-th entry of the teacher unit that it copies."""
     # A unit has several entries on one axis where maps are flattened or a tensor is concatenated with itself. Both
     # networks lay them out in the same order. `parts` says which part of its unit each entry is (see `_number_parts`);
     # the entries are counted within each part.
     many = int(max(part.max() for part in parts)) + 1
     ranks_of = [rank(side * many + part) for side, part in zip((roots, theirs), parts, strict=True)]
-    ranks = int(torch.cat(ranks_of).max()) + 2
-    if steps is not None:
-        ranks_of[0] = torch.where(ranks_of[0] % steps == 0, ranks_of[0] // steps, ranks - 1)  # that is no entry's
+    ranks = int(torch.cat(ranks_of).max()) + 1
     key, source_key = (
         (side * many + part) * ranks + k for side, part, k in zip((copied, theirs), parts, ranks_of, strict=True)
     )
@@ -183,8 +179,6 @@ def _check_closed(plan: Plan, name: str, roots: Tensor, index: Tensor) -> None:
     # Queries and keys alone may have more entries than in the teacher. The further ones are zero.
     lost = roots[(index == NEW) & (plan.g[roots] >= 0)]
     heads = plan.student_roots[torch.cat([plan.queries, plan.keys])]
-    if name in plan.student.parameters.buffers:  # the further frequencies turn queries that are zero
-        lost = lost[plan.steps[lost] == 1]
     for root in lost[~torch.isin(lost, heads)].tolist():
         count = int((roots == root).sum())
         cannot = f"{name} cannot grow in this way: it has {count} entries"

@@ -1,6 +1,5 @@
 """The plan of a growth, decided before a single weight is written."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -92,37 +91,6 @@ class Plan(Networks):
                 of_layers = torch.isin(self.apart[parts], produced)
                 labels = torch.cat([labels, parts[of_layers & torch.isin(self.apart[joined], self.apart[labels])]])
         return labels
-
-    @cached_property
-    def steps(self) -> Tensor:
-        """For every student root, which of its entries are the teacher's: each (1), every second (2), and so on."""
-        steps, values = torch.ones_like(self.student_roots), self.student.parameters.values
-        heads = self.student_roots[torch.cat([self.queries, self.keys])]
-        for name in self.student.parameters.buffers & values.keys():
-            if (step := self.step_of_buffer(name)) > 1:
-                steps[roots := self.student_roots[values[name]]] = step
-                for children, parents in self.student_units.relations.values():
-                    met = self.student_roots[children[torch.isin(self.student_roots[parents], roots)]]
-                    steps[met[torch.isin(met, heads)]] = step
-        return steps
-
-    def step_of_buffer(self, name: str) -> int:
-        """Return which entries of a buffer are the teacher's: each (1), every second (2), and so on."""
-        # A head of twice the width has twice as many rotary frequencies, of which every second is one of the teacher's.
-        # Frequencies that change with the length of the text tell nothing of the teacher's.
-        mine, other = self.student.parameters.tensors[name], self.teacher.parameters.tensors.get(self.names[name] or "")
-        module = self.student.model.get_submodule(name.rpartition(".")[0])
-        moves = re.search("dynamic|longrope", str(getattr(module, "rope_type", "")))
-        if (
-            other is None
-            or mine.is_meta
-            or moves
-            or not mine.dim() == other.dim() == 1
-            or not 0 < len(other) < len(mine)
-        ):
-            return 1
-        step = len(mine) // len(other)
-        return step if torch.equal(mine[::step], other) else 1
 
     @cached_property
     def padded_norms(self) -> set[str]:

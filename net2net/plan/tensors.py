@@ -114,8 +114,7 @@ def shared_origin(plan: Plan, name: str) -> Origin:
     mine, other = student.tensors[name], teacher.tensors[theirs]
     if mine.dim() != other.dim():
         raise TransferError(f"{name} has {mine.dim()} axes, the teacher's {theirs} has {other.dim()}.")
-    unused = name in student.buffers - student.used
-    if not mine.numel() + other.numel() or (unused and plan.step_of_buffer(name) > 1):
+    if not mine.numel() + other.numel():
         return Origin(How.FRESH)
     if (name in student.values) != (theirs in teacher.values):
         raise used_differently(name)

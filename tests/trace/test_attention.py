@@ -186,30 +186,6 @@ def test_heads_keep_the_width_of_their_rotary_table() -> None:
         transfer(*nets, positions())
 
 
-def turn_by_rates(net: Net, x: Tensor) -> Tensor:
-    """Turn by frequencies between 1 and 0.1, as language models do: more of them lie closer together."""
-    if not hasattr(net, "rate"):
-        half = x.shape[-1] // 2
-        net.register_buffer("rate", 10.0 ** -(torch.arange(half, dtype=x.dtype) / half))
-        net.register_buffer("original_rate", net.rate.clone())  # which the pass does not use
-    at = torch.outer(torch.arange(x.shape[-2], dtype=x.dtype), net.rate)
-    return turn_halves(x, at.cos(), at.sin())
-
-
-@pytest.mark.parametrize(("heads", "width"), [((4, 2), 8), ((4, 2), 12), ((8, 4), 8)])
-def test_heads_of_a_multiple_of_the_width_have_the_rotary_frequencies_of_their_teacher(heads, width) -> None:
-    nets = [shared_keys(4, 2, 4, turn=turn_by_rates), shared_keys(*heads, width, turn=turn_by_rates)]
-    for net in nets:
-        net(positions())
-    rates = nets[1].rate.clone()
-    nets[1].rope_type = "dynamic"  # a longer text would have other frequencies
-    with refused("rate .* entries that each head meets"):
-        transfer(*nets, positions())
-    nets[1].rope_type = "default"
-    grow(*nets, positions())
-    assert torch.equal(nets[1].rate, rates) and torch.equal(nets[1].original_rate, rates)
-
-
 @pytest.mark.parametrize("turn", ["computed", "every second"])
 def test_heads_with_rotary_positions_in_one_part_grow_wider(turn: str) -> None:
     """The further queries are zero, and all of them are multiplied by the root of the growth, the turned ones too."""
